@@ -1,0 +1,82 @@
+"""Argument checks shared by the ops. Each raises before anything is computed or changed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "same_length", "wide"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASTER = (torch.float32, torch.float64)
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in: float64 as soon as one input is float64, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def matrix(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """Raise unless ``value`` is a matrix of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+    if value.dim() != 2:
+        raise ValueError(f"{op}: {name} must be a matrix (2 dimensions), got shape {list(value.shape)}.")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{op}: {name} must be one of {allowed}, got {value.dtype}. Cast it with .to(torch.float32)."
+        )
+
+
+def matrices(
+    op: str,
+    name: str,
+    values: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    *,
+    uniform: bool = True,
+) -> list[Tensor]:
+    """Return ``values`` as a list, or raise unless it is a sequence of matrices on one device.
+
+    ``uniform`` also asks for one dtype throughout, which a grouped kernel needs.
+    """
+    if isinstance(values, Tensor):
+        raise TypeError(f"{op}: {name} must be a sequence of matrices, got a single tensor. Pass [{name}].")
+    found = list(values)
+    for i, value in enumerate(found):
+        matrix(op, f"{name}[{i}]", value, dtypes)
+        if value.device != found[0].device:
+            raise ValueError(
+                f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and {found[0].device} "
+                f"at {name}[0]."
+            )
+        if uniform and value.dtype != found[0].dtype:
+            raise TypeError(
+                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at {name}[0]."
+            )
+    return found
+
+
+def same_length(op: str, **named: Sequence[object]) -> None:
+    """Raise unless all named sequences have as many items as the first."""
+    (first, head), *others = named.items()
+    for name, values in others:
+        if len(values) != len(head):
+            raise ValueError(
+                f"{op}: {name} must have one item for each of {first}, got {len(values)} for {len(head)}."
+            )
+
+
+def float_list(op: str, name: str, value: Sequence[float] | float, count: int) -> list[float]:
+    """One finite number per problem; a single number is repeated."""
+    numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
+    if len(numbers) != count:
+        raise ValueError(
+            f"{op}: {name} must be one number or one per problem, got {len(numbers)} for {count}."
+        )
+    for i, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(f"{op}: {name} must be finite, got {number} at {name}[{i}].")
+    return numbers

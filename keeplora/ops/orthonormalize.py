@@ -1,0 +1,139 @@
+"""orthonormalize: orthonormal columns, also against a basis, with a rank (contract: csrc/kernels/orthonormalize.h)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import MASTER, matrices, same_length
+from .declare import declare
+
+__all__ = ["orthonormalize"]
+
+# A column is kept when what is left of it exceeds this many eps of its own length: below that, what is left is the
+# rounding of the column's own entries and of the subtraction, not a direction the caller meant.
+KEPT_EPS = 32
+
+
+def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+    r"""Orthonormal columns spanning what the columns of ``y[i]`` add to those of ``q[i]``.
+
+    .. math:: Z_i^T Z_i = I, \qquad Q_i^T Z_i = 0, \qquad
+              \mathrm{span}[Q_i, Z_i] = \mathrm{span}[Q_i, Y_i]
+
+    Columns are taken from left to right. One is dropped when the part of it outside ``q[i]`` and the columns kept
+    before is at most ``32 eps`` of its length: zero columns, repeated columns and columns inside ``q[i]`` go.
+
+    Args:
+        y: ``n`` matrices ``[d_i, l_i]``, all float32 or all float64, finite.
+        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``y``; ``None`` for none.
+
+    Returns:
+        ``(z, rank)``: ``n`` matrices ``[d_i, l_i]`` whose first ``rank[i]`` columns are orthonormal to 5e-6 in float32
+        for any condition of ``y[i]``, the others exactly zero; ``rank`` is ``[n]`` int64 on the device of ``y``.
+
+    Raises:
+        ValueError: lengths or shapes do not fit.
+        TypeError: an argument is not a sequence of float32 or of float64 matrices.
+
+    Not differentiable: its inputs count as constants.
+
+    Source: projection "twice is enough", Giraud, Langou & Rozloznik, 2005; CholeskyQR as the second
+    orthonormalisation, Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
+
+    Example:
+        >>> y = torch.tensor([[2.0, 4.0, 1.0], [0.0, 0.0, 1.0]])
+        >>> (z,), rank = orthonormalize([y])
+        >>> rank, z.abs()
+        (tensor([2]), tensor([[1., 0., 0.],
+                [0., 1., 0.]]))
+    """
+    y = matrices("orthonormalize", "y", y, MASTER)
+    q = [m.new_empty(m.shape[0], 0) for m in y] if q is None else matrices("orthonormalize", "q", q, MASTER)
+    same_length("orthonormalize", y=y, q=q)
+    for i, (columns, basis) in enumerate(zip(y, q, strict=True)):
+        if columns.shape[0] != basis.shape[0]:
+            raise ValueError(
+                f"orthonormalize: q[{i}] must have the rows of y[{i}], got {list(basis.shape)} for "
+                f"{list(columns.shape)}."
+            )
+        if columns.dtype != basis.dtype or columns.device != basis.device:
+            raise TypeError(
+                f"orthonormalize: q[{i}] must have the dtype and device of y[{i}], got {basis.dtype} on "
+                f"{basis.device} for {columns.dtype} on {columns.device}."
+            )
+    z, rank = _op.call([m.detach() for m in y], [m.detach() for m in q])
+    return z, rank
+
+
+def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    done = [_one(columns, basis) for columns, basis in zip(y, q, strict=True)]
+    ranks = [rank for _, rank in done]
+    return [z for z, _ in done], torch.stack(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
+def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    d, width = y.shape
+    smallest = KEPT_EPS * torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y, dim=0)
+    left = _without(_without(y, q), q)
+    if 0 < width <= d:
+        z, r = torch.linalg.qr(left)
+        if bool((r.diagonal().abs() > smallest).all()):
+            return _polish(z, q), torch.tensor(width, device=y.device)
+    return _column_by_column(left, q, smallest)
+
+
+def _without(y: Tensor, q: Tensor) -> Tensor:
+    return torch.addmm(y, q, q.T @ y, alpha=-1)
+
+
+def _polish(z: Tensor, q: Tensor) -> Tensor:
+    # Normalising a small remainder enlarges its leak into q and, with Gram-Schmidt, into its neighbours: take both
+    # out once more. z is orthonormal to a few percent here, so one Cholesky factor is exact enough.
+    z = _without(z, q)
+    factor = torch.linalg.cholesky(z.T @ z)
+    return torch.linalg.solve_triangular(factor, z.T, upper=False).T.contiguous()
+
+
+def _column_by_column(y: Tensor, q: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
+    # A factorisation without column choice would put arbitrary directions in the place of dependent columns.
+    z = torch.zeros_like(y, memory_format=torch.contiguous_format)
+    rank = 0
+    for j in range(y.shape[1]):
+        column = y[:, j : j + 1]
+        for _ in range(2):
+            column = _without(_without(column, q), z[:, :rank])
+        length = torch.linalg.vector_norm(column)
+        if rank < y.shape[0] - q.shape[1] and bool(length > smallest[j]):
+            z[:, rank : rank + 1] = column / length
+            rank += 1
+    z[:, :rank] = _polish(z[:, :rank], q)
+    return z, torch.tensor(rank, device=y.device)
+
+
+def _fake(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    z = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in y]
+    return z, torch.empty(len(y), dtype=torch.int64, device=y[0].device if y else "cpu")
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def basis(d: int, k: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(device, dtype).contiguous()
+
+    repeated = make(9, 2)
+    return [
+        ([make(6, 3)], [basis(6, 2)]),
+        ([make(5, 5), repeated[:, [0, 0, 1]], make(4, 0)], [basis(5, 0), basis(9, 3), basis(4, 4)]),
+    ]
+
+
+_op = declare(
+    "orthonormalize(Tensor[] y, Tensor[] q) -> (Tensor[], Tensor)",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+)

@@ -1,0 +1,159 @@
+"""projected_adamw: AdamW that stays outside a protected subspace (contract: csrc/kernels/projected_adamw.h)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import MASTER, float_list, matrices, same_length
+from .declare import declare
+
+__all__ = ["projected_adamw"]
+
+
+def projected_adamw(
+    a: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    q: Sequence[Tensor],
+    *,
+    step: int,
+    lr: Sequence[float] | float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> Tensor:
+    r"""One AdamW step on every ``a[i]``, in place, that keeps its rows orthogonal to ``q[i]``.
+
+    .. math:: g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad P = I - QQ^T
+
+    Projecting the gradient alone is not enough: Adam rescales element by element and leaves the subspace.
+
+    Args:
+        a: ``n`` parameters ``[r_i, d_i]``, contiguous, all float32 or all float64; overwritten.
+        grad: ``n`` gradients ``[r_i, d_i]``, any floating dtype.
+        exp_avg, exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
+        q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``a``; ``k_i`` may be 0.
+        step: number of this step, from 1 (bias correction).
+        lr: learning rate, one number or one per parameter (the depth scale goes here).
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+
+    Returns:
+        ``leak [n]``: ``‖A Q‖_F / ‖A‖_F`` after the step, 0 for ``A = 0``.
+
+    Raises:
+        ValueError: lengths or shapes do not fit, a tensor to overwrite is not contiguous, or a hyperparameter is out
+            of range. Nothing has been changed then.
+        TypeError: a dtype does not fit.
+
+    Not differentiable.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2, arXiv:1711.05101, with the
+    projections of Saha et al., ICLR 2021.
+
+    Example:
+        >>> a, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [0.0]])
+        >>> leak = projected_adamw([a], [torch.ones(1, 2)], [torch.zeros(1, 2)], [torch.zeros(1, 2)], [q],
+        ...                        step=1, lr=0.1, weight_decay=0.0)
+        >>> a, leak
+        (tensor([[0.0000, 0.9000]]), tensor([0.]))
+    """
+    state = {"a": a, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "q": q}
+    found = {name: matrices("projected_adamw", name, values, MASTER) for name, values in state.items()}
+    found["grad"] = matrices("projected_adamw", "grad", grad, uniform=False)
+    same_length("projected_adamw", **found)
+    for i, parameter in enumerate(found["a"]):
+        for name, values in found.items():
+            _check_fit(f"{name}[{i}]", values[i], i, parameter, overwritten=name not in ("q", "grad"))
+    rates = float_list("projected_adamw", "lr", lr, len(found["a"]))
+    for name, value, fits in (
+        ("step", step, step >= 1),
+        ("lr", rates, all(rate >= 0 for rate in rates)),
+        ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] < 1),
+        ("eps", eps, eps >= 0),
+        ("weight_decay", weight_decay, weight_decay >= 0),
+    ):
+        if not fits:
+            rule = {"step": "be at least 1", "betas": "lie in [0, 1)"}.get(name, "not be negative")
+            raise ValueError(f"projected_adamw: {name} must {rule}, got {value}.")
+    flat = {name: [m.detach() for m in values] for name, values in found.items()}
+    leak: Tensor = _op.call(
+        flat["a"], flat["grad"], flat["exp_avg"], flat["exp_avg_sq"], flat["q"],
+        step, rates, betas[0], betas[1], eps, weight_decay,
+    )  # fmt: skip
+    return leak
+
+
+def _check_fit(name: str, value: Tensor, i: int, parameter: Tensor, *, overwritten: bool) -> None:
+    basis = name.startswith("q[")
+    fits = value.shape[0] == parameter.shape[1] if basis else value.shape == parameter.shape
+    if not fits or value.device != parameter.device:
+        want = f"[{parameter.shape[1]}, k]" if basis else str(list(parameter.shape))
+        raise ValueError(
+            f"projected_adamw: {name} must be {want} on {parameter.device} to fit a[{i}], got "
+            f"{list(value.shape)} on {value.device}."
+        )
+    if not name.startswith("grad[") and value.dtype != parameter.dtype:
+        raise TypeError(f"projected_adamw: {name} must be {parameter.dtype} like a[{i}], got {value.dtype}.")
+    if overwritten and not value.is_contiguous():
+        raise ValueError(
+            f"projected_adamw: {name} must be contiguous, got strides {list(value.stride())}. It is overwritten in place."
+        )
+
+
+def _reference(
+    a: list[Tensor],
+    grad: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    q: list[Tensor],
+    step: int,
+    lr: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    leaks = []
+    for p, g, m, v, basis, rate in zip(a, grad, exp_avg, exp_avg_sq, q, lr, strict=True):
+        g = _without(g.to(p.dtype), basis)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        moved = torch.addcdiv(p * (1 - rate * weight_decay), m, denominator, value=-rate / (1 - beta1**step))
+        p.copy_(_without(_without(moved, basis), basis))
+        length = torch.linalg.matrix_norm(p)
+        leaks.append(torch.where(length > 0, torch.linalg.matrix_norm(p @ basis) / length, 0))
+    return torch.stack(leaks) if leaks else torch.zeros(0)
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    return torch.addmm(rows, rows @ basis, basis.T, alpha=-1)
+
+
+def _fake(a: list[Tensor], *_: Any) -> Tensor:
+    return a[0].new_empty(len(a)) if a else torch.empty(0)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    def sample(*shapes: tuple[int, int, int], step: int) -> tuple[Any, ...]:
+        a, grad, m = ([torch.randn(r, d, device=device, dtype=dtype) for r, d, _ in shapes] for _ in range(3))
+        v = [torch.rand(r, d, device=device, dtype=dtype) for r, d, _ in shapes]
+        q = [
+            torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(device, dtype).contiguous()
+            for _, d, k in shapes
+        ]
+        return a, grad, m, v, q, step, [1e-2] * len(shapes), 0.9, 0.999, 1e-8, 0.01
+
+    return [sample((3, 5, 2), step=1), sample((4, 33, 8), (1, 7, 0), (2, 6, 6), step=10)]
+
+
+_op = declare(
+    "projected_adamw(Tensor(a!)[] a, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] q, "
+    "int step, float[] lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+)
