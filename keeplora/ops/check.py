@@ -49,12 +49,13 @@ def matrices(
         matrix(op, f"{name}[{i}]", value, dtypes)
         if value.device != found[0].device:
             raise ValueError(
-                f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and {found[0].device} "
-                f"at {name}[0]."
+                f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and "
+                f"{found[0].device} at {name}[0]."
             )
         if uniform and value.dtype != found[0].dtype:
             raise TypeError(
-                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at {name}[0]."
+                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at "
+                f"{name}[0]."
             )
     return found
 

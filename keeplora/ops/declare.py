@@ -26,7 +26,7 @@ class Op:
 
 OPS: dict[str, Op] = {}
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def declare(

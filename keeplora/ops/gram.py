@@ -1,4 +1,4 @@
-"""gram: second moment of a layer's inputs, accumulated over batches (contract: csrc/kernels/gram.h)."""
+"""gram: second moment of a layer's inputs, accumulated over batches."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
 
     Not differentiable: a statistic. ``x`` counts as a constant.
 
-    Source: the feature second moment of KeepLoRA, arXiv:2601.19659, in the form of Liang & Li, "InfLoRA", 2024.
+    Source: the feature second moment of KeepLoRA, ICLR 2026, arXiv:2601.19659.
 
     Example:
         >>> c, energy = gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -46,8 +46,8 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
     matrix("gram", "out", out, (acc,))
     if out.shape != (d, d) or not out.is_contiguous() or out.device != x.device:
         raise ValueError(
-            f"gram: out must be contiguous [{d}, {d}] on {x.device}, got shape {list(out.shape)} with strides "
-            f"{list(out.stride())} on {out.device}."
+            f"gram: out must be contiguous [{d}, {d}] on {x.device}, got shape {list(out.shape)} with "
+            f"strides {list(out.stride())} on {out.device}."
         )
     if energy.dtype != torch.float64:
         raise TypeError(f"gram: energy must be float64, got {energy.dtype}.")

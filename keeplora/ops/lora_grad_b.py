@@ -1,4 +1,4 @@
-"""lora_grad_b: gradients of LoRA's B from one read of x and one of dy (contract: csrc/kernels/lora_grad_b.h)."""
+"""lora_grad_b: gradients of LoRA's B from one read of x and one of dy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,12 +30,13 @@ def lora_grad_b(
         x: ``[tokens, in]``, any floating dtype.
         dy: ``[tokens, out]``, gradient of the layer's output, any floating dtype.
         a: ``n`` matrices ``[r_i, in]``, one floating dtype.
-        rows: ``n`` pairs ``(start, stop)`` with ``0 <= start <= stop <= out``: the adapter's rows of the weight.
+        rows: ``n`` pairs ``(start, stop)`` with ``0 <= start <= stop <= out``: the adapter's rows of
+            the weight.
         scale: ``c``, one number or one per adapter (LoRA's ``alpha / r`` times the depth scale).
 
     Returns:
-        ``(t, db)``: ``t`` is ``[tokens, Σ r_i]``, ``db[i]`` is ``[stop_i - start_i, r_i]``; float32, float64 if an
-        input is float64.
+        ``(t, db)``: ``t`` is ``[tokens, Σ r_i]``, ``db[i]`` is ``[stop_i - start_i, r_i]``; float32, float64
+        if an input is float64.
 
     Raises:
         ValueError: lengths, shapes or row ranges do not fit, or ``scale`` is not finite.
@@ -64,7 +65,8 @@ def lora_grad_b(
     for i, (down, (start, stop)) in enumerate(zip(a, rows, strict=True)):
         if down.shape[1] != x.shape[1]:
             raise ValueError(
-                f"lora_grad_b: a[{i}] must have as many columns as x, got {list(down.shape)} for {list(x.shape)}."
+                f"lora_grad_b: a[{i}] must have as many columns as x, got {list(down.shape)} for "
+                f"{list(x.shape)}."
             )
         if not 0 <= start <= stop <= dy.shape[1]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""merge_weights: the effective weights of many LoRA layers in one call (contract: csrc/kernels/merge_weights.h)."""
+"""merge_weights: the effective weights of many LoRA layers in one call."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -96,17 +96,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     n = len(grads)
     a, b = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
     need_w, need_a, need_b = ctx.needs_input_grad[:3]
-    grad_w = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)] if any(need_w) else None
-    grad_a = (
-        [_product(c, up.T, g, down) for c, g, down, up in zip(ctx.scale, grads, a, b)]
-        if any(need_a)
-        else None
-    )
-    grad_b = (
-        [_product(c, g, down.T, up) for c, g, down, up in zip(ctx.scale, grads, a, b)]
-        if any(need_b)
-        else None
-    )
+    parts = list(zip(ctx.scale, grads, a, b, strict=True))
+    grad_w = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)] if any(need_w) else [None] * n
+    grad_a = [_product(c, up.T, g, down) for c, g, down, up in parts] if any(need_a) else [None] * n
+    grad_b = [_product(c, g, down.T, up) for c, g, down, up in parts] if any(need_b) else [None] * n
     return grad_w, grad_a, grad_b, None, None
 
 

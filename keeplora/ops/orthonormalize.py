@@ -1,4 +1,4 @@
-"""orthonormalize: orthonormal columns, also against a basis, with a rank (contract: csrc/kernels/orthonormalize.h)."""
+"""orthonormalize: orthonormal columns, also against a basis, with a rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from .check import MASTER, matrices, same_length
 from .declare import declare
+from .samples import basis
 
 __all__ = ["orthonormalize"]
 
-# A column is kept when what is left of it exceeds this many eps of its own length: below that, what is left is the
-# rounding of the column's own entries and of the subtraction, not a direction the caller meant.
+# A column is kept when what is left of it exceeds this many eps of its own length: below that, what is left
+# is the rounding of the column's own entries and of the subtraction, not a direction the caller meant.
 KEPT_EPS = 32
 
 
@@ -22,16 +23,19 @@ def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tu
     .. math:: Z_i^T Z_i = I, \qquad Q_i^T Z_i = 0, \qquad
               \mathrm{span}[Q_i, Z_i] = \mathrm{span}[Q_i, Y_i]
 
-    Columns are taken from left to right. One is dropped when the part of it outside ``q[i]`` and the columns kept
-    before is at most ``32 eps`` of its length: zero columns, repeated columns and columns inside ``q[i]`` go.
+    Columns are taken from left to right. One is dropped when the part of it outside ``q[i]`` and the columns
+    kept before is at most ``32 eps`` of its length: zero columns, repeated columns and columns inside
+    ``q[i]`` go.
 
     Args:
         y: ``n`` matrices ``[d_i, l_i]``, all float32 or all float64, finite.
-        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``y``; ``None`` for none.
+        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``y``; ``None``
+            for none.
 
     Returns:
-        ``(z, rank)``: ``n`` matrices ``[d_i, l_i]`` whose first ``rank[i]`` columns are orthonormal to 5e-6 in float32
-        for any condition of ``y[i]``, the others exactly zero; ``rank`` is ``[n]`` int64 on the device of ``y``.
+        ``(z, rank)``: ``n`` matrices ``[d_i, l_i]`` whose first ``rank[i]`` columns are orthonormal to 5e-6
+        in float32 for any condition of ``y[i]``, the others exactly zero; ``rank`` is ``[n]`` int64 on the
+        device of ``y``.
 
     Raises:
         ValueError: lengths or shapes do not fit.
@@ -89,11 +93,12 @@ def _without(y: Tensor, q: Tensor) -> Tensor:
 
 
 def _polish(z: Tensor, q: Tensor) -> Tensor:
-    # Normalising a small remainder enlarges its leak into q and, with Gram-Schmidt, into its neighbours: take both
-    # out once more. z is orthonormal to a few percent here, so one Cholesky factor is exact enough.
+    # Normalising a small remainder enlarges its leak into q and, with Gram-Schmidt, into its neighbours: take
+    # both out once more. z is orthonormal to a few percent here, so one Cholesky factor is exact enough.
     z = _without(z, q)
     factor = torch.linalg.cholesky(z.T @ z)
-    return torch.linalg.solve_triangular(factor, z.T, upper=False).T.contiguous()
+    polished: Tensor = torch.linalg.solve_triangular(factor, z.T, upper=False).T.contiguous()
+    return polished
 
 
 def _column_by_column(y: Tensor, q: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,13 +126,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def make(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    def basis(d: int, k: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(device, dtype).contiguous()
-
     repeated = make(9, 2)
     return [
-        ([make(6, 3)], [basis(6, 2)]),
-        ([make(5, 5), repeated[:, [0, 0, 1]], make(4, 0)], [basis(5, 0), basis(9, 3), basis(4, 4)]),
+        ([make(6, 3)], [basis(6, 2, device, dtype)]),
+        (
+            [make(5, 5), repeated[:, [0, 0, 1]], make(4, 0)],
+            [basis(5, 0, device, dtype), basis(9, 3, device, dtype), basis(4, 4, device, dtype)],
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""project_rows: take a protected subspace out of the rows of many matrices (kernel: csrc/kernels/project_rows.h)."""
+"""project_rows: take a subspace out of the rows of many matrices (kernel: csrc/kernels/project_rows.h)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .check import MASTER, float_list, matrices, same_length
 from .declare import declare
+from .samples import basis
 
 __all__ = ["project_rows"]
 
@@ -24,7 +25,8 @@ def project_rows(
 
     Args:
         g: ``n`` matrices ``[r_i, d_i]``, all float32 or all float64.
-        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``g``; ``k_i`` may be 0.
+        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``g``; ``k_i`` may
+            be 0.
         scale: ``λ``, one number or one per problem; KeepLoRA++'s depth scale.
         passes: 1 or 2. One pass leaves a leak of up to 3e-6 in float32, two leave 5e-7.
 
@@ -101,15 +103,10 @@ def _backward(ctx: Any, grad_rows: list[Tensor], _: Tensor) -> tuple[Any, ...]:
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    def problem(r: int, d: int, k: int) -> tuple[Tensor, Tensor]:
-        basis = (
-            torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(device, dtype).contiguous()
-        )
-        return torch.randn(r, d, device=device, dtype=dtype, requires_grad=True), basis
-
     def sample(*shapes: tuple[int, int, int], scale: float, passes: int) -> tuple[Any, ...]:
-        g, q = zip(*(problem(*shape) for shape in shapes), strict=True)
-        return list(g), list(q), [scale] * len(shapes), passes
+        g = [torch.randn(r, d, device=device, dtype=dtype, requires_grad=True) for r, d, _ in shapes]
+        q = [basis(d, k, device, dtype) for _, d, k in shapes]
+        return g, q, [scale] * len(shapes), passes
 
     return [
         sample((3, 5, 2), scale=1.0, passes=1),

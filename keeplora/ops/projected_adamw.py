@@ -1,4 +1,4 @@
-"""projected_adamw: AdamW that stays outside a protected subspace (contract: csrc/kernels/projected_adamw.h)."""
+"""projected_adamw: AdamW that stays outside a protected subspace."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .check import MASTER, float_list, matrices, same_length
 from .declare import declare
+from .samples import basis
 
 __all__ = ["projected_adamw"]
 
@@ -27,7 +28,8 @@ def projected_adamw(
 ) -> Tensor:
     r"""One AdamW step on every ``a[i]``, in place, that keeps its rows orthogonal to ``q[i]``.
 
-    .. math:: g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad P = I - QQ^T
+    .. math:: g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad
+              P = I - QQ^T
 
     Projecting the gradient alone is not enough: Adam rescales element by element and leaves the subspace.
 
@@ -35,7 +37,8 @@ def projected_adamw(
         a: ``n`` parameters ``[r_i, d_i]``, contiguous, all float32 or all float64; overwritten.
         grad: ``n`` gradients ``[r_i, d_i]``, any floating dtype.
         exp_avg, exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
-        q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``a``; ``k_i`` may be 0.
+        q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``a``; ``k_i`` may
+            be 0.
         step: number of this step, from 1 (bias correction).
         lr: learning rate, one number or one per parameter (the depth scale goes here).
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
@@ -44,14 +47,14 @@ def projected_adamw(
         ``leak [n]``: ``‖A Q‖_F / ‖A‖_F`` after the step, 0 for ``A = 0``.
 
     Raises:
-        ValueError: lengths or shapes do not fit, a tensor to overwrite is not contiguous, or a hyperparameter is out
-            of range. Nothing has been changed then.
+        ValueError: lengths or shapes do not fit, a tensor to overwrite is not contiguous, or a hyperparameter
+            is out of range. Nothing has been changed then.
         TypeError: a dtype does not fit.
 
     Not differentiable.
 
-    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2, arXiv:1711.05101, with the
-    projections of Saha et al., ICLR 2021.
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2, arXiv:1711.05101, with
+    the projections of Saha et al., ICLR 2021.
 
     Example:
         >>> a, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [0.0]])
@@ -99,7 +102,8 @@ def _check_fit(name: str, value: Tensor, i: int, parameter: Tensor, *, overwritt
         raise TypeError(f"projected_adamw: {name} must be {parameter.dtype} like a[{i}], got {value.dtype}.")
     if overwritten and not value.is_contiguous():
         raise ValueError(
-            f"projected_adamw: {name} must be contiguous, got strides {list(value.stride())}. It is overwritten in place."
+            f"projected_adamw: {name} must be contiguous, got strides {list(value.stride())}. It is "
+            "overwritten in place."
         )
 
 
@@ -141,18 +145,15 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def sample(*shapes: tuple[int, int, int], step: int) -> tuple[Any, ...]:
         a, grad, m = ([torch.randn(r, d, device=device, dtype=dtype) for r, d, _ in shapes] for _ in range(3))
         v = [torch.rand(r, d, device=device, dtype=dtype) for r, d, _ in shapes]
-        q = [
-            torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(device, dtype).contiguous()
-            for _, d, k in shapes
-        ]
+        q = [basis(d, k, device, dtype) for _, d, k in shapes]
         return a, grad, m, v, q, step, [1e-2] * len(shapes), 0.9, 0.999, 1e-8, 0.01
 
     return [sample((3, 5, 2), step=1), sample((4, 33, 8), (1, 7, 0), (2, 6, 6), step=10)]
 
 
 _op = declare(
-    "projected_adamw(Tensor(a!)[] a, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] q, "
-    "int step, float[] lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor",
+    "projected_adamw(Tensor(a!)[] a, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    "Tensor[] q, int step, float[] lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor",
     reference=_reference,
     fake=_fake,
     samples=_samples,

@@ -1,4 +1,4 @@
-"""sketch_rows: a random row sketch of a layer's gradient, never the gradient itself (contract: csrc/kernels/sketch_rows.h)."""
+"""sketch_rows: a random row sketch of a layer's gradient, without the gradient itself."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor 
         delta: ``[tokens, d_out]``, gradient of the layer's output, any floating dtype.
         width: rows of the sketch, at least 1.
         seed: names ``Ψ``; ``0 <= seed < 2**63``.
-        out: ``Z [width, d_in]`` to add to, contiguous, float32 (float64 if an input is float64); zeros when ``None``.
+        out: ``Z [width, d_in]`` to add to, contiguous, float32 (float64 if an input is float64);
+            zeros when ``None``.
 
     Returns:
         ``Z``: the tensor given as ``out``, or a new one.
@@ -38,8 +39,8 @@ def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor 
 
     Not differentiable: a statistic. Its inputs count as constants.
 
-    Source: sign sketches of Achlioptas, "Database-friendly random projections", 2003; randomized range finding of
-    Halko, Martinsson & Tropp, 2011, arXiv:0909.4061.
+    Source: sign sketches of Achlioptas, "Database-friendly random projections", 2003; randomized range
+    finding of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061.
 
     Example:
         >>> x, delta = torch.randn(10, 4), torch.randn(10, 6)
@@ -61,8 +62,8 @@ def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor 
     matrix("sketch_rows", "out", out, (acc,))
     if out.shape != shape or not out.is_contiguous() or out.device != x.device:
         raise ValueError(
-            f"sketch_rows: out must be contiguous {list(shape)} on {x.device}, got shape {list(out.shape)} with "
-            f"strides {list(out.stride())} on {out.device}."
+            f"sketch_rows: out must be contiguous {list(shape)} on {x.device}, got shape {list(out.shape)} "
+            f"with strides {list(out.stride())} on {out.device}."
         )
     _op.call(out.detach(), x.detach(), delta.detach(), seed)
     return out
@@ -73,8 +74,8 @@ def random_signs(
 ) -> Tensor:
     """The ``[rows, cols]`` matrix of signs ±1 that ``seed`` names, equal on every device.
 
-    Bit ``j % 32`` of a 32-bit hash of ``(seed, i, j // 32)`` decides entry ``(i, j)``: 0 gives +1. A larger matrix
-    of the same seed contains a smaller one as its upper left corner.
+    Bit ``j % 32`` of a 32-bit hash of ``(seed, i, j // 32)`` decides entry ``(i, j)``: 0 gives +1. A larger
+    matrix of the same seed contains a smaller one as its upper left corner.
 
     Raises:
         ValueError: ``rows < 1`` or ``seed`` is outside ``[0, 2**63)``.
