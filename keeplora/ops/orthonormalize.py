@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .check import MASTER, matrices, same_length
 from .declare import declare
-from .samples import basis
+from .samples import random_basis
 
 __all__ = ["orthonormalize"]
 
@@ -128,10 +128,14 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
     repeated = make(9, 2)
     return [
-        ([make(6, 3)], [basis(6, 2, device, dtype)]),
+        ([make(6, 3)], [random_basis(6, 2, device, dtype)]),
         (
             [make(5, 5), repeated[:, [0, 0, 1]], make(4, 0)],
-            [basis(5, 0, device, dtype), basis(9, 3, device, dtype), basis(4, 4, device, dtype)],
+            [
+                random_basis(5, 0, device, dtype),
+                random_basis(9, 3, device, dtype),
+                random_basis(4, 4, device, dtype),
+            ],
         ),
     ]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .check import MASTER, float_list, matrices, same_length
 from .declare import declare
-from .samples import basis
+from .samples import random_basis
 
 __all__ = ["project_rows"]
 
@@ -105,7 +105,7 @@ def _backward(ctx: Any, grad_rows: list[Tensor], _: Tensor) -> tuple[Any, ...]:
 def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def sample(*shapes: tuple[int, int, int], scale: float, passes: int) -> tuple[Any, ...]:
         g = [torch.randn(r, d, device=device, dtype=dtype, requires_grad=True) for r, d, _ in shapes]
-        q = [basis(d, k, device, dtype) for _, d, k in shapes]
+        q = [random_basis(d, k, device, dtype) for _, d, k in shapes]
         return g, q, [scale] * len(shapes), passes
 
     return [

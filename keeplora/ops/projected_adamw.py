@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .check import MASTER, float_list, matrices, same_length
 from .declare import declare
-from .samples import basis
+from .samples import random_basis
 
 __all__ = ["projected_adamw"]
 
@@ -145,7 +145,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def sample(*shapes: tuple[int, int, int], step: int) -> tuple[Any, ...]:
         a, grad, m = ([torch.randn(r, d, device=device, dtype=dtype) for r, d, _ in shapes] for _ in range(3))
         v = [torch.rand(r, d, device=device, dtype=dtype) for r, d, _ in shapes]
-        q = [basis(d, k, device, dtype) for _, d, k in shapes]
+        q = [random_basis(d, k, device, dtype) for _, d, k in shapes]
         return a, grad, m, v, q, step, [1e-2] * len(shapes), 0.9, 0.999, 1e-8, 0.01
 
     return [sample((3, 5, 2), step=1), sample((4, 33, 8), (1, 7, 0), (2, 6, 6), step=10)]
