@@ -1,0 +1,59 @@
+# make demo and make test work from a bare Python 3.11 with g++, make and git: everything else goes into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The newest torch whose torchvision this project was tested with; any torch >= 2.11 works.
+TORCH  ?= torch==2.15.0 torchvision==0.29.2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lint format bench docs clean
+help:
+	@echo "make demo    set up, then compare KeepLoRA with its baselines on the embedded benchmark (runs/demo)"
+	@echo "make test    set up, then run all tests"
+	@echo "make lint    formatting, types, import law        make docs   build the documentation"
+	@echo "make bench   the CPU microbenchmarks              make clean  remove what was built"
+
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt
+
+$(BIN)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH) pybind11 ninja
+	touch $@
+
+# Two stamps: the demo needs less than the tests do. Both build the extension against the torch of the venv.
+$(BIN)/.demo: $(BIN)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@ $(BIN)/.demo
+
+setup: $(BIN)/.dev
+
+demo: $(BIN)/.demo
+	$(BIN)/keeplora demo --out runs/demo
+
+test: $(BIN)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(BIN)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(BIN)/.dev
+	$(BIN)/python -m bench.run --device cpu --json bench/results/cpu/latest.json
+
+docs: $(BIN)/.dev
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+clean:
+	rm -rf build dist *.egg-info keeplora/*.so $(BIN)/.demo $(BIN)/.dev

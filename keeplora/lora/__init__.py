@@ -1,0 +1,28 @@
+"""LoRA layers: the adapters' homes in a model, the list of targets, and what one pass over data tells about them."""
+
+from .adapter import LoraAdapter, LoraHost
+from .attention import LoraAttention, attend
+from .linear import LoraLinear
+from .statistics import FeatureStatistic, TokenMask, feature_statistics, mean_gradients
+from .targets import Target, attention_targets, depth_positions, linear_targets, select_targets
+from .wrap import LoraSlot, unwrap, wrap
+
+__all__ = [
+    "FeatureStatistic",
+    "LoraAdapter",
+    "LoraAttention",
+    "LoraHost",
+    "LoraLinear",
+    "LoraSlot",
+    "Target",
+    "TokenMask",
+    "attend",
+    "attention_targets",
+    "depth_positions",
+    "feature_statistics",
+    "linear_targets",
+    "mean_gradients",
+    "select_targets",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,156 @@
+"""One low-rank adapter, and what every layer that holds adapters has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keeplora.ops import merge_weights
+
+__all__ = ["LoraAdapter", "LoraHost", "Observer"]
+
+Observer = Callable[["LoraHost", Mapping[str, Tensor]], None]
+"""Called in every forward with the input of each slot of the layer; slots that share an input get one tensor."""
+
+
+class LoraAdapter(nn.Module):
+    r"""A low-rank update of one weight matrix (Hu et al. 2022, arXiv:2106.09685).
+
+    .. math:: \Delta W = c\,(B - B_0)\,A, \qquad c = s\,\lambda_l
+
+    Args:
+        a: ``[r, in]``. Frozen unless ``train_a``.
+        b: ``[out, r]``, trained. Zeros if None.
+        scaling: c, the product of ``alpha / r`` (or ``alpha / sqrt(r)``) and the depth scale.
+        train_a: Whether A is trained too.
+        origin: :math:`B_0` ``[out, r]``: a start B that must not change the function. The update counts from
+            it, so the frozen weight is never touched (KeepLoRA's ``W ← W − s B_0 A``, without its rounding).
+    """
+
+    origin: Tensor | None
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float, *, train_a: bool = False, origin: Tensor | None = None):
+        super().__init__()
+        self.A = nn.Parameter(a.detach().clone(), requires_grad=train_a)
+        self.B = nn.Parameter(b.detach().clone())
+        self.scaling = float(scaling)
+        self.register_buffer("origin", None if origin is None else origin.detach().clone())
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def update(self) -> Tensor:
+        """``B − B₀ [out, r]``: what multiplies A in the weight's update."""
+        return self.B if self.origin is None else self.B - self.origin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``c · (x Aᵀ)(B − B₀)ᵀ``: the adapter's share of the layer's output, in the dtype the layer computes in."""
+        t = F.linear(x, self.A.to(x.dtype)) * self.scaling
+        return F.linear(t, self.update().to(t.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in={self.A.shape[1]}, out={self.B.shape[0]}, rank={self.rank}, scaling={self.scaling:.4g}"
+
+
+class LoraHost(nn.Module):
+    """A layer whose weights carry adapters in named slots.
+
+    A slot is a row range of one of the layer's own frozen weights. ``LoraLinear`` has the slots its targets
+    name (usually one), ``LoraAttention`` q, k and v.
+    """
+
+    adapters: nn.ModuleDict
+    slots: dict[str, tuple[str, tuple[int, int] | None]]
+    observer: Observer | None
+
+    def _init_host(self) -> None:
+        self.adapters = nn.ModuleDict()
+        self.slots = {}
+        self.observer = None
+        self._masters: dict[str, Tensor] = {}
+
+    def add_slot(self, slot: str, parameter: str, rows: tuple[int, int] | None) -> None:
+        weight = getattr(self, parameter, None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"add_slot: parameter must be a weight of {type(self).__name__}, got {parameter!r}")
+        if rows is not None and not 0 <= rows[0] < rows[1] <= weight.shape[0]:
+            raise ValueError(f"add_slot: rows must lie in [0, {weight.shape[0]}] with start < stop, got {rows} [{slot}]")
+        for other, (name, taken) in self.slots.items():
+            if name == parameter and (rows is None or taken is None or (rows[0] < taken[1] and taken[0] < rows[1])):
+                raise ValueError(f"add_slot: rows must not overlap another slot, got {rows} [{slot} and {other}]")
+        self.slots[slot] = (parameter, rows)
+
+    def slot_weight(self, slot: str) -> Tensor:
+        """The frozen weight rows of a slot ``[out, in]``: a view, in the layer's dtype."""
+        parameter, rows = self.slots[slot]
+        weight: Tensor = getattr(self, parameter)
+        return weight if rows is None else weight[rows[0] : rows[1]]
+
+    def exact_weight(self, slot: str) -> Tensor:
+        """The slot's weight before rounding to the layer's dtype: float32, kept since the first merge."""
+        weight = self._masters.get(slot, self.slot_weight(slot))
+        return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+    @torch.no_grad()
+    def attach(self, slot: str, adapter: LoraAdapter) -> None:
+        weight = self.slot_weight(slot)
+        if slot in self.adapters:
+            raise RuntimeError(f"attach: slot {slot!r} already holds an adapter. Merge or detach it first.")
+        if (adapter.B.shape[0], adapter.A.shape[1]) != tuple(weight.shape):
+            raise ValueError(f"attach: adapter must be for a weight of shape {list(weight.shape)}, got A "
+                             f"{list(adapter.A.shape)} and B {list(adapter.B.shape)} [{slot}]")
+        self.adapters[slot] = adapter.to(weight.device)
+
+    def detach_adapter(self, slot: str) -> None:
+        if slot in self.adapters:
+            del self.adapters[slot]
+
+    @torch.no_grad()
+    def merge(self, slot: str) -> None:
+        """``W ← W + c (B − B₀) A``, exact to float32 rounding, then rounded once to the layer's dtype.
+
+        A layer in half precision keeps the float32 result too, so that roundings do not pile up over tasks.
+        """
+        adapter = self.adapters[slot]
+        assert isinstance(adapter, LoraAdapter)
+        [merged] = merge_weights(
+            [self.exact_weight(slot)], [adapter.A.detach()], [adapter.update().detach()], scale=[adapter.scaling]
+        )
+        self.set_exact_weight(slot, merged)
+        self.detach_adapter(slot)
+
+    @torch.no_grad()
+    def set_exact_weight(self, slot: str, exact: Tensor) -> None:
+        weight = self.slot_weight(slot)
+        weight.copy_(exact)
+        if weight.dtype not in (torch.float32, torch.float64):
+            self._masters[slot] = exact.detach().to(weight.device, torch.float32).clone()
+
+    def _observe(self, inputs: Mapping[str, Tensor]) -> None:
+        if self.observer is not None:
+            self.observer(self, inputs)
+
+    def _add_deltas(self, y: Tensor, x: Tensor, parameter: str) -> Tensor:
+        """Add the adapters of the slots of ``parameter`` to ``y = x Wᵀ + b``; all of them read the same x."""
+        for slot, adapter in self.adapters.items():
+            name, rows = self.slots[slot]
+            if name == parameter:
+                delta = adapter(x)
+                if rows is None:
+                    y = y + delta
+                else:
+                    y[..., rows[0] : rows[1]] += delta
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        # The exact weights follow the layer's device, never its dtype: they are the reason it may be half.
+        self._masters = {
+            slot: exact.to(self.slot_weight(slot).device) for slot, exact in self._masters.items()
+        }
+        return result

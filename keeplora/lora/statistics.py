@@ -1,0 +1,241 @@
+"""What a method learns from one pass over a task's data: gradients and input features of the adapted weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.ops import gram
+
+from .adapter import LoraHost
+from .wrap import LoraSlot
+
+__all__ = ["FeatureStatistic", "TokenMask", "feature_statistics", "mean_gradients"]
+
+Forward = Callable[[nn.Module, Any], Any]
+TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
+"""``mask(slot, x) -> bool [x.shape[:-1]]``, True where a token counts; None where all do."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistic:
+    """Second moment of the inputs of a layer: ``moment = Σ xᵀx [in, in]`` float32 over ``tokens`` tokens."""
+
+    moment: Tensor
+    tokens: int
+
+
+def mean_gradients(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+) -> list[Tensor]:
+    r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data.
+
+    .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) \quad [\text{out}, \text{in}]
+
+    Only the weights that hold slots get gradients. Sums are float32 on the weight's device; the model runs in
+    ``eval()`` and is left as it was: no update, no ``.grad``, same flags.
+
+    Raises:
+        ValueError: the loader is empty; the loss is not a finite scalar (the batch is named).
+        RuntimeError: the loss has no gradient to any of the slots' weights.
+    """
+    keys = list(dict.fromkeys((slot.host, slot.host.slots[slot.slot][0]) for slot in slots))
+    weights: list[nn.Parameter] = [getattr(host, name) for host, name in keys]
+    totals = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in weights]
+    touched = [False] * len(weights)
+    batches = 0
+    with _evaluating(model), _only_these_require_grad(model, weights), torch.enable_grad():
+        for index, batch in enumerate(loader):
+            loss = loss_fn(model, batch)
+            _check_loss("mean_gradients", loss, index)
+            if not loss.requires_grad:
+                raise RuntimeError(_NO_GRADIENT)
+            for i, gradient in enumerate(torch.autograd.grad(loss, weights, allow_unused=True)):
+                if gradient is not None:
+                    touched[i] = True
+                    totals[i] += gradient
+            batches += 1
+    if batches == 0:
+        raise ValueError("mean_gradients: loader must yield at least one batch, got none. "
+                         "A generator can be used once: pass a loader that can be iterated again.")
+    if not any(touched):
+        raise RuntimeError(_NO_GRADIENT)
+    gradients = {key: total / batches for key, total in zip(keys, totals, strict=True)}
+    result = []
+    for slot in slots:
+        parameter, rows = slot.host.slots[slot.slot]
+        gradient = gradients[slot.host, parameter]
+        gradient = gradient if rows is None else gradient[rows[0] : rows[1]]
+        if not torch.isfinite(gradient).all():
+            raise ValueError(f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
+                             "Lower the loss scale, or run this pass in float32 or bfloat16.")
+        result.append(gradient)
+    return result
+
+
+_NO_GRADIENT = (
+    "mean_gradients: the loss must depend on the adapted weights, got no gradient to any of them. "
+    "Check that loss_fn runs the model it is given and does not detach or no_grad its output."
+)
+
+
+@torch.no_grad()
+def feature_statistics(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    forward: Forward,
+    *,
+    kind: Literal["second_moment", "slot_mean"] = "second_moment",
+    token_mask: TokenMask | None = None,
+) -> list[FeatureStatistic]:
+    r"""Second moment of each slot's inputs over one pass of the data, adapters included, without gradients.
+
+    .. math:: C = \sum_{\text{tokens}} x^\top x \quad [\text{in}, \text{in}]
+
+    Slots that read the same tensor (q, k and v of self-attention) share one statistic: the same object.
+    ``kind="slot_mean"`` averages ``xᵀ`` over batches position by position before taking the second moment, as the
+    public code of KeepLoRA does; its rank then depends on the number of batches.
+
+    Args:
+        forward: ``forward(model, batch)``; its result is not used. A loss function is fine.
+        token_mask: Which tokens count (padding should not).
+
+    Raises:
+        ValueError: the loader is empty or no token counted; an input is NaN or Inf, or its width changes
+            (the layer and the batch are named).
+    """
+    if kind not in ("second_moment", "slot_mean"):
+        raise ValueError(f"feature_statistics: kind must be 'second_moment' or 'slot_mean', got {kind!r}")
+    collector = _Collector(slots, kind, token_mask)
+    batches = 0
+    with _evaluating(model), collector.watching():
+        for index, batch in enumerate(loader):
+            collector.batch = index
+            forward(model, batch)
+            batches += 1
+    if batches == 0:
+        raise ValueError("feature_statistics: loader must yield at least one batch, got none. "
+                         "A generator can be used once: pass a loader that can be iterated again.")
+    return collector.result()
+
+
+class _Collector:
+    """Accumulates one statistic per distinct input: a set of slots of one layer that were given one tensor."""
+
+    def __init__(self, slots: Sequence[LoraSlot], kind: str, token_mask: TokenMask | None):
+        self.slots, self.kind, self.token_mask = slots, kind, token_mask
+        self.by_host: dict[LoraHost, dict[str, LoraSlot]] = {}
+        for slot in slots:
+            self.by_host.setdefault(slot.host, {})[slot.slot] = slot
+        self.moments: dict[tuple[LoraHost, frozenset[str]], Tensor] = {}
+        self.counts: dict[tuple[LoraHost, frozenset[str]], int] = {}
+        self.batch = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        for host in self.by_host:
+            host.observer = self.observe
+        try:
+            yield
+        finally:
+            for host in self.by_host:
+                host.observer = None
+
+    def observe(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
+        mine = self.by_host[host]
+        groups: dict[int, list[str]] = {}
+        for name, x in inputs.items():
+            if name in mine:
+                groups.setdefault(id(x), []).append(name)
+        for names in groups.values():
+            x, slot = inputs[names[0]].detach(), mine[names[0]]
+            mask = None if self.token_mask is None else self.token_mask(slot, x)
+            rows = x.flatten(0, -2) if mask is None else x[mask]
+            self.accumulate((host, frozenset(names)), slot, rows)
+
+    def accumulate(self, key: tuple[LoraHost, frozenset[str]], slot: LoraSlot, rows: Tensor) -> None:
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"feature_statistics: features must be finite, got NaN or Inf in batch {self.batch} "
+                             f"[{slot.name}]")
+        moment = self.moments.get(key)
+        if moment is not None and moment.shape[1] != rows.shape[1]:
+            raise ValueError(f"feature_statistics: features must keep their width, got {rows.shape[1]} after "
+                             f"{moment.shape[1]} in batch {self.batch} [{slot.name}]")
+        self.counts[key] = self.counts.get(key, 0) + rows.shape[0]
+        if self.kind == "second_moment":
+            self.moments[key] = gram(rows, out=moment)[0]
+            return
+        wide = rows.float()
+        if moment is None:
+            self.moments[key] = wide.clone()
+        else:
+            shared = min(len(moment), len(wide))
+            moment[:shared] += wide[:shared]
+
+    def result(self) -> list[FeatureStatistic]:
+        finished: dict[tuple[LoraHost, frozenset[str]], FeatureStatistic] = {}
+        for key, moment in self.moments.items():
+            if self.kind == "slot_mean":
+                mean = moment / (self.batch + 1)
+                moment = mean.T @ mean
+            finished[key] = FeatureStatistic(moment, self.counts[key])
+        result = []
+        for slot in self.slots:
+            parts = [s for (host, names), s in finished.items() if host is slot.host and slot.slot in names]
+            parts = [part for part in parts if part.tokens]
+            if not parts:
+                raise ValueError(f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
+                                 "Check that the forward function runs this tower and that the mask keeps tokens.")
+            if len(parts) > 1:  # called with shared inputs at one time, with separate ones at another
+                parts = [FeatureStatistic(sum((p.moment for p in parts[1:]), parts[0].moment),
+                                          sum(p.tokens for p in parts))]
+            result.append(parts[0])
+        return result
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _check_loss(function: str, loss: Any, index: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
+                         "Reduce the loss, for example with .mean().")
+    if not torch.isfinite(loss).all():
+        raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() with every module's own mode restored: dropout and batch statistics must not enter, nor change."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _only_these_require_grad(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

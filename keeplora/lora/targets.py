@@ -1,0 +1,122 @@
+"""Which weights are adapted: one flat list of targets, chosen by the names PEFT users know."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["Target", "depth_positions", "linear_targets", "select_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight matrix that gets an adapter.
+
+    Attributes:
+        name: Unique dotted name, as in transformers: ``visual.transformer.resblocks.0.attn.q_proj``.
+        module: Dotted path of the ``nn.Linear`` or ``nn.MultiheadAttention`` that owns the weight.
+        parameter: The weight's name in that module: ``weight``, ``in_proj_weight``, ``q_proj_weight`` …
+        rows: ``(start, stop)`` of a fused weight, or None for the whole matrix.
+        depth: Index of the block inside its tower, shallowest first.
+        tower: ``vision``, ``text``, ``language``, or ``model`` where a model has no towers.
+    """
+
+    name: str
+    module: str
+    parameter: str
+    rows: tuple[int, int] | None
+    depth: int
+    tower: str
+
+
+def linear_targets(model: nn.Module) -> list[Target]:
+    """Every ``nn.Linear`` of ``model``, in order of definition: tower ``model``, depth = position in the list.
+
+    The finder for models no integration knows. ``nn.MultiheadAttention`` gives q, k, v and out_proj.
+
+    Example:
+        >>> from torch import nn
+        >>> [t.name for t in linear_targets(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
+        ['0', '2']
+    """
+    found: list[Target] = []
+    attention: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(parent + ".") for parent in attention):
+            continue
+        depth = 1 + max((target.depth for target in found), default=-1)
+        if isinstance(module, nn.MultiheadAttention):
+            attention.append(path)
+            found += attention_targets(path, module, depth, "model")
+        elif isinstance(module, nn.Linear):
+            found.append(Target(path, path, "weight", None, depth, "model"))
+    return found
+
+
+def attention_targets(path: str, module: nn.MultiheadAttention, depth: int, tower: str) -> list[Target]:
+    """The four targets of an ``nn.MultiheadAttention``: row ranges of a fused weight, or separate weights."""
+    width = module.embed_dim
+    targets = []
+    for i, letter in enumerate("qkv"):
+        if module.in_proj_weight is not None:
+            parameter, rows = "in_proj_weight", (i * width, (i + 1) * width)
+        else:
+            parameter, rows = f"{letter}_proj_weight", None
+        targets.append(Target(f"{path}.{letter}_proj", path, parameter, rows, depth, tower))
+    targets.append(Target(f"{path}.out_proj", f"{path}.out_proj", "weight", None, depth, tower))
+    return targets
+
+
+def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> list[Target]:
+    """The targets that ``names`` mean, in the order of ``targets``.
+
+    A name matches a target if it is a run of whole dotted components of the target's name: ``attn`` takes
+    q, k, v and out_proj of every block, ``q_proj`` every query, ``visual.transformer`` one tower,
+    ``resblocks.0.attn.q_proj`` one matrix per tower. ``"all-linear"`` takes everything.
+
+    Raises:
+        ValueError: a name matches nothing (the nearest names are offered), or ``targets`` is empty.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    if not targets:
+        raise ValueError("select_targets: targets must not be empty, got a model without any linear layer. "
+                         "Pass targets=[...] naming the weights to adapt.")
+    if not wanted:
+        raise ValueError('select_targets: names must name at least one module, got an empty list. '
+                         'Use "all-linear" for every linear layer.')
+    if wanted == ["all-linear"]:
+        return list(targets)
+    dotted = [f".{target.name}." for target in targets]
+    chosen: set[int] = set()
+    for name in wanted:
+        hits = [i for i, full in enumerate(dotted) if f".{name}." in full]
+        if not hits:
+            known = sorted({part for target in targets for part in _suffixes(target.name)})
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+            raise ValueError(f"select_targets: target_modules must name modules of the model, got {name!r}, which "
+                             f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(near)}.")
+        chosen.update(hits)
+    return [target for i, target in enumerate(targets) if i in chosen]
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return [*parts, ".".join(parts[-2:])]
+
+
+def depth_positions(targets: Sequence[Target]) -> dict[str, tuple[int, int]]:
+    """``{target name: (l, L)}``: the position l = 0 … L − 1 of its block among the adapted blocks of its tower.
+
+    Example:
+        >>> blocks = [Target(f"b{i}.fc", f"b{i}.fc", "weight", None, i, "vision") for i in (2, 5, 9)]
+        >>> depth_positions(blocks)
+        {'b2.fc': (0, 3), 'b5.fc': (1, 3), 'b9.fc': (2, 3)}
+    """
+    depths: dict[str, list[int]] = {}
+    for target in targets:
+        depths.setdefault(target.tower, []).append(target.depth)
+    ranks = {tower: {d: i for i, d in enumerate(sorted(set(all_)))} for tower, all_ in depths.items()}
+    return {t.name: (ranks[t.tower][t.depth], len(ranks[t.tower])) for t in targets}

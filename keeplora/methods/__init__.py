@@ -1,0 +1,27 @@
+"""Continual-learning methods behind one protocol (:class:`~keeplora.methods.base.Method`)."""
+
+from .base import LossFn, Method, State
+from .baselines import FullFineTuning, LoraConfig, SequentialLora, ZeroShot
+from .certificate import LayerCapacity, LayerCertificate, RetentionCertificate
+from .config import KeepLoraConfig
+from .keeplora import KeepLora
+from .registry import METHODS, create
+from .state import StateError
+
+__all__ = [
+    "METHODS",
+    "FullFineTuning",
+    "KeepLora",
+    "KeepLoraConfig",
+    "LayerCapacity",
+    "LayerCertificate",
+    "LoraConfig",
+    "LossFn",
+    "Method",
+    "RetentionCertificate",
+    "SequentialLora",
+    "State",
+    "StateError",
+    "ZeroShot",
+    "create",
+]

@@ -1,0 +1,82 @@
+"""The protocol every continual-learning method keeps, so that one training loop serves them all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
+
+
+@dataclass
+class State:
+    """All a method needs to go on later: ``tensors`` by name, and ``meta`` that fits JSON."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to learn a sequence of tasks.
+
+    The life of a task: :meth:`before_task`, then any number of optimizer steps on
+    :meth:`trainable_parameters` (add :meth:`penalty` to the loss, call :meth:`after_step` after each step),
+    then :meth:`after_task`. Between tasks the model is ready for evaluation.
+
+    A method changes nothing but ``self.model`` and itself, and ``self.model`` stays the object it was given.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool] = True
+    """False for methods that never take an optimizer step (zero-shot)."""
+
+    model: nn.Module
+
+    @abstractmethod
+    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
+        """Prepare for a task. ``loader`` yields its training batches and is iterated once, or not at all."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an optimizer should hold for the task that is open. Valid after :meth:`before_task`."""
+
+    def penalty(self) -> Tensor | None:
+        """A term to add to the loss of the current step, or None."""
+        return None
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    @abstractmethod
+    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
+        """Close the task; what it returns is reported (a retention certificate, or None)."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What :meth:`load_state` needs to continue, the model's changed weights included."""
+
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Continue from :meth:`state`, on a model as it was before the first task."""
+
+
+def parameter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A detached CPU copy of every entry of ``model.state_dict()``."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def freeze(model: nn.Module) -> None:
+    """Switch every parameter's gradient off."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def capture_rng() -> dict[str, Tensor]:
+    """torch's CPU generator state, so that a continued run draws what an uninterrupted one would."""
+    return {"cpu": torch.get_rng_state()}

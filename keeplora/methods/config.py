@@ -1,0 +1,119 @@
+"""Settings of KeepLoRA and KeepLoRA++, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["KeepLoraConfig"]
+
+PerTower = float | Mapping[str, float]
+"""One number for every tower, or numbers by tower: ``{"vision": 0.85, "text": 0.2}``."""
+
+
+@dataclass(frozen=True)
+class KeepLoraConfig:
+    r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
+
+    Args:
+        r: Rank of every adapter; less where less free space is left.
+        alpha: LoRA's alpha; the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
+        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn``, ``q_proj``,
+            ``mlp.c_fc``, or ``"all-linear"``.
+        depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
+            towers not named get 1. The default scales vision and language and leaves text alone, as the public
+            code does. Under Adam the update's size follows λ, under SGD λ².
+        weight_energy: ε_w: share of the pretrained weight's energy that is protected. 0 protects none. By tower:
+            towers not named get 0.
+        feature_energy: ε_f: share of the tasks' feature energy that is protected after each task. By tower.
+        weight_side: ``"input"`` protects input directions, as derived; ``"output"`` repeats the public CLIP code,
+            which takes output directions for input ones (square weights only; for parity runs).
+        feature_statistic: ``"second_moment"``, or ``"slot_mean"`` as in the public CLIP code (for parity runs).
+        init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
+            so the function starts unchanged either way.
+        seed: Of the randomised decompositions.
+
+    Raises:
+        ValueError, TypeError: a setting is out of range; the message names it.
+
+    Example:
+        >>> KeepLoraConfig(r=8, depth_scale={"vision": 0.2}).depth_scale_of("text")
+        1.0
+    """
+
+    r: int = 16
+    alpha: float = 1.0
+    rslora: bool = False
+    target_modules: tuple[str, ...] | str = ("attn",)
+    depth_scale: PerTower = field(default_factory=lambda: {"vision": 0.2, "language": 0.2, "text": 1.0, "model": 0.2})
+    weight_energy: PerTower = field(
+        default_factory=lambda: {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6}
+    )
+    feature_energy: PerTower = 0.99
+    weight_side: Literal["input", "output"] = "input"
+    feature_statistic: Literal["second_moment", "slot_mean"] = "second_moment"
+    init_b: Literal["zero", "gradient"] = "zero"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int):
+            raise TypeError(f"KeepLoraConfig: r must be an int, got {self.r!r}")
+        if self.r <= 0:
+            raise ValueError(f"KeepLoraConfig: r must be at least 1, got {self.r}. Typical ranks are 8 to 64.")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"KeepLoraConfig: alpha must be a positive number, got {self.alpha!r}")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("depth_scale", "weight_energy", "feature_energy"):
+            self._check_fractions(name, getattr(self, name))
+        choices = {"weight_side": ("input", "output"), "feature_statistic": ("second_moment", "slot_mean"),
+                   "init_b": ("zero", "gradient")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, "
+                                 f"got {getattr(self, name)!r}")
+
+    def _check_fractions(self, name: str, value: PerTower) -> None:
+        values = value.items() if isinstance(value, Mapping) else [("every tower", value)]
+        for tower, number in values:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(f"KeepLoraConfig: {name} must be a number or numbers by tower, got {number!r} [{tower}]")
+            if not 0 <= number <= 1:
+                raise ValueError(f"KeepLoraConfig: {name} must lie in [0, 1], got {number} [{tower}]")
+
+    @property
+    def scaling(self) -> float:
+        """s = ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def depth_scale_of(self, tower: str) -> float:
+        return _of(self.depth_scale, tower, 1.0)
+
+    def weight_energy_of(self, tower: str) -> float:
+        return _of(self.weight_energy, tower, 0.0)
+
+    def feature_energy_of(self, tower: str) -> float:
+        return _of(self.feature_energy, tower, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``KeepLoraConfig(**config.to_dict())`` gives it back."""
+        plain = asdict(self)
+        if isinstance(self.target_modules, tuple):
+            plain["target_modules"] = list(self.target_modules)
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+
+
+def depth_factor(gamma: float, position: int, count: int) -> float:
+    """λ_l = γ + (1 − γ) l/(L − 1) for l = ``position`` of L = ``count`` blocks; 1 for a single block.
+
+    Example:
+        >>> [depth_factor(0.2, l, 5) for l in (0, 2, 4)]
+        [0.2, 0.6, 1.0]
+    """
+    return 1.0 if count <= 1 else gamma + (1.0 - gamma) * position / (count - 1)
+
+
+def _of(setting: PerTower, tower: str, missing: float) -> float:
+    return float(setting.get(tower, missing)) if isinstance(setting, Mapping) else float(setting)

@@ -1,0 +1,388 @@
+"""KeepLoRA and KeepLoRA++: adapters confined to the residual subspace (the class users hold)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.integrations import find_targets, token_mask
+from keeplora.lora import (
+    LoraAdapter,
+    LoraSlot,
+    Target,
+    depth_positions,
+    feature_statistics,
+    mean_gradients,
+    select_targets,
+    unwrap,
+    wrap,
+)
+from keeplora.math.lowrank import TopDirections, extend_basis, top_directions, weight_basis
+from keeplora.math.subspace import certificate, orthogonality
+
+from .base import LossFn, Method, State, freeze
+from .certificate import LayerCapacity, LayerCertificate, RetentionCertificate
+from .config import KeepLoraConfig, depth_factor
+from .state import StateError, read_state, write_state
+
+__all__ = ["KeepLora"]
+
+
+@dataclass
+class _Protected:
+    """What is remembered of one slot between tasks."""
+
+    basis: Tensor
+    added: int = 0
+
+
+class KeepLora(Method):
+    r"""Continual learning by LoRA in the subspace that neither the pretrained weights nor earlier tasks use.
+
+    For every adapted weight W ``[out, in]`` with protected orthonormal basis Q ``[in, k]``:
+
+    .. math::
+        Q_0 &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_w \\
+        A &= \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0 \\
+        y &= x W^\top + s\,\lambda_l\,(x A^\top) B^\top, \quad \lambda_l = \gamma + (1 - \gamma)\tfrac{l}{L-1} \\
+        W &\leftarrow W + s\,\lambda_l B A, \quad Q \leftarrow [Q, \text{top directions of } C], \text{ energy } \varepsilon_f
+
+    G is the task's mean gradient, C the second moment of the layer's inputs after the task. Since ``A Q = 0``,
+    inputs in span(Q) are mapped as before, up to rounding; :meth:`after_task` returns the proof in numbers.
+
+    Args:
+        model: Any model with linear layers; open_clip's towers, blocks and padding are known. Its layers are
+            replaced in place by ones that can hold adapters; it stays the same object.
+        config: Settings; :class:`KeepLoraConfig` () is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
+        targets: The weights to choose from, instead of what :func:`keeplora.integrations.find_targets` finds.
+
+    Raises:
+        ValueError: ``target_modules`` matches nothing, or r is larger than a layer's width.
+
+    Source: KeepLoRA, arXiv:2601.19659 (ICLR 2026); KeepLoRA++, arXiv:2606.16256.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> keeper = KeepLora(model, KeepLoraConfig(r=2, target_modules="all-linear", feature_energy=0.5))
+        >>> keeper.before_task(data, loss_fn)
+        >>> optimizer = torch.optim.AdamW(keeper.trainable_parameters(), lr=1e-3)
+        >>> for batch in data:
+        ...     loss_fn(keeper.model, batch).backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        >>> keeper.after_task(data).leak < 1e-6
+        True
+    """
+
+    name: ClassVar[str] = "keeplora"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KeepLoraConfig | None = None,
+        *,
+        targets: Sequence[Target] | None = None,
+    ):
+        self.model = model
+        self.config = config or KeepLoraConfig()
+        self.targets = select_targets(find_targets(model) if targets is None else targets, self.config.target_modules)
+        self._check_ranks()
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.slots: list[LoraSlot] = wrap(model, self.targets)
+        positions = depth_positions(self.targets)
+        self._scalings = [
+            self.config.scaling * depth_factor(self.config.depth_scale_of(t.tower), *positions[t.name])
+            for t in self.targets
+        ]
+        self._protected: list[_Protected] | None = None
+        self._loss_fn: LossFn | None = None
+        self.tasks_learned = 0
+        self.training_task = False
+        self._closed = False
+
+    def _check_ranks(self) -> None:
+        for target in self.targets:
+            width = getattr(self.model.get_submodule(target.module), target.parameter).shape[1]
+            if self.config.r > width:
+                raise ValueError(f"KeepLora: r must be at most the layer's width, got {self.config.r} for "
+                                 f"{width} [{target.name}]. Lower r.")
+
+    # ------------------------------------------------------------------ the life of a task
+
+    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Find where the task wants to go in free space, and put an adapter there: A frozen, B trained.
+
+        One pass over ``loader`` with gradients of the adapted weights only; before the first task also the bases
+        of the pretrained weights. The model's function does not change. On an error nothing has changed.
+
+        Args:
+            loader: The task's training batches; can be iterated again later.
+            loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :meth:`after_task`.
+
+        Raises:
+            RuntimeError: a task is open already; the loss has no gradient to any adapted weight.
+            ValueError: an empty loader, a loss or gradient that is not finite (batch or layer named).
+
+        Warns:
+            UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
+        """
+        self._require_open_model()
+        if self.training_task:
+            raise RuntimeError("before_task: the previous task must be closed first, got an open task. "
+                               "Call after_task(loader).")
+        protected = self._protected or self._protect_weights()
+        gradients = mean_gradients(self.model, self.slots, loader, loss_fn)
+        directions = top_directions(gradients, [p.basis for p in protected], self.config.r, seed=self.config.seed)
+        adapters = [self._adapter(*parts) for parts in zip(self.slots, directions, self._scalings, strict=True)]
+        self._warn_of_small_ranks(protected, directions)
+        freeze(self.model)
+        for slot, adapter in zip(self.slots, adapters, strict=True):
+            if adapter is not None:
+                slot.attach(adapter)
+        self._protected, self._loss_fn, self.training_task = protected, loss_fn, True
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapters' B matrices, for the optimizer.
+
+        Raises:
+            RuntimeError: no task is open.
+        """
+        self._require_task("trainable_parameters")
+        return [slot.adapter.B for slot in self.slots if slot.adapter is not None]
+
+    @torch.no_grad()
+    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> RetentionCertificate:
+        r"""Merge the adapters, protect what the task's inputs look like, and prove what was retained.
+
+        One pass over ``loader`` without gradients. The features are those of the learned model: they are collected
+        before the merge, which does not change the function, so that an error leaves everything as it was.
+
+        Args:
+            loader: The task's training batches.
+            loss_fn: Runs the model on a batch; by default the one :meth:`before_task` was given.
+
+        Returns:
+            The retention certificate: leak, orthogonality, captured energy and room, per layer and the worst.
+
+        Raises:
+            RuntimeError: no task is open, or no ``loss_fn`` is known (after :meth:`load`).
+            ValueError: an empty loader, features that are not finite (batch and layer named).
+        """
+        self._require_task("after_task")
+        forward = loss_fn or self._loss_fn
+        if forward is None:
+            raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
+        assert self._protected is not None
+        with token_mask(self.model) as mask:
+            statistics = feature_statistics(
+                self.model, self.slots, loader, forward, kind=self.config.feature_statistic, token_mask=mask
+            )
+        extensions = extend_basis(
+            [p.basis for p in self._protected],
+            [statistic.moment for statistic in statistics],
+            [self.config.feature_energy_of(t.tower) for t in self.targets],
+        )
+        layers = []
+        for slot, old, new in zip(self.slots, self._protected, extensions, strict=True):
+            leak, rounded = _merge_and_measure(slot, old.basis)
+            layers.append(LayerCertificate(
+                name=slot.name, leak=leak, leak_after_rounding=rounded, orthogonality=orthogonality(new.q),
+                captured=new.captured / new.total if new.total else 1.0,
+                protected=new.q.shape[1], added=new.added, free=new.q.shape[0] - new.q.shape[1],
+            ))  # fmt: skip
+        self._protected = [_Protected(new.q, new.added) for new in extensions]
+        result = RetentionCertificate(self.tasks_learned, tuple(layers))
+        self.tasks_learned += 1
+        self.training_task = False
+        return result
+
+    # ------------------------------------------------------------------ what a user asks in between
+
+    def capacity(self) -> list[LayerCapacity]:
+        """Protected and free directions of every adapted weight, and what the last task added.
+
+        Before the first task only what ``weight_energy`` would protect is known once :meth:`before_task` ran;
+        until then everything counts as free.
+        """
+        rows = []
+        for i, (slot, target) in enumerate(zip(self.slots, self.targets, strict=True)):
+            width = slot.weight.shape[1]
+            kept = self._protected[i].basis.shape[1] if self._protected else 0
+            added = self._protected[i].added if self._protected else 0
+            rows.append(LayerCapacity(slot.name, target.tower, target.depth, width, kept, width - kept, added))
+        return rows
+
+    def basis(self, name: str) -> Tensor:
+        """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
+        for i, slot in enumerate(self.slots):
+            if slot.name == name:
+                if self._protected is None:
+                    return slot.weight.new_zeros(slot.weight.shape[1], 0, dtype=torch.float32)
+                return self._protected[i].basis.clone()
+        raise ValueError(f"basis: name must be one of the targets, got {name!r}. See keeper.capacity().")
+
+    def merge(self) -> nn.Module:
+        """Give the model back with its ordinary layers, every learned task merged in; returns ``model``.
+
+        The keeper cannot be used afterwards; save it first if more tasks are to come. Gradient flags are as they
+        were before the keeper was made.
+
+        Raises:
+            RuntimeError: a task is open.
+        """
+        self._require_open_model()
+        if self.training_task:
+            raise RuntimeError("merge: the open task must be closed first. Call after_task(loader).")
+        unwrap(self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        self._closed = True
+        return self.model
+
+    # ------------------------------------------------------------------ state
+
+    def state(self) -> State:
+        """Merged weights, bases and open adapters, on the CPU."""
+        tensors: dict[str, Tensor] = {}
+        for i, slot in enumerate(self.slots):
+            tensors[f"{slot.name}.weight"] = slot.exact_weight
+            if self._protected is not None:
+                tensors[f"{slot.name}.basis"] = self._protected[i].basis
+            adapter = slot.adapter
+            if adapter is not None:
+                tensors |= {f"{slot.name}.A": adapter.A, f"{slot.name}.B": adapter.B}
+                if adapter.origin is not None:
+                    tensors[f"{slot.name}.origin"] = adapter.origin
+        meta = {
+            "method": self.name,
+            "config": self.config.to_dict(),
+            "targets": [slot.name for slot in self.slots],
+            "tasks_learned": self.tasks_learned,
+            "training_task": self.training_task,
+            "added": [p.added for p in self._protected] if self._protected else None,
+        }
+        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
+
+    def load_state(self, state: State) -> None:
+        """Continue from ``state``. Everything is checked before anything changes.
+
+        Raises:
+            StateError: the state belongs to another method, other targets, or weights of other shapes.
+        """
+        self._require_open_model()
+        self._check_state(state)
+        added = state.meta["added"]
+        protected = []
+        for i, slot in enumerate(self.slots):
+            device = slot.weight.device
+            slot.host.set_exact_weight(slot.slot, state.tensors[f"{slot.name}.weight"].to(device))
+            if added is not None:
+                protected.append(_Protected(state.tensors[f"{slot.name}.basis"].to(device), added[i]))
+            slot.detach()
+            if f"{slot.name}.A" in state.tensors:
+                parts = [state.tensors.get(f"{slot.name}.{key}") for key in ("A", "B", "origin")]
+                assert parts[0] is not None and parts[1] is not None
+                slot.attach(LoraAdapter(parts[0], parts[1], self._scalings[i], origin=parts[2]))
+        self._protected = protected or None
+        self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
+        if self.training_task:
+            freeze(self.model)
+            for parameter in self.trainable_parameters():
+                parameter.requires_grad_(True)
+
+    def _check_state(self, state: State) -> None:
+        if state.meta.get("method") != self.name:
+            raise StateError(f"load_state: state must be of method {self.name!r}, got {state.meta.get('method')!r}")
+        if state.meta.get("targets") != [slot.name for slot in self.slots]:
+            raise StateError("load_state: state must have the targets of this model, got "
+                             f"{len(state.meta.get('targets', []))} others. Load it into the model it was made with.")
+        for slot in self.slots:
+            weight = state.tensors.get(f"{slot.name}.weight")
+            if weight is None or weight.shape != slot.weight.shape:
+                got = None if weight is None else list(weight.shape)
+                raise StateError(f"load_state: weight must have shape {list(slot.weight.shape)}, got {got} [{slot.name}]")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        write_state(path, self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, *, targets: Sequence[Target] | None = None) -> KeepLora:
+        """A keeper that continues from :meth:`save`, around the pretrained ``model`` it was made with.
+
+        Raises:
+            StateError: nothing there, damaged, of a newer version, or made with another model.
+        """
+        state = read_state(path)
+        if state.meta.get("method") != cls.name:
+            raise StateError(f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, "
+                             f"got {state.meta.get('method')!r}")
+        keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets)
+        try:
+            keeper.load_state(state)
+        except StateError:
+            unwrap(model)
+            raise
+        return keeper
+
+    # ------------------------------------------------------------------ parts
+
+    def _protect_weights(self) -> list[_Protected]:
+        energies = [self.config.weight_energy_of(target.tower) for target in self.targets]
+        weights = [slot.exact_weight.detach() for slot in self.slots]
+        return [_Protected(q) for q in weight_basis(weights, energies, side=self.config.weight_side)]
+
+    def _adapter(self, slot: LoraSlot, found: TopDirections, scaling: float) -> LoraAdapter | None:
+        if found.a.shape[0] == 0:
+            return None
+        b = torch.zeros(slot.weight.shape[0], found.a.shape[0], dtype=found.a.dtype, device=found.a.device)
+        if self.config.init_b == "zero":
+            return LoraAdapter(found.a, b, scaling)
+        b = found.b * found.s
+        return LoraAdapter(found.a, b, scaling, origin=b)
+
+    def _warn_of_small_ranks(self, protected: Sequence[_Protected], directions: Sequence[TopDirections]) -> None:
+        full = [s.name for s, p in zip(self.slots, protected, strict=True) if p.basis.shape[0] == p.basis.shape[1]]
+        flat = [s.name for s, d in zip(self.slots, directions, strict=True) if d.a.shape[0] == 0 and s.name not in full]
+        small = [s.name for s, d in zip(self.slots, directions, strict=True) if 0 < d.a.shape[0] < self.config.r]
+        for names, what in (
+            (full, "have no free direction left and do not adapt"),
+            (flat, "have no gradient in free space and do not adapt"),
+            (small, f"have fewer than r = {self.config.r} useful free directions and use those"),
+        ):
+            if names:
+                shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+                warnings.warn(f"KeepLora: {len(names)} of {len(self.slots)} layers {what}: {shown}. "
+                              "Lower weight_energy or feature_energy for more room.", UserWarning, stacklevel=3)
+
+    def _require_task(self, function: str) -> None:
+        self._require_open_model()
+        if not self.training_task:
+            raise RuntimeError(f"{function}: a task must be open, got none. Call before_task(loader, loss_fn) first.")
+
+    def _require_open_model(self) -> None:
+        if self._closed:
+            raise RuntimeError("KeepLora: the keeper has given its model back by merge(). Make a new one.")
+
+
+def _merge_and_measure(slot: LoraSlot, basis: Tensor) -> tuple[float, float]:
+    """Merge the slot's adapter; the leak of the update, and of the change the stored weight made."""
+    adapter = slot.adapter
+    if adapter is None:
+        return 0.0, 0.0
+    leak = certificate(adapter.A, adapter.update(), basis).leak
+    before = slot.weight.detach().double()
+    slot.merge()
+    change = slot.weight.detach().double() - before
+    size = change.norm()
+    rounded = float((change @ basis.double()).norm() / size) if size > 0 else 0.0
+    return leak, rounded

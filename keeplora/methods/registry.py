@@ -1,0 +1,61 @@
+"""Methods by name, for configurations and the command line. Adding a method is one file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from .base import Method
+from .baselines import FullFineTuning, LoraConfig, NoConfig, SequentialLora, ZeroShot
+from .config import KeepLoraConfig
+from .keeplora import KeepLora
+
+__all__ = ["METHODS", "Registered", "create"]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """How a method is made: its class, its settings' class, and settings that differ from that class's defaults."""
+
+    build: Callable[..., Method]
+    config: type
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+METHODS: dict[str, Registered] = {
+    "zero-shot": Registered(ZeroShot, NoConfig, summary="the pretrained model, never trained"),
+    "full": Registered(FullFineTuning, NoConfig, summary="full fine-tuning, task after task"),
+    "lora": Registered(SequentialLora, LoraConfig, summary="plain LoRA, task after task"),
+    "keeplora": Registered(
+        KeepLora, KeepLoraConfig, {"depth_scale": 1.0}, "LoRA in the residual subspace (arXiv:2601.19659)"
+    ),
+    "keeplora++": Registered(KeepLora, KeepLoraConfig, {}, "KeepLoRA with depth-scaled updates (arXiv:2606.16256)"),
+}
+
+
+def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Method:
+    """Make the method ``name`` around ``model``.
+
+    Raises:
+        ValueError: no method of that name, or it does not have a setting (the nearest names are offered).
+
+    Example:
+        >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
+        2
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3) or sorted(METHODS)
+        raise ValueError(f"create: name must be a method, got {name!r}. Nearest names: {', '.join(near)}.")
+    entry = METHODS[name]
+    known = [f.name for f in fields(entry.config)]
+    for setting in settings or {}:
+        if setting not in known:
+            near = difflib.get_close_matches(setting, known, n=3, cutoff=0.4) or known
+            raise ValueError(f"create: settings of method {name!r} do not include {setting!r}. "
+                             f"Nearest names: {', '.join(near) or 'it has no settings'}.")
+    return entry.build(model, entry.config(**{**entry.defaults, **(settings or {})}))

@@ -1,0 +1,201 @@
+"""Saving and loading a :class:`~keeplora.methods.base.State`: atomic, hashed, without pickle.
+
+A saved state is a folder with one ``state.json`` and the tensor file it names, ``tensors-<hash>.safetensors``.
+The tensor file is complete on disk before ``state.json`` is replaced, and the previous tensor file is deleted
+only afterwards. Whenever the power fails, a reader meets the old state or the new one, never a mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keeplora.methods.base import State
+
+FORMAT = "keeplora-state"
+SCHEMA = 1
+"""The version this code writes, and the newest it reads."""
+
+STATE_FILE = "state.json"
+_TENSOR_FILES = "tensors-*.safetensors"
+
+
+class StateError(ValueError):
+    """A saved state that cannot be used: missing, damaged, or written by a newer keeplora."""
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let ``write(temporary)`` fill a file beside ``path``, flush it to disk and rename it to ``path``.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     target = Path(folder) / "note.txt"
+    ...     write_atomic(target, lambda temporary: temporary.write_text("done") and None)
+    ...     target.read_text()
+    'done'
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(target.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as strict JSON (no NaN), atomically."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_state(path: str | os.PathLike[str], state: State) -> None:
+    """Save ``state`` in the folder ``path``, replacing what is saved there in one step.
+
+    Tensors of any dtype are written as they are (on the CPU, contiguous). ``state.meta`` must fit JSON without
+    NaN or infinity; otherwise ``ValueError`` or ``TypeError`` is raised and the folder keeps its old state.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(folder, State({"q": torch.eye(2)}, {"task": 3}))
+    ...     again = read_state(folder)
+    >>> again.meta["task"], torch.equal(again.tensors["q"], torch.eye(2))
+    (3, True)
+    """
+    folder = Path(path)
+    try:
+        meta = json.loads(json.dumps(state.meta, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"write_state: state.meta must fit strict JSON, got: {error}") from error
+    if not isinstance(meta, dict):
+        raise TypeError(f"write_state: state.meta must be a dict, got {type(state.meta).__name__}")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _own_storage(state.tensors)
+
+    staged = folder / f".tensors.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, staged)
+        digest = _sha256(staged.read_bytes())
+        name = f"tensors-{digest[:16]}.safetensors"
+        _flush(staged)
+        os.replace(staged, folder / name)
+    finally:
+        staged.unlink(missing_ok=True)
+    _flush(folder)
+
+    write_json(
+        folder / STATE_FILE,
+        {"format": FORMAT, "schema": SCHEMA, "tensors": {"file": name, "sha256": digest}, "meta": meta},
+    )
+    for file in folder.glob(_TENSOR_FILES):
+        if file.name != name:
+            file.unlink(missing_ok=True)
+
+
+def has_state(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder ``path`` holds a saved state."""
+    return (Path(path) / STATE_FILE).is_file()
+
+
+def read_state(path: str | os.PathLike[str]) -> State:
+    """Load what :func:`write_state` saved in the folder ``path``.
+
+    Raises :class:`StateError` (a ``ValueError``) naming the file when something is missing, the hash of the
+    tensor file differs from the recorded one, or the schema is unknown or newer than this version's.
+    """
+    folder = Path(path)
+    while True:
+        header = _read_header(folder)
+        file = folder / header["tensors"]["file"]
+        try:
+            raw = file.read_bytes()
+        except FileNotFoundError:
+            if _read_header(folder) != header:  # a writer replaced the state between our two reads
+                continue
+            raise StateError(
+                f"read_state: {file} must exist, it is named by {STATE_FILE}. "
+                "Restore the file or start again in an empty folder"
+            ) from None
+        break
+    digest = _sha256(raw)
+    if digest != header["tensors"]["sha256"]:
+        raise StateError(
+            f"read_state: {file} must have sha256 {header['tensors']['sha256'][:16]}…, got {digest[:16]}…. "
+            "The file is damaged: restore it or start again in an empty folder"
+        )
+    try:
+        tensors = load_tensors(raw)
+    except SafetensorError as error:
+        raise StateError(f"read_state: {file} must be a safetensors file: {error}") from error
+    return State(tensors=tensors, meta=header["meta"])
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    file = folder / STATE_FILE
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StateError(f"read_state: {file} must exist. Is {folder} the folder of a saved state?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StateError(f"read_state: {file} must be JSON, got: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise StateError(f"read_state: {file} must have \"format\": \"{FORMAT}\". It is not a keeplora state")
+    schema = header.get("schema")
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        remedy = "It was written by a newer keeplora: upgrade to read it" if newer else "The schema is unknown"
+        raise StateError(f"read_state: {file} must have schema {SCHEMA}, got {schema!r}. {remedy}")
+    tensors = header.get("tensors")
+    if (
+        not isinstance(tensors, dict)
+        or not isinstance(tensors.get("file"), str)
+        or not isinstance(tensors.get("sha256"), str)
+        or Path(tensors["file"]).name != tensors["file"]
+        or not isinstance(header.get("meta"), dict)
+    ):
+        raise StateError(f"read_state: {file} must name its tensor file, hash and meta. The file is damaged")
+    return header
+
+
+def _own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, none of which shares memory with another (safetensors demands both)."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.numel() * value.element_size():
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk, so that a rename never overtakes the data it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
