@@ -1,0 +1,176 @@
+"""The numbers of a finished benchmark: summary.json, metrics.csv and one accuracy matrix per run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keeplora.methods.state import write_atomic, write_json
+from keeplora.train.checkpoint import RunRecord, run_folder
+from keeplora.train.config import ZERO_SHOT, RunConfig
+from keeplora.train.memory import KINDS
+from keeplora.train.metrics import continual_metrics, mean_std
+
+METRICS = ("transfer", "avg", "last", "forgetting", "learn")
+"""In percent."""
+COSTS = ("train_seconds", "switch_seconds", "evaluate_seconds", "peak_bytes", "trainable_parameters")
+_PACKAGES = ("keeplora", "torch", "open_clip_torch", "numpy", "safetensors")
+
+
+def run_values(record: RunRecord) -> dict[str, float]:
+    """Metrics (percent) and costs of one run.
+
+    ``train_seconds`` are the optimizer steps, ``switch_seconds`` what the method does before and after a task;
+    both summed over tasks. ``trainable_parameters`` is the largest number during a task.
+    """
+    values = continual_metrics(100 * np.asarray(record.accuracy, dtype=np.float64)).as_dict()
+    if record.witness:
+        values["witness"] = 100 * record.witness[-1]
+        values["witness_avg"] = 100 * float(np.mean(record.witness))
+    return {
+        **values,
+        "train_seconds": sum(record.train_seconds),
+        "switch_seconds": sum(record.switch_seconds),
+        "evaluate_seconds": sum(record.evaluate_seconds),
+        "peak_bytes": record.peak_bytes,
+        "trainable_parameters": max(record.trainable, default=0),
+    }
+
+
+def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
+    """The content of ``summary.json``: values in percent, seconds and bytes, as mean and std over seeds."""
+    by_label = group(config, records)
+    methods = {label: _over_seeds([run_values(record) for record in runs]) for label, runs in by_label.items()}
+    zero = next(label for label in by_label if config.of(label).method == ZERO_SHOT)
+    return {
+        "benchmark": config.benchmark,
+        "tasks": records[0].tasks,
+        "split": config.evaluate_on,
+        "seeds": list(config.seeds),
+        "zero_shot": {
+            name: methods[zero][name] for name in (*METRICS[:3], "witness") if name in methods[zero]
+        },
+        "methods": {label: values for label, values in methods.items() if label != zero},
+        "certificates": {
+            label: worst for label, runs in by_label.items() if (worst := worst_certificate(runs)) is not None
+        },
+        "settings": {
+            label: {
+                "method": config.of(label).method,
+                "learning_rate": config.of(label).learning_rate,
+                **config.of(label).settings,
+            }
+            for label in by_label
+            if label != zero
+        },
+        "environment": environment(config),
+    }
+
+
+def worst_certificate(records: Iterable[RunRecord]) -> dict[str, float] | None:
+    """The worst figures of all certificates of these runs, or None where the method gives none."""
+    found = [entry for record in records for entry in record.certificates if entry is not None]
+    result: dict[str, float] = {}
+    for name, worst in (("leak", max), ("leak_after_rounding", max), ("orthogonality", max), ("captured", min)):
+        values = [entry[name] for entry in found if entry.get(name) is not None]
+        if values:
+            result[name] = worst(values)
+    return result or None
+
+
+def group(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Records by label, in the order of the configuration, each list in the order of the seeds."""
+    return {label: [record for record in records if record.label == label] for label in config.labels()}
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """Versions, machine, and where the numbers come from."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": config.threads,
+        "workers": config.workers,
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
+        "precision": config.precision,
+        "peak_bytes": KINDS[config.device],
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+    }
+
+
+def write_summary(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Write summary.json, metrics.csv and the accuracy matrices into ``config.out``; returns the summary."""
+    out = Path(config.out)
+    summary = summarize(config, records)
+    rows = [{"method": record.label, "seed": record.seed, **run_values(record)} for record in records]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    _write_csv(out / "metrics.csv", columns, [[row.get(column, "") for column in columns] for row in rows])
+    for record in records:
+        write_matrix(run_folder(out, record.label, record.seed) / "accuracy.csv", record)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def write_matrix(path: Path, record: RunRecord) -> None:
+    """The accuracy matrix of one run in percent: one row per learned task, the witness last."""
+    header = ["after", *record.tasks, *(["witness"] if record.witness else [])]
+    rows = []
+    for i, row in enumerate(record.accuracy):
+        values = [*row, *([record.witness[i]] if record.witness else [])]
+        rows.append([record.tasks[i], *(f"{100 * value:.4f}" for value in values)])
+    _write_csv(path, header, rows)
+
+
+def _over_seeds(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: mean_std([run[name] for run in runs]) for name in runs[0]}
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    write_atomic(path, write)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a source tree on the path, not installed
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree this package runs from, if it is one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # no git here: the commit stays unknown
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,242 @@
+"""All methods and seeds of a configuration, several runs at a time, each in its own process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+import torch
+
+from keeplora.methods import METHODS, create
+from keeplora.train.checkpoint import RunRecord, claim_folder, load_result, run_folder
+from keeplora.train.config import ConfigError, RunConfig, suggest
+from keeplora.train.console import Console
+from keeplora.train.events import Event, Listener
+from keeplora.train.loop import run_one
+from keeplora.train.workload import load_workload
+
+_STEP_NEWS_SECONDS = 0.2
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class WorkerError(RuntimeError):
+    """A run failed in its process; the message holds its traceback."""
+
+
+def run_benchmark(config: RunConfig, *, console: Listener | None = None) -> list[RunRecord]:
+    """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
+
+    Results land in ``config.out`` (see :mod:`keeplora.train.checkpoint`). Finished pairs are read back, pairs
+    that were interrupted continue. With ``config.workers = 0`` everything runs in this process.
+
+    Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``WorkerError``
+    when a run fails; ``KeyboardInterrupt`` after Ctrl-C, when the workers have stopped and the folder can be
+    resumed.
+    """
+    check_methods(config)
+    claim_folder(config)
+    tasks = len(load_workload(config.benchmark, "cpu").tasks)
+    shown = Console(tasks * len(config.pairs())) if console is None else None
+    listener: Listener = console if console is not None else shown  # type: ignore[assignment]
+    try:
+        waiting = _unfinished(config, listener)
+        if config.workers == 0:
+            workload = load_workload(config.benchmark, config.device) if waiting else None
+            for label, seed in waiting:
+                assert workload is not None
+                run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
+        elif waiting:
+            _Pool(config, waiting, listener).run()
+    finally:
+        if shown is not None:
+            shown.close()
+    return read_records(config)
+
+
+def read_records(config: RunConfig) -> list[RunRecord]:
+    """The finished runs of ``config`` in its folder; raises ``ConfigError`` when one is missing."""
+    records = []
+    for label, seed in config.pairs():
+        record = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
+        if record is None:
+            raise ConfigError(f"read_records: {config.out} must hold {label}, seed {seed}. Run the same command again")
+        records.append(record)
+    return records
+
+
+def check_methods(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for a method that is not registered or refuses its settings, before anything runs."""
+    for label in config.method:
+        if label not in config.labels():
+            near = suggest(label, config.labels())
+            if near:
+                raise ConfigError(f"check_methods: [method.{label}] must be one of the methods of this run{near}")
+    workload = load_workload(config.benchmark, "cpu")
+    for label in config.labels():
+        entry = config.of(label)
+        if entry.method not in METHODS:
+            raise ConfigError(
+                f"check_methods: methods must be known, got {entry.method!r}{suggest(entry.method, METHODS)}. "
+                f"Known: {', '.join(METHODS)}"
+            )
+        try:
+            create(entry.method, workload.model(), dict(entry.settings))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"check_methods: the settings of {label} must suit {entry.method}: {error}") from error
+
+
+def _unfinished(config: RunConfig, listener: Listener) -> list[tuple[str, int]]:
+    waiting = []
+    for label, seed in config.pairs():
+        record = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
+        if record is None:
+            waiting.append((label, seed))
+        else:
+            tasks = len(record.tasks)
+            listener(Event("done", label, seed, tasks, tasks, text="already finished"))
+    return waiting
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    orders: Any
+    pair: tuple[str, int] | None = None
+
+
+@dataclass
+class _Pool:
+    """Processes that each take the next waiting pair. Only this class talks to them."""
+
+    config: RunConfig
+    waiting: list[tuple[str, int]]
+    listener: Listener
+    workers: list[_Worker] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run all waiting pairs; the first failure stops the others, whose states stay resumable."""
+        context = multiprocessing.get_context("spawn")
+        news = context.Queue()
+        pairs = deque(self.waiting)
+        clean = False
+        try:
+            with _environment(self.config.threads):
+                for _ in range(min(self.config.workers, len(pairs))):
+                    orders = context.Queue()
+                    process = context.Process(
+                        target=_work, args=(self.config, orders, news, len(self.workers)), daemon=True
+                    )
+                    process.start()
+                    self.workers.append(_Worker(process, orders))
+            for worker in self.workers:
+                self.order(worker, pairs)
+            while any(worker.pair is not None for worker in self.workers):
+                try:
+                    number, message = news.get(timeout=0.5)
+                except queue.Empty:
+                    self.look_for_dead()
+                    continue
+                if isinstance(message, Event):
+                    self.listener(message)
+                elif message is None:
+                    self.order(self.workers[number], pairs)
+                else:
+                    raise WorkerError(f"run_benchmark: {self.name(self.workers[number])} failed:\n{message}")
+            clean = True
+        finally:
+            self.stop(clean)
+
+    def order(self, worker: _Worker, pairs: deque[tuple[str, int]]) -> None:
+        worker.pair = pairs.popleft() if pairs else None
+        worker.orders.put(worker.pair)
+
+    def look_for_dead(self) -> None:
+        for worker in self.workers:
+            if worker.pair is not None and not worker.process.is_alive():
+                raise WorkerError(
+                    f"run_benchmark: {self.name(worker)} must finish, but its process ended with exit code "
+                    f"{worker.process.exitcode} (negative: killed by that signal). Run the command again to resume"
+                )
+
+    def name(self, worker: _Worker) -> str:
+        return "a worker" if worker.pair is None else f"{worker.pair[0]}, seed {worker.pair[1]}"
+
+    def stop(self, clean: bool) -> None:
+        """Let the workers end; after a failure or Ctrl-C ask them to stop, and insist after five seconds."""
+        for worker in self.workers:
+            if not clean:
+                worker.process.terminate()
+        deadline = time.monotonic() + 5
+        for worker in self.workers:
+            worker.process.join(max(deadline - time.monotonic(), 0.1))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+
+class _Stop(BaseException):
+    """Raised in a worker by the signal of its parent; not an Exception, so nothing mistakes it for a failure."""
+
+
+def _work(config: RunConfig, orders: Any, news: Any, number: int) -> None:
+    """The life of a worker process: run pairs until there are none, or until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, _stop)
+    torch.set_num_threads(config.threads)
+    parent = multiprocessing.parent_process()
+    last = 0.0
+
+    def tell(event: Event) -> None:
+        nonlocal last
+        if event.kind == "step" and time.monotonic() - last < _STEP_NEWS_SECONDS and event.step != event.steps:
+            return
+        if parent is not None and not parent.is_alive():
+            raise _Stop
+        last = time.monotonic()
+        news.put((number, event))
+
+    try:
+        workload = None
+        while (pair := orders.get()) is not None:
+            workload = load_workload(config.benchmark, config.device) if workload is None else workload
+            label, seed = pair
+            run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=tell)
+            news.put((number, None))
+    except _Stop:
+        news.cancel_join_thread()
+    except Exception:
+        news.put((number, traceback.format_exc()))
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    raise _Stop
+
+
+class _environment:
+    """Thread counts for child processes: libraries read them when they are loaded."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+        os.environ.update({name: str(self.threads) for name in _THREAD_VARIABLES})
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+__all__ = ["WorkerError", "check_methods", "read_records", "run_benchmark"]

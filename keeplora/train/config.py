@@ -1,0 +1,253 @@
+"""The settings of a run: read from TOML, validated with clear errors, written into the run folder."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+ZERO_SHOT = "zero-shot"
+PRECISIONS = ("bf16", "fp32")
+SPLITS = ("test", "validation")
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message says which one and what to write instead."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One column of the result table: a method, its learning rate and its own settings.
+
+    ``method`` is the registered name (``keeplora.methods.METHODS``). It defaults to the label, the key
+    under which this entry stands in :attr:`RunConfig.method`, so that one method can appear several times
+    under different labels.
+    """
+
+    method: str
+    learning_rate: float = 1e-3
+    weight_decay: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the numbers of a run, and where they go.
+
+    Exactly one of ``epochs`` and ``steps`` is given. ``switch_fraction`` is the share of a task's training
+    batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split.
+    ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
+    """
+
+    benchmark: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    out: str = "runs/run"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 64
+    evaluation_batch_size: int = 256
+    threads: int = 1
+    workers: int = 2
+    precision: str = "bf16"
+    device: str = "cpu"
+    weight_decay: float = 0.01
+    switch_fraction: float = 1.0
+    evaluate_on: str = "test"
+    tensorboard: bool = True
+    keep_states: bool = False
+    method: Mapping[str, MethodConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def labels(self) -> tuple[str, ...]:
+        """The methods to run, zero-shot first: it is the line that every other result is read against."""
+        zero = [label for label in self.methods if self.of(label).method == ZERO_SHOT]
+        return (*(zero or [ZERO_SHOT]), *(label for label in self.methods if label not in zero))
+
+    def of(self, label: str) -> MethodConfig:
+        """The settings of the method that is called ``label`` here."""
+        return self.method.get(label, MethodConfig(method=label))
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
+        return [(label, seed) for seed in self.seeds for label in self.labels()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return result
+
+    def identity(self, label: str, seed: int) -> dict[str, Any]:
+        """The settings that decide the numbers of one run; results are reused only where they agree."""
+        chosen = asdict(self.of(label))
+        shared = {name: getattr(self, name) for name in _SHARED}
+        result: dict[str, Any] = json.loads(json.dumps({**shared, "method": chosen, "seed": seed}))
+        return result
+
+    def changed(self, other: Mapping[str, Any]) -> list[str]:
+        """What differs from the settings in ``other`` (from :meth:`as_dict`) among those that decide numbers.
+
+        A different choice of methods or seeds is no difference: their runs stand beside the others.
+        """
+        mine = self.as_dict()
+        names = [name for name in _SHARED if mine[name] != other.get(name)]
+        theirs = other.get("method", {})
+        both = [label for label in self.labels() if label in theirs or label in other.get("methods", ())]
+        for label in both:
+            default = json.loads(json.dumps(asdict(MethodConfig(method=label))))
+            if json.loads(json.dumps(asdict(self.of(label)))) != theirs.get(label, default):
+                names.append(f"method.{label}")
+        return names
+
+
+_SHARED = (
+    "benchmark", "epochs", "steps", "batch_size", "evaluation_batch_size", "threads", "precision", "device",
+    "weight_decay", "switch_fraction", "evaluate_on",
+)  # fmt: skip
+
+
+def fingerprint(value: Mapping[str, Any]) -> str:
+    """A short hash of plain JSON settings."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | os.PathLike[str]) -> RunConfig:
+    """Read a TOML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
+
+    Raises :class:`ConfigError` when the file is missing, is not TOML, or has unknown or wrong settings.
+    """
+    file = Path(path)
+    shipped = shipped_configs()
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+    elif str(path) in shipped:
+        text = (resources.files(__package__) / "configs" / f"{path}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"load_config: path must be a TOML file or one of {', '.join(shipped)}, got {str(path)!r}"
+            f"{suggest(str(path), shipped)}"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"load_config: {path} must be TOML: {error}") from error
+    return parse_config(values, where=str(path))
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations inside the package."""
+    folder = resources.files(__package__) / "configs"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def parse_config(values: Mapping[str, Any], *, where: str = "config") -> RunConfig:
+    """Build a :class:`RunConfig` from plain values as TOML gives them.
+
+    >>> config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": 1,
+    ...                        "method": {"lora": {"learning_rate": 3e-4, "r": 8}}})
+    >>> config.of("lora").settings
+    {'r': 8}
+    """
+    known = [entry.name for entry in fields(RunConfig)]
+    _known_keys(values, known, where=where)
+    chosen = dict(values)
+    for required in ("benchmark", "methods"):
+        if required not in chosen:
+            raise ConfigError(f"load_config: {where} must set {required!r}, got only {', '.join(sorted(chosen))}")
+    for name in ("methods", "seeds"):
+        if name in chosen:
+            if not isinstance(chosen[name], list | tuple):
+                raise ConfigError(f"load_config: {name} must be a list, got {chosen[name]!r} in {where}")
+            chosen[name] = tuple(chosen[name])
+    sections = chosen.get("method", {})
+    if not isinstance(sections, Mapping) or not all(isinstance(entry, Mapping) for entry in sections.values()):
+        raise ConfigError(f"load_config: method must hold tables such as [method.lora], got {sections!r} in {where}")
+    chosen["method"] = {label: _method(label, dict(entry)) for label, entry in sections.items()}
+    return RunConfig(**chosen)
+
+
+def override(config: RunConfig, **changes: Any) -> RunConfig:
+    """``config`` with the given fields replaced; those that are None stay."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``". Did you mean 'x'?"`` when something close is known, else an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f". Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+
+
+def _method(label: str, entry: dict[str, Any]) -> MethodConfig:
+    method = entry.pop("method", label)
+    rate = entry.pop("learning_rate", 1e-3)
+    decay = entry.pop("weight_decay", None)
+    return MethodConfig(method=method, learning_rate=rate, weight_decay=decay, settings=entry)
+
+
+def _known_keys(values: Mapping[str, Any], known: list[str], *, where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known)}"
+                f" Known: {', '.join(known)}"
+            )
+
+
+def _require(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"RunConfig: {name} must {rule}, got {value!r}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _validate(config: RunConfig) -> None:
+    _require(isinstance(config.benchmark, str) and config.benchmark != "", "benchmark", "be a name",
+             config.benchmark)
+    _require(len(config.methods) > 0, "methods", "name at least one method", list(config.methods))
+    for name in ("methods", "seeds"):
+        entries = getattr(config, name)
+        _require(len(set(entries)) == len(entries), name, "have no entry twice", list(entries))
+    for label in config.methods:
+        plain = isinstance(label, str) and label != "" and all(c.isalnum() or c in "+-_." for c in label)
+        _require(plain, "methods", "be names of letters, digits and + - _ .", label)
+    _require(len(config.seeds) > 0, "seeds", "name at least one seed", list(config.seeds))
+    for seed in config.seeds:
+        _require(_whole(seed) and 0 <= seed < 2**31, "seeds", "be whole numbers from 0 to 2**31 - 1", seed)
+    given = [name for name in ("epochs", "steps") if getattr(config, name) is not None]
+    _require(len(given) == 1, "epochs, steps", "be given exactly once, as one or the other", given)
+    for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
+        value = getattr(config, name)
+        _require(_whole(value) and value >= 1, name, "be a whole number >= 1", value)
+    _require(_whole(config.workers) and config.workers >= 0, "workers", "be a whole number >= 0", config.workers)
+    _require(config.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", config.precision)
+    _require(config.evaluate_on in SPLITS, "evaluate_on", f"be one of {', '.join(SPLITS)}", config.evaluate_on)
+    _require(config.device in ("cpu", "cuda"), "device", "be one of cpu, cuda", config.device)
+    _require(_number(config.weight_decay) and config.weight_decay >= 0, "weight_decay", "be >= 0",
+             config.weight_decay)
+    _require(_number(config.switch_fraction) and 0 < config.switch_fraction <= 1, "switch_fraction",
+             "lie in (0, 1]", config.switch_fraction)
+    for name in ("tensorboard", "keep_states"):
+        _require(isinstance(getattr(config, name), bool), name, "be true or false", getattr(config, name))
+    for label, entry in config.method.items():
+        where = f"method.{label}"
+        _require(isinstance(entry.method, str), f"{where}.method", "be the name of a method", entry.method)
+        _require(_number(entry.learning_rate) and entry.learning_rate > 0, f"{where}.learning_rate", "be > 0",
+                 entry.learning_rate)
+        decay = entry.weight_decay
+        _require(decay is None or (_number(decay) and decay >= 0), f"{where}.weight_decay", "be >= 0", decay)
