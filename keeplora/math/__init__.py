@@ -1,0 +1,22 @@
+"""Pure tensor functions on subspaces, batched over layers. Nothing is changed in place."""
+
+from .lowrank import Extension, TopDirections, extend_basis, top_directions, weight_basis
+from .orthonormal import complement, reorthogonalize
+from .rank import fewest_directions
+from .subspace import Certificate, certificate, certificates, orthogonality, project
+
+__all__ = [
+    "Certificate",
+    "Extension",
+    "TopDirections",
+    "certificate",
+    "certificates",
+    "complement",
+    "extend_basis",
+    "fewest_directions",
+    "orthogonality",
+    "project",
+    "reorthogonalize",
+    "top_directions",
+    "weight_basis",
+]

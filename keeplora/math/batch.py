@@ -1,0 +1,40 @@
+"""Which layers are worked on together: those of one shape, as many as a batched call is faster for."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["padded", "same_kind", "stacked"]
+
+# A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
+# go one by one; on a CPU torch.linalg loops over the batch anyway.
+BATCH_BYTES = 1 << 30
+ALONE = 1 << 22  # numbers per matrix
+
+
+def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield groups of positions whose ``keys`` are equal, in order of first appearance."""
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        found[key].append(i)
+    for group in found.values():
+        first = tensors[group[0]]
+        batched = first.device.type != "cpu" and first.numel() <= ALONE
+        size = max(1, BATCH_BYTES // max(1, 8 * first.numel())) if batched else 1
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def stacked(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    """The group's tensors as ``[n, …]``; one alone is viewed, not copied."""
+    return tensors[group[0]][None] if len(group) == 1 else torch.stack([tensors[i] for i in group])
+
+
+def padded(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    """The group's ``[d, k_i]`` as ``[n, d, max k]``, filled up with zero columns: those project nothing."""
+    if len(group) == 1:
+        return tensors[group[0]][None]
+    width = max(tensors[i].shape[1] for i in group)
+    return torch.stack([torch.nn.functional.pad(tensors[i], (0, width - tensors[i].shape[1])) for i in group])

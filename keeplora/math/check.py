@@ -1,0 +1,123 @@
+"""Argument checks shared by this room, on top of those of the ops. Each raises before anything is
+computed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from keeplora.ops.check import MASTER, matrices, same_length
+
+__all__ = ["bases", "finite", "fractions", "orthonormal", "ranks", "second_moments"]
+
+
+def bases(name: str, first: str, like: Sequence[Tensor], q: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``q`` as a list of ``[in, k]`` with ``k <= in`` that fit the columns of ``like``, or raise."""
+    found = matrices(name, "q", q, MASTER)
+    same_length(name, **{first: like, "q": found})
+    for i, (matrix, basis) in enumerate(zip(like, found, strict=True)):
+        if basis.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f"{name}: q[{i}] must have as many rows as {first}[{i}] has columns, got shape "
+                f"{list(basis.shape)} for {list(matrix.shape)}. Protect the input side of the layer."
+            )
+        if basis.shape[1] > basis.shape[0]:
+            raise ValueError(
+                f"{name}: q[{i}] must have at most as many columns as rows, got shape {list(basis.shape)}. "
+                f"A space of {basis.shape[0]} dimensions holds no more orthonormal directions."
+            )
+        if basis.dtype != matrix.dtype or basis.device != matrix.device:
+            raise TypeError(
+                f"{name}: q[{i}] must have the dtype and device of {first}[{i}], got {basis.dtype} on "
+                f"{basis.device} for {matrix.dtype} on {matrix.device}."
+            )
+    return found
+
+
+def finite(name: str, what: str, values: Sequence[Tensor]) -> None:
+    """Raise unless no value is NaN or infinite; one transfer to the host for all of them."""
+    if not values:
+        return
+    largest = [v.abs().amax() if v.numel() else v.new_zeros(()) for v in values]  # amax passes NaN on
+    for i, ok in enumerate(torch.stack(largest).isfinite().tolist()):
+        if not ok:
+            bad = (~values[i].isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: {what}[{i}] must be finite, got {values[i][tuple(bad)].item()} at {bad}. "
+                f"Look for an overflow in the pass that filled it."
+            )
+
+
+def fractions(name: str, what: str, value: float | Sequence[float], count: int) -> list[float]:
+    """One number in [0, 1] per layer; a single number is repeated."""
+    numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
+    if len(numbers) != count:
+        raise ValueError(
+            f"{name}: {what} must be one number or one per layer, got {len(numbers)} for {count} layers."
+        )
+    for i, number in enumerate(numbers):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(
+                f"{name}: {what} must lie in [0, 1], got {number} at {i}. Give a fraction of the energy."
+            )
+    return numbers
+
+
+def ranks(name: str, value: int | Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """One rank in ``1 … size`` per layer; a single number is repeated."""
+    numbers = [value] * len(sizes) if isinstance(value, int) else list(value)
+    if len(numbers) != len(sizes):
+        raise ValueError(
+            f"{name}: rank must be one number or one per layer, got {len(numbers)} for {len(sizes)} layers."
+        )
+    for i, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: rank must be an int, got {type(number).__name__} at {i}.")
+        if not 1 <= number <= size:
+            raise ValueError(
+                f"{name}: rank must lie in 1 … {size} (the layer's inputs), got {number} at {i}."
+            )
+    return numbers
+
+
+def orthonormal(name: str, q: Sequence[Tensor]) -> None:
+    """Raise unless every ``q[i]`` has orthonormal columns to 1e-4 (float64: 1e-10); one transfer."""
+    if not q:
+        return
+    off = [
+        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax()
+        if m.numel()
+        else m.new_zeros(())
+        for m in q
+    ]
+    allowed = 1e-4 if q[0].dtype == torch.float32 else 1e-10
+    for i, error in enumerate(torch.stack(off).tolist()):
+        if not error <= allowed:
+            raise ValueError(
+                f"{name}: q[{i}] must have orthonormal columns, got max|QᵀQ - I| = {error:.2e} > "
+                f"{allowed:.0e}. Pass it through keeplora.ops.orthonormalize."
+            )
+
+
+def second_moments(name: str, c: Sequence[Tensor]) -> None:
+    """Raise unless every ``c[i]`` could be ``xᵀx``: symmetric, its largest entry on the diagonal."""
+    if not c:
+        return
+    zero = c[0].new_zeros(())
+    found = [
+        torch.stack([(m - m.T).abs().amax(), m.abs().amax(), m.diagonal().amax(), m.diagonal().amin()])
+        if m.numel()
+        else torch.stack([zero] * 4)
+        for m in c
+    ]
+    loose = torch.finfo(c[0].dtype).eps ** 0.5
+    for i, (skew, largest, top, bottom) in enumerate(torch.stack(found).tolist()):
+        if skew > loose * largest:
+            raise ValueError(
+                f"{name}: c[{i}] must be symmetric, got max|C - Cᵀ| = {skew:.2e}. Pass (C + Cᵀ) / 2."
+            )
+        if bottom < -loose * largest or largest > (1 + loose) * max(top, 0.0):
+            raise ValueError(
+                f"{name}: c[{i}] must be positive semidefinite, got an entry of size {largest:.2e} and "
+                f"a diagonal from {bottom:.2e} to {top:.2e}. Pass the second moment xᵀx."
+            )

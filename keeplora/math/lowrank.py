@@ -1,0 +1,350 @@
+"""The three subspace computations of the method: where a task wants to go, what a weight knows, what a task
+used."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keeplora.math import check
+from keeplora.math.batch import padded, same_kind, stacked
+from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.rank import fewest_directions_each
+from keeplora.math.sketch import leading_eigenvectors, row_space
+from keeplora.math.subspace import project
+from keeplora.ops import orthonormalize
+from keeplora.ops.check import FLOATS, MASTER, matrices
+
+__all__ = ["Extension", "TopDirections", "extend_basis", "top_directions", "weight_basis"]
+
+OVERSAMPLE = 3  # sketch columns per wanted direction
+POWER_STEPS = 2
+EXACT_SHARE = (
+    0.5  # a sketch of at least this share of the smaller side costs as much as the exact factorisation
+)
+NOISE = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
+CANCELLED = 1e-2  # below this share, ‖G‖² − ‖GQ‖² is too rounded and GP is measured directly
+ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
+
+
+@dataclass(frozen=True)
+class TopDirections:
+    """``G P ≈ b diag(s) a``: ``a [r, in]`` orthonormal rows ⟂ Q, ``s [r]`` descending, ``b [out, r]``
+    orthonormal columns, and the fraction ``energy`` of ``‖G P‖_F²`` that they capture (1 for ``G P = 0``)."""
+
+    a: Tensor
+    s: Tensor
+    b: Tensor
+    energy: float
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The basis ``q [in, k']`` whose last ``added`` columns are new; ``captured`` of ``total`` energy lies
+    inside it."""
+
+    q: Tensor
+    added: int
+    captured: float
+    total: float
+
+    @property
+    def fraction(self) -> float:
+        """``captured / total``; 1 where there was no energy at all."""
+        return self.captured / self.total if self.total > 0 else 1.0
+
+
+def top_directions(
+    g: Sequence[Tensor],
+    q: Sequence[Tensor],
+    rank: int | Sequence[int],
+    *,
+    seed: int = 0,
+    check_basis: bool = False,
+) -> list[TopDirections]:
+    r"""The leading singular triples of every ``G P``, ``P = I − QQᵀ``, without forming ``P``.
+
+    .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
+
+    Randomized SVD of width ``3 r`` with 2 power steps, the range orthonormalised against ``Q`` at the end;
+    where the sketch would be about as wide as the matrix, the exact factorisation instead. Singular values at
+    the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is
+    left.
+
+    Args:
+        g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
+        q: ``[in_i, k_i]`` each, orthonormal columns, dtype of ``g``; ``k_i`` from 0 to ``in_i``.
+        rank: wanted directions, ``1 … in_i``; one number or one per layer.
+        seed: of the random probes. Same seed, same bits, whatever the global generator did and whatever other
+            layers are in the list.
+        check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
+
+    Returns:
+        One :class:`TopDirections` per layer, in the dtype of ``g``.
+
+    Raises:
+        ValueError: shapes, lengths, ``rank`` or values (NaN, infinite) break the rules above.
+        TypeError: wrong dtype, or a single tensor in place of a list.
+
+    Source: KeepLoRA's initialisation, arXiv:2601.19659, sec. 3.3; Halko, Martinsson & Tropp, "Finding
+    structure with randomness", 2011, algorithms 4.4 and 5.1.
+
+    Example:
+        >>> g = torch.tensor([[5.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+        >>> (top,) = top_directions([g], [torch.tensor([[1.0], [0.0], [0.0]])], 1)
+        >>> top.a.abs(), top.s, top.energy
+        (tensor([[0., 1., 0.]]), tensor([3.]), 1.0)
+    """
+    name = "top_directions"
+    g = matrices(name, "g", g, MASTER)
+    q = check.bases(name, "g", g, q)
+    wanted = check.ranks(name, rank, [m.shape[1] for m in g])
+    check.finite(name, "g", g)
+    check.finite(name, "q", q)
+    if check_basis:
+        check.orthonormal(name, q)
+    widths = [_width(m, b, r) for m, b, r in zip(g, q, wanted, strict=True)]
+    kinds = [(m.shape, w, 0 if w else b.shape[1]) for m, b, w in zip(g, q, widths, strict=True)]
+    found: dict[int, TopDirections] = {}
+    for group in same_kind(kinds, g):
+        found.update(_top(g, q, wanted, group, widths[group[0]], seed))
+    return [found[i] for i in range(len(g))]
+
+
+def _width(g: Tensor, q: Tensor, rank: int) -> int:
+    """Columns of the sketch; 0 for the exact path."""
+    side = min(g.shape[0], g.shape[1] - q.shape[1])
+    width = OVERSAMPLE * rank
+    return 0 if width >= EXACT_SHARE * side else width
+
+
+def _top(
+    all_g: list[Tensor], all_q: list[Tensor], wanted: list[int], group: list[int], width: int, seed: int
+) -> Iterator[tuple[int, TopDirections]]:
+    g, q, bases = stacked(all_g, group), padded(all_q, group), [all_q[i] for i in group]
+    v = (
+        row_space(g, q, bases, width, steps=POWER_STEPS, seed=seed)
+        if width
+        else _whole_row_space(g, q, bases)
+    )
+    a, s, b = _triples(g, v, max(wanted[i] for i in group))
+    whole = g.double().square().sum((1, 2))
+    inside = (g @ q).double().square().sum((1, 2))
+    host = torch.cat([torch.stack([whole, inside], dim=1), s], dim=1).tolist()
+    for j, (i, (norm, lost, *values)) in enumerate(zip(group, host, strict=True)):
+        level = NOISE * torch.finfo(g.dtype).eps * norm**0.5
+        r = sum(value > level for value in values[: wanted[i]])
+        projected = max(norm - lost, 0.0)
+        if r and projected < CANCELLED * norm:
+            projected = float(project(g[j], bases[j]).double().square().sum())
+        energy = min(sum(value * value for value in values[:r]) / projected, 1.0) if r else 1.0
+        yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype), energy)
+
+
+def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
+    """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
+    if g.shape[2] - q.shape[2] <= g.shape[1]:
+        return complement(q.double()).to(g.dtype)
+    return torch.stack(orthonormalize(list(g.mT), bases)[0])
+
+
+def _triples(g: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of ``G V Vᵀ`` in float64: ``(a [n, r, in], s [n, r], b [n, out, r])``."""
+    image = (g @ v).double()
+    turn = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(2)[:, :, :rank]
+    # The squared problem gives directions; lengths and left vectors come from their images, so that b is
+    # orthonormal also where singular values are small.
+    b, r = torch.linalg.qr(image @ turn)
+    s = r.diagonal(dim1=1, dim2=2)
+    return (v.double() @ turn).mT, s.abs(), b * s.sign()[:, None, :]
+
+
+def weight_basis(
+    w: Sequence[Tensor], energy: float | Sequence[float], *, side: str = "input"
+) -> list[Tensor]:
+    r"""What a pretrained weight knows: its fewest leading singular vectors that hold ``energy`` of
+    ``‖W‖_F²``.
+
+    .. math:: W = U \Sigma V^T, \qquad Q = V_{:, :k}, \qquad
+              k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
+
+    From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and
+    rank and energy are float64's up to ``energy = 1``. Sides above ``ITERATIVE_FROM`` first try blocked
+    subspace iteration, which wins where the rank is small.
+
+    Args:
+        w: ``[out_i, in_i]`` each, any float dtype, finite.
+        energy: ``ε`` in [0, 1]; one number or one per layer. 0 protects nothing.
+        side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place:
+            only to repeat the public CLIP code of KeepLoRA, which does so by mistake, and only for square
+            matrices.
+
+    Returns:
+        ``[in_i, k_i]`` with orthonormal columns each; float64 for float64 weights, else float32.
+
+    Raises:
+        ValueError: ``energy``, ``side`` or values break the rules above; a matrix is not square with
+        side="output".
+        TypeError: wrong dtype, or a single tensor in place of a list.
+
+    Source: KeepLoRA, arXiv:2601.19659, sec. 3.1; KeepLoRA++, arXiv:2606.16256.
+
+    Example:
+        >>> (q,) = weight_basis([torch.diag(torch.tensor([1.0, 3.0, 2.0]))], 0.9)
+        >>> q.abs()
+        tensor([[0., 0.],
+                [1., 0.],
+                [0., 1.]])
+    """
+    name = "weight_basis"
+    w = matrices(name, "w", w, FLOATS, uniform=False)
+    wanted = check.fractions(name, "energy", energy, len(w))
+    if side not in ("input", "output"):
+        raise ValueError(f'{name}: side must be "input" or "output", got {side!r}.')
+    for i, matrix in enumerate(w):
+        if side == "output" and matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f'{name}: w[{i}] must be square for side="output", got shape {list(matrix.shape)}. '
+                f'Output directions cannot protect inputs; use side="input".'
+            )
+    check.finite(name, "w", w)
+    found: dict[int, Tensor] = {}
+    for group in same_kind([(m.shape, m.dtype) for m in w], w):
+        batch = stacked(w, group)
+        batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
+        found.update(_weight(batch.mT if side == "output" else batch, group, [wanted[i] for i in group]))
+    return [found[i] for i in range(len(w))]
+
+
+def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tuple[int, Tensor]]:
+    tall = w.shape[1] >= w.shape[2]
+    factor = w if tall else w.mT
+    eps = torch.finfo(w.dtype).eps
+    if len(group) == 1 and factor.shape[2] >= ITERATIVE_FROM:
+        gram = factor[0].mT @ factor[0]
+        total = float(gram.diagonal().double().sum())
+        pairs = total > 0 and leading_eigenvectors(
+            gram, gram[:, :0], total=total, threshold=thresholds[0], captured=0.0, floor=eps * total, seed=0
+        )
+        if pairs:
+            yield group[0], _to_input(w[0], pairs[0], tall)
+            return
+    wide = factor.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
+    total = values.sum(1)
+    # Rounding of the entries of W moves its singular values by up to eps ‖W‖_F, so energies by eps² of the
+    # total.
+    count, _ = fewest_directions_each(values, total, thresholds, floor=eps**2 * total)
+    for j, (i, k) in enumerate(zip(group, count.tolist(), strict=True)):
+        yield i, _to_input(w[j], vectors[j, :, :k], tall)
+
+
+def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
+    """Input-side basis from eigenvectors of the smaller side."""
+    images = vectors if tall else w.to(vectors.dtype).T @ vectors
+    return reorthogonalize([images.to(w.dtype)])[0].contiguous()
+
+
+def extend_basis(
+    q: Sequence[Tensor], c: Sequence[Tensor], energy: float | Sequence[float], *, check_basis: bool = False
+) -> list[Extension]:
+    r"""Extend every basis by the fewest directions that bring the captured feature energy to ``energy``.
+
+    .. math:: \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
+              V = \text{leading eigenvectors of } P C P
+
+    Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in
+    − k``
+    rows: it gets cheaper with every task, and no eigenvector can lean into ``Q``); above, by blocked subspace
+    iteration where its rank is certain. The new columns are orthonormalised against ``Q`` once more; the old
+    ones are kept bit for bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
+
+    Args:
+        q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
+            inputs, symmetric positive semidefinite, same dtype: all float32 or all float64.
+        energy: ``ε`` in [0, 1]; one number or one per layer.
+        check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
+
+    Returns:
+        One :class:`Extension` per layer. ``added = 0`` where the basis captures enough already or ``C = 0``.
+
+    Raises:
+        ValueError: shapes, lengths, ``energy`` or values break the rules above, or ``c`` is not symmetric
+        positive
+            semidefinite up to rounding.
+        TypeError: wrong dtype, or a single tensor in place of a list.
+
+    Source: KeepLoRA, arXiv:2601.19659, sec. 3.4; Gradient Projection Memory, Saha et al., ICLR 2021, sec. 5.
+
+    Example:
+        >>> c = torch.diag(torch.tensor([5.0, 1.0, 4.0]))
+        >>> (new,) = extend_basis([torch.tensor([[1.0], [0.0], [0.0]])], [c], 0.9)
+        >>> new.q.abs(), new.added, new.fraction
+        (tensor([[1., 0.],
+                [0., 0.],
+                [0., 1.]]), 1, 0.9)
+    """
+    name = "extend_basis"
+    c = matrices(name, "c", c, MASTER)
+    for i, matrix in enumerate(c):
+        if matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f"{name}: c[{i}] must be square, got shape {list(matrix.shape)}. Pass xᵀx, not x."
+            )
+    q = check.bases(name, "c", c, q)
+    thresholds = check.fractions(name, "energy", energy, len(c))
+    check.finite(name, "c", c)
+    check.finite(name, "q", q)
+    check.second_moments(name, c)
+    if check_basis:
+        check.orthonormal(name, q)
+    found: dict[int, Extension] = {}
+    for group in same_kind([(b.shape, b.dtype) for b in q], c):
+        found.update(_extend(c, q, thresholds, group))
+    return [found[i] for i in range(len(c))]
+
+
+def _extend(
+    all_c: list[Tensor], all_q: list[Tensor], thresholds: list[float], group: list[int]
+) -> Iterator[tuple[int, Extension]]:
+    c, q, wanted = stacked(all_c, group), stacked(all_q, group), [thresholds[i] for i in group]
+    total = c.diagonal(dim1=1, dim2=2).double().sum(1)
+    held = ((c @ q) * q).double().sum((1, 2)).clamp_min(0)
+    floor = torch.finfo(c.dtype).eps * torch.linalg.matrix_norm(c).double()
+    host = torch.stack([total, held], dim=1).tolist()
+    if all(h >= t * e for (e, h), t in zip(host, wanted, strict=True)):
+        vectors, values, count = q[:, :, :0], total[:, None][:, :0], [0] * len(group)
+    else:
+        vectors, values, count = _new_directions(c, q, total, wanted, held, floor)
+    energies = values.cumsum(1).tolist()
+    kept = [vectors[j, :, :n] for j, n in enumerate(count)]
+    for j, (i, new) in enumerate(
+        zip(group, reorthogonalize([v.to(c.dtype) for v in kept], list(q)), strict=True)
+    ):
+        added = new.shape[1]
+        captured = host[j][1] + (energies[j][added - 1] if added else 0.0)
+        yield i, Extension(torch.cat([all_q[i], new], dim=1), added, min(captured, host[j][0]), host[j][0])
+
+
+def _new_directions(
+    c: Tensor, q: Tensor, total: Tensor, wanted: list[float], held: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor, list[int]]:
+    if len(wanted) == 1 and c.shape[1] - q.shape[2] >= ITERATIVE_FROM:
+        pairs = leading_eigenvectors(
+            c[0],
+            q[0],
+            total=float(total),
+            threshold=wanted[0],
+            captured=float(held),
+            floor=float(floor),
+            seed=0,
+        )
+        if pairs:
+            return pairs[0][None], pairs[1][None], [pairs[1].shape[0]]
+    free = complement(q.double())
+    values, turn = torch.linalg.eigh(free.mT @ (c.double() @ free) if q.shape[2] else c.double())
+    values, vectors = values.flip(1).clamp_min(0), free @ turn.flip(2)
+    count, _ = fewest_directions_each(values, total, wanted, captured=held, floor=floor)
+    return vectors, values, count.tolist()
