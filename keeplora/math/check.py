@@ -52,14 +52,10 @@ def fractions(name: str, what: str, value: float | Sequence[float], count: int) 
     """One number in [0, 1] per layer; a single number is repeated."""
     numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
     if len(numbers) != count:
-        raise ValueError(
-            f"{name}: {what} must be one number or one per layer, got {len(numbers)} for {count} layers."
-        )
+        raise ValueError(f"{name}: {what} must be one number or one per layer, got {len(numbers)} for {count} layers.")
     for i, number in enumerate(numbers):
         if not 0.0 <= number <= 1.0:
-            raise ValueError(
-                f"{name}: {what} must lie in [0, 1], got {number} at {i}. Give a fraction of the energy."
-            )
+            raise ValueError(f"{name}: {what} must lie in [0, 1], got {number} at {i}. Give a fraction of the energy.")
     return numbers
 
 
@@ -74,9 +70,7 @@ def ranks(name: str, value: int | Sequence[int], sizes: Sequence[int]) -> list[i
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name}: rank must be an int, got {type(number).__name__} at {i}.")
         if not 1 <= number <= size:
-            raise ValueError(
-                f"{name}: rank must lie in 1 … {size} (the layer's inputs), got {number} at {i}."
-            )
+            raise ValueError(f"{name}: rank must lie in 1 … {size} (the layer's inputs), got {number} at {i}.")
     return numbers
 
 
@@ -85,9 +79,7 @@ def orthonormal(name: str, q: Sequence[Tensor]) -> None:
     if not q:
         return
     off = [
-        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax()
-        if m.numel()
-        else m.new_zeros(())
+        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax() if m.numel() else m.new_zeros(())
         for m in q
     ]
     allowed = 1e-4 if q[0].dtype == torch.float32 else 1e-10
@@ -113,9 +105,7 @@ def second_moments(name: str, c: Sequence[Tensor]) -> None:
     loose = torch.finfo(c[0].dtype).eps ** 0.5
     for i, (skew, largest, top, bottom) in enumerate(torch.stack(found).tolist()):
         if skew > loose * largest:
-            raise ValueError(
-                f"{name}: c[{i}] must be symmetric, got max|C - Cᵀ| = {skew:.2e}. Pass (C + Cᵀ) / 2."
-            )
+            raise ValueError(f"{name}: c[{i}] must be symmetric, got max|C - Cᵀ| = {skew:.2e}. Pass (C + Cᵀ) / 2.")
         if bottom < -loose * largest or largest > (1 + loose) * max(top, 0.0):
             raise ValueError(
                 f"{name}: c[{i}] must be positive semidefinite, got an entry of size {largest:.2e} and "

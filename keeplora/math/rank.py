@@ -112,15 +112,11 @@ def fewest_directions_each(
 def _check(energies: Tensor, total: float, threshold: float, captured: float, floor: float | None) -> None:
     name = "fewest_directions"
     if energies.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name}: energies must be float32 or float64, got {energies.dtype}. Convert them first."
-        )
+        raise TypeError(f"{name}: energies must be float32 or float64, got {energies.dtype}. Convert them first.")
     if energies.dim() != 1:
         raise ValueError(f"{name}: energies must be [n], got shape {list(energies.shape)}")
     if not 0.0 <= threshold <= 1.0:
-        raise ValueError(
-            f"{name}: threshold must lie in [0, 1], got {threshold}. Give a fraction, not a percentage."
-        )
+        raise ValueError(f"{name}: threshold must lie in [0, 1], got {threshold}. Give a fraction, not a percentage.")
     scalars = {"total": total, "captured": captured, "floor": 0.0 if floor is None else floor}
     for what, value in scalars.items():
         if not (math.isfinite(value) and value >= 0):

@@ -26,32 +26,38 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, cols, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def row_space(g: Tensor, q: Tensor, bases: Sequence[Tensor], width: int, *, steps: int, seed: int) -> Tensor:
-    r"""Orthonormal columns that span the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
+def row_space(g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
-    .. math:: V = \mathrm{orth}\bigl( P\,(G^T G\,P)^{s}\, G^T \Omega \bigr), \qquad \Omega \sim N(0, 1)^{out
-    \times width}
+    .. math:: \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
+              Z_{j+1} = P\,G^T G Z_j, \qquad \Omega \sim N(0, 1)^{out \times width}
 
-    Randomized subspace iteration, Halko, Martinsson & Tropp 2011, algorithm 4.4, orthonormalised after every
-    product and without forming ``P``. The last orthonormalisation is against ``Q``: ``V`` is orthogonal to it
-    to rounding.
+    Block Krylov iteration: every block is orthonormalised against ``Q`` and the blocks before it. Keeping the
+    blocks costs no product with ``G`` and makes slowly falling spectra (``σ_i ~ i^-0.3``) as accurate with width
+    ``r`` and 4 steps as subspace iteration is with width ``3 r`` and 4 steps. ``P`` is never formed.
 
     Args:
-        g: ``[n, out, in]``. q: ``[n, in, k]``, zero columns allowed. bases: the same ``n`` bases without
-            filling.
-        width: columns wanted, ``<= out``. steps: power steps ``s``. seed: of ``Ω``, one for all layers of the
-            batch, so that a layer's result does not depend on which layers are worked on together.
+        g: ``[n, out, in]``. q: ``n`` bases ``[in, k_i]``.
+        width: columns of a block. steps: ``s``. seed: of ``Ω``, one for all layers of the batch, so that a
+            layer's result does not depend on which layers are worked on together.
 
     Returns:
-        ``[n, in, width]``; columns beyond a layer's rank are zero.
+        ``(V [n, in, (s + 1)·width], G V)``; columns beyond a layer's rank are zero.
+
+    Source: Musco & Musco, "Randomized block Krylov methods", 2015, algorithm 2; the probe is that of Halko,
+    Martinsson & Tropp, 2011.
     """
-    probe = gaussian(g.shape[1], width, seed, g)
-    z = g.mT @ probe
-    for _ in range(steps):
-        z = torch.stack(orthonormalize(list(project(z.mT, q).mT))[0])
-        y = torch.stack(orthonormalize(list(g @ z))[0])
-        z = g.mT @ y
-    return torch.stack(orthonormalize(list(z), bases)[0])
+    z = g.mT @ gaussian(g.shape[1], width, seed, g)
+    taken = list(q)
+    blocks: list[Tensor] = []
+    images: list[Tensor] = []
+    for _ in range(steps + 1):
+        columns, _ = orthonormalize(list(z), taken)
+        taken = [torch.cat(pair, dim=1) for pair in zip(taken, columns, strict=True)]
+        blocks.append(torch.stack(columns))
+        images.append(g @ blocks[-1])
+        z = g.mT @ images[-1]
+    return torch.cat(blocks, dim=2), torch.cat(images, dim=2)
 
 
 # Width is doubled while the energy is not reached. Beyond a third of the space, or when the ranks are not
@@ -134,9 +140,7 @@ def _state(
     )
     j = int(count.item())
     outside = theta[min(theta.shape[0] - 1, max(j, int(0.95 * theta.shape[0])))]
-    residual = (
-        moved[:, : max(j - 1, 0)] - v[:, : max(j - 1, 0)] * theta[: max(j - 1, 0)].to(v.dtype)
-    ).double()
+    residual = (moved[:, : max(j - 1, 0)] - v[:, : max(j - 1, 0)] * theta[: max(j - 1, 0)].to(v.dtype)).double()
     gains = residual.square().sum(0) / (theta[: max(j - 1, 0)] - outside).clamp_min(1e-12 * total)
     lacking = threshold * total - floor - captured - theta[: max(j - 1, 0)].sum()
     return j, bool(hit.item()), SAFETY * float(gains.sum()), float(lacking)

@@ -36,9 +36,7 @@ def project(x: Tensor, q: Tensor) -> Tensor:
         tensor([[0., 4.]])
     """
     if q.dim() < 2 or x.dim() < 1 or x.shape[-1] != q.shape[-2]:
-        raise ValueError(
-            f"project: x must be [..., d] and q [d, k], got shapes {list(x.shape)} and {list(q.shape)}."
-        )
+        raise ValueError(f"project: x must be [..., d] and q [d, k], got shapes {list(x.shape)} and {list(q.shape)}.")
     if q.shape[-1] == 0:
         return x.clone()
     return x - (x @ q) @ q.mT
@@ -92,9 +90,9 @@ def certificate(
 
     Example:
         >>> q = torch.tensor([[1.0], [0.0], [0.0]])
-        >>> certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)  # doctest:
-        +ELLIPSIS Certificate(leak=0.0, leak_after_rounding=None, orthogonality=0.0, captured=0.99, rank=1,
-        free=2)
+        >>> found = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
+        >>> found.leak, found.captured, found.rank, found.free
+        (0.0, 0.99, 1, 2)
     """
     return certificates(
         [a],
@@ -158,9 +156,7 @@ def certificates(
                 f"{list(columns.shape)} and {list(rows.shape)}."
             )
     fractions: list[float | None] = [None] * len(a) if captured is None else list(captured)
-    changes: list[Tensor | None] = (
-        [None] * len(a) if delta is None else list(matrices(name, "delta", delta, FLOATS))
-    )
+    changes: list[Tensor | None] = [None] * len(a) if delta is None else list(matrices(name, "delta", delta, FLOATS))
     same_length(name, a=a, captured=fractions, delta=changes)
     numbers = []
     for i, (rows, columns, kept, now) in enumerate(zip(a, b, protected, current, strict=True)):
@@ -173,9 +169,10 @@ def certificates(
         wide, keep = rows.double(), kept.double()
         left = columns.double()
         inner = _product_norm(left, wide @ keep), _product_norm(left, wide)
-        rounded = (
-            torch.zeros_like(inner[0]) if change is None else _share(_inside(change, keep), _length(change))
-        )
+        rounded = torch.zeros_like(inner[0])
+        if change is not None:
+            moved = change.double()
+            rounded = _share(torch.linalg.vector_norm(moved @ keep), torch.linalg.vector_norm(moved))
         numbers.append(torch.stack([_share(*inner), rounded, _off_identity(now)]))
     host = torch.stack(numbers).tolist() if numbers else []
     return [
@@ -192,19 +189,11 @@ def certificates(
 
 
 def _product_norm(left: Tensor, right: Tensor) -> Tensor:
-    # ‖LR‖ = ‖(triangular factor of L) R‖: r rows instead of `out` rows, and no squaring as a Gram matrix
-    # would do.
+    # ‖LR‖ = ‖(triangular factor of L) R‖: r rows in place of `out` rows, without squaring as LᵀL would.
     if left.shape[0] > left.shape[1]:
         left = torch.linalg.qr(left, mode="r").R
-    return torch.linalg.matrix_norm(left @ right)
-
-
-def _inside(change: Tensor, keep: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(change.double() @ keep)
-
-
-def _length(change: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(change.double())
+    norm: Tensor = torch.linalg.vector_norm(left @ right)
+    return norm
 
 
 def _share(inside: Tensor, length: Tensor) -> Tensor:
