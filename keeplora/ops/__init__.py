@@ -1,5 +1,6 @@
 """The ops: grouped tensor kernels behind ``torch.ops.keeplora``. Importing them touches no GPU."""
 
+from .compiled import build_info  # first: loading the compiled libraries registers their kernels
 from .gram import gram
 from .lora_grad_b import lora_grad_b
 from .merge_weights import merge_weights
@@ -9,6 +10,7 @@ from .projected_adamw import projected_adamw
 from .sketch_rows import random_signs, sketch_rows
 
 __all__ = [
+    "build_info",
     "gram",
     "lora_grad_b",
     "merge_weights",

@@ -1,0 +1,41 @@
+// The one way kernels are launched. csrc/emulate provides the same function for the CPU, so kernel sources contain
+// no launch syntax of their own.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+#ifdef KEEPLORA_EMULATE
+#include "emulate/launch.h"
+#else
+
+namespace gpu {
+
+struct Config {
+  dim3 grid{1};
+  dim3 block{1};
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Queues `kernel` on the stream and returns without waiting. Shared memory beyond the default 48 KB is asked for.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Arguments&&... arguments) {
+  if (config.shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t native{};
+  native.gridDim = config.grid;
+  native.blockDim = config.block;
+  native.dynamicSmemBytes = config.shared_bytes;
+  native.stream = config.stream;
+  return cudaLaunchKernelEx(&native, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace gpu
+
+#endif

@@ -1,0 +1,3 @@
+__file__: str
+
+def build_info() -> dict[str, str | list[str] | None]: ...
