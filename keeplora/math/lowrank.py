@@ -12,14 +12,14 @@ from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, row_space
 from keeplora.math.subspace import project
-from keeplora.ops import orthonormalize
 from keeplora.ops.check import FLOATS, MASTER, matrices
+from keeplora.ops.orthonormalize import orthonormalize
 
 __all__ = ["Extension", "TopDirections", "extend_basis", "top_directions", "weight_basis"]
 
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
-EXACT_SHARE = 0.8  # from this share of the smaller side on, the exact factorisation is as fast as the sketch
+EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 NOISE = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 CANCELLED = 1e-2  # below this share, ‖G‖² − ‖GQ‖² is too rounded and GP is measured directly
 ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keeplora.ops import orthonormalize
+from keeplora.ops.orthonormalize import orthonormalize
 
 __all__ = ["complement", "reorthogonalize"]
 
