@@ -52,8 +52,10 @@ def find_targets(model: nn.Module) -> list[Target]:
             for depth, block in enumerate(blocks):
                 targets += _block_targets(f"{path}.{depth}", block, depth, tower)
     if not targets:
-        raise ValueError(f"find_targets: model must have a ViT or a text transformer of open_clip, got "
-                         f"{type(model).__name__} without either. Pass targets=keeplora.lora.linear_targets(model).")
+        raise ValueError(
+            f"find_targets: model must have a ViT or a text transformer of open_clip, got "
+            f"{type(model).__name__} without either. Pass targets=keeplora.lora.linear_targets(model)."
+        )
     return targets
 
 
@@ -63,10 +65,14 @@ def _block_targets(path: str, block: nn.Module, depth: int, tower: str) -> list[
     if isinstance(attention, nn.MultiheadAttention):
         targets += attention_targets(f"{path}.attn", attention, depth, tower)
     elif attention is not None and hasattr(attention, "in_proj_weight"):
-        raise TypeError(f"find_targets: attention must be nn.MultiheadAttention or timm's, got open_clip's custom "
-                        f"attention at {path}.attn. Build the model with block_type='default'.")
+        raise TypeError(
+            f"find_targets: attention must be nn.MultiheadAttention or timm's, got open_clip's custom "
+            f"attention at {path}.attn. Build the model with block_type='default'."
+        )
     for name, layer in block.named_modules():
-        if not isinstance(layer, nn.Linear) or (name.startswith("attn.") and isinstance(attention, nn.MultiheadAttention)):
+        if not isinstance(layer, nn.Linear) or (
+            name.startswith("attn.") and isinstance(attention, nn.MultiheadAttention)
+        ):
             continue
         full = f"{path}.{name}"
         if name == "attn.qkv":

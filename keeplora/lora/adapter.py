@@ -35,10 +35,10 @@ class LoraAdapter(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, *, train_a: bool = False, origin: Tensor | None = None):
         super().__init__()
-        self.A = nn.Parameter(a.detach().clone(), requires_grad=train_a)
-        self.B = nn.Parameter(b.detach().clone())
+        self.A = nn.Parameter(_dense(a), requires_grad=train_a)
+        self.B = nn.Parameter(_dense(b))
         self.scaling = float(scaling)
-        self.register_buffer("origin", None if origin is None else origin.detach().clone())
+        self.register_buffer("origin", None if origin is None else _dense(origin))
 
     @property
     def rank(self) -> int:
@@ -79,7 +79,9 @@ class LoraHost(nn.Module):
         if not isinstance(weight, Tensor):
             raise ValueError(f"add_slot: parameter must be a weight of {type(self).__name__}, got {parameter!r}")
         if rows is not None and not 0 <= rows[0] < rows[1] <= weight.shape[0]:
-            raise ValueError(f"add_slot: rows must lie in [0, {weight.shape[0]}] with start < stop, got {rows} [{slot}]")
+            raise ValueError(
+                f"add_slot: rows must lie in [0, {weight.shape[0]}] with start < stop, got {rows} [{slot}]"
+            )
         for other, (name, taken) in self.slots.items():
             if name == parameter and (rows is None or taken is None or (rows[0] < taken[1] and taken[0] < rows[1])):
                 raise ValueError(f"add_slot: rows must not overlap another slot, got {rows} [{slot} and {other}]")
@@ -102,8 +104,10 @@ class LoraHost(nn.Module):
         if slot in self.adapters:
             raise RuntimeError(f"attach: slot {slot!r} already holds an adapter. Merge or detach it first.")
         if (adapter.B.shape[0], adapter.A.shape[1]) != tuple(weight.shape):
-            raise ValueError(f"attach: adapter must be for a weight of shape {list(weight.shape)}, got A "
-                             f"{list(adapter.A.shape)} and B {list(adapter.B.shape)} [{slot}]")
+            raise ValueError(
+                f"attach: adapter must be for a weight of shape {list(weight.shape)}, got A "
+                f"{list(adapter.A.shape)} and B {list(adapter.B.shape)} [{slot}]"
+            )
         self.adapters[slot] = adapter.to(weight.device)
 
     def detach_adapter(self, slot: str) -> None:
@@ -119,7 +123,10 @@ class LoraHost(nn.Module):
         adapter = self.adapters[slot]
         assert isinstance(adapter, LoraAdapter)
         [merged] = merge_weights(
-            [self.exact_weight(slot)], [adapter.A.detach()], [adapter.update().detach()], scale=[adapter.scaling]
+            [self.exact_weight(slot)],
+            [adapter.A.detach()],
+            [adapter.update().detach()],
+            scale=[adapter.scaling],
         )
         self.set_exact_weight(slot, merged)
         self.detach_adapter(slot)
@@ -148,9 +155,12 @@ class LoraHost(nn.Module):
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The exact weights follow the layer's device, never its dtype: they are the reason it may be half.
-        self._masters = {
-            slot: exact.to(self.slot_weight(slot).device) for slot, exact in self._masters.items()
-        }
+        self._masters = {slot: exact.to(self.slot_weight(slot).device) for slot, exact in self._masters.items()}
         return result
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A contiguous copy: a strided one would be summed in another order than the same numbers read from a file."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -51,21 +51,39 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         if not isinstance(base, nn.MultiheadAttention):
             raise TypeError(f"LoraAttention: base must be an nn.MultiheadAttention, got {type(base).__name__}")
         if base.bias_k is not None or base.bias_v is not None or base.add_zero_attn:
-            raise ValueError("LoraAttention: base must have add_bias_kv=False and add_zero_attn=False, got "
-                             f"add_bias_kv={base.bias_k is not None}, add_zero_attn={base.add_zero_attn}")
+            raise ValueError(
+                "LoraAttention: base must have add_bias_kv=False and add_zero_attn=False, got "
+                f"add_bias_kv={base.bias_k is not None}, add_zero_attn={base.add_zero_attn}"
+            )
         nn.Module.__init__(self)
-        for name in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first",
-                     "_qkv_same_embed_dim", "add_zero_attn"):
+        for name in (
+            "embed_dim",
+            "kdim",
+            "vdim",
+            "num_heads",
+            "head_dim",
+            "dropout",
+            "batch_first",
+            "_qkv_same_embed_dim",
+            "add_zero_attn",
+        ):
             setattr(self, name, getattr(base, name))
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
-                     "bias_k", "bias_v"):
+        for name in (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+            "bias_k",
+            "bias_v",
+        ):
             self.register_parameter(name, getattr(base, name))
         out = base.out_proj
-        self.out_proj = out if isinstance(out, LoraLinear) else LoraLinear(out)
+        self.out_proj = out if isinstance(out, LoraLinear) else LoraLinear(out)  # type: ignore[assignment]
         self.train(base.training)
         self._init_host()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -84,7 +102,7 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = self._project(query, None if one else key, None if one else value)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.view(*t.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, is_causal, q, k)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -127,7 +145,7 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)
             if mask.dim() == 3:
-                mask = mask.unflatten(0, (q.shape[0], self.num_heads))
+                mask = mask.view(q.shape[0], self.num_heads, *mask.shape[1:])
         if padding is not None:
             keys = _additive(padding, q.dtype)
             keys = keys.reshape(-1, 1, 1, k.shape[-2])

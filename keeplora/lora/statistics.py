@@ -64,8 +64,10 @@ def mean_gradients(
                     totals[i] += gradient
             batches += 1
     if batches == 0:
-        raise ValueError("mean_gradients: loader must yield at least one batch, got none. "
-                         "A generator can be used once: pass a loader that can be iterated again.")
+        raise ValueError(
+            "mean_gradients: loader must yield at least one batch, got none. "
+            "A generator can be used once: pass a loader that can be iterated again."
+        )
     if not any(touched):
         raise RuntimeError(_NO_GRADIENT)
     gradients = {key: total / batches for key, total in zip(keys, totals, strict=True)}
@@ -75,8 +77,10 @@ def mean_gradients(
         gradient = gradients[slot.host, parameter]
         gradient = gradient if rows is None else gradient[rows[0] : rows[1]]
         if not torch.isfinite(gradient).all():
-            raise ValueError(f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
-                             "Lower the loss scale, or run this pass in float32 or bfloat16.")
+            raise ValueError(
+                f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
+                "Lower the loss scale, or run this pass in float32 or bfloat16."
+            )
         result.append(gradient)
     return result
 
@@ -123,8 +127,10 @@ def feature_statistics(
             forward(model, batch)
             batches += 1
     if batches == 0:
-        raise ValueError("feature_statistics: loader must yield at least one batch, got none. "
-                         "A generator can be used once: pass a loader that can be iterated again.")
+        raise ValueError(
+            "feature_statistics: loader must yield at least one batch, got none. "
+            "A generator can be used once: pass a loader that can be iterated again."
+        )
     return collector.result()
 
 
@@ -164,12 +170,15 @@ class _Collector:
 
     def accumulate(self, key: tuple[LoraHost, frozenset[str]], slot: LoraSlot, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
-            raise ValueError(f"feature_statistics: features must be finite, got NaN or Inf in batch {self.batch} "
-                             f"[{slot.name}]")
+            raise ValueError(
+                f"feature_statistics: features must be finite, got NaN or Inf in batch {self.batch} [{slot.name}]"
+            )
         moment = self.moments.get(key)
         if moment is not None and moment.shape[1] != rows.shape[1]:
-            raise ValueError(f"feature_statistics: features must keep their width, got {rows.shape[1]} after "
-                             f"{moment.shape[1]} in batch {self.batch} [{slot.name}]")
+            raise ValueError(
+                f"feature_statistics: features must keep their width, got {rows.shape[1]} after "
+                f"{moment.shape[1]} in batch {self.batch} [{slot.name}]"
+            )
         self.counts[key] = self.counts.get(key, 0) + rows.shape[0]
         if self.kind == "second_moment":
             self.moments[key] = gram(rows, out=moment)[0]
@@ -193,11 +202,14 @@ class _Collector:
             parts = [s for (host, names), s in finished.items() if host is slot.host and slot.slot in names]
             parts = [part for part in parts if part.tokens]
             if not parts:
-                raise ValueError(f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
-                                 "Check that the forward function runs this tower and that the mask keeps tokens.")
+                raise ValueError(
+                    f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
+                    "Check that the forward function runs this tower and that the mask keeps tokens."
+                )
             if len(parts) > 1:  # called with shared inputs at one time, with separate ones at another
-                parts = [FeatureStatistic(sum((p.moment for p in parts[1:]), parts[0].moment),
-                                          sum(p.tokens for p in parts))]
+                parts = [
+                    FeatureStatistic(sum((p.moment for p in parts[1:]), parts[0].moment), sum(p.tokens for p in parts))
+                ]
             result.append(parts[0])
         return result
 
@@ -209,8 +221,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _check_loss(function: str, loss: Any, index: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
-                         "Reduce the loss, for example with .mean().")
+        raise ValueError(
+            f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
+            "Reduce the loss, for example with .mean()."
+        )
     if not torch.isfinite(loss).all():
         raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")
 

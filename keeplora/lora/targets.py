@@ -82,11 +82,15 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     """
     wanted = [names] if isinstance(names, str) else list(names)
     if not targets:
-        raise ValueError("select_targets: targets must not be empty, got a model without any linear layer. "
-                         "Pass targets=[...] naming the weights to adapt.")
+        raise ValueError(
+            "select_targets: targets must not be empty, got a model without any linear layer. "
+            "Pass targets=[...] naming the weights to adapt."
+        )
     if not wanted:
-        raise ValueError('select_targets: names must name at least one module, got an empty list. '
-                         'Use "all-linear" for every linear layer.')
+        raise ValueError(
+            "select_targets: names must name at least one module, got an empty list. "
+            'Use "all-linear" for every linear layer.'
+        )
     if wanted == ["all-linear"]:
         return list(targets)
     dotted = [f".{target.name}." for target in targets]
@@ -96,8 +100,10 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
         if not hits:
             known = sorted({part for target in targets for part in _suffixes(target.name)})
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
-            raise ValueError(f"select_targets: target_modules must name modules of the model, got {name!r}, which "
-                             f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(near)}.")
+            raise ValueError(
+                f"select_targets: target_modules must name modules of the model, got {name!r}, which "
+                f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(near)}."
+            )
         chosen.update(hits)
     return [target for i, target in enumerate(targets) if i in chosen]
 

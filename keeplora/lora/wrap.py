@@ -39,7 +39,7 @@ class LoraSlot:
 
     @property
     def adapter(self) -> LoraAdapter | None:
-        adapter = self.host.adapters[self.slot] if self.slot in self.host.adapters else None
+        adapter = self.host.adapters[self.slot] if self.slot in self.host.adapters else None  # noqa: SIM401
         assert adapter is None or isinstance(adapter, LoraAdapter)
         return adapter
 
@@ -76,7 +76,7 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     replacements = _plan(model, targets)
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
-        hosts[path] = kind(model.get_submodule(path))
+        hosts[path] = kind(model.get_submodule(path))  # type: ignore[arg-type]
         if kind is LoraAttention:
             out = getattr(hosts[path], "out_proj")  # noqa: B009
             assert isinstance(out, LoraLinear)
@@ -113,26 +113,36 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, type[LoraLin
             path = parent  # MultiheadAttention reads out_proj's weight without calling it
         module = modules[path]
         if isinstance(module, LoraHost):
-            raise RuntimeError(f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
-                               "Call unwrap(model), or keep using the object that wrapped it.")
+            raise RuntimeError(
+                f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
+                "Call unwrap(model), or keep using the object that wrapped it."
+            )
         if len(places[id(module)]) > 1:
-            raise ValueError(f"wrap: a layer must have one place in the model, got {' and '.join(places[id(module)])} "
-                             "sharing one. Adapt neither, or untie them.")
+            raise ValueError(
+                f"wrap: a layer must have one place in the model, got {' and '.join(places[id(module)])} "
+                "sharing one. Adapt neither, or untie them."
+            )
         if isinstance(module, nn.MultiheadAttention):
             plan[path] = LoraAttention
         elif isinstance(module, nn.Linear):
             plan[path] = LoraLinear
         else:
-            raise TypeError(f"wrap: targets must name nn.Linear or nn.MultiheadAttention modules, got "
-                            f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]")
+            raise TypeError(
+                f"wrap: targets must name nn.Linear or nn.MultiheadAttention modules, got "
+                f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]"
+            )
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            raise RuntimeError(f"wrap: layers must not carry hooks when they are replaced, got some at {path!r}. "
-                               "Register hooks after wrapping.")
+            raise RuntimeError(
+                f"wrap: layers must not carry hooks when they are replaced, got some at {path!r}. "
+                "Register hooks after wrapping."
+            )
         weight = getattr(modules[target.module], target.parameter)
         owner = owners.setdefault(id(weight), target.module)
         if owner != target.module:
-            raise ValueError(f"wrap: adapted layers must not share a weight, got one weight in {owner!r} and "
-                             f"{target.module!r} (tied). Adapt one of them only after untying.")
+            raise ValueError(
+                f"wrap: adapted layers must not share a weight, got one weight in {owner!r} and "
+                f"{target.module!r} (tied). Adapt one of them only after untying."
+            )
     return plan
 
 
@@ -145,8 +155,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     hosts = {path: module for path, module in model.named_modules() if isinstance(module, LoraHost)}
     busy = [path for path, host in hosts.items() if len(host.adapters)]
     if busy:
-        raise RuntimeError(f"unwrap: adapters must be merged or detached first, got {len(busy)} attached "
-                           f"(first: {busy[0]!r})")
+        raise RuntimeError(
+            f"unwrap: adapters must be merged or detached first, got {len(busy)} attached (first: {busy[0]!r})"
+        )
     for path, host in hosts.items():
         parent, _, leaf = path.rpartition(".")
         if leaf == "out_proj" and parent in hosts:

@@ -50,7 +50,7 @@ class Method(ABC):
         """A term to add to the loss of the current step, or None."""
         return None
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
         """Called after every optimizer step."""
 
     @abstractmethod

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["LayerCapacity", "LayerCertificate", "RetentionCertificate"]
+from torch import Tensor
+
+from keeplora.lora import LoraSlot
+from keeplora.math.lowrank import Extension
+from keeplora.math.subspace import certificate
+
+__all__ = ["LayerCapacity", "LayerCertificate", "RetentionCertificate", "merge_and_certify"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,30 @@ class LayerCapacity:
     protected: int
     free: int
     added: int
+
+
+def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension) -> LayerCertificate:
+    """Merge the slot's adapter and measure what that did.
+
+    ``basis`` is what was protected while the adapter was trained, ``new`` what is protected from now on.
+    """
+    adapter = slot.adapter
+    out, width = slot.weight.shape
+    if adapter is None:  # nothing was free: nothing moved
+        a, b, change = basis.new_zeros(0, width), basis.new_zeros(out, 0), None
+    else:
+        a, b = adapter.A.detach(), adapter.update().detach()
+        before = slot.weight.detach().double()
+        slot.merge()
+        change = slot.weight.detach().double() - before
+    proof = certificate(a, b, basis, basis=new.q, delta=change)
+    return LayerCertificate(
+        name=slot.name,
+        leak=proof.leak,
+        leak_after_rounding=proof.leak_after_rounding or 0.0,
+        orthogonality=proof.orthogonality,
+        captured=new.fraction,
+        protected=proof.rank,
+        added=new.added,
+        free=proof.free,
+    )

@@ -68,18 +68,24 @@ class KeepLoraConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("depth_scale", "weight_energy", "feature_energy"):
             self._check_fractions(name, getattr(self, name))
-        choices = {"weight_side": ("input", "output"), "feature_statistic": ("second_moment", "slot_mean"),
-                   "init_b": ("zero", "gradient")}
+        choices = {
+            "weight_side": ("input", "output"),
+            "feature_statistic": ("second_moment", "slot_mean"),
+            "init_b": ("zero", "gradient"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, "
-                                 f"got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
     def _check_fractions(self, name: str, value: PerTower) -> None:
         values = value.items() if isinstance(value, Mapping) else [("every tower", value)]
         for tower, number in values:
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"KeepLoraConfig: {name} must be a number or numbers by tower, got {number!r} [{tower}]")
+                raise TypeError(
+                    f"KeepLoraConfig: {name} must be a number or numbers by tower, got {number!r} [{tower}]"
+                )
             if not 0 <= number <= 1:
                 raise ValueError(f"KeepLoraConfig: {name} must lie in [0, 1], got {number} [{tower}]")
 
@@ -109,7 +115,7 @@ def depth_factor(gamma: float, position: int, count: int) -> float:
     """λ_l = γ + (1 − γ) l/(L − 1) for l = ``position`` of L = ``count`` blocks; 1 for a single block.
 
     Example:
-        >>> [depth_factor(0.2, l, 5) for l in (0, 2, 4)]
+        >>> [round(depth_factor(0.2, l, 5), 3) for l in (0, 2, 4)]
         [0.2, 0.6, 1.0]
     """
     return 1.0 if count <= 1 else gamma + (1.0 - gamma) * position / (count - 1)

@@ -24,10 +24,9 @@ from keeplora.lora import (
     wrap,
 )
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions, weight_basis
-from keeplora.math.subspace import certificate, orthogonality
 
 from .base import LossFn, Method, State, freeze
-from .certificate import LayerCapacity, LayerCertificate, RetentionCertificate
+from .certificate import LayerCapacity, RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .state import StateError, read_state, write_state
 
@@ -51,7 +50,7 @@ class KeepLora(Method):
         Q_0 &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_w \\
         A &= \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0 \\
         y &= x W^\top + s\,\lambda_l\,(x A^\top) B^\top, \quad \lambda_l = \gamma + (1 - \gamma)\tfrac{l}{L-1} \\
-        W &\leftarrow W + s\,\lambda_l B A, \quad Q \leftarrow [Q, \text{top directions of } C], \text{ energy } \varepsilon_f
+        W &\leftarrow W + s\,\lambda_l B A, \quad Q \leftarrow [Q, \text{top of } C], \text{ energy } \varepsilon_f
 
     G is the task's mean gradient, C the second moment of the layer's inputs after the task. Since ``A Q = 0``,
     inputs in span(Q) are mapped as before, up to rounding; :meth:`after_task` returns the proof in numbers.
@@ -113,8 +112,10 @@ class KeepLora(Method):
         for target in self.targets:
             width = getattr(self.model.get_submodule(target.module), target.parameter).shape[1]
             if self.config.r > width:
-                raise ValueError(f"KeepLora: r must be at most the layer's width, got {self.config.r} for "
-                                 f"{width} [{target.name}]. Lower r.")
+                raise ValueError(
+                    f"KeepLora: r must be at most the layer's width, got {self.config.r} for "
+                    f"{width} [{target.name}]. Lower r."
+                )
 
     # ------------------------------------------------------------------ the life of a task
 
@@ -137,8 +138,9 @@ class KeepLora(Method):
         """
         self._require_open_model()
         if self.training_task:
-            raise RuntimeError("before_task: the previous task must be closed first, got an open task. "
-                               "Call after_task(loader).")
+            raise RuntimeError(
+                "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
+            )
         protected = self._protected or self._protect_weights()
         gradients = mean_gradients(self.model, self.slots, loader, loss_fn)
         directions = top_directions(gradients, [p.basis for p in protected], self.config.r, seed=self.config.seed)
@@ -191,14 +193,10 @@ class KeepLora(Method):
             [statistic.moment for statistic in statistics],
             [self.config.feature_energy_of(t.tower) for t in self.targets],
         )
-        layers = []
-        for slot, old, new in zip(self.slots, self._protected, extensions, strict=True):
-            leak, rounded = _merge_and_measure(slot, old.basis)
-            layers.append(LayerCertificate(
-                name=slot.name, leak=leak, leak_after_rounding=rounded, orthogonality=orthogonality(new.q),
-                captured=new.captured / new.total if new.total else 1.0,
-                protected=new.q.shape[1], added=new.added, free=new.q.shape[0] - new.q.shape[1],
-            ))  # fmt: skip
+        layers = [
+            merge_and_certify(slot, old.basis, new)
+            for slot, old, new in zip(self.slots, self._protected, extensions, strict=True)
+        ]
         self._protected = [_Protected(new.q, new.added) for new in extensions]
         result = RetentionCertificate(self.tasks_learned, tuple(layers))
         self.tasks_learned += 1
@@ -290,7 +288,8 @@ class KeepLora(Method):
             slot.detach()
             if f"{slot.name}.A" in state.tensors:
                 parts = [state.tensors.get(f"{slot.name}.{key}") for key in ("A", "B", "origin")]
-                assert parts[0] is not None and parts[1] is not None
+                assert parts[0] is not None
+                assert parts[1] is not None
                 slot.attach(LoraAdapter(parts[0], parts[1], self._scalings[i], origin=parts[2]))
         self._protected = protected or None
         self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
@@ -303,20 +302,26 @@ class KeepLora(Method):
         if state.meta.get("method") != self.name:
             raise StateError(f"load_state: state must be of method {self.name!r}, got {state.meta.get('method')!r}")
         if state.meta.get("targets") != [slot.name for slot in self.slots]:
-            raise StateError("load_state: state must have the targets of this model, got "
-                             f"{len(state.meta.get('targets', []))} others. Load it into the model it was made with.")
+            raise StateError(
+                "load_state: state must have the targets of this model, got "
+                f"{len(state.meta.get('targets', []))} others. Load it into the model it was made with."
+            )
         for slot in self.slots:
             weight = state.tensors.get(f"{slot.name}.weight")
             if weight is None or weight.shape != slot.weight.shape:
                 got = None if weight is None else list(weight.shape)
-                raise StateError(f"load_state: weight must have shape {list(slot.weight.shape)}, got {got} [{slot.name}]")
+                raise StateError(
+                    f"load_state: weight must have shape {list(slot.weight.shape)}, got {got} [{slot.name}]"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
         write_state(path, self.state())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, *, targets: Sequence[Target] | None = None) -> KeepLora:
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, *, targets: Sequence[Target] | None = None
+    ) -> KeepLora:
         """A keeper that continues from :meth:`save`, around the pretrained ``model`` it was made with.
 
         Raises:
@@ -324,8 +329,9 @@ class KeepLora(Method):
         """
         state = read_state(path)
         if state.meta.get("method") != cls.name:
-            raise StateError(f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, "
-                             f"got {state.meta.get('method')!r}")
+            raise StateError(
+                f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, got {state.meta.get('method')!r}"
+            )
         keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets)
         try:
             keeper.load_state(state)
@@ -361,8 +367,12 @@ class KeepLora(Method):
         ):
             if names:
                 shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-                warnings.warn(f"KeepLora: {len(names)} of {len(self.slots)} layers {what}: {shown}. "
-                              "Lower weight_energy or feature_energy for more room.", UserWarning, stacklevel=3)
+                warnings.warn(
+                    f"KeepLora: {len(names)} of {len(self.slots)} layers {what}: {shown}. "
+                    "Lower weight_energy or feature_energy for more room.",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
     def _require_task(self, function: str) -> None:
         self._require_open_model()
@@ -372,17 +382,3 @@ class KeepLora(Method):
     def _require_open_model(self) -> None:
         if self._closed:
             raise RuntimeError("KeepLora: the keeper has given its model back by merge(). Make a new one.")
-
-
-def _merge_and_measure(slot: LoraSlot, basis: Tensor) -> tuple[float, float]:
-    """Merge the slot's adapter; the leak of the update, and of the change the stored weight made."""
-    adapter = slot.adapter
-    if adapter is None:
-        return 0.0, 0.0
-    leak = certificate(adapter.A, adapter.update(), basis).leak
-    before = slot.weight.detach().double()
-    slot.merge()
-    change = slot.weight.detach().double() - before
-    size = change.norm()
-    rounded = float((change @ basis.double()).norm() / size) if size > 0 else 0.0
-    return leak, rounded

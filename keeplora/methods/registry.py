@@ -56,6 +56,8 @@ def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = Non
     for setting in settings or {}:
         if setting not in known:
             near = difflib.get_close_matches(setting, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"create: settings of method {name!r} do not include {setting!r}. "
-                             f"Nearest names: {', '.join(near) or 'it has no settings'}.")
+            raise ValueError(
+                f"create: settings of method {name!r} do not include {setting!r}. "
+                f"Nearest names: {', '.join(near) or 'it has no settings'}."
+            )
     return entry.build(model, entry.config(**{**entry.defaults, **(settings or {})}))

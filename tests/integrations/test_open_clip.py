@@ -1,0 +1,169 @@
+"""open_clip's own models, built from configurations without weights."""
+
+import copy
+
+import open_clip as clip
+import pytest
+import torch
+from open_clip.factory import _MODEL_CONFIGS
+from torch import nn
+
+import keeplora
+from keeplora.integrations import find_targets, open_clip, token_mask
+from keeplora.lora import LoraAdapter, Target, depth_positions, select_targets, wrap
+
+VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+TEXT = {"context_length": 7, "vocab_size": 30, "width": 24, "layers": 2, "heads": 2}
+
+
+def tiny(cls=clip.model.CLIP, **text):
+    return cls(16, VISION, {**TEXT, **text}).eval()
+
+
+def batch(n=5):
+    tokens = torch.randint(1, 20, (n, 7))
+    tokens[torch.arange(n), torch.arange(n) % 4 + 2] = 29  # end of text
+    for row in tokens:
+        row[int(row.argmax()) + 1 :] = 0
+    return torch.randn(n, 3, 16, 16), tokens
+
+
+def loss_fn(model, inputs):
+    image, text = model.encode_image(inputs[0], normalize=True), model.encode_text(inputs[1], normalize=True)
+    return nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, torch.arange(len(image)))
+
+
+@pytest.mark.parametrize("cls", [clip.model.CLIP, clip.model.CustomTextCLIP])
+def test_targets_of_both_towers(cls):
+    targets = find_targets(tiny(cls))
+    assert len(targets) == (3 + 2) * 6
+    assert {t.tower for t in targets} == {"vision", "text"}
+    positions = depth_positions(targets)
+    assert positions["visual.transformer.resblocks.2.attn.q_proj"] == (2, 3)
+    prefix = "text." if cls is clip.model.CustomTextCLIP else ""
+    assert positions[f"{prefix}transformer.resblocks.1.mlp.c_proj"] == (1, 2)
+
+
+REGISTRY = sorted(
+    name
+    for name, config in _MODEL_CONFIGS.items()
+    if "hf_model_name" not in config.get("text_cfg", {}) and "timm_model_name" not in config.get("vision_cfg", {})
+)
+
+
+def test_every_vit_and_text_transformer_of_the_registry_has_its_targets():
+    """Every architecture that needs no other library, two blocks deep and without storage: only the shape counts."""
+    assert len(REGISTRY) > 50
+    for name in REGISTRY:
+        config = copy.deepcopy(_MODEL_CONFIGS[name])
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        vit = isinstance(vision["layers"], int)  # a ResNet has no blocks to adapt
+        vision["layers"], text["layers"] = 2 if vit else [1, 1, 1, 1], 2
+        cls = clip.model.CustomTextCLIP if config.get("custom_text") else clip.model.CLIP
+        with torch.device("meta"):
+            model = cls(config["embed_dim"], vision, text)
+        targets = find_targets(model)
+        assert len([t for t in targets if t.tower == "vision"]) == (12 if vit else 0), name
+        assert len([t for t in targets if t.tower == "text"]) == 12, name
+
+
+def test_timm_towers_have_their_fused_qkv_as_row_ranges():
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "linear", "image_size": 224}
+    model = clip.model.CLIP(16, vision, TEXT).eval()
+    targets = find_targets(model)
+    assert [t for t in targets if t.name == "visual.trunk.blocks.3.attn.k_proj"] == [
+        Target("visual.trunk.blocks.3.attn.k_proj", "visual.trunk.blocks.3.attn.qkv", "weight", (192, 384), 3, "vision")
+    ]
+    x = torch.randn(1, 3, 224, 224)
+    before = model.encode_image(x)
+    slots = wrap(model, select_targets(targets, ["visual"]))
+    assert torch.equal(model.encode_image(x), before)
+    for slot in slots:
+        out, width = slot.weight.shape
+        slot.attach(LoraAdapter(torch.randn(2, width), torch.randn(out, 2), 1.0))
+        assert not torch.equal(model.encode_image(x), before), slot.name
+        slot.detach()
+
+
+def test_wrapping_changes_no_bit_and_every_adapter_matters():
+    model, inputs = tiny(), batch()
+    with _slow_path():  # nn.MultiheadAttention has another kernel for inference, equal to rounding
+        before = model.encode_image(inputs[0]), model.encode_text(inputs[1])
+        slots = wrap(model, find_targets(model))
+        after = model.encode_image(inputs[0]), model.encode_text(inputs[1])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    for slot in slots:  # an adapter that is attached but never applied would be silent
+        out, width = slot.weight.shape
+        slot.attach(LoraAdapter(torch.randn(2, width), torch.randn(out, 2), 1.0))
+        which = 0 if slot.target.tower == "vision" else 1
+        changed = (model.encode_image, model.encode_text)[which](inputs[which])
+        assert not torch.equal(changed, after[which]), slot.name
+        slot.detach()
+
+
+class _slow_path:
+    def __enter__(self):
+        self.enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def __exit__(self, *_):
+        torch.backends.mha.set_fastpath_enabled(self.enabled)
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+@pytest.mark.parametrize("cls", [clip.model.CLIP, clip.model.CustomTextCLIP])
+def test_padding_does_not_count(cls, pool):
+    model, (_, tokens) = tiny(cls, pool_type=pool, eos_id=29), batch()
+    slots = wrap(model, find_targets(model))
+    seen = {}
+
+    def watch(host, inputs):
+        seen.update({id(host): next(iter(inputs.values()))})
+
+    text = next(s for s in slots if s.target.tower == "text")
+    vision = next(s for s in slots if s.target.tower == "vision")
+    text.host.observer = watch
+    with token_mask(model) as mask:
+        model.encode_text(tokens)
+        keep = mask(text, seen[id(text.host)])
+        assert mask(vision, torch.zeros(5, 5, 32)) is None
+    lengths = [int((row == 29).nonzero()[0, 0]) + 1 for row in tokens]
+    assert [int(row.sum()) for row in keep] == lengths
+    assert all(row[:n].all() for row, n in zip(keep, lengths, strict=True))
+
+
+def test_padded_tokens_cannot_reach_the_embedding_nor_the_statistic():
+    inputs = batch()
+    other = (inputs[0], inputs[1].clone())
+    for row in other[1]:
+        end = int(row.argmax())
+        row[end + 1 :] = torch.randint(1, 20, (6 - end,))
+    torch.manual_seed(1)
+    bases = []
+    for data in (inputs, other):
+        torch.manual_seed(1)
+        model = tiny()
+        keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2, feature_energy=0.8))
+        keeper.before_task([data], loss_fn)
+        keeper.after_task([data])
+        bases.append([keeper.basis(slot.name) for slot in keeper.slots])
+    assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))
+
+
+def test_text_depth_scale_is_one_by_default():
+    model = tiny()
+    keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2, alpha=2.0))
+    keeper.before_task([batch()], loss_fn)
+    scales = {slot.name: slot.adapter.scaling for slot in keeper.slots}
+    assert scales["visual.transformer.resblocks.0.attn.q_proj"] == pytest.approx(0.2)
+    assert scales["visual.transformer.resblocks.1.attn.q_proj"] == pytest.approx(0.6)
+    assert scales["visual.transformer.resblocks.2.attn.q_proj"] == pytest.approx(1.0)
+    assert {v for k, v in scales.items() if k.startswith("transformer")} == {1.0}
+
+
+def test_refuses_what_it_does_not_know():
+    custom = clip.model.CLIP(16, {**VISION, "block_type": "custom"}, TEXT)
+    with pytest.raises(TypeError, match="got open_clip's custom attention at visual.transformer.resblocks.0.attn"):
+        find_targets(custom)
+    assert not open_clip.is_open_clip(nn.Linear(2, 2))

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from close import assert_rounded
+from torch import nn
+
+from keeplora.lora import LoraAdapter, feature_statistics, linear_targets, mean_gradients, wrap
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.fc = nn.Linear(WIDTH, 5)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        y = self.drop(self.fc(self.attn(x, x, x, need_weights=False)[0]))
+        return self.norm(y.transpose(1, 2))
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+@pytest.fixture
+def wrapped():
+    model = Block().train()
+    return model, wrap(model, linear_targets(model))
+
+
+def batches(n=3, tokens=6):
+    return [torch.randn(2, tokens, WIDTH) for _ in range(n)]
+
+
+def test_mean_gradients_match_a_float64_copy(wrapped):
+    model, slots = wrapped
+    data = batches()
+    got = mean_gradients(model, slots, data, loss_fn)
+    copy = Block().double().eval()
+    copy.load_state_dict(model.state_dict())
+    for batch in data:
+        (loss_fn(copy, batch.double()) / len(data)).backward()
+    exact = [*copy.attn.in_proj_weight.grad.split(WIDTH), copy.attn.out_proj.weight.grad, copy.fc.weight.grad]
+    for slot, gradient, expected in zip(slots, got, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        # float32 backpropagation through five layers: a few hundred roundings of the largest entry
+        assert_rounded(gradient, expected, terms=1000**2, what=slot.name)
+
+
+def test_mean_gradients_leave_the_model_as_it_was(wrapped):
+    model, slots = wrapped
+    model.fc.bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    model.drop.eval()
+    modes = [m.training for m in model.modules()]
+    mean_gradients(model, slots, batches(), loss_fn)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_feature_statistics_match_float64_and_are_shared(wrapped):
+    model, slots = wrapped
+    data = batches()
+    seen = []
+    model.eval()
+    handle = model.attn.out_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    for batch in data:
+        model(batch)
+    handle.remove()
+    model.train()
+    statistics = dict(zip([s.name for s in slots], feature_statistics(model, slots, data, loss_fn), strict=True))
+    assert statistics["attn.q_proj"] is statistics["attn.k_proj"] is statistics["attn.v_proj"]
+    x = torch.cat(data).double().flatten(0, 1)
+    assert_rounded(statistics["attn.q_proj"].moment, x.T @ x, terms=36, what="qkv")
+    heads = torch.cat(seen).flatten(0, 1)
+    assert_rounded(statistics["attn.out_proj"].moment, heads.T @ heads, terms=1000**2, what="out")
+    assert statistics["fc"].tokens == 36
+
+
+def test_adapters_take_part_in_the_features(wrapped):
+    model, slots = wrapped
+    data = batches()
+    before = feature_statistics(model, slots, data, loss_fn)[-1].moment
+    slots[3].attach(LoraAdapter(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), 1.0))
+    assert not torch.allclose(before, feature_statistics(model, slots, data, loss_fn)[-1].moment)
+
+
+def test_masked_tokens_do_not_count(wrapped):
+    model, slots = wrapped
+    data = batches()
+    keep = torch.rand(2, 6) > 0.5
+    [masked] = feature_statistics(model, slots[:1], data, loss_fn, token_mask=lambda slot, x: keep)
+    x = torch.cat([batch[keep] for batch in data]).double()
+    assert_rounded(masked.moment, x.T @ x, terms=36, what="masked")
+    assert masked.tokens == 3 * int(keep.sum())
+
+
+def test_slot_mean_is_the_public_codes_running_mean(wrapped):
+    model, slots = wrapped
+    data = [*batches(2), torch.randn(1, 6, WIDTH)]  # a smaller last batch fills only its own positions
+    [got] = feature_statistics(model, slots[:1], data, loss_fn, kind="slot_mean")
+    total = torch.zeros(12, WIDTH, dtype=torch.float64)
+    for batch in data:
+        flat = batch.double().flatten(0, 1)
+        total[: len(flat)] += flat
+    mean = total / 3
+    assert_rounded(got.moment, mean.T @ mean, terms=144, what="slot mean")
+
+
+def test_statistics_of_a_layer_called_with_shared_and_separate_inputs():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x)[0] + self.attn(x, 2 * x, 2 * x)[0]
+
+    model = Cross()
+    slots = wrap(model, linear_targets(model))
+    x = torch.randn(1, 5, WIDTH)
+    q, k, _, _ = feature_statistics(model, slots, [x], lambda model, batch: model(batch))
+    second = x[0].double().T @ x[0].double()
+    assert_rounded(q.moment, 2 * second, terms=25, what="q")
+    assert_rounded(k.moment, 5 * second, terms=25, what="k")
+
+
+def _broken(value):
+    data = batches()
+    data[1][0, 0, 0] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "error", "message"),
+    [
+        ([], loss_fn, ValueError, "at least one batch, got none"),
+        (_broken(float("nan")), loss_fn, ValueError, r"loss must be finite, got nan \[batch 1\]"),
+        (batches(), lambda m, b: m(b), ValueError, r"scalar tensor, got shape .* \[batch 0\]"),
+        (batches(), lambda m, b: 1.0, ValueError, "scalar tensor, got float"),
+        (batches(), lambda m, b: loss_fn(m, b).detach(), RuntimeError, "got no gradient to any of them"),
+        (batches(), lambda m, b: b.requires_grad_().sum(), RuntimeError, "got no gradient to any of them"),
+    ],
+    ids=["empty", "nan", "vector", "float", "detached", "other"],
+)
+def test_mean_gradients_refuse(wrapped, data, loss, error, message):
+    model, slots = wrapped
+    with pytest.raises(error, match=message):
+        mean_gradients(model, slots, data, loss)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "message"),
+    [
+        ([], {}, "at least one batch, got none"),
+        (_broken(float("inf")), {}, r"must be finite, got NaN or Inf in batch 1 \[attn.q_proj\]"),
+        (batches(), {"kind": "mean"}, "kind must be 'second_moment' or 'slot_mean', got 'mean'"),
+        (
+            batches(),
+            {"token_mask": lambda s, x: torch.zeros(2, 6, dtype=torch.bool)},
+            r"got none \[attn.q_proj\]",
+        ),
+    ],
+    ids=["empty", "inf", "kind", "masked"],
+)
+def test_feature_statistics_refuse(wrapped, data, kwargs, message):
+    model, slots = wrapped
+    with pytest.raises(ValueError, match=message):
+        feature_statistics(model, slots, data, loss_fn, **kwargs)
+    assert all(slot.host.observer is None for slot in slots)

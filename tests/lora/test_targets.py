@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from keeplora.lora import Target, depth_positions, linear_targets, select_targets, wrap
+
+
+def tower():
+    blocks = [
+        nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8), "act": nn.ReLU()}) for _ in range(2)
+    ]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
+
+
+def test_finds_attention_as_four_targets_and_no_inner_linear():
+    names = [target.name for target in linear_targets(tower())]
+    assert names[:5] == [f"blocks.0.attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["blocks.0.fc"]
+    assert len(names) == 11
+    assert names[-1] == "head"
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ("all-linear", 11),
+        (["attn"], 8),
+        (["q_proj", "v_proj"], 4),
+        (["blocks.1"], 5),
+        ("head", 1),
+        (["attn.out_proj"], 2),
+    ],
+)
+def test_selects_by_whole_components(names, count):
+    assert len(select_targets(linear_targets(tower()), names)) == count
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["q_prj"], r"got 'q_prj', which matches none of 11 linear layers. Nearest names: .*q_proj"),
+        (["att"], "Nearest names: .*attn"),
+        (["attn", "heed"], "got 'heed'.*head"),
+        ([], "at least one module"),
+    ],
+)
+def test_unknown_names_offer_the_nearest(names, message):
+    with pytest.raises(ValueError, match=message):
+        select_targets(linear_targets(tower()), names)
+
+
+def test_model_without_linear_layers():
+    with pytest.raises(ValueError, match="without any linear layer"):
+        select_targets(linear_targets(nn.Sequential(nn.Conv2d(1, 1, 1))), "all-linear")
+
+
+def test_depth_counts_adapted_blocks_inside_each_tower():
+    def at(tower, depth, name):
+        return Target(name, name, "weight", None, depth, tower)
+
+    positions = depth_positions([at("vision", 3, "a"), at("vision", 9, "b"), at("text", 1, "c"), at("vision", 3, "d")])
+    assert positions == {"a": (0, 2), "b": (1, 2), "c": (0, 1), "d": (0, 2)}
+
+
+def test_wrap_refuses_what_it_cannot_do_and_changes_nothing():
+    shared = nn.Linear(4, 4)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda *_: None)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def target(path, parameter="weight"):
+        return Target(path, path, parameter, None, 0, "model")
+
+    cases = [
+        (nn.Sequential(shared, shared), [target("0")], ValueError, "one place in the model, got 0 and 1"),
+        (tied, [target("0"), target("1")], ValueError, "must not share a weight"),
+        (hooked, [target("0")], RuntimeError, "must not carry hooks"),
+        (plain, [target("0"), target("1")], TypeError, "got torch.nn.modules.activation.ReLU"),
+        (plain, [target("0"), target("0")], ValueError, "unique names"),
+        (plain, [target("7")], ValueError, "name modules of the model, got '7'"),
+    ]
+    for model, targets, error, message in cases:
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(error, match=message):
+            wrap(model, targets)
+        assert [type(module) for module in model.modules()] == kinds
+    wrap(plain, [target("0")])
+    with pytest.raises(RuntimeError, match="wrapped already"):
+        wrap(plain, [target("0")])
+
+
+def test_wrapped_model_still_loads_the_plain_checkpoint():
+    plain, wrapped = tower(), tower()
+    wrap(wrapped, linear_targets(wrapped))
+    wrapped.load_state_dict(plain.state_dict())
+    for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(a, b)

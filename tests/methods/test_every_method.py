@@ -1,0 +1,170 @@
+"""The contract every registered method keeps. A new method is covered the moment it is registered."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from keeplora.methods import METHODS, State, create
+
+WIDTH = 8
+SMALL = {
+    "lora": {"r": 2},
+    "keeplora": {"r": 2, "weight_energy": 0.1, "feature_energy": 0.3},
+    "keeplora++": {"r": 2, "weight_energy": 0.1, "feature_energy": 0.3},
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.head(self.attn(x, x, x, need_weights=False)[0].mean(1))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def task(seed):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(8, 4, WIDTH, generator=g), torch.randint(3, (8,), generator=g)) for _ in range(3)]
+
+
+def learn(method, data, steps=4):
+    method.before_task(data, loss_fn)
+    parameters = method.trainable_parameters()
+    if method.trains:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = loss_fn(method.model, data[step % len(data)])
+            penalty = method.penalty()
+            (loss if penalty is None else loss + penalty).backward()
+            optimizer.step()
+            method.after_step()
+    return method.after_task(data)
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request):
+    return request.param
+
+
+def make(name, model=None):
+    return create(name, model or Net(), SMALL.get(name))
+
+
+def test_starts_from_the_unchanged_function(name):
+    model, x = Net(), torch.randn(2, 4, WIDTH)
+    before = model(x)
+    method = make(name, model)
+    assert method.model is model
+    assert torch.equal(model(x), before)
+    method.before_task(task(0), loss_fn)
+    assert torch.equal(model(x), before)
+
+
+def test_only_declared_parameters_change(name):
+    method = make(name)
+    method.before_task(task(0), loss_fn)
+    declared = {id(p) for p in method.trainable_parameters()}
+    assert {id(p) for p in method.model.parameters() if p.requires_grad} == declared or not method.trains
+    others = {n: p.detach().clone() for n, p in method.model.named_parameters() if id(p) not in declared}
+    if method.trains:
+        optimizer = torch.optim.SGD(method.trainable_parameters(), lr=0.1)
+        loss_fn(method.model, task(0)[0]).backward()
+        optimizer.step()
+    now = dict(method.model.named_parameters())
+    assert all(torch.equal(now[n], value) for n, value in others.items())
+
+
+def test_learns_something_unless_it_never_trains(name):
+    method, x = make(name), torch.randn(2, 4, WIDTH)
+    before = method.model(x)
+    learn(method, task(0))
+    assert torch.equal(method.model(x), before) is not method.trains
+
+
+def test_state_round_trips(name):
+    start = Net()
+    one, other = make(name, copy.deepcopy(start)), make(name, copy.deepcopy(start))
+    learn(one, task(0))
+    state = one.state()
+    other.load_state(State({k: v.clone() for k, v in state.tensors.items()}, copy.deepcopy(state.meta)))
+    assert learn(one, task(1)) == learn(other, task(1))
+    x = torch.randn(2, 4, WIDTH)
+    assert torch.equal(one.model(x), other.model(x))
+
+
+def test_state_is_a_copy(name):
+    method = make(name)
+    learn(method, task(0))
+    state = method.state()
+    kept = {k: v.clone() for k, v in state.tensors.items()}
+    learn(method, task(1))
+    assert all(torch.equal(kept[k], state.tensors[k]) for k in kept)
+
+
+def test_two_runs_agree(name):
+    start, x = Net(), torch.randn(2, 4, WIDTH)
+    outputs = []
+    for _ in range(2):
+        method = make(name, copy.deepcopy(start))
+        learn(method, task(0))
+        learn(method, task(1))
+        outputs.append(method.model(x))
+    assert torch.equal(*outputs)
+
+
+def test_evaluation_does_not_change_state(name):
+    method = make(name)
+    learn(method, task(0))
+    before = method.state()
+    method.model.eval()
+    with torch.no_grad():
+        method.model(torch.randn(2, 4, WIDTH))
+    after = method.state()
+    assert before.meta == after.meta
+    assert all(torch.equal(before.tensors[k], after.tensors[k]) for k in before.tensors)
+
+
+def test_batches_of_one_and_rank_one(name):
+    method = create(name, Net(), {"r": 1} if name in SMALL else None)
+    learn(method, [(torch.randn(1, 4, WIDTH), torch.tensor([2]))])
+
+
+def test_states_of_other_methods_are_refused(name):
+    method = make(name)
+    with pytest.raises(ValueError, match="state must be of method"):
+        method.load_state(State({}, {"method": "another"}))
+
+
+def test_unknown_names_offer_the_nearest():
+    with pytest.raises(ValueError, match=r"name must be a method, got 'keplora'. Nearest names: keeplora"):
+        create("keplora", Net())
+    with pytest.raises(ValueError, match=r"method 'keeplora' do not include 'rank_'.* Nearest names: r"):
+        create("keeplora", Net(), {"rank_": 3})
+    with pytest.raises(ValueError, match="do not include 'lr'"):
+        create("zero-shot", Net(), {"lr": 1})
+
+
+@pytest.mark.parametrize("settings", [{"r": 0}, {"r": True}, {"alpha": -1.0}])
+def test_lora_refuses_bad_settings(settings):
+    with pytest.raises(ValueError, match="LoraConfig: "):
+        create("lora", Net(), settings)
+
+
+def test_lora_refuses_calls_out_of_order():
+    method = make("lora")
+    with pytest.raises(RuntimeError, match="after_task: a task must be open"):
+        method.after_task([])
+    method.before_task([], loss_fn)
+    with pytest.raises(RuntimeError, match="state: the open task must be closed first"):
+        method.state()
+    with pytest.raises(RuntimeError, match="previous task must be closed first"):
+        method.before_task([], loss_fn)
