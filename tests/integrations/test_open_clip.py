@@ -164,6 +164,6 @@ def test_text_depth_scale_is_one_by_default():
 
 def test_refuses_what_it_does_not_know():
     custom = clip.model.CLIP(16, {**VISION, "block_type": "custom"}, TEXT)
-    with pytest.raises(TypeError, match="got open_clip's custom attention at visual.transformer.resblocks.0.attn"):
+    with pytest.raises(TypeError, match=r"got open_clip's custom attention at visual\.transformer\.resblocks\.0\.attn"):
         find_targets(custom)
     assert not open_clip.is_open_clip(nn.Linear(2, 2))

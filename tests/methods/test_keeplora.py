@@ -131,7 +131,7 @@ def test_scaling_is_alpha_over_r_times_the_depth_scale():
     keeper.before_task(data, loss_fn)
     factors = [slot.adapter.scaling for slot in keeper.slots]
     # generic models count each linear or attention module as one depth: attn, fc, attn, fc, attn, fc
-    lambdas = [0.2 + 0.8 * l / 5 for l in range(6)]
+    lambdas = [0.2 + 0.8 * i / 5 for i in range(6)]
     expected = [2.0 * lam for lam in lambdas for _ in range(4 if lambdas.index(lam) % 2 == 0 else 1)]
     assert factors == pytest.approx(expected)
     assert keeper_of(alpha=6.0, rslora=True).config.scaling == pytest.approx(6 / 3**0.5)
@@ -150,7 +150,7 @@ def test_a_is_the_top_of_the_projected_gradient():
             model.blocks[block]["fc"].weight.detach().numpy(),
             model.blocks[block]["fc"].weight.grad.numpy(),
         )
-        u, s, vt = np.linalg.svd(weight)
+        _, s, vt = np.linalg.svd(weight)
         k = int(np.searchsorted(np.cumsum(s**2), 0.5 * (s**2).sum()) + 1)
         projected = gradient @ (np.eye(WIDTH) - vt[:k].T @ vt[:k])
         top = np.linalg.svd(projected)[2][:3]
