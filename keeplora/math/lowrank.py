@@ -126,8 +126,7 @@ def _top(
         v = _whole_row_space(g, q, bases)
         image = g @ v
     a, s, b = _triples(image, v, max(wanted[i] for i in group))
-    whole = g.double().square().sum((1, 2))
-    inside = (g @ q).double().square().sum((1, 2))
+    whole, inside = (torch.linalg.vector_norm(m, dim=(1, 2), dtype=torch.float64) ** 2 for m in (g, g @ q))
     host = torch.cat([torch.stack([whole, inside], dim=1), s], dim=1).tolist()
     for j, (i, (norm, lost, *values)) in enumerate(zip(group, host, strict=True)):
         level = NOISE * torch.finfo(g.dtype).eps * norm**0.5
@@ -229,9 +228,10 @@ def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tu
     values, vectors = torch.linalg.eigh(wide.mT @ wide)
     values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
     total = values.sum(1)
-    # Rounding of the entries of W moves its singular values by up to eps ‖W‖_F, so energies by eps² of the
-    # total.
-    count, _ = fewest_directions_each(values, total, thresholds, floor=eps**2 * total)
+    # Rounding of the entries of W moves its singular values by eps ‖W‖_F, so energies by eps² of the total; the
+    # Gram matrix itself is rounded to a few eps of float64.
+    floor = max(eps**2, 16 * torch.finfo(torch.float64).eps) * total
+    count, _ = fewest_directions_each(values, total, thresholds, floor=floor)
     for j, (i, k) in enumerate(zip(group, count.tolist(), strict=True)):
         yield i, _to_input(w[j], vectors[j, :, :k], tall)
 
@@ -250,8 +250,7 @@ def extend_basis(
     .. math:: \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
               V = \text{leading eigenvectors of } P C P
 
-    Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in
-    − k``
+    Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k``
     rows: it gets cheaper with every task, and no eigenvector can lean into ``Q``); above, by blocked subspace
     iteration where its rank is certain. The new columns are orthonormalised against ``Q`` once more; the old
     ones are kept bit for bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
@@ -267,8 +266,7 @@ def extend_basis(
 
     Raises:
         ValueError: shapes, lengths, ``energy`` or values break the rules above, or ``c`` is not symmetric
-        positive
-            semidefinite up to rounding.
+            positive semidefinite up to rounding.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
     Source: KeepLoRA, arXiv:2601.19659, sec. 3.4; Gradient Projection Memory, Saha et al., ICLR 2021, sec. 5.
@@ -313,7 +311,9 @@ def _extend(
         vectors, values, count = _new_directions(c, q, total, wanted, held, floor)
     energies = values.cumsum(1).tolist()
     kept = [vectors[j, :, :n] for j, n in enumerate(count)]
-    for j, (i, new) in enumerate(zip(group, reorthogonalize([v.to(c.dtype) for v in kept], list(q)), strict=True)):
+    for j, (i, new) in enumerate(
+        zip(group, reorthogonalize([v.to(c.dtype) for v in kept], [all_q[i] for i in group]), strict=True)
+    ):
         added = new.shape[1]
         captured = host[j][1] + (energies[j][added - 1] if added else 0.0)
         yield i, Extension(torch.cat([all_q[i], new], dim=1), added, min(captured, host[j][0]), host[j][0])

@@ -32,8 +32,8 @@ def fewest_directions(
             ``captured + energies.sum()`` where only the leading energies are known.
         threshold: Fraction of ``total`` to reach, in [0, 1].
         captured: Energy that is captured already, ≥ 0, in the units of ``energies``.
-        floor: Rounding level ``f``, ≥ 0, in the units of ``energies``. Default: ``eps * total`` with the
-            machine epsilon of ``energies.dtype``.
+        floor: Rounding level ``f``, ≥ 0, in the units of ``energies``. Default: ``eps * total`` with the machine
+            epsilon of ``energies.dtype``, and at least the error ``n * 2**-52 * total`` of the sums.
 
     Returns:
         A number of directions in ``0 … n``.
@@ -96,7 +96,9 @@ def fewest_directions_each(
         >>> fewest_directions_each(energies, torch.tensor([4.0, 10.0]), [0.75, 0.5])
         (tensor([1, 2]), tensor([ True, False]))
     """
-    level = torch.finfo(energies.dtype).eps * total if floor is None else floor
+    # n float64 additions err by up to n eps; the energies themselves by the eps of their dtype.
+    rounding = max(torch.finfo(energies.dtype).eps, energies.shape[1] * torch.finfo(torch.float64).eps)
+    level = rounding * total if floor is None else floor
     known = energies.double()
     target = total * torch.tensor(threshold, dtype=torch.float64, device=energies.device) - level
     start = torch.zeros_like(target) if captured is None else captured
