@@ -22,7 +22,7 @@ from keeplora.train.config import ConfigError, RunConfig, suggest
 from keeplora.train.console import Console
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
-from keeplora.train.workload import load_workload
+from keeplora.train.workload import Workload, load_workload
 
 _STEP_NEWS_SECONDS = 0.2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -42,17 +42,15 @@ def run_benchmark(config: RunConfig, *, console: Listener | None = None) -> list
     when a run fails; ``KeyboardInterrupt`` after Ctrl-C, when the workers have stopped and the folder can be
     resumed.
     """
-    check_methods(config)
-    claim_folder(config)
-    tasks = len(load_workload(config.benchmark, "cpu").tasks)
-    shown = Console(tasks * len(config.pairs())) if console is None else None
+    workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+    check_methods(config, workload)
+    claim_folder(config, workload.fingerprint())
+    shown = Console(len(workload.tasks) * len(config.pairs())) if console is None else None
     listener: Listener = console if console is not None else shown  # type: ignore[assignment]
     try:
         waiting = _unfinished(config, listener)
         if config.workers == 0:
-            workload = load_workload(config.benchmark, config.device) if waiting else None
             for label, seed in waiting:
-                assert workload is not None
                 run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
         elif waiting:
             _Pool(config, waiting, listener).run()
@@ -73,14 +71,15 @@ def read_records(config: RunConfig) -> list[RunRecord]:
     return records
 
 
-def check_methods(config: RunConfig) -> None:
+def check_methods(config: RunConfig, workload: Workload) -> None:
     """Raise ``ConfigError`` for a method that is not registered or refuses its settings, before anything runs."""
-    for label in config.method:
-        if label not in config.labels():
-            near = suggest(label, config.labels())
-            if near:
-                raise ConfigError(f"check_methods: [method.{label}] must be one of the methods of this run{near}")
-    workload = load_workload(config.benchmark, "cpu")
+    for label, entry in config.method.items():
+        if entry.method not in METHODS:
+            known = (*config.methods, *METHODS)
+            raise ConfigError(
+                f"check_methods: [method.{label}] must name a method of this run or set method = \"…\" to one of "
+                f"{', '.join(METHODS)}, got {entry.method!r}{suggest(entry.method, known)}"
+            )
     for label in config.labels():
         entry = config.of(label)
         if entry.method not in METHODS:

@@ -95,8 +95,10 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     return record
 
 
-def claim_folder(config: RunConfig) -> None:
+def claim_folder(config: RunConfig, data: str) -> None:
     """Write ``config.json`` into the run folder; refuse a folder that holds runs with other settings.
+
+    ``data`` is the workload's fingerprint: results on other data must not stand in one table either.
 
     More seeds or methods are welcome: their runs stand beside the finished ones.
     """
@@ -106,13 +108,13 @@ def claim_folder(config: RunConfig) -> None:
             previous = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise StateError(f"claim_folder: {file} must be JSON: {error}. Use another folder") from error
-        changed = config.changed(previous)
+        changed = config.changed(previous) + (["the benchmark's data"] if previous.get("data") != data else [])
         if changed:
             raise ConfigError(
                 f"claim_folder: {config.out} holds runs made with other settings ({', '.join(changed)} changed). "
                 "Give another --out, or delete the folder to start again"
             )
-    write_json(file, config.as_dict())
+    write_json(file, {**config.as_dict(), "data": data})
 
 
 def _same_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -35,6 +36,20 @@ class ClassificationWorkload:
         """Name of the task that is never trained."""
         return None if self._witness is None else self._witness.name
 
+    def fingerprint(self) -> str:
+        """Hash of all images, labels, texts and pretrained weights."""
+        digest = hashlib.sha256()
+        for task in [*self._tasks, *([] if self._witness is None else [self._witness])]:
+            digest.update(task.name.encode())
+            for split in (task.train, task.validation, task.test):
+                digest.update(_bytes(split.images))
+                digest.update(_bytes(split.labels))
+            digest.update(_bytes(task.tokens))
+        for name, weight in self.model().state_dict().items():
+            digest.update(name.encode())
+            digest.update(_bytes(weight))
+        return digest.hexdigest()[:16]
+
     def model(self) -> nn.Module:
         """A fresh copy of the pretrained model."""
         return self._make_model()
@@ -61,6 +76,10 @@ def embedded_workload(device: str) -> ClassificationWorkload:
 
     tasks, witness = load_tasks()
     return ClassificationWorkload(tasks, witness, load_model, device=device)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _moved(task: Task, device: str) -> Task:

@@ -35,13 +35,16 @@ class Console:
             self._move_bar(event)
         elif event.kind == "learned":
             self._drop_bar(event)
-            self.line(f"{who} · task {event.task + 1}/{event.tasks} {event.text}")
+            if event.text:
+                self.line(f"{who} · task {event.task + 1}/{event.tasks} {event.text}")
             for text in event.certificate.splitlines()[:1]:
                 self.line(f"    {text}")
             self._advance(1)
         elif event.kind == "resumed":
             self.line(f"{who} · {event.text}")
             self._advance(event.task)
+        elif event.kind == "note":
+            self.line(f"{who} · task {event.task + 1}/{event.tasks} note: {event.text}")
         elif event.kind == "done":
             self._drop_bar(event)
             self.line(f"{who} · {event.text}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """One piece of news. ``kind``: resumed, task (starts), step, learned, done.
+    """One piece of news. ``kind``: resumed, task (starts), step, note, learned, done.
 
     ``task`` counts from 0; ``tasks`` is their number. Events are small and picklable: they cross processes.
     """

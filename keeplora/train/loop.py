@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -127,7 +128,8 @@ class _Run:
         certificate, loss = None, 0.0
         if self.method.trains:
             started = time.perf_counter()
-            self.method.before_task(self.part(task, "before"), self.loss_fn)
+            with self.notes(task):
+                self.method.before_task(self.part(task, "before"), self.loss_fn)
             parameters = self.method.trainable_parameters()
             switch += time.perf_counter() - started
 
@@ -136,7 +138,8 @@ class _Run:
             train = time.perf_counter() - started
 
             started = time.perf_counter()
-            certificate = self.method.after_task(self.part(task, "after"), self.loss_fn)
+            with self.notes(task):
+                certificate = self.method.after_task(self.part(task, "after"), self.loss_fn)
             switch += time.perf_counter() - started
             self.record.trainable.append(sum(parameter.numel() for parameter in parameters))
         started = time.perf_counter()
@@ -153,11 +156,12 @@ class _Run:
         record.certificates.append(None if certificate is None else _certificate(certificate))
         record.peak_bytes = max(record.peak_bytes, peak_bytes(self.config.device))
         self.scalars.task(record, witness)
-        text = (
-            f"{self.names[task]} {row[task]:.1%} · mean {np.mean(row):.1%} · loss {loss:.3f} · "
-            f"{train:.1f} s train, {switch:.1f} s switch, {evaluate:.1f} s evaluate"
+        self.tell(
+            "learned",
+            task,
+            text=self.report(task, row) if self.method.trains else "",
+            certificate="" if certificate is None else str(certificate),
         )
-        self.tell("learned", task, text=text, certificate="" if certificate is None else str(certificate))
 
     def train(self, task: int, parameters: list[nn.Parameter]) -> float:
         """Take the optimizer steps of one task; returns the mean loss of the last tenth of them."""
@@ -257,6 +261,23 @@ class _Run:
             enabled = self.config.precision == "bf16"
             stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=enabled))
             yield
+
+    @contextmanager
+    def notes(self, task: int) -> Iterator[None]:
+        """Pass a method's warnings on to the listener, which shows them beside the run they come from."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        for warning in caught:
+            self.tell("note", task, text=str(warning.message))
+
+    def report(self, task: int, row: list[float]) -> str:
+        record = self.record
+        return (
+            f"{self.names[task]} {row[task]:.1%} · mean {np.mean(row):.1%} · loss {record.loss[-1]:.3f} · "
+            f"{record.train_seconds[-1]:.1f} s train, {record.switch_seconds[-1]:.1f} s switch, "
+            f"{record.evaluate_seconds[-1]:.1f} s evaluate"
+        )
 
     def summary(self) -> str:
         last = self.record.accuracy[-1]

@@ -31,6 +31,9 @@ class Workload(Protocol):
     def witness(self) -> str | None:
         """Name of the task that is only ever evaluated, or None."""
 
+    def fingerprint(self) -> str:
+        """A short text that changes when the data or the pretrained model change."""
+
     def model(self) -> nn.Module:
         """A fresh copy of the pretrained model, the same every time."""
 

@@ -1,0 +1,1 @@
+"""The search for every method's settings, on validation splits only."""

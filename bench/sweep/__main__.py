@@ -1,0 +1,154 @@
+"""Find every method's settings on the VALIDATION splits of the embedded benchmark; the test splits are never read.
+
+    python -m bench.sweep --methods full lora keeplora keeplora++ --out build/sweep
+
+The rule: best validation Last (mean over tasks after the last task), to 0.1 point; ties by Avg. The seeds (100,
+101) are not those of the demo (0, 1, 2). One JSON line per run goes to bench/sweep/results.jsonl; runs that stand
+there already, made with the same settings on the same data, are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.sweep.search import Settings, as_method, candidates, label_of, ranked
+from keeplora.report.summary import run_values
+from keeplora.train.benchmark import run_benchmark
+from keeplora.train.config import RunConfig, fingerprint, load_config
+from keeplora.train.workload import load_workload
+
+HERE = Path(__file__).parent
+
+
+class Sweep:
+    """All runs so far, and how to make more of them."""
+
+    def __init__(self, base: RunConfig, results: Path) -> None:
+        self.base, self.results = base, results
+        self.data = load_workload(base.benchmark).fingerprint()
+        self.rows: list[dict[str, Any]] = []
+        if results.is_file():
+            lines = results.read_text(encoding="utf-8").splitlines()
+            self.rows = [row for row in map(json.loads, lines) if self.same_conditions(row)]
+
+    def same_conditions(self, row: dict[str, Any]) -> bool:
+        return bool(row["data"] == self.data and row["shared"] == self.shared())
+
+    def shared(self) -> str:
+        """A hash of everything but methods and seeds."""
+        plain = self.base.as_dict()
+        drop = ("methods", "method", "seeds", "out", "workers", "tensorboard", "keep_states")
+        return fingerprint({name: value for name, value in plain.items() if name not in drop})
+
+    def of(self, method: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["method"] == method]
+
+    def run(self, wanted: list[tuple[str, Settings, int]]) -> None:
+        """Run (method, settings, seed) triples that have no row yet, and write their rows."""
+        have = {(row["label"], row["seed"]) for row in self.rows}
+        missing = [(m, s, seed) for m, s, seed in wanted if (label_of(m, s), seed) not in have]
+        for seed in dict.fromkeys(seed for _, _, seed in missing):
+            chosen = {label_of(m, s): (m, s) for m, s, at in missing if at == seed}
+            config = replace(
+                self.base,
+                methods=tuple(chosen),
+                method={label: as_method(m, s) for label, (m, s) in chosen.items()},
+                seeds=(seed,),
+            )
+            for record in run_benchmark(config):
+                if record.label in chosen:
+                    self.add(record.label, *chosen[record.label], seed, run_values(record))
+
+    def add(self, label: str, method: str, settings: Settings, seed: int, values: dict[str, float]) -> None:
+        row = {
+            "method": method, "seed": seed, "label": label, "settings": settings,
+            **{name: round(value, 4) for name, value in values.items()},
+            "epochs": self.base.epochs, "steps": self.base.steps, "split": self.base.evaluate_on,
+            "data": self.data, "shared": self.shared(),
+        }  # fmt: skip
+        self.rows.append(row)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def search(sweep: Sweep, grid: dict[str, Any], methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """All stages of all methods side by side, so that no core waits; then the finalists on every seed."""
+    first = seeds[0]
+    best: dict[str, Settings] = {method: dict(grid[method].get("start", {})) for method in methods}
+    for number in range(max(len(grid[method]["stages"]) for method in methods)):
+        tried: dict[str, list[Settings]] = {}
+        for method in methods:
+            stages = grid[method]["stages"]
+            if number < len(stages):
+                tried[method] = candidates(best[method], stages[number])
+        runs = [(method, settings, first) for method, many in tried.items() for settings in many]
+        print(f"stage {number + 1}: {len(runs)} settings", file=sys.stderr, flush=True)
+        sweep.run(runs)
+        for method in tried:
+            best[method] = ranked(sweep.of(method), [first])[0][0]
+    finalists = [
+        (method, settings, seed)
+        for method in methods
+        for settings, _ in ranked(sweep.of(method), [first])[: grid["finalists"]]
+        for seed in seeds[1:]
+    ]
+    print(f"finalists: {len(finalists)} runs", file=sys.stderr, flush=True)
+    sweep.run(finalists)
+
+
+def report(sweep: Sweep, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """The choice of every method as TOML for a configuration, and the runners-up as comments."""
+    lines = ["# chosen: best validation Last (to 0.1 point), ties by Avg; mean over seeds " + str(list(seeds))]
+    for method in methods:
+        order = ranked(sweep.of(method), seeds)
+        lines += ["", f'[method."{method}"]']
+        lines += [f"{name} = {_toml(value)}" for name, value in order[0][0].items()]
+        for settings, means in order[:4]:
+            figures = " ".join(f"{name} {value:.1f}" for name, value in means.items())
+            lines.append(f"# {figures} · {json.dumps(settings)}")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + " }"
+    return json.dumps(value)
+
+
+def main() -> None:
+    grid = tomllib.loads((HERE / "grid.toml").read_text(encoding="utf-8"))
+    known = [name for name, entry in grid.items() if isinstance(entry, dict)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
+    parser.add_argument("--config", default="demo", help="configuration that gives benchmark, epochs, batch size, …")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--workers", type=int, default=2)
+    parsed = parser.parse_args()
+    base = load_config(parsed.config)
+    taken = sorted(set(parsed.seeds) & set(base.seeds))
+    if taken:
+        parser.error(f"--seeds must not be those the configuration is evaluated with, got {taken}")
+    base = replace(
+        base, evaluate_on="validation", out=parsed.out, workers=parsed.workers, tensorboard=False,
+        **({"epochs": parsed.epochs, "steps": None} if parsed.epochs else {}),
+    )  # fmt: skip
+    started = time.monotonic()
+    sweep = Sweep(base, parsed.results)
+    search(sweep, grid, parsed.methods, parsed.seeds)
+    print(report(sweep, parsed.methods, parsed.seeds))
+    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

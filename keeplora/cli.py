@@ -1,0 +1,128 @@
+"""The command line: arguments to calls, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+_EXAMPLES = """examples:
+  keeplora demo                                   the embedded benchmark, all methods, three seeds
+  keeplora demo --methods lora keeplora++ --seeds 1
+  keeplora run quick                              a shipped configuration
+  keeplora run my.toml --out runs/mine            your own; see keeplora/train/configs/demo.toml
+  keeplora info                                   versions, kernels, methods, benchmarks
+
+Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except KeyboardInterrupt:
+        print("keeplora: stopped. The same command continues where it was.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `keeplora info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"keeplora: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"keeplora: {error}", file=sys.stderr)
+        return 1
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    return _run_config("demo", parsed, seeds=tuple(range(parsed.seeds)) if parsed.seeds is not None else None)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    return _run_config(parsed.config, parsed, seeds=None)
+
+
+def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
+    from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
+    from keeplora.train.benchmark import run_benchmark
+    from keeplora.train.config import load_config, override
+
+    config = override(
+        load_config(config_name),
+        out=parsed.out,
+        seeds=seeds,
+        workers=parsed.workers,
+        methods=None if parsed.methods is None else tuple(parsed.methods),
+    )
+    records = run_benchmark(config)
+    print(report_run(config, records))
+    return 0
+
+
+def _info(parsed: argparse.Namespace) -> int:
+    from keeplora.report.info import describe
+
+    print(describe())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keeplora",
+        description="Teach a vision-language model one task after another and measure what it keeps.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="run the embedded benchmark and draw the comparison",
+        description="A real (small) CLIP learns seven image tasks with every method, offline, on the CPU. "
+        "Writes summary.json, metrics.csv and charts, and prints the table.",
+        epilog="example:\n  keeplora demo --methods lora keeplora++ --seeds 1 --out runs/look",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _shared(demo, default_out="runs/demo")
+    demo.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser(
+        "run",
+        help="run a configuration from a TOML file",
+        description="Run every method and seed of a configuration and report like the demo.",
+        epilog="example:\n  keeplora run my.toml --out runs/mine --workers 4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("config", metavar="CONFIG", help="a TOML file, or a shipped one: demo, quick")
+    _shared(run, default_out="as in CONFIG")
+    run.set_defaults(command=_run)
+
+    info = commands.add_parser(
+        "info", help="show versions, compiled kernels, methods and benchmarks", description="What is installed here."
+    )
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _shared(parser: argparse.ArgumentParser, *, default_out: str) -> None:
+    parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
+    parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, e.g. lora keeplora++")
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
+    return int(text)
