@@ -6,12 +6,18 @@ KEEPLORA_CUDA_ARCHS=...   GPU architectures, default "80,90a,100"
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import setup
+
+if "CUDA_HOME" not in os.environ and (nvcc := shutil.which("nvcc")):
+    # torch guesses the toolkit from the path of nvcc, which may be a link or a script; nvcc itself knows.
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    os.environ["CUDA_HOME"] = str(Path(re.search(r"TOP=(.*)", plan)[1]).resolve())
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 REMEDY = "CUDA_HOME to a toolkit of torch's major version, or KEEPLORA_CUDA=0"

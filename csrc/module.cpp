@@ -18,7 +18,8 @@ namespace {
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
   std::stringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  for (std::string part; std::getline(stream, part, ',');)
+    parts.push_back(part);
   return parts;
 }
 
@@ -38,6 +39,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about how keeplora was built.";
   m.def("build_info", &build_info,
-        "torch: version built with; torch_target: oldest version it loads under; cuda: toolkit version or None; "
+        "torch: version built with; torch_target: oldest version it loads under; cuda: toolkit version or "
+        "None; "
         "archs: GPU architectures; kernels: ops with a compiled CUDA kernel.");
 }

@@ -1,5 +1,5 @@
-// The library's only switch over dtypes. The body is a generic lambda that receives a null pointer of the element
-// type.
+// The library's only switch over dtypes. The body is a generic lambda that receives a null pointer of the
+// element type.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>

@@ -16,8 +16,8 @@ struct alignas(16) Four {
   T at[4];
 };
 
-// Elements [i, i + 4) of an array of length n, zero from n on. kVector asks for one 16-byte access: `array` must then
-// be aligned to 16 bytes and i and n be multiples of 4.
+// Elements [i, i + 4) of an array of length n, zero from n on. kVector asks for one 16-byte access: `array`
+// must then be aligned to 16 bytes and i and n be multiples of 4.
 template <bool kVector, typename T>
 __device__ inline Four<T> load_four(const T* array, int i, int n) {
   Four<T> four{};
@@ -31,6 +31,8 @@ __device__ inline Four<T> load_four(const T* array, int i, int n) {
   return four;
 }
 
-__host__ __device__ inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__host__ __device__ inline bool aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 }  // namespace gpu

@@ -1,5 +1,5 @@
-// The one way kernels are launched. csrc/emulate provides the same function for the CPU, so kernel sources contain
-// no launch syntax of their own.
+// The one way kernels are launched. csrc/emulate provides the same function for the CPU, so kernel sources
+// contain no launch syntax of their own.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,13 +19,14 @@ struct Config {
   cudaStream_t stream = nullptr;
 };
 
-// Queues `kernel` on the stream and returns without waiting. Shared memory beyond the default 48 KB is asked for.
+// Queues `kernel` on the stream and returns without waiting. Shared memory beyond the default 48 KB is asked
+// for.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Arguments&&... arguments) {
   if (config.shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t native{};

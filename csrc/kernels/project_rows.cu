@@ -1,6 +1,6 @@
-// A block owns 8 rows of one problem and walks over Q twice per pass: T = G Q, then R = G - T Q^T. T (8 rows by one
-// panel of Q's columns) stays in shared memory; G and R are re-read from cache. A warp handles four rows of Q at a
-// time, so each value of T read from shared memory serves four of them.
+// A block owns 8 rows of one problem and walks over Q twice per pass: T = G Q, then R = G - T Q^T. T (8 rows
+// by one panel of Q's columns) stays in shared memory; G and R are re-read from cache. A warp handles four
+// rows of Q at a time, so each value of T read from shared memory serves four of them.
 #include "kernels/project_rows.h"
 
 #include "kernels/device.cuh"
@@ -15,11 +15,11 @@ using gpu::Four;
 using gpu::kWarp;
 using gpu::load_four;
 
-constexpr int kRows = 8;                // rows of G per block
-constexpr int kStep = 4;                // rows of Q a warp handles at a time
-constexpr int kWarps = 8;               // per block
+constexpr int kRows = 8;   // rows of G per block
+constexpr int kStep = 4;   // rows of Q a warp handles at a time
+constexpr int kWarps = 8;  // per block
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kChunk = 4 * kWarp;       // columns of Q a warp covers with four per lane
+constexpr int kChunk = 4 * kWarp;  // columns of Q a warp covers with four per lane
 static_assert(kRows * kStep == kWarp, "warp_sum_transposed gives each lane one sum");
 
 // Columns of Q whose products T are held at once: 32 KB of them.
@@ -36,8 +36,8 @@ struct Entry {
   T scale;
 };
 
-// The table of problems travels in the kernel's parameters: no copy to the device, and a captured CUDA graph keeps it.
-// Small calls take the small table, because every launch copies all of its parameters.
+// The table of problems travels in the kernel's parameters: no copy to the device, and a captured CUDA graph
+// keeps it. Small calls take the small table, because every launch copies all of its parameters.
 template <typename T, int kCapacity>
 struct Table {
   Entry<T> entry[kCapacity];
@@ -75,8 +75,8 @@ struct Work {
   __device__ bool owns(int row) const { return first_row + row < problem.rows; }
 };
 
-// products = rows of `from` times the panel of Q that starts at `column`. Warps share out the rows of Q; their partial
-// sums are added in warp order.
+// products = rows of `from` times the panel of Q that starts at `column`. Warps share out the rows of Q;
+// their partial sums are added in warp order.
 template <bool kVector, typename T>
 __device__ void multiply_panel(const Work<T>& work, const T* from, int column) {
   const auto& problem = work.problem;
@@ -87,32 +87,38 @@ __device__ void multiply_panel(const Work<T>& work, const T* from, int column) {
     for (int d0 = kStep * warp; d0 < problem.d; d0 += kStep * kWarps) {
       Four<T> g[kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) g[row] = load_four<kVector>(from + work.offset(row), d0, problem.d);
+      for (int row = 0; row < kRows; ++row)
+        g[row] = load_four<kVector>(from + work.offset(row), d0, problem.d);
 #pragma unroll
       for (int step = 0; step < kStep; ++step) {
         if (d0 + step >= problem.d) break;
-        const auto q = load_four<kVector>(problem.q + static_cast<int64_t>(d0 + step) * problem.k, mine, problem.k);
+        const auto q =
+            load_four<kVector>(problem.q + static_cast<int64_t>(d0 + step) * problem.k, mine, problem.k);
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sum[row][j] += g[row].at[step] * q.at[j];
+          for (int j = 0; j < 4; ++j)
+            sum[row][j] += g[row].at[step] * q.at[j];
       }
     }
 #pragma unroll
     for (int row = 0; row < kRows; ++row)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) work.partial[(warp * kRows + row) * kChunk + 4 * lane + j] = sum[row][j];
+      for (int j = 0; j < 4; ++j)
+        work.partial[(warp * kRows + row) * kChunk + 4 * lane + j] = sum[row][j];
     __syncthreads();  // all partial sums are there
     for (int i = threadIdx.x; i < kRows * kChunk; i += kThreads) {
       T total = 0;
-      for (int w = 0; w < kWarps; ++w) total += work.partial[w * kRows * kChunk + i];
+      for (int w = 0; w < kWarps; ++w)
+        total += work.partial[w * kRows * kChunk + i];
       work.products[i / kChunk * work.pitch + chunk + i % kChunk] = total;
     }
     __syncthreads();  // products complete, and partial free for the next chunk
   }
 }
 
-// out = from - products times the panel of Q, transposed. Lane 4 row + step of a warp ends up with one element.
+// out = from - products times the panel of Q, transposed. Lane 4 row + step of a warp ends up with one
+// element.
 template <bool kVector, typename T>
 __device__ void subtract_panel(const Work<T>& work, const T* from, int column) {
   const auto& problem = work.problem;
@@ -132,7 +138,8 @@ __device__ void subtract_panel(const Work<T>& work, const T* from, int column) {
 #pragma unroll
         for (int step = 0; step < kStep; ++step)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sum[row * kStep + step] += t.at[j] * q[step].at[j];
+          for (int j = 0; j < 4; ++j)
+            sum[row * kStep + step] += t.at[j] * q[step].at[j];
       }
     }
     const T inside = gpu::warp_sum_transposed(sum, lane);
@@ -149,9 +156,10 @@ __device__ void subtract_panel(const Work<T>& work, const T* from, int column) {
 __device__ double block_sum(double value, double* scratch) {
   const double sum = gpu::warp_sum(value);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = sum;
-  __syncthreads();
+  __syncthreads();  // every warp has written its sum
   double total = 0;
-  for (int w = 0; w < kWarps; ++w) total += scratch[w];
+  for (int w = 0; w < kWarps; ++w)
+    total += scratch[w];
   return total;
 }
 
@@ -177,7 +185,6 @@ __device__ void project(const Work<T>& work, int passes, double* scratch, double
         const double value = work.products[row * work.pitch + c];
         inside += value * value;
       }
-    __syncthreads();  // products are overwritten by the next panel
   }
 
   double whole = 0;
@@ -196,8 +203,10 @@ __device__ void project(const Work<T>& work, int passes, double* scratch, double
 }
 
 template <typename T, int kCapacity>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)  // doubles need the registers of two blocks
-    project_kernel(const __grid_constant__ Table<T, kCapacity> table, int passes, int pitch, double* squares) {
+__global__ void __launch_bounds__(kThreads,
+                                  sizeof(T) == 4 ? 2 : 1)  // doubles need the registers of two blocks
+    project_kernel(const __grid_constant__ Table<T, kCapacity> table, int passes, int pitch,
+                   double* squares) {
   const Entry<T>& problem = table.entry[entry_of_block(table, blockIdx.x)];
   gpu::SharedArena arena;
   Work<T> work{problem, static_cast<int>(blockIdx.x - problem.first_block) * kRows,
@@ -233,8 +242,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kCapacity, typename T>
-cudaError_t launch_some(const ProjectRowsProblem<T>* problems, int count, int passes, T* leak, double* workspace,
-                        cudaStream_t stream) {
+cudaError_t launch_some(const ProjectRowsProblem<T>* problems, int count, int passes, T* leak,
+                        double* workspace, cudaStream_t stream) {
   Table<T, kCapacity> table{};
   table.count = count;
   int blocks = 0, widest = 0;
@@ -250,7 +259,8 @@ cudaError_t launch_some(const ProjectRowsProblem<T>* problems, int count, int pa
                         gpu::shared_bytes<T>(kWarps * kRows * kChunk) + gpu::shared_bytes<double>(2 * kWarps);
   if (blocks > 0) {
     const gpu::Config config{dim3(blocks), dim3(kThreads), shared, stream};
-    const cudaError_t error = gpu::launch(project_kernel<T, kCapacity>, config, table, passes, pitch, workspace);
+    const cudaError_t error =
+        gpu::launch(project_kernel<T, kCapacity>, config, table, passes, pitch, workspace);
     if (error != cudaSuccess) return error;
   }
   const gpu::Config config{dim3(ceil_div(count, kWarps)), dim3(kThreads), 0, stream};
@@ -262,13 +272,14 @@ cudaError_t launch_some(const ProjectRowsProblem<T>* problems, int count, int pa
 template <typename T>
 int64_t project_rows_workspace(const ProjectRowsProblem<T>* problems, int count) {
   int64_t blocks = 0;
-  for (int i = 0; i < count; ++i) blocks += ceil_div(problems[i].rows, kRows);
+  for (int i = 0; i < count; ++i)
+    blocks += ceil_div(problems[i].rows, kRows);
   return 2 * blocks;
 }
 
 template <typename T>
-cudaError_t project_rows(const ProjectRowsProblem<T>* problems, int count, int passes, T* leak, double* workspace,
-                         cudaStream_t stream) {
+cudaError_t project_rows(const ProjectRowsProblem<T>* problems, int count, int passes, T* leak,
+                         double* workspace, cudaStream_t stream) {
   while (count > 0) {
     const int now = count < kLarge ? count : kLarge;
     const cudaError_t error = now <= kSmall
@@ -283,8 +294,8 @@ cudaError_t project_rows(const ProjectRowsProblem<T>* problems, int count, int p
   return cudaSuccess;
 }
 
-#define INSTANTIATE(T)                                                                                    \
-  template int64_t project_rows_workspace<T>(const ProjectRowsProblem<T>*, int);                          \
+#define INSTANTIATE(T)                                                           \
+  template int64_t project_rows_workspace<T>(const ProjectRowsProblem<T>*, int); \
   template cudaError_t project_rows<T>(const ProjectRowsProblem<T>*, int, int, T*, double*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

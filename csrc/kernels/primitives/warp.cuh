@@ -12,12 +12,14 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T>
 __device__ inline T warp_sum(T value) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 
-// 32 sums at once: lane i receives the sum over all lanes of their values[i]. 31 shuffles instead of 160: at each
-// step a lane keeps the half of the values that its number selects and passes the other half to its partner.
+// 32 sums at once: lane i receives the sum over all lanes of their values[i]. 31 shuffles instead of 160: at
+// each step a lane keeps the half of the values that its number selects and passes the other half to its
+// partner.
 template <typename T>
 __device__ inline T warp_sum_transposed(T (&values)[kWarp], int lane) {
 #pragma unroll

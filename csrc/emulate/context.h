@@ -1,0 +1,34 @@
+// A context is a suspended computation with a stack of its own. Switching keeps AddressSanitizer informed.
+#pragma once
+#include <cstddef>
+
+namespace emulate {
+
+class Context {
+ public:
+  Context() = default;  // the calling thread's own computation; filled in when it is switched away from
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+  ~Context();
+
+  // Makes this context call `entry` from the start, on its own stack, when it is next switched to. `entry`
+  // must not return: its last act is leave_for().
+  void prepare(void (*entry)());
+
+  // Suspends the running context `from` and continues `to`.
+  static void switch_to(Context& from, Context& to);
+
+  // Continues `to` and never comes back: `from`'s stack may be used again.
+  [[noreturn]] static void leave_for(Context& from, Context& to);
+
+ private:
+  static void swap(Context& from, Context& to, bool leaving);
+  static void begin();
+
+  void* stack_pointer_ = nullptr;  // x86-64: where the saved registers lie; elsewhere a ucontext_t
+  char* stack_ = nullptr;          // lowest usable byte; nullptr for the calling thread's own stack
+  void (*entry_)() = nullptr;
+  void* fake_stack_ = nullptr;  // AddressSanitizer's
+};
+
+}  // namespace emulate

@@ -1,0 +1,49 @@
+// gpu::launch for the CPU: the blocks of the grid run one after another, each to its end.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "emulate/block.h"
+
+namespace gpu {
+
+struct Config {
+  dim3 grid{1};
+  dim3 block{1};
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Arguments&&... arguments) {
+  static_assert((sizeof(std::decay_t<Parameters>) + ... + 0) <= 32764,
+                "kernel parameters are limited to 32,764 bytes");
+  const unsigned threads = config.block.x * config.block.y * config.block.z;
+  if (threads == 0 || threads > 1024 || config.grid.x == 0 || config.grid.y != 1 || config.grid.z != 1 ||
+      config.shared_bytes > 227 * 1024)
+    return cudaErrorLaunchFailure;
+
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::decay_t<Parameters>...> parameters;
+  } call{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto body = [](void* argument) {
+    const auto* c = static_cast<const Call*>(argument);
+    std::apply(c->kernel, c->parameters);
+  };
+
+  blockDim = config.block;
+  gridDim = config.grid;
+  for (unsigned block = 0; block < config.grid.x; ++block) {
+    blockIdx = {block, 0, 0};
+    if (!emulate::run_block(static_cast<int>(threads), config.shared_bytes, body, &call))
+      return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace gpu
