@@ -237,7 +237,9 @@ def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tu
 
 
 def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
-    """Input-side basis from eigenvectors of the smaller side."""
+    """Input-side basis from orthonormal eigenvectors of the smaller side."""
+    if tall and vectors.dtype == torch.float64:
+        return vectors.to(w.dtype).contiguous()
     images = vectors if tall else w.to(vectors.dtype).T @ vectors
     return reorthogonalize([images.to(w.dtype)])[0].contiguous()
 
@@ -251,9 +253,9 @@ def extend_basis(
               V = \text{leading eigenvectors of } P C P
 
     Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k``
-    rows: it gets cheaper with every task, and no eigenvector can lean into ``Q``); above, by blocked subspace
-    iteration where its rank is certain. The new columns are orthonormalised against ``Q`` once more; the old
-    ones are kept bit for bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
+    rows: it gets cheaper with every task, and eigenvectors cannot lean into ``Q``); above, by blocked subspace
+    iteration where its rank is certain, orthonormalised against ``Q`` once more. The old columns are kept bit for
+    bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
 
     Args:
         q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
@@ -310,13 +312,10 @@ def _extend(
     else:
         vectors, values, count = _new_directions(c, q, total, wanted, held, floor)
     energies = values.cumsum(1).tolist()
-    kept = [vectors[j, :, :n] for j, n in enumerate(count)]
-    for j, (i, new) in enumerate(
-        zip(group, reorthogonalize([v.to(c.dtype) for v in kept], [all_q[i] for i in group]), strict=True)
-    ):
-        added = new.shape[1]
+    for j, (i, added) in enumerate(zip(group, count, strict=True)):
+        new = torch.cat([all_q[i], vectors[j, :, :added].to(c.dtype)], dim=1)
         captured = host[j][1] + (energies[j][added - 1] if added else 0.0)
-        yield i, Extension(torch.cat([all_q[i], new], dim=1), added, min(captured, host[j][0]), host[j][0])
+        yield i, Extension(new, added, min(captured, host[j][0]), host[j][0])
 
 
 def _new_directions(
@@ -333,7 +332,9 @@ def _new_directions(
             seed=0,
         )
         if pairs:
-            return pairs[0][None], pairs[1][None], [pairs[1].shape[0]]
+            (vectors,) = reorthogonalize([pairs[0]], [q[0]])
+            return vectors[None], pairs[1][None, : vectors.shape[1]], [vectors.shape[1]]
+    # In float64 the complement of Q, however Q is rounded, is orthogonal to it to 1e-15: nothing to repair after.
     free = complement(q.double())
     values, turn = torch.linalg.eigh(free.mT @ (c.double() @ free) if q.shape[2] else c.double())
     values, vectors = values.flip(1).clamp_min(0), free @ turn.flip(2)

@@ -106,9 +106,7 @@ def fewest_directions_each(
     missing = (reach < target[:, None]).sum(1)  # positions 0 … n that fall short; n + 1 when none reaches
     reached = missing <= energies.shape[1]
     significant = (known > level[:, None]).sum(1)
-    count = torch.minimum(missing, significant)
-    wanted = torch.tensor([t > 0 for t in threshold], device=energies.device)
-    return count * wanted, reached | ~wanted
+    return torch.minimum(missing, significant), reached
 
 
 def _check(energies: Tensor, total: float, threshold: float, captured: float, floor: float | None) -> None:

@@ -1,0 +1,74 @@
+"""B2: the basis update after a task, from the features of one pass, against the public code's two SVDs per matrix."""
+
+from collections.abc import Iterator
+
+import torch
+from bench.harness import Case
+from torch import Tensor
+
+from keeplora.math.lowrank import extend_basis
+from keeplora.ops import gram
+
+THRESHOLD = 0.99
+# label, width d, protected directions before, matrices and tokens on a GPU, matrices and tokens on a CPU
+SIZES = [
+    ("CLIP ViT-B/16 vision, second task", 768, 200, (48, 12608), (1, 3152)),
+    ("CLIP ViT-B/16 vision, later task", 768, 560, (48, 12608), (1, 3152)),
+    ("CLIP ViT-B/16 text, second task", 512, 100, (48, 4928), (1, 2048)),
+]
+
+
+def features(d: int, k: int, matrices: int, tokens: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of layers with the spectrum of real ones (energies ~ 1/i), and a basis that holds their leading part."""
+    generator = torch.Generator(device).manual_seed(0)
+    scale = torch.arange(1, d + 1, device=device) ** -0.5
+    x, q = [], []
+    for _ in range(matrices):
+        frame = torch.linalg.qr(torch.randn(d, d, generator=generator, device=device)).Q
+        x.append(torch.randn(tokens, d, generator=generator, device=device) * scale @ frame.T)
+        q.append(frame[:, :k].contiguous())
+    return x, q
+
+
+def ours(x: list[Tensor], q: list[Tensor]) -> list[Tensor]:
+    return [new.q for new in extend_basis(q, [gram(m)[0] for m in x], THRESHOLD)]
+
+
+def reference(x: list[Tensor], q: list[Tensor]) -> list[Tensor]:
+    """GPM's update as KeepLoRA's public code runs it: one SVD for the total energy, one of what is left."""
+    found = []
+    for tokens, basis in zip(x, q, strict=True):
+        activation = tokens.T
+        total = (torch.linalg.svd(activation, full_matrices=False).S ** 2).sum()
+        left = activation - basis @ (basis.T @ activation)
+        u, s, _ = torch.linalg.svd(left, full_matrices=False)
+        captured = (total - (s**2).sum() + (s**2).cumsum(0)) / total
+        found.append(torch.cat([basis, u[:, : int((captured < THRESHOLD).sum()) + 1]], dim=1))
+    return found
+
+
+def gram_and_eigh(x: list[Tensor], q: list[Tensor]) -> list[Tensor]:
+    """The plain way to write ours: float32 eigenvectors of P C P, without the complement or re-orthogonalisation."""
+    found = []
+    for tokens, basis in zip(x, q, strict=True):
+        c = tokens.T @ tokens
+        half = c - basis @ (basis.T @ c)
+        left = half - (half @ basis) @ basis.T
+        values, vectors = torch.linalg.eigh((left + left.T) / 2)
+        captured = (c.trace() - values.sum() + values.flip(0).cumsum(0)) / c.trace()
+        new = vectors.flip(1)[:, : int((captured < THRESHOLD).sum()) + 1]
+        found.append(torch.cat([basis, new], dim=1))
+    return found
+
+
+def cases() -> Iterator[Case]:
+    for label, d, k, gpu, cpu in SIZES:
+        counts = f"{gpu[0]} x [{d}, {gpu[1]}] on a GPU, {cpu[0]} x [{d}, {cpu[1]}] on a CPU"
+        yield Case(
+            id="B2",
+            name=f"extend_basis / {label}, k {k} / {counts}",
+            setup=lambda device, d=d, k=k, gpu=gpu, cpu=cpu: features(
+                d, k, *(cpu if device.type == "cpu" else gpu), device
+            ),
+            providers={"keeplora": ours, "two SVDs (public code)": reference, "gram + float32 eigh": gram_and_eigh},
+        )
