@@ -1,0 +1,66 @@
+"""The emulated kernels (csrc/emulate) as a backend of the op tests: built by CMake, loaded through ctypes."""
+
+import ctypes
+import fcntl
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "kernels"
+ORDERS = {"sequential": 0, "reversed": 1, "random": 2}
+
+
+class EmulatedKernels:
+    """Runs csrc/kernels on the CPU, called the way csrc/bind/cuda calls them on a GPU."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulate_last_error.restype = ctypes.c_char_p
+
+    def set_schedule(self, order, seed=0):
+        self.library.emulate_set_schedule(ORDERS[order], ctypes.c_uint64(seed))
+
+    def project_rows(self, g, q, scale, passes):
+        dtype = g[0].dtype
+        real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+        entry = getattr(self.library, f"emulate_project_rows_{'float' if dtype == torch.float32 else 'double'}")
+        g, q = [m.contiguous() for m in g], [m.contiguous() for m in q]
+        out = [torch.full_like(m, float("nan")) for m in g]
+        leak = torch.full((len(g),), float("nan"), dtype=dtype)
+        shapes = [size for a, b in zip(g, q, strict=True) for size in (*a.shape, b.shape[1])]
+        failed = entry(
+            len(g),
+            *((ctypes.c_void_p * len(g))(*(m.data_ptr() for m in matrices)) for matrices in (g, q, out)),
+            (ctypes.c_int64 * len(shapes))(*shapes),
+            (real * len(g))(*scale),
+            passes,
+            ctypes.c_void_p(leak.data_ptr()),
+        )
+        assert not failed, self.library.emulate_last_error().decode()
+        return out, leak
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes may run side by side
+        for command in (["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"], ["cmake", "--build", BUILD, "-t", "emulate"]):
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    kernels = EmulatedKernels(BUILD / "libemulate.so")
+    yield kernels
+    kernels.set_schedule("sequential")
+
+
+@pytest.fixture
+def random_basis():
+    """A function (d, k, dtype) -> orthonormal columns, made in float64 and rounded once."""
+
+    def make(d, k, dtype=torch.float32):
+        return torch.linalg.qr(torch.randn(d, max(k, 1), dtype=torch.float64)).Q[:, :k].to(dtype).contiguous()
+
+    return make

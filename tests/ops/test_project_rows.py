@@ -1,0 +1,154 @@
+import pytest
+import torch
+from close import assert_rounded
+
+from keeplora.ops import project_rows
+
+# rows, d, k: one row, odd sizes, no basis, several chunks of columns, more rows than a block owns.
+SHAPES = [(1, 1, 0), (3, 31, 8), (1, 96, 40), (9, 33, 0), (16, 100, 47), (20, 160, 64), (8, 768, 300)]
+
+
+def exact_projection(g, q, scale, passes):
+    """From the definition, with the projector formed as a matrix, in float64."""
+    g, q = g.detach().cpu().double(), q.detach().cpu().double()
+    projector = torch.eye(q.shape[0], dtype=torch.float64) - q @ q.T
+    rows = scale * g @ torch.linalg.matrix_power(projector, passes)
+    length = rows.norm()
+    return rows, (rows @ q).norm() / length if length > 0 else torch.zeros((), dtype=torch.float64)
+
+
+@pytest.fixture(params=["op", "emulated kernel"])
+def project(request):
+    """The op as users call it, and the CUDA kernel's source run on the CPU."""
+    if request.param == "op":
+        return lambda g, q, scale, passes: project_rows(g, q, scale=scale, passes=passes)
+    return request.getfixturevalue("emulated").project_rows
+
+
+def check(result, g, q, scale, passes):
+    rows, leak = result
+    for i, (matrix, basis) in enumerate(zip(g, q, strict=True)):
+        exact, _ = exact_projection(matrix, basis, scale[i], passes)
+        d, k = basis.shape
+        size = (scale[i] * matrix).abs().max() if matrix.numel() else 0  # what is left may be much smaller
+        assert_rounded(rows[i], exact, terms=passes * (d + k), what=f"rows[{i}]", size=size)
+        bound = 3e-6 if passes == 1 else 5e-7
+        assert leak[i] <= bound if matrix.dtype == torch.float32 else leak[i] <= bound * 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(project, random_basis, shape, passes, dtype):
+    r, d, k = shape
+    g, q = [torch.randn(r, d, dtype=dtype)], [random_basis(d, k, dtype)]
+    check(project(g, q, [0.7], passes), g, q, [0.7], passes)
+
+
+def test_ragged_group(project, random_basis):
+    g = [torch.randn(r, d) for r, d, _ in SHAPES]
+    q = [random_basis(d, k) for _, d, k in SHAPES]
+    scale = torch.linspace(-1, 2, len(g)).tolist()
+    check(project(g, q, scale, 2), g, q, scale, 2)
+
+
+def test_leak_is_what_it_says(project, random_basis):
+    """With a basis that is not orthonormal, much is left, so the leak can be compared digit by digit."""
+    g, q = [torch.randn(5, 40), torch.randn(11, 77)], [0.8 * random_basis(40, 10), 0.5 * random_basis(77, 30)]
+    _, leak = project(g, q, [1.0, 3.0], 1)
+    exact = torch.stack([exact_projection(a, b, 1.0, 1)[1] for a, b in zip(g, q, strict=True)])
+    assert exact.min() > 0.05
+    assert_rounded(leak, exact, terms=120, what="leak")
+
+
+def test_full_basis_leaves_rounding_only(project, random_basis):
+    g, q = [torch.randn(4, 24)], [random_basis(24, 24)]
+    rows, _ = project(g, q, [1.0], 2)
+    assert rows[0].abs().max() <= 8 * torch.finfo(torch.float32).eps * g[0].abs().max()
+
+
+def test_nothing_to_project(project, random_basis):
+    g, q = [torch.zeros(3, 8), torch.zeros(0, 8), torch.randn(3, 8)], [random_basis(8, 2)] * 3
+    rows, leak = project(g, q, [1.0, 1.0, 0.0], 2)
+    assert torch.equal(rows[0], g[0])
+    assert rows[1].shape == (0, 8)
+    assert torch.equal(rows[2], torch.zeros(3, 8))
+    assert torch.equal(leak, torch.zeros(3))
+
+
+def test_no_problems():
+    rows, leak = project_rows([], [])
+    assert rows == [] and leak.shape == (0,)
+
+
+def test_a_thousand_problems(project, random_basis):
+    g = [torch.randn(1 + i % 3, 6) for i in range(1000)]
+    q = [random_basis(6, i % 4) for i in range(1000)]
+    scale = [1.0] * 1000
+    check(project(g, q, scale, 1), g, q, scale, 1)
+
+
+def test_a_basis_wider_than_one_panel(project, random_basis):
+    g, q = [torch.randn(2, 1300)], [random_basis(1300, 1100)]
+    check(project(g, q, [1.0], 1), g, q, [1.0], 1)
+
+
+def test_strided_and_unaligned_inputs(project, random_basis):
+    g = torch.randn(24, 12).t()[:, ::2]  # [12, 12], neither dimension dense
+    q = random_basis(12, 4)
+    unaligned = torch.cat([torch.zeros(1), g.flatten()])[1:].view(12, 12)
+    assert unaligned.data_ptr() % 16 != 0
+    for matrix, basis in ((g, q), (unaligned, q), (g, q.t().contiguous().t())):
+        check(project([matrix], [basis], [1.0], 2), [matrix], [basis], [1.0], 2)
+
+
+def test_long_rows_in_the_kernel(emulated, random_basis):
+    g, q = [torch.randn(1, 16384)], [random_basis(16384, 3)]
+    (rows,), leak = emulated.project_rows(g, q, [1.0], 1)
+    wide, basis = g[0].double(), q[0].double()  # the projector itself would take 2 GB
+    assert_rounded(rows, wide - (wide @ basis) @ basis.T, terms=16384, what="rows")
+    assert leak[0] <= 3e-6
+
+
+def test_kernel_gives_the_same_bits_in_any_order(emulated, random_basis):
+    g, q = [torch.randn(9, 130), torch.randn(3, 31)], [random_basis(130, 40), random_basis(31, 8)]
+    results = []
+    for order, seed in (("sequential", 0), ("reversed", 0), ("random", 1), ("random", 2)):
+        emulated.set_schedule(order, seed)
+        rows, leak = emulated.project_rows(g, q, [1.0, 0.5], 2)
+        results.append([*rows, leak])
+    emulated.set_schedule("sequential")
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradient(device, random_basis, passes):
+    q = [random_basis(6, 2, torch.float64).to(device), random_basis(5, 0, torch.float64).to(device)]
+    g = [torch.randn(n, d, dtype=torch.float64, device=device, requires_grad=True) for n, d in ((3, 6), (2, 5))]
+    assert torch.autograd.gradcheck(lambda *g: tuple(project_rows(g, q, scale=[0.3, 2.0], passes=passes)[0]), g)
+
+
+def test_compiles_in_one_graph(device, random_basis):
+    q = random_basis(6, 2).to(device)
+    compiled = torch.compile(lambda g: project_rows([g], [q], scale=0.5), fullgraph=True, backend="aot_eager")
+    g = torch.randn(3, 6, device=device)
+    torch.testing.assert_close(compiled(g), project_rows([g], [q], scale=0.5))
+
+
+@pytest.mark.parametrize(
+    ("g", "q", "options", "error", "message"),
+    [
+        (torch.zeros(2, 3), [], {}, TypeError, r"g must be a sequence of matrices, got a single tensor"),
+        ([torch.zeros(3)], [torch.zeros(3, 1)], {}, ValueError, r"g\[0\] must be a matrix .* got shape \[3\]"),
+        ([torch.zeros(2, 3)], [], {}, ValueError, r"q must have one item for each of g, got 0 for 1"),
+        ([torch.zeros(2, 3)], [torch.zeros(4, 1)], {}, ValueError, r"q\[0\] must have as many rows as g\[0\]"),
+        ([torch.zeros(2, 3).half()], [torch.zeros(3, 1)], {}, TypeError, r"g\[0\] must be one of float32, float64"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1).double()], {}, TypeError, r"q must have the dtype and device of g"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"passes": 3}, ValueError, r"passes must be 1 or 2, got 3"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": [1.0, 2.0]}, ValueError, r"scale must be one number"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": float("nan")}, ValueError, r"scale must be finite"),
+    ],
+)
+def test_refuses(g, q, options, error, message):
+    with pytest.raises(error, match=message):
+        project_rows(g, q, **options)

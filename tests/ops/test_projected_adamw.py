@@ -1,0 +1,140 @@
+import pytest
+import torch
+from close import assert_rounded
+
+from keeplora.ops import projected_adamw
+
+OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+
+
+class ExactAdamW:
+    """From the papers' formulas with the projector as a matrix, in float64."""
+
+    def __init__(self, a, q):
+        self.a = a.cpu().double().clone()  # the op overwrites a
+        q = q.cpu().double()
+        self.projector = torch.eye(q.shape[0], dtype=torch.float64) - q @ q.T
+        self.m, self.v, self.t = torch.zeros_like(self.a), torch.zeros_like(self.a), 0
+
+    def step(self, grad, lr, betas, eps, weight_decay):
+        g = grad.cpu().double() @ self.projector
+        self.t += 1
+        self.m = betas[0] * self.m + (1 - betas[0]) * g
+        self.v = betas[1] * self.v + (1 - betas[1]) * g * g
+        m_hat, v_hat = self.m / (1 - betas[0] ** self.t), self.v / (1 - betas[1] ** self.t)
+        self.a = (self.a - lr * weight_decay * self.a - lr * m_hat / (v_hat.sqrt() + eps)) @ self.projector
+
+
+def make(shapes, random_basis, device, dtype=torch.float32):
+    q = [random_basis(d, k, dtype).to(device) for _, d, k in shapes]
+    a = [torch.randn(r, d, dtype=dtype, device=device) for r, d, _ in shapes]
+    a = [m - m @ basis @ basis.T for m, basis in zip(a, q, strict=True)]
+    return a, q, [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in a]
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_matches_float64_step_by_step(device, random_basis, dtype, grad_dtype):
+    shapes = [(4, 33, 8), (1, 7, 0), (16, 96, 60), (0, 5, 2)]
+    a, q, m, v = make(shapes, random_basis, device, dtype)
+    exact = [ExactAdamW(p, basis) for p, basis in zip(a, q, strict=True)]
+    lr = [1e-2, 1e-3, 5e-2, 1.0]
+    for step in range(1, 6):
+        grad = [torch.randn_like(p).to(grad_dtype) for p in a]
+        leak = projected_adamw(a, grad, m, v, q, step=step, lr=lr, **OPTIONS)
+        for i, reference in enumerate(exact):
+            reference.step(grad[i], lr[i], **OPTIONS)
+            # Each step rounds once more; the projections sum d and k products.
+            assert_rounded(a[i], reference.a, terms=step * sum(shapes[i][1:]), what=f"a[{i}], step {step}")
+            assert_rounded(m[i], reference.m, terms=step * sum(shapes[i][1:]), what=f"exp_avg[{i}]")
+            assert_rounded(v[i], reference.v, terms=4 * step * sum(shapes[i][1:]), what=f"exp_avg_sq[{i}]")
+        assert (leak <= 1e-6).all()
+
+
+def test_is_adamw_without_a_basis(device):
+    a = torch.randn(3, 5, device=device)
+    other = torch.nn.Parameter(a.clone())
+    optimizer = torch.optim.AdamW([other], lr=1e-2, **OPTIONS)
+    m, v, q = torch.zeros_like(a), torch.zeros_like(a), torch.zeros(5, 0, device=device)
+    for step in range(1, 8):
+        grad = torch.randn_like(a)
+        other.grad = grad.clone()
+        optimizer.step()
+        projected_adamw([a], [grad], [m], [v], [q], step=step, lr=1e-2, **OPTIONS)
+    assert_rounded(a, other.detach().cpu().double(), terms=7 * 4, what="a")
+
+
+def test_stays_outside_for_a_thousand_steps(random_basis):
+    """Gradients that pull into the protected space: plain Adam would leave, and does."""
+    (a,), (q,), (m,), (v,) = make([(8, 64, 24)], random_basis, "cpu")
+    plain = torch.nn.Parameter(a.clone())
+    optimizer = torch.optim.AdamW([plain], lr=1e-2)
+    target = torch.randn(8, 64)
+    for step in range(1, 1001):
+        leak = projected_adamw([a], [a - target], [m], [v], [q], step=step, lr=1e-2)
+        plain.grad = (plain.detach() - target) @ (torch.eye(64) - q @ q.T)
+        optimizer.step()
+    assert leak.item() <= 1e-6
+    assert ((plain @ q).norm() / plain.norm()).item() > 1e-3  # projecting the gradient alone is not enough
+
+
+def test_leak_is_what_it_says(random_basis):
+    a, q = torch.randn(3, 20), 0.8 * random_basis(20, 5)
+    leak = projected_adamw([a], [torch.zeros(3, 20)], [torch.zeros(3, 20)], [torch.zeros(3, 20)], [q], step=1, lr=0.0)
+    exact = (a.double() @ q.double()).norm() / a.double().norm()
+    assert exact > 0.01
+    assert_rounded(leak, exact[None], terms=60, what="leak")
+
+
+def test_zero_parameter_has_no_leak(random_basis):
+    zeros = [torch.zeros(2, 6) for _ in range(4)]
+    leak = projected_adamw(*([z] for z in zeros), [random_basis(6, 2)], step=1, lr=0.1)
+    assert leak.tolist() == [0.0] and torch.equal(zeros[0], torch.zeros(2, 6))
+    assert projected_adamw([], [], [], [], [], step=1, lr=0.1).shape == (0,)
+
+
+def test_parameters_that_require_grad(random_basis):
+    (a,), q, m, v = make([(2, 6, 2)], random_basis, "cpu")
+    parameter = torch.nn.Parameter(a)
+    before = parameter.detach().clone()
+    projected_adamw([parameter], [torch.randn(2, 6)], m, v, q, step=1, lr=0.1)
+    assert parameter.requires_grad and parameter.is_leaf and not torch.equal(parameter, before)
+
+
+def test_compiles_in_one_graph(device, random_basis):
+    def step(a, grad, m, v, q):
+        return projected_adamw([a], [grad], [m], [v], [q], step=3, lr=0.1)
+
+    (a,), (q,), (m,), (v,) = make([(3, 9, 4)], random_basis, device)
+    grad = torch.randn_like(a)
+    eager, compiled = ([t.clone() for t in (a, grad, m, v, q)] for _ in range(2))
+    leak = step(*eager)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled), leak)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"step": 0}, ValueError, r"step must be at least 1, got 0"),
+        ({"lr": -1.0}, ValueError, r"lr must not be negative"),
+        ({"lr": [1.0, 2.0]}, ValueError, r"lr must be one number or one per problem, got 2 for 1"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"eps": -1e-8}, ValueError, r"eps must not be negative"),
+        ({"weight_decay": -0.1}, ValueError, r"weight_decay must not be negative"),
+        ({"grad": [torch.ones(2, 3)]}, ValueError, r"grad\[0\] must be \[2, 4\] on cpu to fit a\[0\], got \[2, 3\]"),
+        ({"q": [torch.zeros(3, 1)]}, ValueError, r"q\[0\] must be \[4, k\]"),
+        ({"exp_avg": []}, ValueError, r"exp_avg must have one item for each of a"),
+        ({"exp_avg": [torch.ones(2, 4).double()]}, TypeError, r"exp_avg\[0\] must be torch.float32 like a\[0\]"),
+        ({"exp_avg_sq": [torch.ones(4, 2).t()]}, ValueError, r"exp_avg_sq\[0\] must be contiguous, got strides"),
+    ],
+)
+def test_refuses_and_changes_nothing(changes, error, message):
+    tensors = {name: [torch.ones(2, 4)] for name in ("a", "grad", "exp_avg", "exp_avg_sq")} | {"q": [torch.zeros(4, 1)]}
+    tensors |= {name: value for name, value in changes.items() if name in tensors}
+    options = {"step": 1, "lr": 0.1} | {name: value for name, value in changes.items() if name not in tensors}
+    before = [t.clone() for group in tensors.values() for t in group]
+    with pytest.raises(error, match=message):
+        projected_adamw(*tensors.values(), **options)
+    after = [t for group in tensors.values() for t in group]
+    assert all(torch.equal(x, y) for x, y in zip(after, before, strict=True))
