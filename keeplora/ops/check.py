@@ -25,9 +25,7 @@ def matrix(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FL
         raise ValueError(f"{op}: {name} must be a matrix (2 dimensions), got shape {list(value.shape)}.")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(
-            f"{op}: {name} must be one of {allowed}, got {value.dtype}. Cast it with .to(torch.float32)."
-        )
+        raise TypeError(f"{op}: {name} must be one of {allowed}, got {value.dtype}. Cast it with .to(torch.float32).")
 
 
 def matrices(
@@ -54,8 +52,7 @@ def matrices(
             )
         if uniform and value.dtype != found[0].dtype:
             raise TypeError(
-                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at "
-                f"{name}[0]."
+                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at {name}[0]."
             )
     return found
 
@@ -65,18 +62,14 @@ def same_length(op: str, **named: Sequence[object]) -> None:
     (first, head), *others = named.items()
     for name, values in others:
         if len(values) != len(head):
-            raise ValueError(
-                f"{op}: {name} must have one item for each of {first}, got {len(values)} for {len(head)}."
-            )
+            raise ValueError(f"{op}: {name} must have one item for each of {first}, got {len(values)} for {len(head)}.")
 
 
 def float_list(op: str, name: str, value: Sequence[float] | float, count: int) -> list[float]:
     """One finite number per problem; a single number is repeated."""
     numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
     if len(numbers) != count:
-        raise ValueError(
-            f"{op}: {name} must be one number or one per problem, got {len(numbers)} for {count}."
-        )
+        raise ValueError(f"{op}: {name} must be one number or one per problem, got {len(numbers)} for {count}.")
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
             raise ValueError(f"{op}: {name} must be finite, got {number} at {name}[{i}].")

@@ -53,9 +53,7 @@ def declare(
     if backward is not None:
         torch.library.register_autograd(full, backward, setup_context=save, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    mutated = [
-        i for i, arg in enumerate(overload._schema.arguments) if arg.alias_info and arg.alias_info.is_write
-    ]
+    mutated = [i for i, arg in enumerate(overload._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
     if mutated:
         _count_versions(name, overload, mutated)
     op = OPS[name] = Op(name, overload, reference, samples)

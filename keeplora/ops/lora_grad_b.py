@@ -65,8 +65,7 @@ def lora_grad_b(
     for i, (down, (start, stop)) in enumerate(zip(a, rows, strict=True)):
         if down.shape[1] != x.shape[1]:
             raise ValueError(
-                f"lora_grad_b: a[{i}] must have as many columns as x, got {list(down.shape)} for "
-                f"{list(x.shape)}."
+                f"lora_grad_b: a[{i}] must have as many columns as x, got {list(down.shape)} for {list(x.shape)}."
             )
         if not 0 <= start <= stop <= dy.shape[1]:
             raise ValueError(
@@ -94,9 +93,7 @@ def _reference(
     return t, db
 
 
-def _fake(
-    x: Tensor, dy: Tensor, a: list[Tensor], rows: list[int], scale: list[float]
-) -> tuple[Tensor, list[Tensor]]:
+def _fake(x: Tensor, dy: Tensor, a: list[Tensor], rows: list[int], scale: list[float]) -> tuple[Tensor, list[Tensor]]:
     acc = wide(x.dtype, dy.dtype, *(down.dtype for down in a))
     t = x.new_empty(x.shape[0], sum(down.shape[0] for down in a), dtype=acc)
     sizes = [(rows[2 * i + 1] - rows[2 * i], down.shape[0]) for i, down in enumerate(a)]

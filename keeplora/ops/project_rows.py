@@ -69,9 +69,7 @@ def project_rows(
     return rows, leak
 
 
-def _reference(
-    g: list[Tensor], q: list[Tensor], scale: list[float], passes: int
-) -> tuple[list[Tensor], Tensor]:
+def _reference(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:
     rows = []
     leaks = []
     for matrix, basis, factor in zip(g, q, scale, strict=True):

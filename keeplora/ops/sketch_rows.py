@@ -106,9 +106,7 @@ def _mix(h: Tensor) -> Tensor:
 
 def _check_signs(op: str, width: int, seed: int) -> None:
     if width < 1:
-        raise ValueError(
-            f"{op}: {'width' if op == 'sketch_rows' else 'rows'} must be at least 1, got {width}."
-        )
+        raise ValueError(f"{op}: {'width' if op == 'sketch_rows' else 'rows'} must be at least 1, got {width}.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}.")
 

@@ -48,7 +48,10 @@ def emulated():
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes may run side by side
-        for command in (["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"], ["cmake", "--build", BUILD, "-t", "emulate"]):
+        for command in (
+            ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"],
+            ["cmake", "--build", BUILD, "-t", "emulate"],
+        ):
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     kernels = EmulatedKernels(BUILD / "libemulate.so")

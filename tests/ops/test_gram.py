@@ -29,7 +29,8 @@ def test_accumulates_over_batches(device):
     c, energy = gram(batches[0])
     for batch in batches[1:]:
         again = gram(batch, out=c, energy=energy)
-        assert again[0] is c and again[1] is energy
+        assert again[0] is c
+        assert again[1] is energy
     exact_c, exact_energy = exact(*batches)
     assert_rounded(c, exact_c, terms=17, what="c")
     assert_rounded(energy.float(), exact_energy, terms=6, what="energy")
@@ -43,7 +44,8 @@ def test_strided_input(device):
 def test_takes_no_gradient(device):
     x = torch.randn(4, 3, device=device, requires_grad=True)
     c, energy = gram(x)
-    assert not c.requires_grad and not energy.requires_grad
+    assert not c.requires_grad
+    assert not energy.requires_grad
 
 
 def test_compiles_in_one_graph(device):

@@ -18,7 +18,8 @@ def conditioned(d, width, condition):
 def check(z, rank, y, q, bound=ORTHOGONAL):
     """Orthonormal, orthogonal to q, zero from the rank on, and spanning what y adds to q."""
     rank, z64, q64, y64 = int(rank), z.cpu().double(), q.cpu().double(), y.cpu().double()
-    assert z.shape == y.shape and z.dtype == y.dtype
+    assert z.shape == y.shape
+    assert z.dtype == y.dtype
     kept = z64[:, :rank]
     assert torch.equal(z64[:, rank:], torch.zeros_like(z64[:, rank:]))
     if rank:

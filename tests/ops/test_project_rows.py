@@ -78,7 +78,8 @@ def test_nothing_to_project(project, random_basis):
 
 def test_no_problems():
     rows, leak = project_rows([], [])
-    assert rows == [] and leak.shape == (0,)
+    assert rows == []
+    assert leak.shape == (0,)
 
 
 def test_a_thousand_problems(project, random_basis):

@@ -71,9 +71,7 @@ def test_sketch_keeps_the_rows_lengths():
 
 def test_compiles_in_one_graph(device):
     x, delta = torch.randn(7, 5, device=device), torch.randn(7, 40, device=device)
-    call = torch.compile(
-        lambda x, delta: sketch_rows(x, delta, width=3, seed=9), fullgraph=True, backend="aot_eager"
-    )
+    call = torch.compile(lambda x, delta: sketch_rows(x, delta, width=3, seed=9), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(call(x, delta), sketch_rows(x, delta, width=3, seed=9))
 
 
