@@ -30,12 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as in `keeplora info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
-        print(f"keeplora: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"keeplora: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        return _complain(error, 2)
+    except Exception as error:
+        from keeplora.methods import StateError  # here, so that --help is quick
+        from keeplora.train.benchmark import WorkerError
+        from keeplora.train.config import ConfigError
+        from keeplora.train.loop import NonFiniteLossError
+
+        if isinstance(error, ConfigError | StateError):
+            return _complain(error, 2)
+        if isinstance(error, WorkerError | NonFiniteLossError):
+            return _complain(error, 1)
+        raise
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"keeplora: {error}", file=sys.stderr)
+    return code
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -83,21 +83,28 @@ def search(sweep: Sweep, grid: dict[str, Any], methods: Sequence[str], seeds: Se
     """All stages of all methods side by side, so that no core waits; then the finalists on every seed."""
     first = seeds[0]
     best: dict[str, Settings] = {method: dict(grid[method].get("start", {})) for method in methods}
+    seen: dict[str, set[str]] = {method: set() for method in methods}  # a replay must not know later stages
+
+    def order(method: str) -> list[Settings]:
+        rows = [row for row in sweep.of(method) if row["label"] in seen[method]]
+        return [settings for settings, _ in ranked(rows, [first])]
+
     for number in range(max(len(grid[method]["stages"]) for method in methods)):
         tried: dict[str, list[Settings]] = {}
         for method in methods:
             stages = grid[method]["stages"]
             if number < len(stages):
                 tried[method] = candidates(best[method], stages[number])
+                seen[method] |= {label_of(method, settings) for settings in tried[method]}
         runs = [(method, settings, first) for method, many in tried.items() for settings in many]
         print(f"stage {number + 1}: {len(runs)} settings", file=sys.stderr, flush=True)
         sweep.run(runs)
         for method in tried:
-            best[method] = ranked(sweep.of(method), [first])[0][0]
+            best[method] = order(method)[0]
     finalists = [
         (method, settings, seed)
         for method in methods
-        for settings, _ in ranked(sweep.of(method), [first])[: grid["finalists"]]
+        for settings in order(method)[: grid["finalists"]]
         for seed in seeds[1:]
     ]
     print(f"finalists: {len(finalists)} runs", file=sys.stderr, flush=True)

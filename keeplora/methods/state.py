@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
@@ -156,7 +155,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StateError(f"read_state: {file} must be JSON, got: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise StateError(f"read_state: {file} must have \"format\": \"{FORMAT}\". It is not a keeplora state")
+        raise StateError(f'read_state: {file} must have "format": "{FORMAT}". It is not a keeplora state')
     schema = header.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA

@@ -174,9 +174,7 @@ def plot_capacity(path: Path, runs: Mapping[str, Sequence[RunRecord]]) -> bool:
     all_axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axes, (label, record) in zip(all_axes, shown.items(), strict=True):
         _capacity(axes, label, record)
-    figure.suptitle(
-        "Protected share of each layer's input space", fontsize=13, fontweight="bold", color=_INK
-    )
+    figure.suptitle("Protected share of each layer's input space", fontsize=13, fontweight="bold", color=_INK)
     _save(figure, path)
     return True
 

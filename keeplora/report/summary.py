@@ -56,9 +56,7 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
         "tasks": records[0].tasks,
         "split": config.evaluate_on,
         "seeds": list(config.seeds),
-        "zero_shot": {
-            name: methods[zero][name] for name in (*METRICS[:3], "witness") if name in methods[zero]
-        },
+        "zero_shot": {name: methods[zero][name] for name in (*METRICS[:3], "witness") if name in methods[zero]},
         "methods": {label: values for label, values in methods.items() if label != zero},
         "certificates": {
             label: worst for label, runs in by_label.items() if (worst := worst_certificate(runs)) is not None

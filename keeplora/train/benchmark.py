@@ -6,9 +6,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -77,7 +80,7 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
         if entry.method not in METHODS:
             known = (*config.methods, *METHODS)
             raise ConfigError(
-                f"check_methods: [method.{label}] must name a method of this run or set method = \"…\" to one of "
+                f'check_methods: [method.{label}] must name a method of this run or set method = "…" to one of '
                 f"{', '.join(METHODS)}, got {entry.method!r}{suggest(entry.method, known)}"
             )
     for label in config.labels():
@@ -128,7 +131,7 @@ class _Pool:
         pairs = deque(self.waiting)
         clean = False
         try:
-            with _environment(self.config.threads):
+            with _spawning(self.config.threads):
                 for _ in range(min(self.config.workers, len(pairs))):
                     orders = context.Queue()
                     process = context.Process(
@@ -188,7 +191,6 @@ class _Stop(BaseException):
 
 def _work(config: RunConfig, orders: Any, news: Any, number: int) -> None:
     """The life of a worker process: run pairs until there are none, or until told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _stop)
     torch.set_num_threads(config.threads)
     parent = multiprocessing.parent_process()
@@ -220,18 +222,22 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
     raise _Stop
 
 
-class _environment:
-    """Thread counts for child processes: libraries read them when they are loaded."""
+@contextmanager
+def _spawning(threads: int) -> Iterator[None]:
+    """What children inherit: thread counts, which libraries read when they are loaded, and deafness to Ctrl-C.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-        os.environ.update({name: str(self.threads) for name in _THREAD_VARIABLES})
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
+    Ctrl-C reaches the whole process group, children that are still importing included; the parent tells them.
+    """
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update({name: str(threads) for name in _THREAD_VARIABLES})
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -217,8 +217,7 @@ def _number(value: object) -> bool:
 
 
 def _validate(config: RunConfig) -> None:
-    _require(isinstance(config.benchmark, str) and config.benchmark != "", "benchmark", "be a name",
-             config.benchmark)
+    _require(isinstance(config.benchmark, str) and config.benchmark != "", "benchmark", "be a name", config.benchmark)
     _require(len(config.methods) > 0, "methods", "name at least one method", list(config.methods))
     for name in ("methods", "seeds"):
         entries = getattr(config, name)
@@ -238,16 +237,23 @@ def _validate(config: RunConfig) -> None:
     _require(config.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", config.precision)
     _require(config.evaluate_on in SPLITS, "evaluate_on", f"be one of {', '.join(SPLITS)}", config.evaluate_on)
     _require(config.device in ("cpu", "cuda"), "device", "be one of cpu, cuda", config.device)
-    _require(_number(config.weight_decay) and config.weight_decay >= 0, "weight_decay", "be >= 0",
-             config.weight_decay)
-    _require(_number(config.switch_fraction) and 0 < config.switch_fraction <= 1, "switch_fraction",
-             "lie in (0, 1]", config.switch_fraction)
+    _require(_number(config.weight_decay) and config.weight_decay >= 0, "weight_decay", "be >= 0", config.weight_decay)
+    _require(
+        _number(config.switch_fraction) and 0 < config.switch_fraction <= 1,
+        "switch_fraction",
+        "lie in (0, 1]",
+        config.switch_fraction,
+    )
     for name in ("tensorboard", "keep_states"):
         _require(isinstance(getattr(config, name), bool), name, "be true or false", getattr(config, name))
     for label, entry in config.method.items():
         where = f"method.{label}"
         _require(isinstance(entry.method, str), f"{where}.method", "be the name of a method", entry.method)
-        _require(_number(entry.learning_rate) and entry.learning_rate > 0, f"{where}.learning_rate", "be > 0",
-                 entry.learning_rate)
+        _require(
+            _number(entry.learning_rate) and entry.learning_rate > 0,
+            f"{where}.learning_rate",
+            "be > 0",
+            entry.learning_rate,
+        )
         decay = entry.weight_decay
         _require(decay is None or (_number(decay) and decay >= 0), f"{where}.weight_decay", "be >= 0", decay)

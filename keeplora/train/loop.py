@@ -105,7 +105,11 @@ class _Run:
                 self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
         self.scalars.start_at(self.record.steps)
         for task in range(self.record.finished_tasks, len(self.names)):
-            self.learn(task)
+            try:
+                self.learn(task)
+            except Exception as error:
+                error.add_note(f"in {self.label}, seed {self.seed}, task {task + 1} ({self.names[task]})")
+                raise
             if self.folder is not None and self.method.trains:
                 save_progress(self.folder, self.record, self.method.state(), identity)
         capacity = getattr(self.method, "capacity", None)
@@ -170,9 +174,7 @@ class _Run:
         total = config.steps if config.steps is not None else (config.epochs or 1) * len(first)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
         optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=decay, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.settings.learning_rate, total_steps=total
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.settings.learning_rate, total_steps=total)
         check_every = 1 if config.device == "cpu" else 16  # reading a loss waits for the GPU
         waiting: list[Tensor] = []
         losses: list[float] = []
@@ -188,7 +190,7 @@ class _Run:
                 self.check(values, task, step, epoch, index)
                 losses += values
                 waiting.clear()
-                self.scalars.step(self.record.steps, losses[-1], schedule.get_last_lr()[0])
+                self.scalars.step(self.record.steps + 1, losses[-1], schedule.get_last_lr()[0])
                 self.tell("step", task, step=step + 1, steps=total, loss=losses[-1])
             loss.backward()
             optimizer.step()

@@ -24,13 +24,13 @@ class Scalars:
         self.writer: SummaryWriter | None = None
 
     def start_at(self, step: int) -> None:
-        """Open the log; points from ``step`` on, left by an interrupted run, are dropped."""
+        """Open the log after ``step`` steps; later points, left by an interrupted run, are dropped."""
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only some runs want it
 
         self.writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(self.folder), purge_step=step if step else None
+            str(self.folder), purge_step=step + 1
         )
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:

@@ -1,6 +1,10 @@
-"""A two-minute world for the training tests: a CLIP of one block per tower and tasks of coloured squares."""
+"""A world of seconds for the training tests: a CLIP of one block per tower and tasks of coloured squares."""
 
 from __future__ import annotations
+
+import os
+import signal
+import time
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -57,6 +61,31 @@ def broken(device: str) -> ClassificationWorkload:
             if calls["squares-1"] == 3:
                 return value * float("nan")
         return value
+
+    made.loss = loss  # type: ignore[method-assign]
+    return made
+
+
+def slow(device: str) -> ClassificationWorkload:
+    """The same, a fifth of a second per evaluation, so that a test can interrupt it in time."""
+    made = workload(device)
+    plain = made.accuracy
+
+    def accuracy(*args: object) -> float:
+        time.sleep(0.05)
+        return plain(*args)  # type: ignore[arg-type]
+
+    made.accuracy = accuracy  # type: ignore[method-assign]
+    return made
+
+
+def dying(device: str) -> ClassificationWorkload:
+    """The same, but the process is killed at the first training batch."""
+    made = workload(device)
+
+    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("the process is dead")
 
     made.loss = loss  # type: ignore[method-assign]
     return made

@@ -1,0 +1,60 @@
+"""What is installed: versions, compiled kernels, methods, benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from keeplora._version import __version__
+from keeplora.methods import METHODS
+from keeplora.ops import build_info
+from keeplora.ops.declare import OPS
+from keeplora.train.config import shipped_configs
+from keeplora.train.workload import BENCHMARKS
+
+_PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
+
+
+def describe() -> str:
+    """A text of a few lines, for people and for bug reports."""
+    built = build_info()
+    compiled = set(built["kernels"] or ())
+    lines = [
+        f"keeplora {__version__} on Python {platform.python_version()}, {platform.platform()}",
+        "",
+        "packages    " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+        f"CPU         {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        f"CUDA        {_cuda()}",
+        f"extension   built with torch {built['torch']} for torch >= {built['torch_target']}, {_cuda_kernels(built)}",
+        "ops         " + ", ".join(f"{name} ({'CUDA kernel' if name in compiled else 'reference'})" for name in OPS),
+        "",
+        "methods",
+        *(f"  {name:<{max(map(len, METHODS))}}  {entry.summary}" for name, entry in METHODS.items()),
+        "",
+        "benchmarks  " + ", ".join(BENCHMARKS) + ", or your own as package.module:function",
+        "configs     " + ", ".join(shipped_configs()),
+    ]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch" if torch.version.cuda else "this torch has no CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), torch has CUDA {torch.version.cuda}"
+
+
+def _cuda_kernels(built: dict[str, str | list[str] | None]) -> str:
+    if built["cuda"] is None:
+        return "no CUDA kernels: every op runs its reference"
+    return f"CUDA {built['cuda']} kernels for {', '.join(built['archs'] or ())}"

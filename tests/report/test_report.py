@@ -1,0 +1,167 @@
+"""The report of a benchmark: summary.json by its schema, tables, matrices, charts."""
+
+import csv
+import json
+import statistics
+
+import numpy as np
+import pytest
+
+from keeplora.report import report_run
+from keeplora.report.plots import colours, plot_capacity
+from keeplora.report.summary import summarize, worst_certificate
+from keeplora.report.table import result_table
+from keeplora.train.checkpoint import RunRecord
+from keeplora.train.config import parse_config
+
+TASKS = ["ants", "bees", "cats"]
+LABELS = ["zero-shot", "full", "lora", "keeplora", "keeplora++"]
+
+
+def config_of(out, seeds=(0, 1)):
+    methods = {"keeplora++": {"learning_rate": 2e-3, "r": 8}}
+    return parse_config(
+        {
+            "benchmark": "embedded",
+            "methods": LABELS[1:],
+            "seeds": list(seeds),
+            "epochs": 1,
+            "out": str(out),
+            "method": methods,
+        }
+    )
+
+
+def record_of(label, seed):
+    accuracy = [[0.5, 0.25, 0.125]] * 3
+    certificates, capacity = [None] * 3, []
+    if label != "zero-shot":
+        accuracy = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.1], [0.6, 0.8 + seed / 16, 0.9]]
+    if label.startswith("keep"):
+        certificates = [
+            {
+                "leak": 1e-8 * (task + 1 + seed), "leak_after_rounding": 1e-6, "orthogonality": 2e-7,
+                "captured": 0.99 - 0.01 * task,
+                "layers": [{"protected": 10 + 4 * task, "added": 4}, {"protected": 16 + 3 * task, "added": 3}],
+            }
+            for task in range(3)
+        ]  # fmt: skip
+        capacity = [
+            {"name": f"visual.0.attn.{part}_proj", "tower": "vision", "depth": 0, "in_features": 32}
+            for part in ("q", "out")
+        ]
+    return RunRecord(
+        label, seed, TASKS, accuracy, [0.4, 0.3, 0.2], [1.0] * 3, [2.0] * 3, [0.5] * 3, [0.25] * 3, certificates,
+        capacity, [64, 64, 32], 30, 1000 + seed,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path):
+    config = config_of(tmp_path)
+    return config, [record_of(label, seed) for label, seed in config.pairs()]
+
+
+def test_summary_has_the_documented_form(finished):
+    config, records = finished
+    text = report_run(config, records)
+    assert str(config.out) in text
+    with open(f"{config.out}/summary.json") as file:
+        summary = json.load(file)
+    assert {"benchmark", "seeds", "zero_shot", "methods", "certificates", "environment"} <= set(summary)
+    assert summary["seeds"] == [0, 1]
+    assert set(summary["methods"]) == {"full", "lora", "keeplora", "keeplora++"}
+    for values in summary["methods"].values():
+        documented = {
+            "transfer", "avg", "last", "forgetting", "learn", "train_seconds", "switch_seconds", "peak_bytes"
+        }  # fmt: skip
+        assert documented <= set(values)
+        assert all(set(entry) == {"mean", "std"} for entry in values.values())
+    assert set(summary["certificates"]) == {"keeplora", "keeplora++"}
+    for name in ("python", "packages", "cpu", "threads", "git_commit", "peak_bytes"):
+        assert name in summary["environment"]
+    assert summary["settings"]["keeplora++"] == {"method": "keeplora++", "learning_rate": 2e-3, "r": 8}
+
+
+def test_summary_values_are_percent_over_seeds(finished):
+    config, records = finished
+    summary = summarize(config, records)
+    lora = summary["methods"]["lora"]
+    last = [100 * (0.6 + 0.8 + seed / 16 + 0.9) / 3 for seed in (0, 1)]
+    assert lora["last"]["mean"] == pytest.approx(statistics.mean(last), abs=1e-9)
+    assert lora["last"]["std"] == pytest.approx(statistics.stdev(last), abs=1e-9)
+    assert lora["transfer"]["mean"] == pytest.approx(100 * (0.2 + (0.1 + 0.1) / 2) / 2, abs=1e-9)
+    assert lora["forgetting"]["mean"] == pytest.approx(100 * (0.3 + 0.0) / 2, abs=1e-9)
+    assert lora["train_seconds"] == {"mean": 6.0, "std": 0.0}
+    assert lora["switch_seconds"]["mean"] == 1.5
+    assert lora["peak_bytes"]["mean"] == 1000.5
+    assert lora["trainable_parameters"]["mean"] == 64
+    assert lora["witness"]["mean"] == pytest.approx(20.0, abs=1e-9)  # after the last task
+    assert summary["zero_shot"]["last"]["mean"] == pytest.approx(100 * 0.875 / 3, abs=1e-9)
+
+
+def test_worst_certificate_is_over_tasks_and_seeds():
+    records = [record_of("keeplora", seed) for seed in (0, 1)]
+    worst = worst_certificate(records)
+    assert worst == pytest.approx(
+        {"leak": 4e-8, "leak_after_rounding": 1e-6, "orthogonality": 2e-7, "captured": 0.97}, rel=1e-12
+    )
+    assert worst_certificate([record_of("lora", 0)]) is None
+
+
+def test_csv_files(finished):
+    config, records = finished
+    report_run(config, records)
+    with open(f"{config.out}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], int(row["seed"])) for row in rows] == config.pairs()
+    assert float(rows[2]["learn"]) == pytest.approx(100 * (0.9 + 0.8 + 0.9) / 3)
+    with open(f"{config.out}/runs/lora/seed-1/accuracy.csv") as file:
+        matrix = list(csv.reader(file))
+    assert matrix[0] == ["after", *TASKS, "witness"]
+    assert matrix[3] == ["cats", "60.0000", "86.2500", "90.0000", "20.0000"]
+
+
+def test_table_shows_every_method_and_metric(finished):
+    config, records = finished
+    table = result_table(summarize(config, records))
+    lines = table.splitlines()
+    assert lines[0] == "embedded: 3 tasks, 2 seeds, accuracy on test in percent (mean ± std)"
+    for column in ("Transfer", "Avg", "Last", "Forgetting", "Learned", "Witness"):
+        assert column in lines[1]
+    assert [line.split()[0] for line in lines[3:]] == LABELS
+    assert "77.7 ± 1.5" in lines[5]  # lora's Last: 76.67 and 78.75
+    assert lines[6].split()[-1] == "4e-08"
+
+
+def test_charts_are_pictures_of_the_right_things(finished, tmp_path):
+    from matplotlib.image import imread
+
+    config, records = finished
+    report_run(config, records)
+    names = {"demo.png", "capacity.png", *(f"accuracy-{label}.png" for label in LABELS)}
+    assert {file.name for file in tmp_path.glob("*.png")} == names
+    for name in names:
+        pixels = imread(tmp_path / name)
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 500
+        assert pixels[..., :3].std() > 0.05  # not an empty page
+    palette = colours(LABELS[1:])
+    assert len(set(palette.values())) == 4
+    chart = (imread(tmp_path / "demo.png")[..., :3] * 255).round().astype(int)
+    for label, colour in palette.items():
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(chart - rgb).sum(-1) == 0).sum() > 500, f"{label} is not in the chart"
+
+
+def test_one_seed_one_method_and_no_basis(tmp_path):
+    config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": 1, "out": str(tmp_path)})
+    report_run(config, [record_of(label, seed) for label, seed in config.pairs()])
+    assert (tmp_path / "demo.png").is_file()
+    assert not (tmp_path / "capacity.png").exists()
+    assert not plot_capacity(tmp_path / "capacity.png", {"lora": [record_of("lora", 0)]})
+
+
+def test_zero_shot_alone_still_reports(tmp_path):
+    config = parse_config({"benchmark": "embedded", "methods": ["zero-shot"], "epochs": 1, "out": str(tmp_path)})
+    assert "zero-shot" in report_run(config, [record_of("zero-shot", 0)])

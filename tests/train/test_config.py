@@ -1,0 +1,126 @@
+"""Configurations: what is accepted, what is refused and how it is said."""
+
+import dataclasses
+import json
+
+import pytest
+
+from keeplora.methods import METHODS
+from keeplora.train.config import (
+    ConfigError,
+    RunConfig,
+    fingerprint,
+    load_config,
+    override,
+    parse_config,
+    shipped_configs,
+)
+
+GOOD = {"benchmark": "embedded", "methods": ["lora"], "epochs": 2}
+
+
+def test_values_from_toml(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'benchmark = "embedded"\nmethods = ["lora", "wide"]\nseeds = [3, 4]\nsteps = 7\n'
+        '[method.wide]\nmethod = "lora"\nlearning_rate = 2e-3\nweight_decay = 0\nr = 32\n'
+    )
+    config = load_config(file)
+    assert (config.seeds, config.steps, config.epochs) == ((3, 4), 7, None)
+    assert config.of("wide").method == "lora"
+    assert config.of("wide").learning_rate == 2e-3
+    assert config.of("wide").weight_decay == 0
+    assert config.of("wide").settings == {"r": 32}
+    assert config.of("lora").method == "lora"
+    assert config.labels() == ("zero-shot", "lora", "wide")
+    assert config.pairs()[:3] == [("zero-shot", 3), ("lora", 3), ("wide", 3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batchsize": 3}, "got 'batchsize' .* Did you mean 'batch_size'"),
+        ({"epochs": None}, "exactly once"),
+        ({"steps": 5}, "exactly once"),
+        ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be a whole number"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"seeds": [0, 0]}, "seeds must have no entry twice"),
+        ({"seeds": []}, "at least one seed"),
+        ({"seeds": [-1]}, "seeds must be whole numbers"),
+        ({"seeds": 3}, "seeds must be a list, got 3"),
+        ({"methods": []}, "at least one method"),
+        ({"methods": ["../x"]}, "methods must be names"),
+        ({"precision": "fp16"}, "precision must be one of bf16, fp32, got 'fp16'"),
+        ({"evaluate_on": "train"}, "evaluate_on must be one of test, validation"),
+        ({"switch_fraction": 0.0}, r"switch_fraction must lie in \(0, 1\]"),
+        ({"weight_decay": float("nan")}, "weight_decay must be >= 0, got nan"),
+        ({"workers": -1}, "workers"),
+        ({"method": {"lora": {"learning_rate": 0}}}, r"method.lora.learning_rate must be > 0"),
+        ({"method": {"lora": 3}}, r"tables such as \[method.lora\]"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(change, message):
+    values = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values)
+
+
+def test_missing_settings_and_files(tmp_path):
+    with pytest.raises(ConfigError, match="must set 'benchmark'"):
+        parse_config({"methods": ["lora"], "epochs": 1})
+    with pytest.raises(ConfigError, match="Did you mean 'demo'"):
+        load_config("demmo")
+    file = tmp_path / "broken.toml"
+    file.write_text("benchmark = \n")
+    with pytest.raises(ConfigError, match="must be TOML"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_configurations_are_complete(name):
+    config = load_config(name)
+    assert config.benchmark == "embedded"
+    assert config.evaluate_on == "test"
+    for label in config.labels():
+        assert config.of(label).method in METHODS
+        known = {field.name for field in dataclasses.fields(METHODS[config.of(label).method].config)}
+        assert set(config.of(label).settings) <= known
+
+
+def test_the_demo_shows_every_method_on_three_seeds():
+    config = load_config("demo")
+    assert set(config.methods) == {"zero-shot", "full", "lora", "keeplora", "keeplora++"}
+    assert config.seeds == (0, 1, 2)
+
+
+def test_a_config_survives_json():
+    config = parse_config({**GOOD, "method": {"lora": {"r": 8, "weight_energy": {"vision": 0.5}}}})
+    again = json.loads(json.dumps(config.as_dict()))
+    assert config.changed(again) == []
+
+
+def test_what_counts_as_another_run():
+    config = parse_config({**GOOD, "method": {"lora": {"r": 8}}})
+    before = config.as_dict()
+    assert override(config, seeds=(0, 1, 2), out="elsewhere", workers=7, methods=("lora", "full")).changed(before) == []
+    assert override(config, batch_size=32).changed(before) == ["batch_size"]
+    assert parse_config({**GOOD, "method": {"lora": {"r": 9}}}).changed(before) == ["method.lora"]
+    assert parse_config(GOOD).changed(before) == ["method.lora"]
+    same = parse_config({**GOOD, "methods": ["lora", "full"], "method": {"lora": {"r": 8}, "full": {}}})
+    assert same.changed(before) == []
+
+
+def test_identity_follows_what_decides_numbers():
+    config = parse_config(GOOD)
+    first = fingerprint(config.identity("lora", 0))
+    assert first == fingerprint(override(config, workers=0, out="other").identity("lora", 0))
+    assert first != fingerprint(config.identity("lora", 1))
+    assert first != fingerprint(override(config, precision="fp32").identity("lora", 0))
+
+
+def test_override_leaves_what_is_none():
+    config = parse_config(GOOD)
+    assert override(config, out=None, seeds=None) == config
+    assert isinstance(override(config, seeds=(5,)), RunConfig)

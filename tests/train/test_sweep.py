@@ -1,0 +1,60 @@
+"""The search for settings: what a stage tries, and the rule that chooses."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bench.sweep.search import as_method, candidates, label_of, ranked
+from keeplora.methods import METHODS, create
+from keeplora.train.config import load_config
+
+GRID = Path(__file__).parents[2] / "bench" / "sweep" / "grid.toml"
+
+
+def row(settings, seed, last, avg=50.0):
+    values = {"last": last, "avg": avg, "transfer": 40.0, "learn": 80.0, "forgetting": 5.0}
+    return {"label": label_of("lora", settings), "settings": settings, "seed": seed, **values}
+
+
+def test_a_stage_varies_around_the_best():
+    best = {"learning_rate": 1e-3, "r": 8}
+    assert candidates(best, {"try": [{"r": 8}, {"r": 16}, {"r": 16}]}) == [{"learning_rate": 1e-3, "r": 16}]
+    scaled = candidates(best, {"scale": {"learning_rate": [0.6, 1.7]}})
+    assert scaled == [{"learning_rate": 6e-4, "r": 8}, {"learning_rate": 1.7e-3, "r": 8}]
+
+
+def test_the_rule_is_last_then_avg_and_only_complete_settings():
+    a, b, c, d = ({"learning_rate": rate} for rate in (1e-4, 2e-4, 3e-4, 4e-4))
+    rows = [
+        row(a, 100, 70.0), row(a, 101, 60.0),
+        row(b, 100, 65.04, avg=55.0), row(b, 101, 65.0, avg=55.0),
+        row(c, 100, 65.0, avg=54.0), row(c, 101, 65.0, avg=54.0),
+        row(d, 100, 99.0),
+    ]  # fmt: skip
+    assert [settings for settings, _ in ranked(rows, [100, 101])] == [b, c, a]  # means 65.0, 65.0, 65.0
+    assert ranked(rows, [100])[0][0] == d
+    assert ranked(rows, [100, 101])[0][1]["last"] == pytest.approx(65.02)
+
+
+def test_labels_follow_settings():
+    assert label_of("lora", {"r": 8, "learning_rate": 1e-3}) == label_of("lora", {"learning_rate": 1e-3, "r": 8})
+    assert label_of("lora", {"r": 8}) != label_of("lora", {"r": 16})
+
+
+def test_every_setting_of_the_grid_is_accepted_by_its_method():
+    import tiny_workload
+
+    grid = tomllib.loads(GRID.read_text(encoding="utf-8"))
+    methods = [name for name, entry in grid.items() if isinstance(entry, dict)]
+    assert set(methods) == set(METHODS) - {"zero-shot"}
+    for method in methods:
+        best = {**grid[method].get("start", {}), "learning_rate": 1e-3}
+        for stage in grid[method]["stages"]:
+            for settings in candidates(best, stage):
+                entry = as_method(method, settings)
+                create(method, tiny_workload.model(), entry.settings)
+
+
+def test_the_sweep_and_the_demo_share_no_seed():
+    assert not {100, 101} & set(load_config("demo").seeds)
