@@ -1,7 +1,7 @@
 """Build keeplora._C and, with a CUDA toolkit, the CUDA kernels (keeplora/_cuda). Metadata is in pyproject.toml.
 
-KEEPLORA_CUDA=0/1         leave the CUDA part out / insist on it (default: where nvcc and a CUDA build of torch are)
-KEEPLORA_CUDA_ARCHS=...   GPU architectures, default "80,90a,100"
+KEEPLORA_CUDA=0/1 leaves the CUDA part out or insists on it (default: where nvcc and a CUDA build of torch are).
+KEEPLORA_CUDA_ARCHS names the GPU architectures (default "80,90a,100").
 """
 
 import os
@@ -27,12 +27,12 @@ def toolkit() -> str:
     """Version of the CUDA toolkit to build with, or "" to build without; SystemExit where that cannot be."""
     asked = os.getenv("KEEPLORA_CUDA", "")
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
-    if asked == "0" or (asked != "1" and not (torch.version.cuda and CUDA_HOME and nvcc.exists())):
+    if asked == "0" or (asked != "1" and not (torch.version.cuda and nvcc.exists())):
         return ""
-    if not torch.version.cuda:
-        raise SystemExit("keeplora: this torch has no CUDA. Install a CUDA build of torch or set KEEPLORA_CUDA=0.")
-    if not CUDA_HOME or not nvcc.exists():
-        raise SystemExit(f"keeplora: no nvcc in {nvcc.parent}. Set {REMEDY}.")
+    if not torch.version.cuda or not nvcc.exists():
+        raise SystemExit(
+            f"keeplora: need nvcc and a CUDA build of torch, got {nvcc}, {torch.__version__}. Set {REMEDY}."
+        )
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release ([\d.]+)", text)[1]
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
@@ -46,27 +46,15 @@ def sources(*patterns: str) -> list[str]:
 
 cuda = toolkit()
 archs = os.getenv("KEEPLORA_CUDA_ARCHS", "80,90a,100").split(",") if cuda else []
-kernels = ",".join(Path(path).stem for path in sources("bind/cuda/*.cpp")) if cuda else ""
-facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": cuda, "ARCHS": ",".join(archs), "KERNELS": kernels}
+kernels = [Path(path).stem for path in sources("bind/cuda/*.cpp")] if cuda else []
+facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHS": ",".join(archs), "KERNELS": ",".join(kernels)}
 include = [str(Path("csrc").resolve()), pybind11.get_include()]
-common = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
-host = [*common, "-fvisibility=hidden"]
-device = [*common, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
-modules = [
-    CppExtension(
-        "keeplora._C",
-        sources("module.cpp", "bind/cpu/*.cpp"),
-        include_dirs=include,
-        extra_compile_args=[*host, *(f"-DKEEPLORA_{name}={value}" for name, value in facts.items())],
-    )
-]
+common = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # loads under torch 2.11 and later
+cxx = [*common, "-fvisibility=hidden", *(f"-DKEEPLORA_BUILT_{name}={value}" for name, value in facts.items())]
+nvcc = [*common, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
+files = sources("module.cpp", "bind/cpu/*.cpp")
+modules = [CppExtension("keeplora._C", files, include_dirs=include, extra_compile_args=cxx)]
 if cuda:
-    modules.append(
-        CUDAExtension(
-            "keeplora._cuda",
-            sources("bind/cuda/*.cpp", "kernels/*.cu"),
-            include_dirs=include,
-            extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
-        )
-    )
+    files, flags = sources("bind/cuda/*.cpp", "kernels/*.cu"), {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
+    modules.append(CUDAExtension("keeplora._cuda", files, include_dirs=include, extra_compile_args=flags))
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

@@ -25,12 +25,12 @@ std::vector<std::string> split(const std::string& text) {
 
 py::dict build_info() {
   py::dict info;
-  info["torch"] = KEEPLORA_TEXT(KEEPLORA_TORCH_VERSION);
+  info["torch"] = KEEPLORA_TEXT(KEEPLORA_BUILT_TORCH);
   info["torch_target"] = "2.11";
-  const std::string cuda = KEEPLORA_TEXT(KEEPLORA_CUDA_VERSION);
+  const std::string cuda = KEEPLORA_TEXT(KEEPLORA_BUILT_CUDA);
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
-  info["archs"] = split(KEEPLORA_TEXT(KEEPLORA_ARCHS));
-  info["kernels"] = split(KEEPLORA_TEXT(KEEPLORA_KERNELS));
+  info["archs"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_ARCHS));
+  info["kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_KERNELS));
   return info;
 }
 

@@ -70,17 +70,19 @@ def project_rows(
 
 
 def _reference(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:
-    rows = []
-    leaks = []
+    rows, whole, inside = [], [], []
     for matrix, basis, factor in zip(g, q, scale, strict=True):
         left = matrix
         for _ in range(passes):
             left = torch.addmm(left, left @ basis, basis.T, alpha=-1)
-        length = torch.linalg.matrix_norm(left)
-        inside = torch.linalg.matrix_norm(left @ basis)
-        rows.append(left * factor)
-        leaks.append(torch.where(length > 0, inside / length, 0) if factor else torch.zeros_like(length))
-    return rows, torch.stack(leaks) if leaks else torch.zeros(0)
+        whole.append(torch.linalg.vector_norm(left))
+        inside.append(torch.linalg.vector_norm(left @ basis))
+        rows.append(left.mul_(factor))
+    if not g:
+        return rows, torch.zeros(0)
+    length = torch.stack(whole)
+    moves = (length > 0) & torch.tensor([factor != 0 for factor in scale], device=length.device)
+    return rows, torch.where(moves, torch.stack(inside) / length, 0)
 
 
 def _fake(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:

@@ -1,0 +1,1 @@
+"""Benchmarks: one module per op or system, each with cases() -> Case; `python -m bench.run` measures them."""

@@ -1,0 +1,104 @@
+"""Times the providers of a case side by side, and measures the memory each needs.
+
+Providers take turns within one run, so that a clock that changes or a busy machine meets all of them alike; the median
+and the 20th and 80th percentiles are reported. CPU: one thread, wall clock. CUDA: events, every call from a cold L2.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the same inputs given to every provider."""
+
+    id: str  # of the table in the documentation: B1 ... B10
+    name: str  # op / shapes / dtype, as it appears in the results
+    setup: Callable[[torch.device], tuple[Any, ...]]  # inputs, built once, outside the clock
+    providers: dict[str, Callable[..., Any]]  # "keeplora" first, then every baseline worth beating
+    bytes: int = 0  # compulsory memory traffic; 0 where arithmetic bounds the time
+    flops: int = 0  # useful arithmetic; 0 where memory bounds the time
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one provider took for one case."""
+
+    id: str
+    case: str
+    provider: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    repeats: int
+    peak_bytes: int
+    bytes: int
+    flops: int
+
+
+def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[Row]:
+    """Measure every provider of ``case``, in about ``seconds`` (at least three repeats whatever they take)."""
+    arguments = case.setup(device)
+    once = _once_on_cuda(device) if device.type == "cuda" else _once_on_cpu
+    peaks = {name: _peak_bytes(call, arguments, device) for name, call in case.providers.items()}  # warms up, too
+    took = {name: once(call, arguments) for name, call in case.providers.items()}
+    repeats = int(min(100, max(3, seconds / sum(took.values()))))
+    times: dict[str, list[float]] = {name: [] for name in case.providers}
+    for _ in range(repeats):
+        for name, call in case.providers.items():
+            times[name].append(once(call, arguments))
+    for name, measured in times.items():
+        ordered = sorted(measured)
+        low, high = ordered[len(ordered) // 5], ordered[min(len(ordered) - 1, 4 * len(ordered) // 5)]
+        median = statistics.median(ordered)
+        yield Row(case.id, case.name, name, median, low, high, repeats, peaks[name], case.bytes, case.flops)
+
+
+def _once_on_cpu(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+def _once_on_cuda(device: torch.device) -> Callable[[Callable[..., Any], tuple[Any, ...]], float]:
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # larger than any L2
+
+    def once(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        begin.record()
+        call(*arguments)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return once
+
+
+def _peak_bytes(call: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
+    """Most memory a call holds at once, outputs included, inputs not.
+
+    CUDA: the caching allocator's own high-water mark. CPU: the profiler's record of every allocation and release of
+    torch's CPU allocator, added up in order. Scratch that LAPACK or Python takes elsewhere is not in it.
+    """
+    call(*arguments)  # what is allocated once and kept belongs to no call
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(*arguments)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(*arguments)
+    recorded = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(recorded, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
