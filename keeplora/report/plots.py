@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     _save(figure, path)
 
 
@@ -184,7 +185,7 @@ def _capacity(axes: Axes, label: str, record: RunRecord) -> None:
     sizes = np.array([row["in_features"] for row in record.capacity], dtype=np.float64)
     filled = _protected_over_time(record)
     x = np.arange(len(names), dtype=np.float64)
-    x += np.cumsum([0, *(a[0] != b[0] for a, b in zip(names, names[1:], strict=False))])  # a gap between blocks
+    x += np.cumsum([0, *(a[0] != b[0] for a, b in pairwise(names))])  # a gap between blocks
     shades = _shades(len(filled))
     before = np.zeros(len(names))
     for protected, shade in zip(filled, shades, strict=True):

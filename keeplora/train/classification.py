@@ -78,8 +78,8 @@ def embedded_workload(device: str) -> ClassificationWorkload:
     return ClassificationWorkload(tasks, witness, load_model, device=device)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _moved(task: Task, device: str) -> Task:

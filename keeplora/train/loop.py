@@ -190,9 +190,9 @@ class _Run:
                 self.check(values, task, step, epoch, index)
                 losses += values
                 waiting.clear()
-                self.scalars.step(self.record.steps + 1, losses[-1], schedule.get_last_lr()[0])
+                self.scalars.step(self.record.steps + 1, losses[-1], float(schedule.get_last_lr()[0]))
                 self.tell("step", task, step=step + 1, steps=total, loss=losses[-1])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             self.method.after_step()
             optimizer.zero_grad(set_to_none=True)
@@ -236,7 +236,7 @@ class _Run:
     def evaluate(self) -> tuple[list[float], float | None]:
         """Accuracy on every task and on the witness."""
         if not self.method.trains and self.record.accuracy:  # nothing changed since the first evaluation
-            return list(self.record.accuracy[0]), (self.record.witness or [None])[0]
+            return list(self.record.accuracy[0]), next(iter(self.record.witness), None)
         split, size = self.config.evaluate_on, self.config.evaluation_batch_size
         self.model.eval()
         with torch.no_grad(), self.autocast():

@@ -29,15 +29,13 @@ class Scalars:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only some runs want it
 
-        self.writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(self.folder), purge_step=step + 1
-        )
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """One point of the loss and learning-rate curves, every tenth step."""
         if self.writer is not None and step % _EVERY == 0:
-            self.writer.add_scalar("train/loss", loss, step)  # type: ignore[no-untyped-call]
-            self.writer.add_scalar("train/learning_rate", learning_rate, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar("train/loss", loss, step)
+            self.writer.add_scalar("train/learning_rate", learning_rate, step)
 
     def task(self, record: RunRecord, witness: float | None) -> None:
         """Accuracies in percent after a task, against the number of steps."""
@@ -49,16 +47,16 @@ class Scalars:
         if witness is not None:
             points["mean/witness"] = witness
         for name, value in points.items():
-            self.writer.add_scalar(name, 100 * value, record.steps)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, 100 * value, record.steps)
         certificate = record.certificates[-1]
         for name in ("leak", "orthogonality"):
             if certificate is not None and certificate[name] is not None:
-                self.writer.add_scalar(f"certificate/{name}", certificate[name], record.steps)  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(f"certificate/{name}", certificate[name], record.steps)
 
     def close(self) -> None:
         """Flush and close the log."""
         if self.writer is not None:
-            self.writer.close()  # type: ignore[no-untyped-call]
+            self.writer.close()
 
 
 def open_scalars(folder: Path | None, wanted: bool) -> Scalars:
