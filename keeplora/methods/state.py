@@ -71,7 +71,7 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
     Tensors of any dtype are written as they are (on the CPU, contiguous). ``state.meta`` must fit JSON without
     NaN or infinity; otherwise ``ValueError`` or ``TypeError`` is raised and the folder keeps its old state.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_state(folder, State({"q": torch.eye(2)}, {"task": 3}))
     ...     again = read_state(folder)
