@@ -69,13 +69,13 @@ def _once_on_cuda(device: torch.device) -> Callable[[Callable[..., Any], tuple[A
     flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # larger than any L2
 
     def once(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()
         begin.record()
         call(*arguments)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     return once
 

@@ -1,6 +1,5 @@
 """Every case under pytest-benchmark: pytest bench --benchmark-only"""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "provider"), CASES)
-def test_benchmark(case: Case, provider: str, benchmark: Callable[..., Any]) -> None:
+def test_benchmark(case: Case, provider: str, benchmark: Any) -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = case.setup(device)

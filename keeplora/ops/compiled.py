@@ -17,7 +17,7 @@ def _load_cuda() -> None:
     extension = Path(_C.__file__)
     library = extension.with_name(extension.name.replace("_C", "_cuda", 1))
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"keeplora: {library.name} must load into this torch, built with CUDA {torch.version.cuda}; keeplora was "
