@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["padded", "same_kind", "stacked"]
+__all__ = ["batched", "padded", "same_kind", "stacked"]
 
 # A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
 # go one by one; on a CPU torch.linalg loops over the batch anyway.
@@ -21,10 +21,14 @@ def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[l
         found[key].append(i)
     for group in found.values():
         first = tensors[group[0]]
-        batched = first.device.type != "cpu" and first.numel() <= ALONE
-        size = max(1, BATCH_BYTES // max(1, 8 * first.numel())) if batched else 1
+        size = max(1, BATCH_BYTES // max(1, 8 * first.numel())) if batched(first) else 1
         for start in range(0, len(group), size):
             yield group[start : start + size]
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether one call for many matrices like this one is faster than a call for each."""
+    return tensor.device.type != "cpu" and tensor.numel() <= ALONE
 
 
 def stacked(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:

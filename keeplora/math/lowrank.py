@@ -238,10 +238,9 @@ def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tu
 
 def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
     """Input-side basis from orthonormal eigenvectors of the smaller side."""
-    if tall and vectors.dtype == torch.float64:
+    if tall:
         return vectors.to(w.dtype).contiguous()
-    images = vectors if tall else w.to(vectors.dtype).T @ vectors
-    return reorthogonalize([images.to(w.dtype)])[0].contiguous()
+    return reorthogonalize([(w.to(vectors.dtype).T @ vectors).to(w.dtype)])[0].contiguous()
 
 
 def extend_basis(
@@ -254,7 +253,7 @@ def extend_basis(
 
     Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k``
     rows: it gets cheaper with every task, and eigenvectors cannot lean into ``Q``); above, by blocked subspace
-    iteration where its rank is certain, orthonormalised against ``Q`` once more. The old columns are kept bit for
+    iteration where its rank is certain, every block orthonormalised against ``Q``. The old columns are kept bit for
     bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
 
     Args:
@@ -332,8 +331,7 @@ def _new_directions(
             seed=0,
         )
         if pairs:
-            (vectors,) = reorthogonalize([pairs[0]], [q[0]])
-            return vectors[None], pairs[1][None, : vectors.shape[1]], [vectors.shape[1]]
+            return pairs[0][None], pairs[1][None], [pairs[1].shape[0]]
     # In float64 the complement of Q, however Q is rounded, is orthogonal to it to 1e-15: nothing to repair after.
     free = complement(q.double())
     values, turn = torch.linalg.eigh(free.mT @ (c.double() @ free) if q.shape[2] else c.double())

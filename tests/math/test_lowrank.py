@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from keeplora.math import batch
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from tests.math.spectra import (
     SPECTRA,
@@ -162,7 +163,10 @@ def test_no_energy_adds_nothing(device):
     assert extend_basis([], [], 0.5) == []
 
 
-def test_layers_do_not_see_each_other(device):
+@pytest.mark.parametrize("how", ["as the device wants", "batched"])
+def test_layers_do_not_see_each_other(device, how, monkeypatch):
+    if how == "batched":
+        monkeypatch.setattr(batch, "batched", lambda tensor: True)
     rng = np.random.default_rng(0)
     c = [tensor(moment(d, "power", seed=d)).to(device) for d in (20, 31, 20, 20)]
     q = [tensor(orthonormal(len(m), k, rng)).to(device) for m, k in zip(c, (3, 0, 3, 5), strict=True)]
@@ -173,6 +177,9 @@ def test_layers_do_not_see_each_other(device):
         assert isinstance(alone, Extension)
         assert alone.added == new.added
         torch.testing.assert_close(alone.q.abs(), new.q.abs(), rtol=0, atol=1e-5)
+    both = weight_basis([c[0], c[1], c[2], c[3][:7]], [0.5, 0.6, 0.95, 0.7])
+    for i, (w, threshold) in enumerate([(c[0], 0.5), (c[1], 0.6), (c[2], 0.95), (c[3][:7], 0.7)]):
+        torch.testing.assert_close(both[i].abs(), weight_basis([w], threshold)[0].abs(), rtol=0, atol=1e-4)
 
 
 def test_same_bits_every_time_and_nothing_changed():

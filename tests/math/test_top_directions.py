@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keeplora.math import lowrank
+from keeplora.math import batch, lowrank
 from keeplora.math.lowrank import top_directions
 from tests.math.spectra import SPECTRA, f64, matrix, off_identity, orthonormal, sine, tensor
 
@@ -116,21 +116,25 @@ def test_any_shape_keeps_the_contract(data):
     assert 0 <= top.energy <= 1
 
 
-def test_layers_do_not_see_each_other(device):
-    shapes = [(60, 70, 20), (60, 70, 35), (70, 60, 0), (60, 70, 70)]
+@pytest.mark.parametrize("together", ["as the device wants", "batched"])
+def test_layers_do_not_see_each_other(device, together, monkeypatch):
+    if together == "batched":
+        monkeypatch.setattr(batch, "batched", lambda tensor: True)
+    shapes = [(150, 160, 20), (150, 160, 35), (70, 60, 0), (60, 70, 70), (30, 40, 20), (30, 40, 20), (30, 40, 25)]
+    ranks = [3, 5, 2, 1, 4, 2, 3]
     g, q = zip(
         *((t.to(device) for t in problem(*s, "power", torch.float32, seed=i)) for i, s in enumerate(shapes)),
         strict=True,
     )
-    together = top_directions(g, q, [3, 5, 2, 1])
-    for i, r in enumerate([3, 5, 2, 1]):
+    all_of_them = top_directions(g, q, ranks)
+    for i, r in enumerate(ranks):
         (alone,) = top_directions([g[i]], [q[i]], r)
-        torch.testing.assert_close(alone.s, together[i].s)
+        torch.testing.assert_close(alone.s, all_of_them[i].s)
         torch.testing.assert_close(
-            (alone.a @ together[i].a.T).abs(), torch.eye(len(alone.s), device=device), rtol=0, atol=1e-3
+            (alone.a @ all_of_them[i].a.T).abs(), torch.eye(len(alone.s), device=device), rtol=0, atol=1e-3
         )
-        assert alone.energy == pytest.approx(together[i].energy, rel=1e-5)
-    assert len(together[3].s) == 0
+        assert alone.energy == pytest.approx(all_of_them[i].energy, rel=1e-5)
+    assert len(all_of_them[3].s) == 0
     assert top_directions([], [], 4) == []
 
 
