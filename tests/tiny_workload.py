@@ -9,7 +9,7 @@ import time
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from keeplora.tasks.base import Split, Task
+from keeplora.tasks.base import Batch, Split, Task
 from keeplora.train.classification import ClassificationWorkload
 
 CLASSES, CONTEXT, SIZE = 3, 6, 16
@@ -54,13 +54,26 @@ def broken(device: str) -> ClassificationWorkload:
     plain = made.loss
     second = made._tasks[1].tokens
 
-    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         value = plain(model, batch)
-        if torch.is_grad_enabled() and batch.tokens is second:  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and batch.tokens is second:
             calls["squares-1"] += 1
             if calls["squares-1"] == 3:
                 return value * float("nan")
         return value
+
+    made.loss = loss  # type: ignore[method-assign]
+    return made
+
+
+def noisy(device: str) -> ClassificationWorkload:
+    """The same, with noise on the training images from torch's global generator."""
+    made = workload(device)
+    plain = made.loss
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        noise = torch.randint(0, 40, batch.images.shape, dtype=torch.uint8)
+        return plain(model, batch._replace(images=batch.images // 2 + noise))
 
     made.loss = loss  # type: ignore[method-assign]
     return made

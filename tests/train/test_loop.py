@@ -72,6 +72,34 @@ def test_a_run_repeats_itself_and_resumes_exactly(tmp_path, workload, label):
     assert numbers(run_one(config, workload, label, 3, folder=folder)) == numbers(straight)
 
 
+def test_a_run_that_draws_noise_resumes_exactly(tmp_path):
+    config, noisy = config_of(), tiny_workload.noisy("cpu")
+    torch.manual_seed(5)
+    straight = run_one(config, noisy, "lora", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run_one(config, noisy, "lora", 0, folder=tmp_path, listener=interrupt_at(1, 2))
+    assert numbers(run_one(config, noisy, "lora", 0, folder=tmp_path)) == numbers(straight)
+    assert straight.loss != run_one(config, tiny_workload.workload("cpu"), "lora", 0).loss
+
+
+def test_every_pass_has_its_own_order(workload, monkeypatch):
+    orders = {}
+    plain = workload.batches
+
+    def remember(task, batch_size, seed):
+        made = plain(task, batch_size, seed)
+        orders.setdefault(task, []).append(torch.cat([batch.images.flatten(1) for batch in plain(task, 16, seed)]))
+        return made
+
+    monkeypatch.setattr(workload, "batches", remember)
+    run_one(config_of(), workload, "lora", 0)
+    assert [len(passes) for passes in orders.values()] == [4, 4, 4]  # before, two epochs, after
+    for passes in orders.values():
+        for i, one in enumerate(passes):
+            assert sorted(map(bytes, one.numpy())) == sorted(map(bytes, passes[0].numpy()))
+            assert not any(torch.equal(one, other) for other in passes[:i])
+
+
 def test_the_comparison_would_notice_a_difference(workload):
     config = config_of()
     first, other = (numbers(run_one(config, workload, "lora", seed)) for seed in (0, 1))
