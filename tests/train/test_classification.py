@@ -4,6 +4,7 @@ import dataclasses
 
 import tiny_workload
 import torch
+
 from keeplora.tasks.base import Split
 from keeplora.train.classification import ClassificationWorkload
 from keeplora.train.workload import Workload
