@@ -110,7 +110,7 @@ def _column_by_column(y: Tensor, q: Tensor, smallest: Tensor) -> tuple[Tensor, T
         for _ in range(2):
             column = _without(_without(column, q), z[:, :rank])
         length = torch.linalg.vector_norm(column)
-        if rank < y.shape[0] - q.shape[1] and bool(length > smallest[j]):
+        if bool(length > smallest[j]):
             z[:, rank : rank + 1] = column / length
             rank += 1
     z[:, :rank] = _polish(z[:, :rank], q)
