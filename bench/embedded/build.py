@@ -19,8 +19,9 @@ def write_corpus(root: DataRoot, out: Path) -> None:
     """corpus.npz (masks, pictures) and captions.json (captions and source of each, masks first)."""
     corpus = build_corpus(root)
     captions, source = corpus.ordered()
+    arrays = corpus.arrays()
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "corpus.npz", **corpus.arrays())
+    np.savez(out / "corpus.npz", masks=arrays["masks"], pictures=arrays["pictures"])
     (out / "captions.json").write_text(json.dumps({"captions": captions, "source": source}), encoding="utf8")
     print(f"corpus: {len(source)} glyphs, {len({c for x in captions for c in x})} captions")
 

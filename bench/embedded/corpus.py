@@ -18,14 +18,13 @@ CYRILLIC = [chr(c) for c in range(0x410, 0x450)]
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WEIGHTS = {"letter": 0.36, "script": 0.18, "symbol": 0.24, "emoji": 0.22}
 
-SCRIPTS = {
-    name: name.replace("_", "").replace("CanadianAboriginal", "CanadianAboriginal")
-    for name in (
-        "Arabic Armenian Bengali Cherokee Devanagari Ethiopic Georgian Gujarati Hebrew Kannada Khmer Lao Malayalam "
-        "Myanmar Sinhala Tamil Telugu Thai Gurmukhi Tifinagh Runic Ogham Gothic Glagolitic Coptic Vai Yi Balinese "
-        "Javanese Tibetan Canadian_Aboriginal Cuneiform Egyptian_Hieroglyphs Linear_B Deseret Old_Persian Nko Adlam"
-    ).split()
-}
+SCRIPTS = (
+    "Arabic", "Armenian", "Bengali", "Cherokee", "Devanagari", "Ethiopic", "Georgian", "Gujarati", "Hebrew",
+    "Kannada", "Khmer", "Lao", "Malayalam", "Myanmar", "Sinhala", "Tamil", "Telugu", "Thai", "Gurmukhi", "Tifinagh",
+    "Runic", "Ogham", "Gothic", "Glagolitic", "Coptic", "Vai", "Yi", "Balinese", "Javanese", "Tibetan",
+    "Canadian_Aboriginal", "Cuneiform", "Egyptian_Hieroglyphs", "Linear_B", "Deseret", "Old_Persian", "Nko",
+    "Adlam",
+)  # fmt: skip
 SYMBOL_BLOCKS = {
     "Arrows": "arrow", "Supplemental Arrows-A": "arrow", "Supplemental Arrows-B": "arrow",
     "Supplemental Arrows-C": "arrow", "Mathematical Operators": "mathematical operator",
@@ -155,11 +154,11 @@ def add_letters(corpus: Corpus, root: DataRoot) -> None:
 
 def add_scripts(corpus: Corpus, root: DataRoot) -> None:
     letters = root.letters_by_script()
-    for script, file_part in SCRIPTS.items():
+    for script in SCRIPTS:
         shown = clean(script)
         points = [p for p in letters[script] if not held_script(p)]
         points = sorted(points, key=lambda p: fraction(f"pick {p:x}"))[:160]
-        for path in root.script_fonts(file_part):
+        for path in root.script_fonts(script):
             for p in points:
                 if p not in coverage(path):
                     continue

@@ -18,14 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from keeplora.tasks.base import accuracy, normalize
 from keeplora.tasks.embedded import build_model, load_tasks, save_model
 from keeplora.tasks.embedded.render import COLOURS, Look, draw, named_colours
-from keeplora.tasks.embedded.tokenizer import Tokenizer, split
+from keeplora.tasks.embedded.tokenizer import Tokenizer
 
 from .corpus import WEIGHTS
 
 CONTEXT = 10
-LOOK = Look(
-    tilt=8.0, extent=(0.6, 0.95), shift=2.5, noise=(0.0, 35.0), noisy=0.25, blur=0.2, plain=0.4, contrast=70.0
-)
+LOOK = Look(tilt=8.0, extent=(0.6, 0.95), shift=2.5, noise=(0.0, 35.0), noisy=0.25, blur=0.2, plain=0.4, contrast=70.0)
 NAMED = 0.35  # share of the one-colour glyphs painted in a named colour
 SPOKEN = 0.15  # share of those whose caption says so
 

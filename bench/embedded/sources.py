@@ -1,5 +1,7 @@
 """Where the renderings come from: Debian packages unpacked under one data root, and what each font is used for.
 
+`python -m bench.embedded.sources` prints the packages' names.
+
 A font is either seen in pretraining or held out for the tasks, by whole family; `FAMILIES` says which.
 """
 
@@ -10,20 +12,22 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from fontTools.ttLib import TTFont
 
 PACKAGES = (
-    "fonts-anonymous-pro fonts-breip fonts-cabin fonts-cantarell fonts-cmu fonts-comfortaa fonts-courier-prime "
-    "fonts-crosextra-caladea fonts-crosextra-carlito fonts-dancingscript fonts-dejavu-core fonts-dejavu-extra "
-    "fonts-ebgaramond fonts-firacode fonts-gfs-didot fonts-gfs-neohellenic fonts-hack fonts-inconsolata "
-    "fonts-jetbrains-mono fonts-junicode fonts-kristi fonts-lato fonts-liberation2 fonts-linuxlibertine fonts-lobster "
-    "fonts-lobstertwo fonts-noto-color-emoji fonts-noto-core fonts-noto-extra fonts-noto-mono fonts-open-sans "
-    "fonts-play fonts-quicksand fonts-roboto-unhinted fonts-sil-andika fonts-sil-charis fonts-sil-gentium fonts-sora "
-    "fonts-symbola fonts-tomsontalks fonts-vollkorn fonts-yanone-kaffeesatz unicode-data unicode-cldr-core"
-).split()
+    "fonts-anonymous-pro", "fonts-breip", "fonts-cabin", "fonts-cantarell", "fonts-cmu", "fonts-comfortaa",
+    "fonts-courier-prime", "fonts-crosextra-caladea", "fonts-crosextra-carlito", "fonts-dancingscript",
+    "fonts-dejavu-core", "fonts-dejavu-extra", "fonts-ebgaramond", "fonts-firacode", "fonts-gfs-didot",
+    "fonts-gfs-neohellenic", "fonts-hack", "fonts-inconsolata", "fonts-jetbrains-mono", "fonts-junicode",
+    "fonts-kristi", "fonts-lato", "fonts-liberation2", "fonts-linuxlibertine", "fonts-lobster", "fonts-lobstertwo",
+    "fonts-noto-color-emoji", "fonts-noto-core", "fonts-noto-extra", "fonts-noto-mono", "fonts-open-sans",
+    "fonts-play", "fonts-quicksand", "fonts-roboto-unhinted", "fonts-sil-andika", "fonts-sil-charis",
+    "fonts-sil-gentium", "fonts-sora", "fonts-symbola", "fonts-tomsontalks", "fonts-vollkorn",
+    "fonts-yanone-kaffeesatz", "unicode-data", "unicode-cldr-core",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def fraction(key: str) -> float:
     return zlib.crc32(key.encode()) / 2**32
 
 
-@lru_cache(maxsize=None)
+@cache
 def coverage(path: Path) -> frozenset[int]:
     """Code points for which the font file has a glyph."""
     return frozenset(TTFont(path, lazy=True).getBestCmap())
@@ -166,11 +170,12 @@ class DataRoot:
         return [self.fonts_dir / "truetype" / n for n in names]
 
     def script_fonts(self, script: str) -> list[Path]:
-        """Up to six Noto fonts of one script: sans and serif, regular first."""
+        """Up to six Noto fonts of one script, called as in Unicode: sans and serif, regular first."""
+        name = script.replace("_", "")
         files = []
         for face in ("Sans", "Serif"):
             for weight in ("Regular", "Bold", "Light"):
-                files.append(self.fonts_dir / "truetype" / "noto" / f"Noto{face}{script}-{weight}.ttf")
+                files.append(self.fonts_dir / "truetype" / "noto" / f"Noto{face}{name}-{weight}.ttf")
         return [p for p in files if p.exists()]
 
     @property
@@ -216,3 +221,7 @@ class DataRoot:
         text = (self.share / "unicode" / "Blocks.txt").read_text(encoding="utf8")
         lines = re.findall(r"^([0-9A-F]+)\.\.([0-9A-F]+); (.*)$", text, re.MULTILINE)
         return [(name.strip(), range(int(a, 16), int(b, 16) + 1)) for a, b, name in lines]
+
+
+if __name__ == "__main__":
+    print("\n".join(PACKAGES))

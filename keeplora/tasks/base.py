@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,8 @@ class Task:
                 f"Task: prompts and tokens must have one row per class, at least two, got {n} classes, "
                 f"{len(self.prompts)} prompts and tokens {list(self.tokens.shape)} in task {self.name!r}."
             )
-        for part in ("train", "validation", "test"):
-            labels = self.split(cast(SplitName, part)).labels
+        for part in get_args(SplitName):
+            labels = self.split(part).labels
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n:
                 raise ValueError(
                     f"Task: labels must lie in [0, {n}), got {int(labels.min())} to {int(labels.max())} "
@@ -80,7 +80,7 @@ class Task:
 
     def split(self, name: SplitName) -> Split:
         """The split called `train`, `validation` or `test`."""
-        if name not in ("train", "validation", "test"):
+        if name not in get_args(SplitName):
             raise ValueError(f"Task.split: name must be 'train', 'validation' or 'test', got {name!r}.")
         return cast(Split, getattr(self, name))
 
@@ -195,7 +195,9 @@ def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_s
     """
     part = task.split(split)
     if batch_size < 1 or len(part) == 0:
-        raise ValueError(f"accuracy: split must hold images and batch_size be at least 1, got {len(part)}, {batch_size}.")
+        raise ValueError(
+            f"accuracy: split must hold images and batch_size be at least 1, got {len(part)} and {batch_size}."
+        )
     clip = cast(ImageTextModel, model)
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +42,7 @@ def load_model(directory: Path | None = None) -> CLIP:
         directory: where model.safetensors, config.json and vocab.json are; None for the shipped ones.
 
     Example:
+        >>> import torch
         >>> load_model().encode_image(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 128])
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +34,15 @@ COLOURS = tuple(PALETTE)
 class Look:
     """How images of a task are drawn.
 
-    `tilt`: largest turn either way in degrees; `extent`: range of the glyph's longer side as a share of the image;
-    `shift`: largest shift in pixels; `noise`: range of the standard deviation in grey levels, of which a share
-    `noisy` of the images gets any; `blur`: share of images smoothed by a 3 x 3 binomial filter; `plain`: share of
-    images in black on white or white on black; `contrast`: least distance between the colours' grey levels;
-    `ghost`: strength of a second, unrelated glyph of the same set drawn faintly behind.
+    `lean`: turn of every image in degrees, counter-clockwise; `tilt`: largest further turn either way; `extent`: range
+    of the glyph's longer side as a share of the image; `shift`: largest shift in pixels; `noise`: range of the
+    standard deviation in grey levels, of which a share `noisy` of the images gets any; `blur`: share of images
+    smoothed by a 3 x 3 binomial filter; `plain`: share of images in black on white or white on black; `contrast`:
+    least distance between the colours' grey levels; `ghost`: strength of a second, unrelated glyph of the same set
+    drawn faintly behind; `mirror`: left and right swapped.
     """
 
+    lean: float = 0.0
     tilt: float = 10.0
     extent: tuple[float, float] = (0.6, 0.9)
     shift: float = 2.0
@@ -51,6 +52,7 @@ class Look:
     plain: float = 0.4
     contrast: float = 80.0
     ghost: float = 0.0
+    mirror: bool = False
 
 
 def named_colours(indices: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
@@ -89,7 +91,8 @@ def separated(colour: npt.NDArray[np.float32], contrast: float, rng: np.random.G
 def warp(pictures: Tensor, look: Look, turn: npt.NDArray[np.float32], rng: np.random.Generator) -> Tensor:
     """Turn, scale and shift pictures [n, c, 32, 32] float32; outside is zero."""
     n = len(pictures)
-    angle = np.deg2rad(turn + rng.uniform(-look.tilt, look.tilt, n))
+    # Rows grow downwards and the grid maps output to input: a turn of the picture to the left is a negative angle.
+    angle = -np.deg2rad(turn + look.lean + rng.uniform(-look.tilt, look.tilt, n))
     # Stored glyphs span 30 of 32 pixels; a sampling step of `zoom` shows them at the wanted extent.
     zoom = (30 / 32) / rng.uniform(*look.extent, n)
     shift = rng.uniform(-look.shift, look.shift, (2, n)) * 2 / SIDE
@@ -123,6 +126,8 @@ def draw(
     random_front, random_back = colour_pairs(n, look, rng)
     back = random_back if back is None else back
     pictures = torch.from_numpy(np.ascontiguousarray(glyphs)).float() / 255
+    if look.mirror:
+        pictures = pictures.flip(-1)
     if pictures.dim() == 3:
         pictures = pictures[:, None]
     else:  # premultiply, so that interpolation does not bleed the colour of transparent pixels
@@ -151,12 +156,3 @@ def draw(
         deviation = torch.from_numpy(sigma.astype(np.float32))[:, None, None, None]
         images = images + windows[offsets].view(n, 3, SIDE, SIDE) * deviation
     return images.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def direction(degrees: float) -> tuple[float, float]:
-    """Unit vector (right, up) that a rightward arrow points to after a turn, for tests and documents.
-
-    >>> direction(90.0)
-    (0.0, 1.0)
-    """
-    return round(math.cos(math.radians(degrees)), 12), round(math.sin(math.radians(degrees)), 12)

@@ -53,11 +53,13 @@ def render_split(
     it with the named colour of the label.
     """
     rng = np.random.default_rng(seed)
-    look = Look(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["look"].items()})
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["look"].items()}
+    look = Look(**settings)
     turn = (labels * entry["turn"]).astype(np.float32) if "turn" in entry else None
     front = back = None
     if entry.get("paint"):
         palette = np.array([COLOURS.index(c) for c in entry["classes"]], dtype=np.int64)
-        front = named_colours(palette[labels], rng)
-        back = separated(front, look.contrast, rng)
+        named = named_colours(palette[labels], rng)
+        other = separated(named, look.contrast, rng)
+        front, back = (named, other) if entry["paint"] == "front" else (other, named)
     return Split(draw(glyphs[chosen], look, rng, turn=turn, front=front, back=back), torch.from_numpy(labels))
