@@ -122,7 +122,7 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
     axes.set_ylim(0, 1.22 * top)
     axes.set_xticks(range(len(_BARS)), [f"{name}\n{text}" for _, name, text in _BARS])
     axes.set_title("Higher is better", loc="left", fontsize=11.5, color=_INK)
-    axes.legend(frameon=False, ncols=3, loc="upper center", fontsize=9.5)
+    axes.legend(framealpha=1, edgecolor="none", ncols=3, loc="upper center", fontsize=9.5)
     _plain(axes)
 
 
