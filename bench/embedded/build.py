@@ -37,7 +37,7 @@ def main() -> None:
     if args.only != "tasks":
         write_corpus(root, args.out)
     if args.only != "corpus":
-        write_tasks(root, args.data)
+        write_tasks(root, args.out, args.data)
 
 
 if __name__ == "__main__":
