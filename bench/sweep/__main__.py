@@ -2,8 +2,8 @@
 
     python -m bench.sweep --methods full lora keeplora keeplora++ --out build/sweep
 
-The rule: best validation Last (mean over tasks after the last task), to 0.1 point; ties by Avg. The seeds (100,
-101) are not those of the demo (0, 1, 2). One JSON line per run goes to bench/sweep/results.jsonl; runs that stand
+The rule, one for every method: the best mean of Transfer, Avg and Last. The seeds (100, 101) are not those of the
+demo (0, 1, 2). One JSON line per run goes to bench/sweep/results.jsonl; runs that stand
 there already, made with the same settings on the same data, are not repeated.
 """
 
@@ -113,7 +113,7 @@ def search(sweep: Sweep, grid: dict[str, Any], methods: Sequence[str], seeds: Se
 
 def report(sweep: Sweep, methods: Sequence[str], seeds: Sequence[int]) -> str:
     """The choice of every method as TOML for a configuration, and the runners-up as comments."""
-    lines = ["# chosen: best validation Last (to 0.1 point), ties by Avg; mean over seeds " + str(list(seeds))]
+    lines = ["# chosen: best mean of validation Transfer, Avg and Last, over seeds " + str(list(seeds))]
     for method in methods:
         order = ranked(sweep.of(method), seeds)
         lines += ["", f'[method."{method}"]']
