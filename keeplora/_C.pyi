@@ -1,3 +1,1 @@
-__file__: str
-
 def build_info() -> dict[str, str | list[str] | None]: ...

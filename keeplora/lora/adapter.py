@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keeplora.ops import merge_weights
+from keeplora.ops.merge_weights import merge_weights
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer"]
 

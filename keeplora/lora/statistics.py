@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.ops import gram
+from keeplora.ops.gram import gram
 
 from .adapter import LoraHost
 from .wrap import LoraSlot

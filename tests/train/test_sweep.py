@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.sweep.search import as_method, candidates, label_of, ranked
+from bench.sweep.search import as_method, candidates, label_of, ranked, score
 from keeplora.methods import METHODS, create
 from keeplora.train.config import load_config
 
 GRID = Path(__file__).parents[2] / "bench" / "sweep" / "grid.toml"
 
 
-def row(settings, seed, last, avg=50.0):
-    values = {"last": last, "avg": avg, "transfer": 40.0, "learn": 80.0, "forgetting": 5.0}
+def row(settings, seed, last, avg=50.0, transfer=40.0):
+    values = {"last": last, "avg": avg, "transfer": transfer, "learn": 80.0, "forgetting": 5.0}
     return {"label": label_of("lora", settings), "settings": settings, "seed": seed, **values}
 
 
@@ -24,17 +24,19 @@ def test_a_stage_varies_around_the_best():
     assert scaled == [{"learning_rate": 6e-4, "r": 8}, {"learning_rate": 1.7e-3, "r": 8}]
 
 
-def test_the_rule_is_last_then_avg_and_only_complete_settings():
+def test_the_rule_is_the_mean_of_transfer_avg_and_last_over_complete_settings():
     a, b, c, d = ({"learning_rate": rate} for rate in (1e-4, 2e-4, 3e-4, 4e-4))
     rows = [
         row(a, 100, 70.0), row(a, 101, 60.0),
-        row(b, 100, 65.04, avg=55.0), row(b, 101, 65.0, avg=55.0),
-        row(c, 100, 65.0, avg=54.0), row(c, 101, 65.0, avg=54.0),
+        row(b, 100, 65.0, avg=55.0), row(b, 101, 66.0, avg=55.0),
+        row(c, 100, 64.0, transfer=47.0), row(c, 101, 64.0, transfer=47.0),
         row(d, 100, 99.0),
     ]  # fmt: skip
-    assert [settings for settings, _ in ranked(rows, [100, 101])] == [b, c, a]  # means 65.0, 65.0, 65.0
+    order = ranked(rows, [100, 101])
+    assert [settings for settings, _ in order] == [c, b, a]  # sums 161, 160.5, 155
+    assert score(order[0][1]) == pytest.approx(161 / 3)
     assert ranked(rows, [100])[0][0] == d
-    assert ranked(rows, [100, 101])[0][1]["last"] == pytest.approx(65.02)
+    assert order[1][1]["last"] == pytest.approx(65.5)
 
 
 def test_labels_follow_settings():
