@@ -35,8 +35,11 @@ def candidates(best: Settings, stage: Mapping[str, Any]) -> list[Settings]:
     return distinct
 
 
-def ranked(rows: Iterable[Row], seeds: Sequence[int]) -> list[tuple[Settings, dict[str, float]]]:
-    """Settings that ran on all ``seeds``, best first by :func:`score` of their means."""
+def ranked(rows: Iterable[Row], seeds: Sequence[int], zero_shot: float) -> list[tuple[Settings, dict[str, float]]]:
+    """Settings that ran on all ``seeds``, best first by :func:`score` of their means.
+
+    ``zero_shot`` is the Transfer of the model that never learned anything.
+    """
     groups: dict[str, dict[int, Row]] = {}
     for row in rows:
         groups.setdefault(row["label"], {})[row["seed"]] = row
@@ -50,16 +53,20 @@ def ranked(rows: Iterable[Row], seeds: Sequence[int]) -> list[tuple[Settings, di
             for name in ("last", "avg", "transfer", "learn", "forgetting")
         }
         scored.append((dict(chosen[0]["settings"]), means))
-    return sorted(scored, key=lambda item: score(item[1]), reverse=True)
+    return sorted(scored, key=lambda item: score(item[1], zero_shot), reverse=True)
 
 
-def score(means: Mapping[str, float]) -> float:
-    """The rule: the mean of Transfer, Avg and Last.
+ALLOWANCE = 3.0  # points of Transfer that learning may cost
+PENALTY = 5.0  # points of Last that every further point of Transfer is worth
 
-    Last alone would choose settings that learn fast and forget what no task trains; a continual learner is to keep
-    its zero-shot ability (Transfer), to be good all along (Avg) and at the end (Last). One rule for every method.
 
-    >>> score({"transfer": 40.0, "avg": 50.0, "last": 66.0, "learn": 90.0})
-    52.0
+def score(means: Mapping[str, float], zero_shot: float) -> float:
+    """The rule: Last, less five points for every point of Transfer lost beyond three.
+
+    Last alone would choose settings that learn fast and spoil what no task has trained yet. A continual learner is
+    to keep its zero-shot ability, up to an allowance; the penalty makes that a soft bound, the same for every method.
+
+    >>> score({"last": 70.0, "transfer": 46.0}, zero_shot=49.0), score({"last": 72.0, "transfer": 45.0}, zero_shot=49.0)
+    (70.0, 67.0)
     """
-    return (means["transfer"] + means["avg"] + means["last"]) / 3
+    return means["last"] - PENALTY * max(0.0, zero_shot - ALLOWANCE - means["transfer"])

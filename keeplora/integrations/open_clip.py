@@ -23,7 +23,8 @@ _TOWERS = (
 
 def is_open_clip(model: nn.Module) -> bool:
     """Whether ``model`` is one of open_clip's two-tower models (CLIP, CustomTextCLIP, CoCa)."""
-    return any(cls.__module__.startswith("open_clip.") for cls in type(model).__mro__)
+    two_towers = ("CLIP", "CustomTextCLIP", "CoCa")
+    return any(c.__module__.startswith("open_clip.") and c.__name__ in two_towers for c in type(model).__mro__)
 
 
 def find_targets(model: nn.Module) -> list[Target]:

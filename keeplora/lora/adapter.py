@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer"]
@@ -53,6 +54,15 @@ class LoraAdapter(nn.Module):
         t = F.linear(x, self.A.to(x.dtype)) * self.scaling
         return F.linear(t, self.update().to(t.dtype))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the model to another device, but not to another dtype: A, B and B₀ keep their precision."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         return f"in={self.A.shape[1]}, out={self.B.shape[0]}, rank={self.rank}, scaling={self.scaling:.4g}"
 
@@ -82,6 +92,8 @@ class LoraHost(nn.Module):
             raise ValueError(
                 f"add_slot: rows must lie in [0, {weight.shape[0]}] with start < stop, got {rows} [{slot}]"
             )
+        if slot in self.slots:
+            raise ValueError(f"add_slot: slot must be new, got {slot!r} a second time")
         for other, (name, taken) in self.slots.items():
             if name == parameter and (rows is None or taken is None or (rows[0] < taken[1] and taken[0] < rows[1])):
                 raise ValueError(f"add_slot: rows must not overlap another slot, got {rows} [{slot} and {other}]")
@@ -95,7 +107,10 @@ class LoraHost(nn.Module):
 
     def exact_weight(self, slot: str) -> Tensor:
         """The slot's weight before rounding to the layer's dtype: float32, kept since the first merge."""
-        weight = self._masters.get(slot, self.slot_weight(slot))
+        weight, master = self.slot_weight(slot), self._masters.get(slot)
+        if master is not None and torch.equal(master.to(weight.dtype), weight):
+            return master
+        # none yet, or somebody has set the weight since: what is in the layer counts
         return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
     @torch.no_grad()
@@ -122,12 +137,13 @@ class LoraHost(nn.Module):
         """
         adapter = self.adapters[slot]
         assert isinstance(adapter, LoraAdapter)
-        [merged] = merge_weights(
-            [self.exact_weight(slot)],
-            [adapter.A.detach()],
-            [adapter.update().detach()],
-            scale=[adapter.scaling],
-        )
+        with full_precision(adapter.A.device):
+            [merged] = merge_weights(
+                [self.exact_weight(slot)],
+                [adapter.A.detach()],
+                [adapter.update().detach()],
+                scale=[adapter.scaling],
+            )
         self.set_exact_weight(slot, merged)
         self.detach_adapter(slot)
 
@@ -135,6 +151,7 @@ class LoraHost(nn.Module):
     def set_exact_weight(self, slot: str, exact: Tensor) -> None:
         weight = self.slot_weight(slot)
         weight.copy_(exact)
+        self._masters.pop(slot, None)
         if weight.dtype not in (torch.float32, torch.float64):
             self._masters[slot] = exact.detach().to(weight.device, torch.float32).clone()
 

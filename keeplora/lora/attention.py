@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .adapter import LoraHost
 from .linear import LoraLinear
+from .targets import attention_targets
 
 __all__ = ["LoraAttention", "attend"]
 
@@ -82,6 +83,16 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         self.out_proj = out if isinstance(out, LoraLinear) else LoraLinear(out)  # type: ignore[assignment]
         self.train(base.training)
         self._init_host()
+
+    def add_slot(self, slot: str, parameter: str, rows: tuple[int, int] | None) -> None:
+        """As :meth:`LoraHost.add_slot`, for ``q_proj``, ``k_proj`` and ``v_proj`` with the weights they stand for."""
+        known = {target.name[2:]: (target.parameter, target.rows) for target in attention_targets("x", self, 0, "")[:3]}
+        if known.get(slot) != (parameter, rows):
+            raise ValueError(
+                f"LoraAttention: slots must be among {known}, got {slot!r}: {(parameter, rows)}. "
+                "Use keeplora.lora.attention_targets."
+            )
+        super().add_slot(slot, parameter, rows)
 
     def forward(
         self,

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from keeplora.math.precision import full_precision
 from keeplora.ops.gram import gram
 
-from .adapter import LoraHost
+from .adapter import LoraHost, Observer
 from .wrap import LoraSlot
 
 __all__ = ["FeatureStatistic", "TokenMask", "feature_statistics", "mean_gradients"]
@@ -24,7 +25,10 @@ TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class FeatureStatistic:
-    """Second moment of the inputs of a layer: ``moment = Σ xᵀx [in, in]`` float32 over ``tokens`` tokens."""
+    """Second moment of the inputs of a layer: ``moment = Σ xᵀx [in, in]`` over ``tokens`` tokens.
+
+    float32; float64 for float64 inputs.
+    """
 
     moment: Tensor
     tokens: int
@@ -45,14 +49,21 @@ def mean_gradients(
 
     Raises:
         ValueError: the loader is empty; the loss is not a finite scalar (the batch is named).
-        RuntimeError: the loss has no gradient to any of the slots' weights.
+        RuntimeError: the loss has no gradient to any of the slots' weights, or the model reads an adapted weight
+            without calling its layer (an adapter there would do nothing).
     """
     keys = list(dict.fromkeys((slot.host, slot.host.slots[slot.slot][0]) for slot in slots))
     weights: list[nn.Parameter] = [getattr(host, name) for host, name in keys]
     totals = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in weights]
+    called: set[LoraHost] = set()
     touched = [False] * len(weights)
     batches = 0
-    with _evaluating(model), _only_these_require_grad(model, weights), torch.enable_grad():
+    with (
+        _evaluating(model),
+        _only_these_require_grad(model, weights),
+        _observing([host for host, _ in keys], lambda host, _: called.add(host)),
+        torch.enable_grad(),
+    ):
         for index, batch in enumerate(loader):
             loss = loss_fn(model, batch)
             _check_loss("mean_gradients", loss, index)
@@ -70,6 +81,12 @@ def mean_gradients(
         )
     if not any(touched):
         raise RuntimeError(_NO_GRADIENT)
+    for slot in slots:
+        if slot.host not in called and touched[keys.index((slot.host, slot.host.slots[slot.slot][0]))]:
+            raise RuntimeError(
+                f"mean_gradients: adapted layers must be called, got one whose weight is read without a call "
+                f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
+            )
     gradients = {key: total / batches for key, total in zip(keys, totals, strict=True)}
     result = []
     for slot in slots:
@@ -121,7 +138,7 @@ def feature_statistics(
         raise ValueError(f"feature_statistics: kind must be 'second_moment' or 'slot_mean', got {kind!r}")
     collector = _Collector(slots, kind, token_mask)
     batches = 0
-    with _evaluating(model), collector.watching():
+    with _evaluating(model), _observing(list(collector.by_host), collector.observe):
         for index, batch in enumerate(loader):
             collector.batch = index
             forward(model, batch)
@@ -145,16 +162,6 @@ class _Collector:
         self.moments: dict[tuple[LoraHost, frozenset[str]], Tensor] = {}
         self.counts: dict[tuple[LoraHost, frozenset[str]], int] = {}
         self.batch = 0
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        for host in self.by_host:
-            host.observer = self.observe
-        try:
-            yield
-        finally:
-            for host in self.by_host:
-                host.observer = None
 
     def observe(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
         mine = self.by_host[host]
@@ -181,7 +188,8 @@ class _Collector:
             )
         self.counts[key] = self.counts.get(key, 0) + rows.shape[0]
         if self.kind == "second_moment":
-            self.moments[key] = gram(rows, out=moment)[0]
+            with full_precision(rows.device):
+                self.moments[key] = gram(rows, out=moment)[0]
             return
         wide = rows.float()
         if moment is None:
@@ -227,6 +235,17 @@ def _check_loss(function: str, loss: Any, index: int) -> None:
         )
     if not torch.isfinite(loss).all():
         raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")
+
+
+@contextmanager
+def _observing(hosts: Sequence[LoraHost], observer: Observer) -> Iterator[None]:
+    for host in hosts:
+        host.observer = observer
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.observer = None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import LoraAdapter, LoraHost
@@ -52,6 +53,15 @@ class LoraSlot:
     def merge(self) -> None:
         self.host.merge(self.slot)
 
+    def check_finite(self, function: str) -> None:
+        """Refuse an adapter that training has driven to NaN or Inf, before it reaches the weight."""
+        adapter = self.adapter
+        if adapter is not None and not all(torch.isfinite(p).all() for p in (adapter.A, adapter.B)):
+            raise ValueError(
+                f"{function}: trained adapters must be finite, got NaN or Inf [{self.name}]. "
+                "Go back to the last saved state and lower the learning rate."
+            )
+
 
 def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     """Replace the layers that own ``targets`` by layers that can hold adapters; one slot per target, in order.
@@ -61,9 +71,10 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
 
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is shared by two places, or
-            two adapted layers share one weight (tied weights: one update would change both).
-        TypeError: a target's layer is of another kind, or already replaced by another library's layer.
-        RuntimeError: the model is wrapped already, or a layer carries forward hooks (they would be lost).
+            an adapted weight is shared with another layer (tied weights: one update would change both).
+        TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own.
+        RuntimeError: the model is wrapped already, a layer carries hooks (they would be lost), or torch's encoder
+            layers would bypass the adapters in inference.
 
     Example:
         >>> from keeplora.lora import linear_targets, unwrap, wrap
@@ -92,14 +103,19 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     return slots
 
 
-def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, type[LoraLinear] | type[LoraAttention]]:
+_Kind = type[LoraLinear] | type[LoraAttention]
+
+
+def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
     """Which module is to be replaced by what; raises before anything changes."""
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, list[str]] = {}
     for path, module in modules.items():
         places.setdefault(id(module), []).append(path)
-    plan: dict[str, type[LoraLinear] | type[LoraAttention]] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    plan: dict[str, _Kind] = {}
     names: set[str] = set()
     for target in targets:
         if target.name in names:
@@ -111,46 +127,69 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, type[LoraLin
         parent, _, leaf = path.rpartition(".")
         if leaf == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention):
             path = parent  # MultiheadAttention reads out_proj's weight without calling it
-        module = modules[path]
-        if isinstance(module, LoraHost):
-            raise RuntimeError(
-                f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
-                "Call unwrap(model), or keep using the object that wrapped it."
-            )
-        if len(places[id(module)]) > 1:
+        if len(places[id(modules[path])]) > 1:
             raise ValueError(
-                f"wrap: a layer must have one place in the model, got {' and '.join(places[id(module)])} "
+                f"wrap: a layer must have one place in the model, got {' and '.join(places[id(modules[path])])} "
                 "sharing one. Adapt neither, or untie them."
             )
-        if isinstance(module, nn.MultiheadAttention):
-            plan[path] = LoraAttention
-        elif isinstance(module, nn.Linear):
-            plan[path] = LoraLinear
-        else:
-            raise TypeError(
-                f"wrap: targets must name nn.Linear or nn.MultiheadAttention modules, got "
-                f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]"
-            )
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            raise RuntimeError(
-                f"wrap: layers must not carry hooks when they are replaced, got some at {path!r}. "
-                "Register hooks after wrapping."
-            )
-        weight = getattr(modules[target.module], target.parameter)
-        owner = owners.setdefault(id(weight), target.module)
-        if owner != target.module:
+        plan[path] = _kind(modules[path], path, target)
+        shared = owners.get(id(getattr(modules[target.module], target.parameter)), [])
+        if len(shared) > 1:
             raise ValueError(
-                f"wrap: adapted layers must not share a weight, got one weight in {owner!r} and "
-                f"{target.module!r} (tied). Adapt one of them only after untying."
+                f"wrap: an adapted weight must belong to one layer, got one shared by {' and '.join(shared)} (tied): "
+                "learning in one would change the other. Leave it out of the targets, or untie it."
             )
+    _check_fast_path(modules, plan)
     return plan
+
+
+def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
+    """What replaces ``module``: only layers whose computation is known can be."""
+    if isinstance(module, LoraHost):
+        raise RuntimeError(
+            f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
+            "Call unwrap(model), or keep using the object that wrapped it."
+        )
+    kinds: tuple[tuple[type[nn.Module], _Kind], ...] = (
+        (nn.MultiheadAttention, LoraAttention),
+        (nn.Linear, LoraLinear),
+    )
+    found = [kind for plain, kind in kinds if isinstance(module, plain) and type(module).forward is plain.forward]
+    own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
+    if not found or target.parameter not in own._parameters:
+        raise TypeError(
+            f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, got "
+            f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
+            "targets; layers with a forward or a parametrization of their own cannot be replaced."
+        )
+    if _hooked(module):
+        raise RuntimeError(
+            f"wrap: layers must not carry hooks when they are replaced, got some at {path!r}. "
+            "Register hooks after wrapping."
+        )
+    return found[0]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _check_fast_path(modules: dict[str, nn.Module], plan: dict[str, _Kind]) -> None:
+    """torch's encoder layer has an inference path that reads weights without calling the layers that own them."""
+    for path, module in modules.items():
+        inside = isinstance(module, nn.TransformerEncoderLayer) and any(p.startswith(f"{path}.") for p in plan)
+        if inside and torch.backends.mha.get_fastpath_enabled():
+            raise RuntimeError(
+                f"wrap: nn.TransformerEncoderLayer must not use its inference fast path, which would leave adapters "
+                f"out, got it enabled [{path}]. Call torch.backends.mha.set_fastpath_enabled(False) first."
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Put plain ``nn.Linear`` and ``nn.MultiheadAttention`` back, in place; returns ``model``.
 
     Raises:
-        RuntimeError: an adapter is still attached: merge or detach it first, nothing is dropped silently.
+        RuntimeError: an adapter is still attached, or a layer carries hooks: nothing is dropped silently.
     """
     hosts = {path: module for path, module in model.named_modules() if isinstance(module, LoraHost)}
     busy = [path for path, host in hosts.items() if len(host.adapters)]
@@ -158,6 +197,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise RuntimeError(
             f"unwrap: adapters must be merged or detached first, got {len(busy)} attached (first: {busy[0]!r})"
         )
+    hooked = [path for path, host in hosts.items() if _hooked(host)]
+    if hooked:
+        raise RuntimeError(f"unwrap: layers must not carry hooks, got some at {hooked[0]!r}. Remove them first.")
     for path, host in hosts.items():
         parent, _, leaf = path.rpartition(".")
         if leaf == "out_proj" and parent in hosts:

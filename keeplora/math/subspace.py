@@ -197,7 +197,7 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _share(inside: Tensor, length: Tensor) -> Tensor:
-    return torch.where(length > 0, inside / length, torch.zeros_like(length))
+    return torch.where(length == 0, torch.zeros_like(length), inside / length)  # NaN stays NaN
 
 
 def _off_identity(q: Tensor) -> Tensor:

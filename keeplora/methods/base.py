@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -75,8 +74,3 @@ def freeze(model: nn.Module) -> None:
     """Switch every parameter's gradient off."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def capture_rng() -> dict[str, Tensor]:
-    """torch's CPU generator state, so that a continued run draws what an uninterrupted one would."""
-    return {"cpu": torch.get_rng_state()}

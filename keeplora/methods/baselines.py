@@ -129,6 +129,12 @@ class SequentialLora(Method):
         freeze(self.model)
         for slot in self.slots:
             out, width = slot.weight.shape
+            if self.config.r > min(out, width):
+                raise ValueError(
+                    f"before_task: r must be at most {min(out, width)}, got {self.config.r} [{slot.name}]. Lower r."
+                )
+        for slot in self.slots:
+            out, width = slot.weight.shape
             a = torch.empty(self.config.r, width)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
             slot.attach(LoraAdapter(a, torch.zeros(out, self.config.r), self.config.scaling, train_a=True))
@@ -137,6 +143,8 @@ class SequentialLora(Method):
         return [p for slot in self.slots if slot.adapter is not None for p in (slot.adapter.A, slot.adapter.B)]
 
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
+        for slot in self.slots:
+            slot.check_finite("after_task")
         if any(slot.adapter is None for slot in self.slots):
             raise RuntimeError("after_task: a task must be open, got none. Call before_task(loader, loss_fn) first.")
         for slot in self.slots:

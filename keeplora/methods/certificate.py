@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from keeplora.lora import LoraSlot
@@ -110,7 +111,7 @@ def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension) -> LayerCer
         a, b, change = basis.new_zeros(0, width), basis.new_zeros(out, 0), None
     else:
         a, b = adapter.A.detach(), adapter.update().detach()
-        before = slot.weight.detach().double()
+        before = slot.weight.detach().to(torch.float64, copy=True)
         slot.merge()
         change = slot.weight.detach().double() - before
     proof = certificate(a, b, basis, basis=new.q, delta=change)

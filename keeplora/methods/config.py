@@ -11,6 +11,11 @@ __all__ = ["KeepLoraConfig"]
 PerTower = float | Mapping[str, float]
 """One number for every tower, or numbers by tower: ``{"vision": 0.85, "text": 0.2}``."""
 
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "depth_scale": {"vision": 0.2, "language": 0.2, "text": 1.0, "model": 0.2},
+    "weight_energy": {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6},
+}
+
 
 @dataclass(frozen=True)
 class KeepLoraConfig:
@@ -27,7 +32,8 @@ class KeepLoraConfig:
             code does. Under Adam the update's size follows λ, under SGD λ².
         weight_energy: ε_w: share of the pretrained weight's energy that is protected. 0 protects none. By tower:
             towers not named get 0.
-        feature_energy: ε_f: share of the tasks' feature energy that is protected after each task. By tower.
+        feature_energy: ε_f: share of the tasks' feature energy that is protected after each task. By tower: every
+            tower of the model must be named.
         weight_side: ``"input"`` protects input directions, as derived; ``"output"`` repeats the public CLIP code,
             which takes output directions for input ones (square weights only; for parity runs).
         feature_statistic: ``"second_moment"``, or ``"slot_mean"`` as in the public CLIP code (for parity runs).
@@ -47,10 +53,8 @@ class KeepLoraConfig:
     alpha: float = 1.0
     rslora: bool = False
     target_modules: tuple[str, ...] | str = ("attn",)
-    depth_scale: PerTower = field(default_factory=lambda: {"vision": 0.2, "language": 0.2, "text": 1.0, "model": 0.2})
-    weight_energy: PerTower = field(
-        default_factory=lambda: {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6}
-    )
+    depth_scale: PerTower = field(default_factory=lambda: dict(_DEFAULTS["depth_scale"]))
+    weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
     feature_energy: PerTower = 0.99
     weight_side: Literal["input", "output"] = "input"
     feature_statistic: Literal["second_moment", "slot_mean"] = "second_moment"
@@ -62,10 +66,15 @@ class KeepLoraConfig:
             raise TypeError(f"KeepLoraConfig: r must be an int, got {self.r!r}")
         if self.r <= 0:
             raise ValueError(f"KeepLoraConfig: r must be at least 1, got {self.r}. Typical ranks are 8 to 64.")
+        for name in ("alpha", "seed"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"KeepLoraConfig: {name} must be a number, got {getattr(self, name)!r}")
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"KeepLoraConfig: alpha must be a positive number, got {self.alpha!r}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            if not all(isinstance(name, str) for name in self.target_modules):
+                raise TypeError(f"KeepLoraConfig: target_modules must be names, got {self.target_modules!r}")
         for name in ("depth_scale", "weight_energy", "feature_energy"):
             self._check_fractions(name, getattr(self, name))
         choices = {
@@ -88,6 +97,23 @@ class KeepLoraConfig:
                 )
             if not 0 <= number <= 1:
                 raise ValueError(f"KeepLoraConfig: {name} must lie in [0, 1], got {number} [{tower}]")
+
+    def check_towers(self, towers: set[str]) -> None:
+        """Refuse settings for towers the model does not have; the defaults, which name all, are fine."""
+        for name in ("depth_scale", "weight_energy", "feature_energy"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                continue
+            if value != _DEFAULTS.get(name) and not set(value) <= towers:
+                raise ValueError(
+                    f"KeepLoraConfig: {name} must name towers of the model ({', '.join(sorted(towers))}), "
+                    f"got {', '.join(sorted(set(value) - towers))}"
+                )
+            if name == "feature_energy" and not towers <= set(value):
+                raise ValueError(
+                    f"KeepLoraConfig: feature_energy must name every tower of the model, got none for "
+                    f"{', '.join(sorted(towers - set(value)))}. Without one, nothing learned there would be protected."
+                )
 
     @property
     def scaling(self) -> float:

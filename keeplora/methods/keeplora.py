@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._version import __version__
 from keeplora.integrations import find_targets, token_mask
 from keeplora.lora import (
     LoraAdapter,
@@ -24,6 +26,7 @@ from keeplora.lora import (
     wrap,
 )
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions, weight_basis
+from keeplora.math.precision import full_precision
 
 from .base import LossFn, Method, State, freeze
 from .certificate import LayerCapacity, RetentionCertificate, merge_and_certify
@@ -94,6 +97,7 @@ class KeepLora(Method):
         self.model = model
         self.config = config or KeepLoraConfig()
         self.targets = select_targets(find_targets(model) if targets is None else targets, self.config.target_modules)
+        self.config.check_towers({target.tower for target in self.targets})
         self._check_ranks()
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.slots: list[LoraSlot] = wrap(model, self.targets)
@@ -109,8 +113,10 @@ class KeepLora(Method):
         self._closed = False
 
     def _check_ranks(self) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for target in self.targets:
-            width = getattr(self.model.get_submodule(target.module), target.parameter).shape[1]
+            weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
+            width = self.config.r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
             if self.config.r > width:
                 raise ValueError(
                     f"KeepLora: r must be at most the layer's width, got {self.config.r} for "
@@ -141,9 +147,13 @@ class KeepLora(Method):
             raise RuntimeError(
                 "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
             )
-        protected = self._protected or self._protect_weights()
+        if not callable(loss_fn):
+            raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
         gradients = mean_gradients(self.model, self.slots, loader, loss_fn)
-        directions = top_directions(gradients, [p.basis for p in protected], self.config.r, seed=self.config.seed)
+        with full_precision(self.slots[0].weight.device):
+            protected = self._protected or self._protect_weights()
+            bases = [p.basis for p in protected]
+            directions = top_directions(gradients, bases, self.config.r, seed=self.config.seed)
         adapters = [self._adapter(*parts) for parts in zip(self.slots, directions, self._scalings, strict=True)]
         self._warn_of_small_ranks(protected, directions)
         freeze(self.model)
@@ -177,26 +187,29 @@ class KeepLora(Method):
 
         Raises:
             RuntimeError: no task is open, or no ``loss_fn`` is known (after :meth:`load`).
-            ValueError: an empty loader, features that are not finite (batch and layer named).
+            ValueError: an empty loader, features or trained adapters that are not finite (batch and layer named).
         """
         self._require_task("after_task")
         forward = loss_fn or self._loss_fn
         if forward is None:
             raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
+        for slot in self.slots:
+            slot.check_finite("after_task")
         assert self._protected is not None
         with token_mask(self.model) as mask:
             statistics = feature_statistics(
                 self.model, self.slots, loader, forward, kind=self.config.feature_statistic, token_mask=mask
             )
-        extensions = extend_basis(
-            [p.basis for p in self._protected],
-            [statistic.moment for statistic in statistics],
-            [self.config.feature_energy_of(t.tower) for t in self.targets],
-        )
-        layers = [
-            merge_and_certify(slot, old.basis, new)
-            for slot, old, new in zip(self.slots, self._protected, extensions, strict=True)
-        ]
+        with full_precision(self.slots[0].weight.device):
+            extensions = extend_basis(
+                [p.basis for p in self._protected],
+                [statistic.moment for statistic in statistics],
+                [self.config.feature_energy_of(t.tower) for t in self.targets],
+            )
+            layers = [
+                merge_and_certify(slot, old.basis, new)
+                for slot, old, new in zip(self.slots, self._protected, extensions, strict=True)
+            ]
         self._protected = [_Protected(new.q, new.added) for new in extensions]
         result = RetentionCertificate(self.tasks_learned, tuple(layers))
         self.tasks_learned += 1
@@ -267,6 +280,8 @@ class KeepLora(Method):
             "tasks_learned": self.tasks_learned,
             "training_task": self.training_task,
             "added": [p.added for p in self._protected] if self._protected else None,
+            "frozen": self._fingerprint(),
+            "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
         return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
 
@@ -274,7 +289,7 @@ class KeepLora(Method):
         """Continue from ``state``. Everything is checked before anything changes.
 
         Raises:
-            StateError: the state belongs to another method, other targets, or weights of other shapes.
+            StateError: the state belongs to another method, another model or other targets, or is incomplete.
         """
         self._require_open_model()
         self._check_state(state)
@@ -299,20 +314,51 @@ class KeepLora(Method):
                 parameter.requires_grad_(True)
 
     def _check_state(self, state: State) -> None:
-        if state.meta.get("method") != self.name:
-            raise StateError(f"load_state: state must be of method {self.name!r}, got {state.meta.get('method')!r}")
-        if state.meta.get("targets") != [slot.name for slot in self.slots]:
+        meta, names = state.meta, [slot.name for slot in self.slots]
+        if meta.get("method") != self.name:
+            raise StateError(f"load_state: state must be of method {self.name!r}, got {meta.get('method')!r}")
+        missing = {"targets", "tasks_learned", "training_task", "added", "frozen"} - set(meta)
+        if missing:
+            raise StateError(f"load_state: state must hold {', '.join(sorted(missing))}, got {sorted(meta)}")
+        if meta["targets"] != names:
             raise StateError(
-                "load_state: state must have the targets of this model, got "
-                f"{len(state.meta.get('targets', []))} others. Load it into the model it was made with."
+                f"load_state: state must have the targets of this model, got {len(meta['targets'])} others. "
+                "Load it into the model it was made with."
             )
+        if meta["frozen"] != self._fingerprint():
+            raise StateError(
+                "load_state: the model's other weights must be those the state was made with, got different ones. "
+                "Load the same pretrained weights first; only adapted weights are in the state."
+            )
+        if meta["added"] is not None and len(meta["added"]) != len(names):
+            raise StateError(f"load_state: added must have {len(names)} entries, got {len(meta['added'])}")
         for slot in self.slots:
-            weight = state.tensors.get(f"{slot.name}.weight")
-            if weight is None or weight.shape != slot.weight.shape:
-                got = None if weight is None else list(weight.shape)
-                raise StateError(
-                    f"load_state: weight must have shape {list(slot.weight.shape)}, got {got} [{slot.name}]"
-                )
+            out, width = slot.weight.shape
+            adapter, rank = f"{slot.name}.A" in state.tensors, _size(state, f"{slot.name}.A", 0)
+            shapes = {"weight": [out, width]}
+            if meta["added"] is not None:
+                shapes["basis"] = [width, _size(state, f"{slot.name}.basis", 1)]
+            if adapter:
+                shapes |= {"A": [rank, width], "B": [out, rank]}
+            if f"{slot.name}.origin" in state.tensors:
+                shapes["origin"] = [out, rank]
+            for key, shape in shapes.items():
+                tensor = state.tensors.get(f"{slot.name}.{key}")
+                if tensor is None or list(tensor.shape) != shape:
+                    got = None if tensor is None else list(tensor.shape)
+                    raise StateError(f"load_state: {key} must have shape {shape}, got {got} [{slot.name}]")
+
+    def _fingerprint(self) -> str:
+        """A hash of the weights that no task changes: names, shapes and up to 64 values of each."""
+        adapted = {id(getattr(slot.host, slot.host.slots[slot.slot][0])) for slot in self.slots}
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in adapted or ".adapters." in f".{name}":
+                continue
+            values = parameter.detach().flatten()
+            values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
+            digest.update(f"{name} {list(parameter.shape)} {values.tolist()}".encode())
+        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
@@ -334,10 +380,11 @@ class KeepLora(Method):
             )
         keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets)
         try:
-            keeper.load_state(state)
+            keeper._check_state(state)
         except StateError:
             unwrap(model)
             raise
+        keeper.load_state(state)
         return keeper
 
     # ------------------------------------------------------------------ parts
@@ -382,3 +429,9 @@ class KeepLora(Method):
     def _require_open_model(self) -> None:
         if self._closed:
             raise RuntimeError("KeepLora: the keeper has given its model back by merge(). Make a new one.")
+
+
+def _size(state: State, name: str, axis: int) -> int:
+    """The size of a matrix in the state; -1, which no shape has, where it is missing or no matrix."""
+    tensor = state.tensors.get(name)
+    return tensor.shape[axis] if tensor is not None and tensor.dim() == 2 else -1

@@ -74,7 +74,7 @@ def test_wrap_refuses_what_it_cannot_do_and_changes_nothing():
 
     cases = [
         (nn.Sequential(shared, shared), [target("0")], ValueError, "one place in the model, got 0 and 1"),
-        (tied, [target("0"), target("1")], ValueError, "must not share a weight"),
+        (tied, [target("0"), target("1")], ValueError, "shared by 0.weight and 1.weight"),
         (hooked, [target("0")], RuntimeError, "must not carry hooks"),
         (plain, [target("0"), target("1")], TypeError, "got torch.nn.modules.activation.ReLU"),
         (plain, [target("0"), target("0")], ValueError, "unique names"),

@@ -254,9 +254,9 @@ def test_parity_settings_run():
 
 
 def test_energies_by_tower():
-    keeper, data = keeper_of(weight_energy={"vision": 0.9}, feature_energy={"model": 0.5}), task(0)
+    keeper, data = keeper_of(weight_energy={}, feature_energy={"model": 0.5}), task(0)
     keeper.before_task(data, loss_fn)
-    assert all(row.protected == 0 for row in keeper.capacity())  # the tower "model" is not named: nothing protected
+    assert all(row.protected == 0 for row in keeper.capacity())  # a tower without a number protects no weight
     assert keeper.after_task(data).captured >= 0.5 - 1e-5
 
 
