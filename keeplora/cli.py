@@ -60,6 +60,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
+    from keeplora.report.info import check_machine
     from keeplora.train.benchmark import run_benchmark
     from keeplora.train.config import load_config, override
 
@@ -70,6 +71,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         workers=parsed.workers,
         methods=None if parsed.methods is None else tuple(parsed.methods),
     )
+    check_machine(config)
     records = run_benchmark(config)
     print(report_run(config, records))
     return 0

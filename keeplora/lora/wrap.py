@@ -177,7 +177,8 @@ def _hooked(module: nn.Module) -> bool:
 def _check_fast_path(modules: dict[str, nn.Module], plan: dict[str, _Kind]) -> None:
     """torch's encoder layer has an inference path that reads weights without calling the layers that own them."""
     for path, module in modules.items():
-        inside = isinstance(module, nn.TransformerEncoderLayer) and any(p.startswith(f"{path}.") for p in plan)
+        prefix = f"{path}." if path else ""
+        inside = isinstance(module, nn.TransformerEncoderLayer) and any(p.startswith(prefix) for p in plan)
         if inside and torch.backends.mha.get_fastpath_enabled():
             raise RuntimeError(
                 f"wrap: nn.TransformerEncoderLayer must not use its inference fast path, which would leave adapters "

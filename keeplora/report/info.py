@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -12,10 +13,30 @@ from keeplora._version import __version__
 from keeplora.methods import METHODS
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
-from keeplora.train.config import shipped_configs
+from keeplora.train.config import ConfigError, RunConfig, shipped_configs
 from keeplora.train.workload import BENCHMARKS
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse a run that could not end here: a library or a GPU that is missing, before hours are spent.
+
+    Raises :class:`~keeplora.train.config.ConfigError` with what to install or change.
+    """
+    needed = {"matplotlib": "matplotlib"}
+    if config.tensorboard:
+        needed["tensorboard"] = "tensorboard"
+    if config.benchmark in BENCHMARKS:
+        needed["open_clip"] = "open_clip_torch"
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"check_machine: {', '.join(missing)} must be installed for this run, got none. "
+            "Run pip install 'keeplora[demo]'."
+        )
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f'check_machine: device must be usable here, got {config.device!r} without CUDA. Set "cpu".')
 
 
 def describe() -> str:

@@ -138,7 +138,7 @@ class _Run:
             switch += time.perf_counter() - started
 
             started = time.perf_counter()
-            loss = self.train(task, parameters)
+            loss = self.train(task, parameters) if parameters else 0.0  # no room was left: nothing to train
             train = time.perf_counter() - started
 
             started = time.perf_counter()

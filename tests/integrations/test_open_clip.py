@@ -162,6 +162,21 @@ def test_text_depth_scale_is_one_by_default():
     assert {v for k, v in scales.items() if k.startswith("transformer")} == {1.0}
 
 
+def test_a_model_inside_a_wrapper_is_still_known():
+    class Wrapper(nn.Module):
+        def __init__(self, clip_model):
+            super().__init__()
+            self.clip, self.head = clip_model, nn.Linear(16, 3)
+
+    model = Wrapper(tiny())
+    inner = find_targets(model.clip)
+    assert [t.name for t in find_targets(model)] == [f"clip.{t.name}" for t in inner]
+    assert {t.tower for t in find_targets(model)} == {"vision", "text"}
+    keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2))
+    keeper.before_task([batch()], lambda m, b: loss_fn(m.clip, b))
+    assert keeper.after_task([batch()]).leak <= 1e-6
+
+
 def test_refuses_what_it_does_not_know():
     custom = clip.model.CLIP(16, {**VISION, "block_type": "custom"}, TEXT)
     with pytest.raises(TypeError, match=r"got open_clip's custom attention at visual\.transformer\.resblocks\.0\.attn"):

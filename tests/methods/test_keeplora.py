@@ -284,6 +284,7 @@ def test_failures_leave_everything_as_it_was():
         (broken, loss_fn, ValueError),
         (data, lambda m, b: m(b[0]), ValueError),
         (data, lambda m, b: loss_fn(m, b).detach(), RuntimeError),
+        (data, None, TypeError),
     ):
         with pytest.raises(error):
             keeper.before_task(loader, loss)
@@ -324,6 +325,10 @@ def test_order_of_calls():
         ({"feature_energy": float("nan")}, ValueError, r"feature_energy must lie in \[0, 1\], got nan"),
         ({"feature_energy": "0.9"}, TypeError, "feature_energy must be a number"),
         ({"weight_side": "left"}, ValueError, "weight_side must be one of input, output, got 'left'"),
+        ({"alpha": "6"}, TypeError, "alpha must be a number, got '6'"),
+        ({"target_modules": [1]}, TypeError, r"target_modules must be names, got \(1,\)"),
+        ({"depth_scale": {"visual": 0.2}}, ValueError, r"must name towers of the model \(model\), got visual"),
+        ({"feature_energy": {}}, ValueError, "must name every tower of the model, got none for model"),
         ({"init_b": "svd"}, ValueError, "init_b must be one of zero, gradient, got 'svd'"),
         ({"target_modules": ["q_prj"]}, ValueError, "Nearest names: .*q_proj"),
         ({"weight_side": "output", "target_modules": ["head"]}, None, ""),
@@ -351,6 +356,16 @@ def test_states_of_other_models_are_refused(tmp_path):
     before = snapshot(keeper)
     with pytest.raises(StateError, match="must have the targets of this model"):
         keeper.load_state(keeper_of().state())
+    assert same(snapshot(keeper), before)
+    incomplete = keeper.state()
+    del incomplete.tensors["blocks.0.fc.weight"]
+    with pytest.raises(StateError, match=r"weight must have shape \[12, 12\], got None \[blocks.0.fc\]"):
+        keeper.load_state(incomplete)
+    foreign = Net()
+    with pytest.raises(StateError, match="other weights must be those the state was made with"):
+        KeepLora.load(tmp_path, foreign)
+    assert type(foreign.head) is nn.Linear
+    assert type(foreign.blocks[0]["attn"]) is nn.MultiheadAttention
     assert same(snapshot(keeper), before)
     with pytest.raises(ValueError, match="basis: name must be one of the targets"):
         keeper.basis("nowhere")
