@@ -3,9 +3,9 @@
     python -m bench.sweep --methods full lora keeplora keeplora++ --out build/sweep
 
 The rule, one for every method: best Last, less five points for every point of Transfer lost beyond three under
-zero-shot. Full fine-tuning is there to show what the tasks allow, so it is chosen by Last alone. The seeds (100, 101) are not those of the demo (0, 1, 2).
-One JSON line per run goes to bench/sweep/results.jsonl; runs that stand
-there already, made with the same settings on the same data, are not repeated.
+zero-shot. Full fine-tuning is there to show what the tasks allow, so it is chosen by Last alone. The seeds (100, 101)
+are not those of the demo (0, 1, 2). One JSON line per run goes to bench/sweep/results.jsonl; runs that stand there
+already, made with the same settings on the same data, are not repeated.
 """
 
 from __future__ import annotations
