@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,7 @@ from .base import LossFn, Method, State, freeze
 from .certificate import LayerCapacity, RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .state import StateError, read_state, write_state
+from .verify import check_state, fingerprint
 
 __all__ = ["KeepLora"]
 
@@ -280,7 +280,7 @@ class KeepLora(Method):
             "tasks_learned": self.tasks_learned,
             "training_task": self.training_task,
             "added": [p.added for p in self._protected] if self._protected else None,
-            "frozen": self._fingerprint(),
+            "frozen": fingerprint(self.model, self.slots),
             "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
         return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
@@ -292,7 +292,7 @@ class KeepLora(Method):
             StateError: the state belongs to another method, another model or other targets, or is incomplete.
         """
         self._require_open_model()
-        self._check_state(state)
+        check_state(state, self.name, self.model, self.slots)
         added = state.meta["added"]
         protected = []
         for i, slot in enumerate(self.slots):
@@ -312,53 +312,6 @@ class KeepLora(Method):
             freeze(self.model)
             for parameter in self.trainable_parameters():
                 parameter.requires_grad_(True)
-
-    def _check_state(self, state: State) -> None:
-        meta, names = state.meta, [slot.name for slot in self.slots]
-        if meta.get("method") != self.name:
-            raise StateError(f"load_state: state must be of method {self.name!r}, got {meta.get('method')!r}")
-        missing = {"targets", "tasks_learned", "training_task", "added", "frozen"} - set(meta)
-        if missing:
-            raise StateError(f"load_state: state must hold {', '.join(sorted(missing))}, got {sorted(meta)}")
-        if meta["targets"] != names:
-            raise StateError(
-                f"load_state: state must have the targets of this model, got {len(meta['targets'])} others. "
-                "Load it into the model it was made with."
-            )
-        if meta["frozen"] != self._fingerprint():
-            raise StateError(
-                "load_state: the model's other weights must be those the state was made with, got different ones. "
-                "Load the same pretrained weights first; only adapted weights are in the state."
-            )
-        if meta["added"] is not None and len(meta["added"]) != len(names):
-            raise StateError(f"load_state: added must have {len(names)} entries, got {len(meta['added'])}")
-        for slot in self.slots:
-            out, width = slot.weight.shape
-            adapter, rank = f"{slot.name}.A" in state.tensors, _size(state, f"{slot.name}.A", 0)
-            shapes = {"weight": [out, width]}
-            if meta["added"] is not None:
-                shapes["basis"] = [width, _size(state, f"{slot.name}.basis", 1)]
-            if adapter:
-                shapes |= {"A": [rank, width], "B": [out, rank]}
-            if f"{slot.name}.origin" in state.tensors:
-                shapes["origin"] = [out, rank]
-            for key, shape in shapes.items():
-                tensor = state.tensors.get(f"{slot.name}.{key}")
-                if tensor is None or list(tensor.shape) != shape:
-                    got = None if tensor is None else list(tensor.shape)
-                    raise StateError(f"load_state: {key} must have shape {shape}, got {got} [{slot.name}]")
-
-    def _fingerprint(self) -> str:
-        """A hash of the weights that no task changes: names, shapes and up to 64 values of each."""
-        adapted = {id(getattr(slot.host, slot.host.slots[slot.slot][0])) for slot in self.slots}
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) in adapted or ".adapters." in f".{name}":
-                continue
-            values = parameter.detach().flatten()
-            values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
-            digest.update(f"{name} {list(parameter.shape)} {values.tolist()}".encode())
-        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
@@ -380,7 +333,7 @@ class KeepLora(Method):
             )
         keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets)
         try:
-            keeper._check_state(state)
+            check_state(state, cls.name, model, keeper.slots)
         except StateError:
             unwrap(model)
             raise
@@ -429,9 +382,3 @@ class KeepLora(Method):
     def _require_open_model(self) -> None:
         if self._closed:
             raise RuntimeError("KeepLora: the keeper has given its model back by merge(). Make a new one.")
-
-
-def _size(state: State, name: str, axis: int) -> int:
-    """The size of a matrix in the state; -1, which no shape has, where it is missing or no matrix."""
-    tensor = state.tensors.get(name)
-    return tensor.shape[axis] if tensor is not None and tensor.dim() == 2 else -1
