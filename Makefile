@@ -50,10 +50,10 @@ format: $(BIN)/.dev
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: $(BIN)/.dev
-	$(BIN)/python -m bench.run --device cpu --json bench/results/cpu/latest.json
+	$(BIN)/python -m bench.run --device cpu --json build/bench.json
 
 docs: $(BIN)/.dev
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 clean:
-	rm -rf build dist *.egg-info keeplora/*.so $(BIN)/.demo $(BIN)/.dev
+	rm -rf build dist *.egg-info keeplora/*.so $(VENV)
