@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from bench.harness import Case
 from torch import Tensor
 
+from bench.harness import Case
 from keeplora.math.lowrank import extend_basis
 from keeplora.ops import gram
 

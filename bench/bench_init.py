@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from bench.harness import Case
 from torch import Tensor
 
+from bench.harness import Case
 from keeplora.math.lowrank import top_directions
 
 # label, out, in, protected directions, rank, matrices on a GPU, matrices on a CPU
