@@ -23,8 +23,8 @@ from typing import Any
 from bench.sweep.search import Settings, as_method, candidates, label_of, ranked
 from keeplora.report.summary import run_values
 from keeplora.train.benchmark import run_benchmark
+from keeplora.train.catalog import load_workload
 from keeplora.train.config import RunConfig, fingerprint, load_config
-from keeplora.train.workload import load_workload
 
 HERE = Path(__file__).parent
 

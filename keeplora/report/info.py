@@ -13,8 +13,8 @@ from keeplora._version import __version__
 from keeplora.methods import METHODS
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
+from keeplora.train.catalog import BENCHMARKS
 from keeplora.train.config import ConfigError, RunConfig, shipped_configs
-from keeplora.train.workload import BENCHMARKS
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
 

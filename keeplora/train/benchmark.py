@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from keeplora.methods import METHODS, create
+from keeplora.train.catalog import load_workload
 from keeplora.train.checkpoint import RunRecord, claim_folder, load_result, run_folder
 from keeplora.train.config import ConfigError, RunConfig, suggest
 from keeplora.train.console import Console
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
-from keeplora.train.workload import Workload, load_workload
+from keeplora.train.workload import Workload
 
 _STEP_NEWS_SECONDS = 0.2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 import warnings
@@ -319,6 +320,7 @@ def _deterministic(device: str) -> Iterator[None]:
     """Ask for deterministic kernels on a GPU; on a CPU with a fixed number of threads all of torch's are."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

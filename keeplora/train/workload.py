@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-
-from keeplora.train.config import ConfigError, suggest
 
 
 class Batches(Protocol):
@@ -45,37 +42,3 @@ class Workload(Protocol):
 
     def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
         """Fraction of right answers on ``split`` of a task (None: the witness), in [0, 1]."""
-
-
-def load_workload(name: str, device: str = "cpu") -> Workload:
-    """The benchmark called ``name``: one of :data:`BENCHMARKS`, or ``"package.module:function"``.
-
-    A function outside the package is called with the device and returns a :class:`Workload`.
-    Raises :class:`~keeplora.train.config.ConfigError` for a name that leads nowhere.
-    """
-    if name in BENCHMARKS:
-        return BENCHMARKS[name](device)
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"load_workload: benchmark must be one of {', '.join(BENCHMARKS)} or 'package.module:function', "
-            f"got {name!r}{suggest(name, BENCHMARKS)}"
-        )
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"load_workload: benchmark {name!r} must be importable: {error}") from error
-    workload = factory(device)
-    if not isinstance(workload, Workload):
-        raise ConfigError(f"load_workload: {name!r} must return a Workload, got {type(workload).__name__}")
-    return workload
-
-
-def _embedded(device: str) -> Workload:
-    from keeplora.train.classification import embedded_workload
-
-    return embedded_workload(device)
-
-
-BENCHMARKS: dict[str, Callable[[str], Workload]] = {"embedded": _embedded}
-"""Benchmarks by name; each is built for a device."""
