@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("open_clip", reason="the embedded benchmark needs open_clip_torch (pip install keeplora[clip])")
-
 from keeplora.tasks.base import accuracy, loader
 from keeplora.tasks.embedded import DATA, load_model, load_tasks, load_tokenizer, task_names
 from keeplora.tasks.embedded.render import COLOURS, Look, draw, named_colours
