@@ -2,7 +2,7 @@ import pytest
 import torch
 from close import assert_rounded
 
-from keeplora.ops import project_rows
+from keeplora.ops import build_info, project_rows
 
 # rows, d, k: one row, odd sizes, no basis, several chunks of columns, more rows than a block owns.
 SHAPES = [(1, 1, 0), (3, 31, 8), (1, 96, 40), (9, 33, 0), (16, 100, 47), (20, 160, 64), (8, 768, 300)]
@@ -17,9 +17,20 @@ def exact_projection(g, q, scale, passes):
     return rows, (rows @ q).norm() / length if length > 0 else torch.zeros((), dtype=torch.float64)
 
 
-@pytest.fixture(params=["op", "emulated kernel"])
+BACKENDS = ["op", "emulated kernel"] + (["CUDA kernel"] if torch.cuda.is_available() else [])
+
+
+def project_on_gpu(g, q, scale, passes):
+    assert "project_rows" in build_info()["kernels"]
+    rows, leak = project_rows([m.cuda() for m in g], [m.cuda() for m in q], scale=scale, passes=passes)
+    return [m.cpu() for m in rows], leak.cpu()
+
+
+@pytest.fixture(params=BACKENDS)
 def project(request):
-    """The op as users call it, and the CUDA kernel's source run on the CPU."""
+    """The op as users call it, the CUDA kernel's source run on the CPU and, where there is one, on a GPU."""
+    if request.param == "CUDA kernel":
+        return project_on_gpu
     if request.param == "op":
         return lambda g, q, scale, passes: project_rows(g, q, scale=scale, passes=passes)
     return request.getfixturevalue("emulated").project_rows

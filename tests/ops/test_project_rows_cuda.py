@@ -1,0 +1,77 @@
+"""What only a GPU can show: streams, CUDA graphs, large problems, no waiting for the device."""
+
+import pytest
+import torch
+
+from keeplora.ops import project_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; bench/gpu.sh runs it on one")
+
+
+def group(shapes, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    return [draw(r, d) for r, d, _ in shapes], [torch.linalg.qr(draw(d, max(k, 1))).Q[:, :k] for _, d, k in shapes]
+
+
+def error(rows, g, q, scale):
+    """Largest error relative to the largest entry of G, against float64 on the device."""
+    worst = 0.0
+    for out, a, b, c in zip(rows, g, q, scale, strict=True):
+        wide, basis = a.double(), b.double()
+        exact = c * (wide - (wide @ basis) @ basis.T)
+        worst = max(worst, ((out.double() - exact).abs().max() / (c * wide).abs().max()).item())
+    return worst
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(64, 16384, 512)], [(16, 257, 100)] * 1000, [(16, 768, 600)] * 96, [(3, 4096, 4095)]],
+    ids=["d 16384", "1000 problems", "CLIP", "one free direction"],
+)
+def test_large_groups(shapes):
+    g, q = group(shapes)
+    scale = torch.linspace(0.2, 1, len(shapes)).tolist()
+    rows, leak = project_rows(g, q, scale=scale, passes=2)
+    depth = max(d + k for _, d, k in shapes)
+    assert error(rows, g, q, scale) <= 2 * (depth**0.5 + 2) * torch.finfo(torch.float32).eps
+    assert leak.max() <= 5e-7
+    again = project_rows(g, q, scale=scale, passes=2)
+    assert all(torch.equal(a, b) for a, b in zip(rows, again[0], strict=True))
+    assert torch.equal(leak, again[1])
+
+
+def test_follows_the_current_stream_and_does_not_wait():
+    g, q = group([(16, 768, 300)] * 8)
+    expected, _ = project_rows(g, q)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
+            rows, _ = project_rows(g, q)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_replays_in_a_cuda_graph():
+    g, q = group([(16, 768, 300), (16, 512, 0), (8, 100, 100)])
+    project_rows(g, q)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, leak = project_rows(g, q)
+    fresh, _ = group([(16, 768, 300), (16, 512, 0), (8, 100, 100)], seed=1)
+    for old, new in zip(g, fresh, strict=True):
+        old.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = project_rows(g, q)
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected[0], strict=True))
+    assert torch.equal(leak, expected[1])
