@@ -29,12 +29,12 @@ step build 200 env KEEPLORA_CUDA=1 KEEPLORA_CUDA_ARCHS="$arch" "$PYTHON" setup.p
 step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops tests/math tests/lora tests/methods tests/test_tiny.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=project_kernel \
+    step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=project_kernel --kernel-regex kns=leak_kernel \
       "$PYTHON" -m bench.sanitize
   done
 else
   echo "compute-sanitizer is not here: not run"
 fi
-step bench 200 "$PYTHON" -m bench.run B2 B3 B4 B6 --device cuda --json "$out/bench.json"
+step bench 200 "$PYTHON" -m bench.run B4 B6 B3 B2 --device cuda --seconds 4 --json "$out/bench.json"
 cat "$out/bench.log"
 [ -z "$failed" ] || exit 1

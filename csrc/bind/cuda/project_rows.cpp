@@ -45,9 +45,9 @@ std::tuple<std::vector<Tensor>, Tensor> project_rows_cuda(std::vector<Tensor> g,
     const int count = static_cast<int>(n);
     Tensor workspace =
         torch::stable::new_empty(g[0], {project_rows_workspace(problems.data(), count)}, ScalarType::Double);
-    STD_CUDA_CHECK(project_rows(problems.data(), count, static_cast<int>(passes), leak.mutable_data_ptr<T>(),
-                                workspace.mutable_data_ptr<double>(),
-                                current_stream(g[0].get_device_index())));
+    check_launch("project_rows",
+                 project_rows(problems.data(), count, static_cast<int>(passes), leak.mutable_data_ptr<T>(),
+                              workspace.mutable_data_ptr<double>(), current_stream(g[0].get_device_index())));
   });
   return {rows, leak};
 }
