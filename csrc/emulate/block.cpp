@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -17,7 +18,7 @@ constexpr size_t kGuard = 64;          // bytes on either side of a shared array
 constexpr unsigned char kFill = 0xff;  // a NaN in every floating type
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
-enum class Collective { kSync, kBallot, kShuffle };
+enum class Collective { kSync, kBallot, kShuffle, kGather };
 
 struct Thread {
   Context context;
@@ -28,6 +29,11 @@ struct Thread {
   unsigned mask = 0;
   uint64_t bits = 0;  // in: its contribution; out: its result
   int source = 0;
+  const void* gives = nullptr;
+  size_t bytes = 0;
+  // Asynchronous copies not yet waited for, and how many of them each committed group ends after.
+  std::deque<Copy> copies;
+  std::deque<size_t> group_ends;
 };
 
 struct SharedArray {
@@ -42,6 +48,7 @@ std::string error;
 // The running block.
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<SharedArray> shared;
+std::vector<std::vector<unsigned char>> gathered;  // by warp
 size_t shared_limit = 0, shared_taken = 0;
 int count = 0, live = 0, waiting = 0, current = 0;
 std::vector<int> by_rank, rank_of;  // the schedule: rank 0 runs first
@@ -136,13 +143,21 @@ void complete_warp(int first, unsigned mask) {
     const Thread& thread = *threads[first + l];
     if (thread.state == State::kDone) continue;
     if (thread.state != State::kInWarp) return;
-    if (leader && (leader->collective != thread.collective || leader->site.line != thread.site.line))
+    if (leader && (leader->collective != thread.collective || leader->site.line != thread.site.line ||
+                   leader->bytes != thread.bytes))
       stop("lanes of one warp are in different collectives");
     if (thread.mask != mask) stop("lanes of one warp collective disagree on its mask");
     leader = leader ? leader : &thread;
     contribution[l] = thread.bits;
     present |= 1u << l;
     votes |= static_cast<unsigned>(thread.bits != 0) << l;
+  }
+  if (leader && leader->collective == Collective::kGather) {
+    if (present != 0xffffffffu) stop("lanes have exited that this warp collective needs");
+    auto& buffer = gathered[first / kWarp];
+    buffer.resize(kWarp * leader->bytes);
+    for (int l = 0; l < kWarp; ++l)
+      std::memcpy(buffer.data() + l * leader->bytes, threads[first + l]->gives, leader->bytes);
   }
   for (int l = 0; l < kWarp; ++l) {
     if (!(present >> l & 1)) continue;
@@ -157,8 +172,11 @@ void complete_warp(int first, unsigned mask) {
   }
 }
 
-uint64_t join(Collective collective, unsigned mask, uint64_t bits, int source, Site site) {
+uint64_t join(Collective collective, unsigned mask, uint64_t bits, int source, Site site,
+              const void* gives = nullptr, size_t bytes = 0) {
   Thread& me = *threads[current];
+  me.gives = gives;
+  me.bytes = bytes;
   me.site = site;
   if (!(mask >> lane() & 1)) stop("a lane is missing from its own warp collective's mask");
   me.collective = collective;
@@ -173,6 +191,7 @@ uint64_t join(Collective collective, unsigned mask, uint64_t bits, int source, S
 
 void thread_main() {
   kernel(kernel_argument);
+  if (!threads[current]->copies.empty()) stop("the thread exits without waiting for its asynchronous copies");
   const int first = current - lane();
   threads[current]->state = State::kDone;
   --live;
@@ -221,7 +240,10 @@ bool run_block(int block_threads, size_t shared_bytes, void (*body)(void*), void
   by_rank.assign(count, 0);
   rank_of.assign(count, 0);
   ready.assign((count + 63) / 64, 0);
+  gathered.resize((count + kWarp - 1) / kWarp);
   for (int i = 0; i < count; ++i) {
+    threads[i]->copies.clear();
+    threads[i]->group_ends.clear();
     threads[i]->context.prepare(&thread_main);
     threads[i]->state = State::kReady;
     threads[i]->site = {};
@@ -261,6 +283,49 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 
 uint64_t shuffle_bits(unsigned mask, uint64_t bits, int source, Site site) {
   return join(Collective::kShuffle, mask, bits, source, site);
+}
+
+const unsigned char* gather(const void* mine, size_t bytes, Site site) {
+  join(Collective::kGather, 0xffffffffu, 0, 0, site, mine, bytes);
+  return gathered[current / kWarp].data();
+}
+
+void issue_copy(const Copy& copy, Site site) {
+  threads[current]->site = site;
+  threads[current]->copies.push_back(copy);
+}
+
+void commit_copies() {
+  threads[current]->group_ends.push_back(threads[current]->copies.size());
+}
+
+bool next_copy(int left, Copy* copy) {
+  Thread& me = *threads[current];
+  while (static_cast<int>(me.group_ends.size()) > left && me.group_ends.front() == 0)
+    me.group_ends.pop_front();
+  if (static_cast<int>(me.group_ends.size()) <= left) return false;
+  *copy = me.copies.front();
+  me.copies.pop_front();
+  for (size_t& end : me.group_ends)
+    --end;
+  return true;
+}
+
+void announce(unsigned* counter) {
+  __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
+}
+
+void await(const unsigned* counter, unsigned target, Site site) {
+  const unsigned reached = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+  if (reached >= target) return;
+  threads[current]->site = site;
+  stop("deadlock: the block awaits " + std::to_string(target) + " announcements, and only " +
+       std::to_string(reached) + " are made before it");
+}
+
+void fail(const char* what, Site site) {
+  threads[current]->site = site;
+  stop(what);
 }
 
 void* take_shared(size_t index, size_t bytes) {

@@ -45,6 +45,31 @@ void warp_barrier(unsigned mask, Site site);
 unsigned ballot(unsigned mask, bool predicate, Site site);
 uint64_t shuffle_bits(unsigned mask, uint64_t bits, int source, Site site);
 
+// Every lane's `bytes` bytes, one lane after the other: for instructions in which lanes exchange many values.
+// All 32 lanes must call; the result is valid until this lane's next collective.
+const unsigned char* gather(const void* mine, size_t bytes, Site site);
+
+// An asynchronous copy that this thread has issued. The calls of primitives/async.cuh do the reading and
+// writing themselves, so that sanitizers see them in the thread's name.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid;  // the bytes from `valid` on become zero
+};
+void issue_copy(const Copy& copy, Site site);
+void commit_copies();
+// The next copy, taken out, of the groups that may no longer be pending when only the last `left` may; false
+// if none.
+bool next_copy(int left, Copy* copy);
+
+// A counter through which blocks order themselves. Blocks run one after the other here, so a target not yet
+// reached is never reached.
+void announce(unsigned* counter);
+void await(const unsigned* counter, unsigned target, Site site);
+
+// Ends the launch with this message.
+[[noreturn]] void fail(const char* what, Site site);
+
 // The index-th shared array of this block: NaN bytes at first, with guards before and behind it.
 void* take_shared(size_t index, size_t bytes);
 
