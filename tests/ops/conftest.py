@@ -2,6 +2,8 @@
 
 import ctypes
 import fcntl
+import functools
+import importlib
 import subprocess
 from pathlib import Path
 
@@ -23,24 +25,12 @@ class EmulatedKernels:
     def set_schedule(self, order, seed=0):
         self.library.emulate_set_schedule(ORDERS[order], ctypes.c_uint64(seed))
 
-    def project_rows(self, g, q, scale, passes):
-        dtype = g[0].dtype
-        real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
-        entry = getattr(self.library, f"emulate_project_rows_{'float' if dtype == torch.float32 else 'double'}")
-        g, q = [m.contiguous() for m in g], [m.contiguous() for m in q]
-        out = [torch.full_like(m, float("nan")) for m in g]
-        leak = torch.full((len(g),), float("nan"), dtype=dtype)
-        shapes = [size for a, b in zip(g, q, strict=True) for size in (*a.shape, b.shape[1])]
-        failed = entry(
-            len(g),
-            *((ctypes.c_void_p * len(g))(*(m.data_ptr() for m in matrices)) for matrices in (g, q, out)),
-            (ctypes.c_int64 * len(shapes))(*shapes),
-            (real * len(g))(*scale),
-            passes,
-            ctypes.c_void_p(leak.data_ptr()),
-        )
-        assert not failed, self.library.emulate_last_error().decode()
-        return out, leak
+    def __getattr__(self, op):
+        """The function ``call`` of tests/ops/emulated/<op>.py, with the library as its first argument."""
+        try:
+            return functools.partial(importlib.import_module(f"ops.emulated.{op}").call, self.library)
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"no wrapper for the emulated op {op}: tests/ops/emulated/{op}.py") from error
 
 
 @pytest.fixture(scope="session")

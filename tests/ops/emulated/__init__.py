@@ -1,0 +1,26 @@
+"""The emulated kernels: ``call(library, ...)`` of <op>.py hands an op's arguments to csrc/emulate/entry_<op>.cpp."""
+
+import ctypes
+
+import torch
+
+REAL = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def integers(values):
+    values = list(values)
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def run(library, name, *arguments):
+    """Calls a function of the library that returns a cudaError_t; what the emulator found wrong fails the test."""
+    failed = getattr(library, name)(*arguments)
+    assert not failed, library.emulate_last_error().decode() or f"{name} returned error {failed}"
