@@ -100,8 +100,8 @@ bool check(const char* name, const std::vector<Shape>& shapes, int passes, T sca
   }
   const int count = static_cast<int>(table.size());
   std::unique_ptr<T[]> leak(new T[count]);
-  std::unique_ptr<double[]> workspace(new double[keeplora::project_rows_workspace(table.data(), count)]);
-  if (keeplora::project_rows(table.data(), count, passes, leak.get(), workspace.get(), nullptr) !=
+  std::vector<unsigned char> workspace(keeplora::project_rows_workspace(table.data(), count, passes), 0xff);
+  if (keeplora::project_rows(table.data(), count, passes, leak.get(), workspace.data(), nullptr) !=
       cudaSuccess) {
     std::printf("%s: %s\n", name, emulate::last_error().c_str());
     return false;

@@ -37,6 +37,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Argument
   return cudaLaunchKernelEx(&native, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// Queues setting `bytes` bytes of device memory to zero.
+inline cudaError_t clear(void* memory, size_t bytes, cudaStream_t stream) {
+  return cudaMemsetAsync(memory, 0, bytes, stream);
+}
+
 }  // namespace gpu
 
 #endif

@@ -43,11 +43,12 @@ std::tuple<std::vector<Tensor>, Tensor> project_rows_cuda(std::vector<Tensor> g,
                           g[i].size(0), static_cast<int>(q[i].size(0)), static_cast<int>(q[i].size(1)),
                           static_cast<T>(scale[i])});
     const int count = static_cast<int>(n);
-    Tensor workspace =
-        torch::stable::new_empty(g[0], {project_rows_workspace(problems.data(), count)}, ScalarType::Double);
+    const int rounds = static_cast<int>(passes);
+    Tensor workspace = torch::stable::new_empty(
+        g[0], {project_rows_workspace(problems.data(), count, rounds)}, ScalarType::Byte);
     check_launch("project_rows",
-                 project_rows(problems.data(), count, static_cast<int>(passes), leak.mutable_data_ptr<T>(),
-                              workspace.mutable_data_ptr<double>(), current_stream(g[0].get_device_index())));
+                 project_rows(problems.data(), count, rounds, leak.mutable_data_ptr<T>(),
+                              workspace.mutable_data_ptr(), current_stream(g[0].get_device_index())));
   });
   return {rows, leak};
 }

@@ -1,0 +1,121 @@
+// Products of small matrices by one warp on tensor cores, and numbers split so that TF32 products keep the
+// precision of float.
+//
+// A 16 x 8 x 8 product C += A B deals its matrices out to the lanes like this (row = lane / 4, col = lane %
+// 4):
+//   a[0..3] = A(row, col), A(row + 8, col), A(row, col + 4), A(row + 8, col + 4)
+//   b[0..1] = B(col, row), B(col + 4, row)
+//   c[0..3] = C(row, 2 col), C(row, 2 col + 1), C(row + 8, 2 col), C(row + 8, 2 col + 1)
+// All 32 lanes must call.
+#pragma once
+#include <cstdint>
+
+#include "kernels/launch.h"
+#include "kernels/primitives/convert.cuh"
+
+namespace gpu {
+
+#ifdef KEEPLORA_EMULATE
+namespace lanes {
+
+// What one lane brings to a product of depth `kDepth`; rows and columns as above, 4 deep per register.
+template <typename T, int kA, int kB>
+struct Share {
+  T a[kA], b[kB];
+};
+
+// C += A B for this lane's four elements: exact products, added in the order of the depth, rounded once to T.
+// (The hardware rounds more often and, for TF32, towards zero.)
+template <typename T, typename Stored, int kA, int kB, typename Value>
+void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value value, emulate::Site site) {
+  Share<Stored, kA, kB> mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const auto* all =
+      reinterpret_cast<const Share<Stored, kA, kB>*>(emulate::gather(&mine, sizeof(mine), site));
+  const int lane = emulate::lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
+    long double sum = c[i];
+    for (int k = 0; k < 4 * kB; ++k)
+      sum += static_cast<long double>(value(all[4 * row + k % 4].a[upper + 2 * (k / 4)])) *
+             value(all[4 * column + k % 4].b[k / 4]);
+    c[i] = static_cast<T>(sum);
+  }
+}
+
+}  // namespace lanes
+#endif
+
+// 16 x 8 x 8 of TF32 numbers: floats of which only the upper 19 bits count.
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef KEEPLORA_EMULATE
+  lanes::multiply(c, a, b, [](uint32_t bits) { return float_of(bits & 0xffffe000u); }, EMULATE_SITE);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// 16 x 8 x 8 of doubles: four 8 x 8 x 4 products.
+__device__ inline void mma_f64(double (&c)[4], const double (&a)[4], const double (&b)[2]) {
+#ifdef KEEPLORA_EMULATE
+  lanes::multiply(c, a, b, [](double x) { return x; }, EMULATE_SITE);
+#else
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper)
+      asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+          : "+d"(c[2 * upper]), "+d"(c[2 * upper + 1])
+          : "d"(a[2 * k + upper]), "d"(b[k]));
+#endif
+}
+
+// One operand's numbers of a 16 x 8 x 8 product, ready for the tensor cores. kExact: the numbers are TF32
+// already, as all 16-bit floats are; otherwise a float is the sum of two TF32 numbers up to 2^-23 of its
+// size.
+template <typename T, int kCount, bool kExact>
+struct Fragment;
+
+template <int kCount, bool kExact>
+struct Fragment<float, kCount, kExact> {
+  uint32_t large[kCount];
+  uint32_t small[kExact ? 1 : kCount];
+
+  __device__ void set(int i, float x) {
+    if constexpr (kExact) {
+      large[i] = bits_of(x);
+    } else {
+      large[i] = (bits_of(x) + 0x1000u) & 0xffffe000u;  // nearest TF32 number
+      small[i] = bits_of(x - float_of(large[i]));       // a NaN stays one here
+    }
+  }
+};
+
+template <int kCount, bool kExact>
+struct Fragment<double, kCount, kExact> {
+  double value[kCount];
+
+  __device__ void set(int i, double x) { value[i] = x; }
+};
+
+// C += A B in the precision of float: the products of the small parts with each other, 2^-22 of the whole,
+// are left out.
+template <bool kExactA, bool kExactB>
+__device__ inline void multiply_add(float (&c)[4], const Fragment<float, 4, kExactA>& a,
+                                    const Fragment<float, 2, kExactB>& b) {
+  if constexpr (!kExactA) mma_tf32(c, a.small, b.large);
+  if constexpr (!kExactB) mma_tf32(c, a.large, b.small);
+  mma_tf32(c, a.large, b.large);
+}
+
+template <bool kExactA, bool kExactB>
+__device__ inline void multiply_add(double (&c)[4], const Fragment<double, 4, kExactA>& a,
+                                    const Fragment<double, 2, kExactB>& b) {
+  mma_f64(c, a.value, b.value);
+}
+
+}  // namespace gpu
