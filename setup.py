@@ -22,18 +22,16 @@ if ASKED != "0" and "CUDA_HOME" not in os.environ and (nvcc := shutil.which("nvc
         os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-REMEDY = "CUDA_HOME to a toolkit of torch's major version, or KEEPLORA_CUDA=0"
-
 
 def toolkit() -> str:
     """Version of the CUDA toolkit to build with, or "" to build without; SystemExit where one was insisted on."""
     nvcc, version = Path(CUDA_HOME or "", "bin", "nvcc"), ""
     if ASKED != "0" and torch.version.cuda and nvcc.exists():
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        version = re.search(r"release ([\d.]+)", text)[1]
+        version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     if version and version.split(".")[0] == torch.version.cuda.split(".")[0]:
         return version
-    problem = f"keeplora: no CUDA kernels: {nvcc} is {version or 'missing'}, torch {torch.__version__}. Set {REMEDY}."
+    problem = f"keeplora: no CUDA kernels: {nvcc} is {version or 'missing'}, torch {torch.__version__}. "
+    problem += "Set CUDA_HOME to a toolkit of torch's major version, or KEEPLORA_CUDA=0."
     if ASKED == "1":
         raise SystemExit(problem)
     print(problem)
@@ -51,10 +49,12 @@ facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHS": ",".join(archs), "KE
 include = [str(Path("csrc").resolve()), pybind11.get_include()]
 common = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # loads under torch 2.11 and later
 cxx = [*common, "-fvisibility=hidden", *(f"-DKEEPLORA_BUILT_{name}={value}" for name, value in facts.items())]
-nvcc = [*common, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
-files = sources("module.cpp", "bind/cpu/*.cpp")
-modules = [CppExtension("keeplora._C", files, include_dirs=include, extra_compile_args=cxx)]
+codes = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in archs[-1:] if arch.isdigit()]
+nvcc = [*common, *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)]  # the last for newer GPUs, too
+modules = [CppExtension("keeplora._C", sources("module.cpp"), include_dirs=include, extra_compile_args=cxx)]
 if cuda:
     files, flags = sources("bind/cuda/*.cpp", "kernels/*.cu"), {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
     modules.append(CUDAExtension("keeplora._cuda", files, include_dirs=include, extra_compile_args=flags))
+    runtime = f":libcudart.so.{cuda.split('.')[0]}"  # in NVIDIA's wheels it has no other name
+    modules[1].libraries = [runtime if library == "cudart" else library for library in modules[1].libraries]
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,53 @@
+"""Builds wheels of the working tree, and brings other versions of torch, for the tests of both."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TOOLKIT = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")  # where NVIDIA's wheels on PyPI put it
+SHIPPED = ["keeplora", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CMakeLists.txt"]
+
+
+def shipped_files():
+    """What git would ship."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", *SHIPPED]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).exists()]
+
+
+def build_wheel(folder, **environment):
+    """The wheel of a copy of the tree, because setuptools builds in place."""
+    for name in shipped_files():
+        (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(folder / "src")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    [wheel] = folder.glob("keeplora-*.whl")
+    return wheel
+
+
+def other_torch(version):
+    """Folder with a torch of this version alone, installed on first use; the rest comes from this environment."""
+    folder = ROOT / "build" / f"torch-{version}"
+    folder.parent.mkdir(exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = Path(f"{folder}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
+            done = subprocess.run([*command, f"torch=={version}"], capture_output=True, text=True)
+            assert done.returncode == 0, f"torch {version} must be installable, got: {done.stderr}"
+            partial.rename(folder)
+    return folder
