@@ -38,7 +38,7 @@ def build_wheel(folder, **environment):
 
 
 def other_torch(version):
-    """Folder with a torch of this version alone, installed on first use; the rest comes from this environment."""
+    """Folder with a torch of this version, installed on first use; what it needs comes from this environment."""
     folder = ROOT / "build" / f"torch-{version}"
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
@@ -47,7 +47,8 @@ def other_torch(version):
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
-            done = subprocess.run([*command, f"torch=={version}"], capture_output=True, text=True)
+            # nvidia-curand: what older builds need, and the newest torch does not bring any more.
+            done = subprocess.run([*command, f"torch=={version}", "nvidia-curand"], capture_output=True, text=True)
             assert done.returncode == 0, f"torch {version} must be installable, got: {done.stderr}"
             partial.rename(folder)
     return folder

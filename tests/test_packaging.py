@@ -9,18 +9,23 @@ import pytest
 import torch
 from packages import ROOT, TOOLKIT, build_wheel, other_torch, shipped_files
 
-# A torch that is installed by itself does not find NVIDIA's libraries beside it.
-LIBRARIES = os.pathsep.join(map(str, TOOLKIT.parent.glob("*/lib")))
 KERNELS = sorted(path.stem for path in (ROOT / "csrc" / "bind" / "cuda").glob("*.cpp"))
 
 
 def run_unpacked(folder, *command, before=()):
     """Run Python where `keeplora` is the unpacked wheel and the folders of ``before`` come first."""
     path = os.pathsep.join(map(str, [folder, *before]))
+    # A torch that is installed by itself does not find NVIDIA's libraries beside it.
+    libraries = [*TOOLKIT.parent.glob("*/lib"), *(path for place in before for path in place.glob("nvidia/*/lib"))]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "LD_LIBRARY_PATH": LIBRARIES, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
     )
