@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keeplora.ops.check import MASTER, matrices, same_length
+from keeplora.ops.check import MASTER, matrices, orthonormal, same_length
 
 __all__ = ["bases", "finite", "fractions", "orthonormal", "ranks", "second_moments"]
 
@@ -72,23 +72,6 @@ def ranks(name: str, value: int | Sequence[int], sizes: Sequence[int]) -> list[i
         if not 1 <= number <= size:
             raise ValueError(f"{name}: rank must lie in 1 … {size} (the layer's inputs), got {number} at {i}.")
     return numbers
-
-
-def orthonormal(name: str, q: Sequence[Tensor]) -> None:
-    """Raise unless every ``q[i]`` has orthonormal columns to 1e-4 (float64: 1e-10); one transfer."""
-    if not q:
-        return
-    off = [
-        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax() if m.numel() else m.new_zeros(())
-        for m in q
-    ]
-    allowed = 1e-4 if q[0].dtype == torch.float32 else 1e-10
-    for i, error in enumerate(torch.stack(off).tolist()):
-        if not error <= allowed:
-            raise ValueError(
-                f"{name}: q[{i}] must have orthonormal columns, got max|QᵀQ - I| = {error:.2e} > "
-                f"{allowed:.0e}. Pass it through keeplora.ops.orthonormalize."
-            )
 
 
 def second_moments(name: str, c: Sequence[Tensor]) -> None:

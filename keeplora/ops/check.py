@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "same_length", "wide"]
+__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "same_length", "wide"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASTER = (torch.float32, torch.float64)
@@ -74,3 +74,21 @@ def float_list(op: str, name: str, value: Sequence[float] | float, count: int) -
         if not math.isfinite(number):
             raise ValueError(f"{op}: {name} must be finite, got {number} at {name}[{i}].")
     return numbers
+
+
+def orthonormal(op: str, q: Sequence[Tensor]) -> None:
+    """Raise unless every ``q[i]`` has orthonormal columns to 1e-4 (float64: 1e-10).
+
+    Waits for the device, once for all matrices: what ``check_basis=True`` of an op asks for.
+    """
+    off = [
+        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax() if m.numel() else m.new_zeros(())
+        for m in (basis.detach() for basis in q)
+    ]
+    for i, error in enumerate(torch.stack(off).tolist() if off else []):
+        allowed = 1e-4 if q[i].dtype == torch.float32 else 1e-10
+        if not error <= allowed:  # a NaN neither
+            raise ValueError(
+                f"{op}: q[{i}] must have orthonormal columns, got max|QᵀQ - I| = {error:.2e} > {allowed:.0e}. "
+                f"Pass orthonormalize([q[{i}]]) of keeplora.ops."
+            )

@@ -62,6 +62,9 @@ def lora_grad_b(
             f"lora_grad_b: dy must have the tokens of x, got {list(dy.shape)} for x {list(x.shape)}. "
             "Flatten batch and sequence the same way."
         )
+    for name, value in (("dy", dy), ("a", a[0] if a else x)):
+        if value.device != x.device:
+            raise ValueError(f"lora_grad_b: {name} must lie on the device of x, got {value.device} for {x.device}.")
     for i, (down, (start, stop)) in enumerate(zip(a, rows, strict=True)):
         if down.shape[1] != x.shape[1]:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import MASTER, matrices, same_length
+from .check import MASTER, matrices, orthonormal, same_length
 from .declare import declare
 from .samples import random_basis
 
@@ -17,7 +17,9 @@ __all__ = ["orthonormalize"]
 KEPT_EPS = 32
 
 
-def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+def orthonormalize(
+    y: Sequence[Tensor], q: Sequence[Tensor] | None = None, *, check_basis: bool = False
+) -> tuple[list[Tensor], Tensor]:
     r"""Orthonormal columns spanning what the columns of ``y[i]`` add to those of ``q[i]``.
 
     .. math:: Z_i^T Z_i = I, \qquad Q_i^T Z_i = 0, \qquad
@@ -29,8 +31,8 @@ def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tu
 
     Args:
         y: ``n`` matrices ``[d_i, l_i]``, all float32 or all float64, finite.
-        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``y``; ``None``
-            for none.
+        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns, dtype of ``y``; ``None`` for none.
+        check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
     Returns:
         ``(z, rank)``: ``n`` matrices ``[d_i, l_i]`` whose first ``rank[i]`` columns are orthonormal to 5e-6
@@ -38,7 +40,8 @@ def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tu
         device of ``y``.
 
     Raises:
-        ValueError: lengths or shapes do not fit.
+        ValueError: lengths or shapes do not fit, or a checked basis has ``max|QᵀQ - I|`` above 1e-4 (float64:
+            1e-10).
         TypeError: an argument is not a sequence of float32 or of float64 matrices.
 
     Not differentiable: its inputs count as constants.
@@ -67,6 +70,8 @@ def orthonormalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> tu
                 f"orthonormalize: q[{i}] must have the dtype and device of y[{i}], got {basis.dtype} on "
                 f"{basis.device} for {columns.dtype} on {columns.device}."
             )
+    if check_basis:
+        orthonormal("orthonormalize", q)
     z, rank = _op.call([m.detach() for m in y], [m.detach() for m in q])
     return z, rank
 

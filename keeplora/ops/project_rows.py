@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import MASTER, float_list, matrices, same_length
+from .check import MASTER, float_list, matrices, orthonormal, same_length
 from .declare import declare
 from .samples import random_basis
 
@@ -14,7 +14,12 @@ __all__ = ["project_rows"]
 
 
 def project_rows(
-    g: Sequence[Tensor], q: Sequence[Tensor], *, scale: Sequence[float] | float = 1.0, passes: int = 2
+    g: Sequence[Tensor],
+    q: Sequence[Tensor],
+    *,
+    scale: Sequence[float] | float = 1.0,
+    passes: int = 2,
+    check_basis: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     r"""Remove from the rows of every ``g[i]`` what lies in the span of the columns of ``q[i]``.
 
@@ -25,17 +30,18 @@ def project_rows(
 
     Args:
         g: ``n`` matrices ``[r_i, d_i]``, all float32 or all float64.
-        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``g``; ``k_i`` may
-            be 0.
+        q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns, dtype of ``g``; ``k_i`` may be 0.
         scale: ``λ``, one number or one per problem; KeepLoRA++'s depth scale.
         passes: 1 or 2. One pass leaves a leak of up to 3e-6 in float32, two leave 5e-7.
+        check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
     Returns:
         ``(r, leak)``: ``n`` new matrices shaped like ``g``, and ``[n]`` leaks in the dtype of ``g``;
         the leak of ``R_i = 0`` is 0.
 
     Raises:
-        ValueError: lengths or shapes do not fit, ``scale`` is not finite, or ``passes`` is not 1 or 2.
+        ValueError: lengths or shapes do not fit, ``scale`` is not finite, ``passes`` is not 1 or 2, or a checked
+            basis has ``max|QᵀQ - I|`` above 1e-4 (float64: 1e-10).
         TypeError: an argument is not a sequence of float32 or of float64 matrices.
 
     Differentiable in ``g``; ``q`` is a constant and ``leak`` carries no gradient.
@@ -65,7 +71,10 @@ def project_rows(
         )
     if passes not in (1, 2):
         raise ValueError(f"project_rows: passes must be 1 or 2, got {passes}.")
-    rows, leak = _op.call(g, q, float_list("project_rows", "scale", scale, len(g)), passes)
+    scales = float_list("project_rows", "scale", scale, len(g))
+    if check_basis:
+        orthonormal("project_rows", q)
+    rows, leak = _op.call(g, q, scales, passes)
     return rows, leak
 
 

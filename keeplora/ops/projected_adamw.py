@@ -1,12 +1,13 @@
 """projected_adamw: AdamW that stays outside a protected subspace."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .check import MASTER, float_list, matrices, same_length
+from .check import MASTER, float_list, matrices, orthonormal, same_length
 from .declare import declare
 from .samples import random_basis
 
@@ -25,6 +26,7 @@ def projected_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    check_basis: bool = False,
 ) -> Tensor:
     r"""One AdamW step on every ``a[i]``, in place, that keeps its rows orthogonal to ``q[i]``.
 
@@ -37,18 +39,19 @@ def projected_adamw(
         a: ``n`` parameters ``[r_i, d_i]``, contiguous, all float32 or all float64; overwritten.
         grad: ``n`` gradients ``[r_i, d_i]``, any floating dtype.
         exp_avg, exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
-        q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns (not checked), dtype of ``a``; ``k_i`` may
-            be 0.
+        q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns, dtype of ``a``; ``k_i`` may be 0.
         step: number of this step, from 1 (bias correction).
         lr: learning rate, one number or one per parameter (the depth scale goes here).
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+        check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
     Returns:
         ``leak [n]``: ``‖A Q‖_F / ‖A‖_F`` after the step, 0 for ``A = 0``.
 
     Raises:
-        ValueError: lengths or shapes do not fit, a tensor to overwrite is not contiguous, or a hyperparameter
-            is out of range. Nothing has been changed then.
+        ValueError: lengths or shapes do not fit, a tensor to overwrite is not contiguous, a hyperparameter
+            is out of range, or a checked basis has ``max|QᵀQ - I|`` above 1e-4 (float64: 1e-10). Nothing has
+            been changed then.
         TypeError: a dtype does not fit.
 
     Not differentiable.
@@ -75,12 +78,14 @@ def projected_adamw(
         ("step", step, step >= 1),
         ("lr", rates, all(rate >= 0 for rate in rates)),
         ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] < 1),
-        ("eps", eps, eps >= 0),
-        ("weight_decay", weight_decay, weight_decay >= 0),
+        ("eps", eps, 0 <= eps < math.inf),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
     ):
         if not fits:
-            rule = {"step": "be at least 1", "betas": "lie in [0, 1)"}.get(name, "not be negative")
+            rule = {"step": "be at least 1", "betas": "lie in [0, 1)"}.get(name, "not be negative, and be finite")
             raise ValueError(f"projected_adamw: {name} must {rule}, got {value}.")
+    if check_basis:
+        orthonormal("projected_adamw", found["q"])
     flat = {name: [m.detach() for m in values] for name, values in found.items()}
     leak: Tensor = _op.call(
         flat["a"], flat["grad"], flat["exp_avg"], flat["exp_avg_sq"], flat["q"],
