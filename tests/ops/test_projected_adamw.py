@@ -2,9 +2,23 @@ import pytest
 import torch
 from close import assert_rounded
 
-from keeplora.ops import projected_adamw
+from keeplora.ops import build_info, projected_adamw
 
 OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+
+
+BACKENDS = ["op", "emulated kernel"] + (["CUDA kernel"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The op as users call it, its kernel run on the CPU and, where there is one, on a GPU; and the device."""
+    if request.param == "emulated kernel":
+        return request.getfixturevalue("emulated").projected_adamw, "cpu"
+    if request.param == "CUDA kernel":
+        assert "projected_adamw" in build_info()["kernels"]
+        return projected_adamw, "cuda"
+    return projected_adamw, "cpu"
 
 
 class ExactAdamW:
@@ -37,16 +51,17 @@ def make(shapes, random_basis, device, dtype=torch.float32):
     return a, q, [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in a]
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_matches_float64_step_by_step(device, random_basis, dtype, grad_dtype):
-    shapes = [(4, 33, 8), (1, 7, 0), (16, 96, 60), (0, 5, 2)]
+def test_matches_float64_step_by_step(backend, random_basis, dtype, grad_dtype):
+    adamw, device = backend
+    shapes = [(4, 33, 8), (1, 7, 0), (16, 96, 60), (0, 5, 2), (20, 130, 70)]
     a, q, m, v = make(shapes, random_basis, device, dtype)
     exact = [ExactAdamW(p, basis) for p, basis in zip(a, q, strict=True)]
-    lr = [1e-2, 1e-3, 5e-2, 1.0]
+    lr = [1e-2, 1e-3, 5e-2, 1.0, 1e-2]
     for step in range(1, 6):
         grad = [torch.randn_like(p).to(grad_dtype) for p in a]
-        leak = projected_adamw(a, grad, m, v, q, step=step, lr=lr, **OPTIONS)
+        leak = adamw(a, grad, m, v, q, step=step, lr=lr, **OPTIONS)
         for i, reference in enumerate(exact):
             reference.step(grad[i], lr[i], **OPTIONS)
             # Each step rounds once more; the projections sum d and k products.
@@ -57,7 +72,16 @@ def test_matches_float64_step_by_step(device, random_basis, dtype, grad_dtype):
         assert (leak <= 1e-6).all()
 
 
-def test_is_adamw_without_a_basis(device):
+def test_full_basis_leaves_rounding_only(backend, random_basis):
+    adamw, device = backend
+    a, grad = torch.randn(3, 12, device=device), torch.randn(3, 12, device=device)
+    size = 1 + a.abs().max()  # Adam makes steps of lr = 1 from rounding, too
+    adamw([a], [grad], [torch.zeros_like(a)], [torch.zeros_like(a)], [random_basis(12, 12).to(device)], step=1, lr=1.0)
+    assert a.abs().max() <= 8 * torch.finfo(torch.float32).eps * size
+
+
+def test_is_adamw_without_a_basis(backend):
+    adamw, device = backend
     a = torch.randn(3, 5, device=device)
     other = torch.nn.Parameter(a.clone())
     optimizer = torch.optim.AdamW([other], lr=1e-2, **OPTIONS)
@@ -66,38 +90,71 @@ def test_is_adamw_without_a_basis(device):
         grad = torch.randn_like(a)
         other.grad = grad.clone()
         optimizer.step()
-        projected_adamw([a], [grad], [m], [v], [q], step=step, lr=1e-2, **OPTIONS)
+        adamw([a], [grad], [m], [v], [q], step=step, lr=1e-2, **OPTIONS)
     assert_rounded(a, other.detach().cpu().double(), terms=7 * 4, what="a")
 
 
-def test_stays_outside_for_a_thousand_steps(random_basis):
+def test_stays_outside_for_a_thousand_steps(backend, random_basis):
     """Gradients that pull into the protected space: plain Adam would leave, and does."""
-    (a,), (q,), (m,), (v,) = make([(8, 64, 24)], random_basis, "cpu")
+    adamw, device = backend
+    (a,), (q,), (m,), (v,) = make([(8, 64, 24)], random_basis, device)
     plain = torch.nn.Parameter(a.clone())
     optimizer = torch.optim.AdamW([plain], lr=1e-2)
-    target = torch.randn(8, 64)
+    target = torch.randn(8, 64, device=device)
     for step in range(1, 1001):
-        leak = projected_adamw([a], [a - target], [m], [v], [q], step=step, lr=1e-2)
-        plain.grad = (plain.detach() - target) @ (torch.eye(64) - q @ q.T)
+        leak = adamw([a], [a - target], [m], [v], [q], step=step, lr=1e-2)
+        plain.grad = (plain.detach() - target) @ (torch.eye(64, device=device) - q @ q.T)
         optimizer.step()
     assert leak.item() <= 1e-6
     assert ((plain @ q).norm() / plain.norm()).item() > 1e-3  # projecting the gradient alone is not enough
 
 
-def test_leak_is_what_it_says(random_basis):
-    a, q = torch.randn(3, 20), 0.8 * random_basis(20, 5)
-    leak = projected_adamw([a], [torch.zeros(3, 20)], [torch.zeros(3, 20)], [torch.zeros(3, 20)], [q], step=1, lr=0.0)
-    exact = (a.double() @ q.double()).norm() / a.double().norm()
+def test_leak_is_what_it_says(backend, random_basis):
+    adamw, device = backend
+    a, q = torch.randn(3, 20, device=device), 0.8 * random_basis(20, 5).to(device)
+    leak = adamw([a], *([torch.zeros_like(a)] for _ in range(3)), [q], step=1, lr=0.0)
+    exact = ((a.double() @ q.double()).norm() / a.double().norm()).cpu()
     assert exact > 0.01
     assert_rounded(leak, exact[None], terms=60, what="leak")
 
 
-def test_zero_parameter_has_no_leak(random_basis):
-    zeros = [torch.zeros(2, 6) for _ in range(4)]
-    leak = projected_adamw(*([z] for z in zeros), [random_basis(6, 2)], step=1, lr=0.1)
+def test_zero_parameter_has_no_leak(backend, random_basis):
+    adamw, device = backend
+    zeros = [torch.zeros(2, 6, device=device) for _ in range(4)]
+    leak = adamw(*([z] for z in zeros), [random_basis(6, 2).to(device)], step=1, lr=0.1)
     assert leak.tolist() == [0.0]
-    assert torch.equal(zeros[0], torch.zeros(2, 6))
+    assert torch.equal(zeros[0], torch.zeros_like(zeros[0]))
+
+
+def test_no_parameters():
     assert projected_adamw([], [], [], [], [], step=1, lr=0.1).shape == (0,)
+
+
+def test_a_thousand_parameters_with_gradients_of_any_dtype(backend, random_basis):
+    adamw, device = backend
+    shapes = [(1 + i % 3, 6, i % 4) for i in range(1000)]
+    a, q, m, v = make(shapes, random_basis, device)
+    exact = [ExactAdamW(p, basis) for p, basis in zip(a, q, strict=True)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    grad = [torch.randn_like(p).to(dtypes[i % 4]) for i, p in enumerate(a)]
+    leak = adamw(a, grad, m, v, q, step=1, lr=1e-2, **OPTIONS)
+    for i, reference in enumerate(exact):
+        reference.step(grad[i], 1e-2, **OPTIONS)
+        assert_rounded(a[i], reference.a, terms=12, what=f"a[{i}]", size=reference.size)
+    assert leak.max() <= 1e-6
+
+
+def test_kernel_gives_the_same_bits_in_any_order(emulated, random_basis):
+    start = make([(9, 130, 70), (3, 31, 8)], random_basis, "cpu")
+    grad = [torch.randn_like(p).bfloat16() for p in start[0]]
+    results = []
+    for order, seed in (("sequential", 0), ("reversed", 0), ("random", 1), ("random", 2)):
+        emulated.set_schedule(order, seed)
+        a, q, m, v = ([t.clone() for t in group] for group in start)
+        leak = emulated.projected_adamw(a, grad, m, v, q, step=2, lr=[0.1, 0.01])
+        results.append([*a, *m, *v, leak])
+    emulated.set_schedule("sequential")
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
 
 
 def test_parameters_that_require_grad(random_basis):

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/format.h"
 #include "kernels/launch.h"
 
 namespace gpu {
@@ -125,6 +126,21 @@ __device__ inline Bfloat16 narrow<Bfloat16>(double x) {
 template <>
 __device__ inline Float16 narrow<Float16>(double x) {
   return narrow_once<Float16>(x);
+}
+
+// Element `at` of an array whose type is known at run time only, as a T.
+template <typename T>
+__device__ inline T load(const void* array, Format format, int64_t at) {
+  switch (format) {
+    case Format::kFloat32:
+      return static_cast<T>(static_cast<const float*>(array)[at]);
+    case Format::kFloat64:
+      return static_cast<T>(static_cast<const double*>(array)[at]);
+    case Format::kBfloat16:
+      return widen(static_cast<const Bfloat16*>(array)[at]);
+    default:
+      return widen(static_cast<const Float16*>(array)[at]);
+  }
 }
 
 }  // namespace gpu

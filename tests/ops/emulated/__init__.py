@@ -4,6 +4,8 @@ import ctypes
 
 import torch
 
+# As in csrc/kernels/format.h.
+FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 REAL = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
