@@ -1,5 +1,6 @@
-// Runs one thread block at a time: a context per CUDA thread, on one CPU thread. A CUDA thread runs until it
-// waits (barrier, warp collective) or exits; which one runs next is the schedule's choice.
+// Runs the blocks of a grid one after another (those of a cluster together): a context per CUDA thread, on
+// one CPU thread. A CUDA thread runs until it waits (barrier, warp collective) or exits; which one runs next
+// is the schedule's choice.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,12 +20,15 @@ struct Site {
 enum class Order {
   kSequential,  // lowest thread first
   kReversed,    // highest thread first
-  kRandom,      // random ranks for warps and for lanes, redrawn now and then
+  kRandom,      // random ranks for warps and for lanes, redrawn now and then; blocks in random order too
 };
 
 struct Schedule {
   Order order = Order::kSequential;
   uint64_t seed = 0;
+  // The race detector takes a block to begin after the one before has ended, and reports races inside blocks
+  // only.
+  bool blocks_ordered = false;
 };
 
 // The schedule of the launches that follow.
@@ -33,12 +37,17 @@ void set_schedule(Schedule schedule);
 // What was wrong with the last launch, "" if nothing. A launch that failed left its threads where they were.
 const std::string& last_error();
 
-// Runs `threads` CUDA threads that each call body(argument), with threadIdx set from the block's shape. False
-// when something was wrong.
-bool run_block(int threads, size_t shared_bytes, void (*body)(void*), void* argument);
+struct Grid {
+  unsigned blocks = 1;
+  unsigned cluster = 1;           // blocks that run together
+  unsigned shape[3] = {1, 1, 1};  // of a block
+  size_t shared_bytes = 0;
+};
+
+// Runs body(argument) as every CUDA thread of the grid. False when something was wrong.
+bool run_grid(const Grid& grid, void (*body)(void*), void* argument);
 
 // ---- called by CUDA threads
-// -----------------------------------------------------------------------------------
 int lane();
 void block_barrier(Site site);
 void warp_barrier(unsigned mask, Site site);
@@ -62,16 +71,27 @@ void commit_copies();
 // if none.
 bool next_copy(int left, Copy* copy);
 
-// A counter through which blocks order themselves. Blocks run one after the other here, so a target not yet
-// reached is never reached.
-void announce(unsigned* counter);
-void await(const unsigned* counter, unsigned target, Site site);
+// Order between blocks: one that awaits sleeps until another has announced something.
+void announced();
+void wait_for_announcement(const unsigned* counter, unsigned target, Site site);
+
+// Clusters. The same array in the shared memory of another block of the cluster:
+void cluster_barrier(Site site);
+unsigned cluster_rank();
+void* cluster_address(void* mine, unsigned rank, Site site);
+
+// An mbarrier's word, and copies by the asynchronous engine that count down its bytes.
+void mbarrier_init(uint64_t* word, unsigned count, Site site);
+void mbarrier_arrive(uint64_t* word, unsigned expected_bytes, Site site);
+void mbarrier_wait(uint64_t* word, unsigned parity, Site site);
+void issue_bulk_copy(void* to, const void* from, int bytes, uint64_t* mbarrier, Site site);
 
 // Ends the launch with this message.
 [[noreturn]] void fail(const char* what, Site site);
 
-// The index-th shared array of this block: NaN bytes at first, with guards before and behind it.
-void* take_shared(size_t index, size_t bytes);
+// The index-th shared array of this block: NaN bytes at first, with guards before and behind it. On the GPU
+// it takes `reserved` bytes, at least its size.
+void* take_shared(size_t index, size_t bytes, size_t reserved);
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {

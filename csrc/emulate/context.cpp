@@ -5,11 +5,18 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "emulate/races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATE_ASAN 1
 #else
 #define EMULATE_ASAN 0
+#endif
+
+#ifdef EMULATE_RACED
+#include <sanitizer/tsan_interface.h>
 #endif
 
 #if !defined(__x86_64__)
@@ -20,7 +27,7 @@ namespace emulate {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStack = EMULATE_ASAN ? 256 * 1024 : 64 * 1024;
+constexpr size_t kStack = EMULATE_ASAN || kRaced ? 256 * 1024 : 64 * 1024;
 
 // What AddressSanitizer needs to know about the calling thread's stack, learnt when a context first starts.
 [[maybe_unused]] const void* host_bottom = nullptr;
@@ -57,6 +64,9 @@ emulate_swap:
 #endif
 
 Context::~Context() {
+#if EMULATE_ASAN
+  if (stack_) ASAN_UNPOISON_MEMORY_REGION(stack_, kStack);  // it may end in the middle of its functions
+#endif
   if (stack_) munmap(stack_ - kPage, kStack + kPage);
 #if !defined(__x86_64__)
   delete static_cast<ucontext_t*>(stack_pointer_);
@@ -70,6 +80,9 @@ void Context::prepare(void (*entry)()) {
     if (memory == MAP_FAILED) std::abort();
     mprotect(memory, kPage, PROT_NONE);  // overflow faults instead of writing into a neighbour
     stack_ = static_cast<char*>(memory) + kPage;
+#ifdef EMULATE_RACED
+    fiber_ = __tsan_create_fiber(0);
+#endif
   }
 #if defined(__x86_64__)
   // As if begin() had been called from nowhere: six registers to pop, the return address, an aligned frame.
@@ -87,6 +100,12 @@ void Context::prepare(void (*entry)()) {
   context->uc_link = nullptr;
   makecontext(context, &Context::begin, 0);
   stack_pointer_ = context;
+#endif
+}
+
+void Context::adopt_calling_thread() {
+#ifdef EMULATE_RACED
+  fiber_ = __tsan_get_current_fiber();
 #endif
 }
 
@@ -120,6 +139,9 @@ void Context::swap(Context& from, Context& to, bool leaving) {
                                  to.stack_ ? kStack : host_size);
 #else
   static_cast<void>(leaving);
+#endif
+#ifdef EMULATE_RACED
+  __tsan_switch_to_fiber(to.fiber_, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__x86_64__)
   emulate_swap(&from.stack_pointer_, to.stack_pointer_);

@@ -1,4 +1,5 @@
-// A context is a suspended computation with a stack of its own. Switching keeps AddressSanitizer informed.
+// A context is a suspended computation with a stack of its own. Switching keeps AddressSanitizer informed; to
+// ThreadSanitizer each context is a thread, and a switch orders nothing.
 #pragma once
 #include <cstddef>
 
@@ -10,6 +11,9 @@ class Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
   ~Context();
+
+  // To be called on the context of the calling thread before it is switched away from.
+  void adopt_calling_thread();
 
   // Makes this context call `entry` from the start, on its own stack, when it is next switched to. `entry`
   // must not return: its last act is leave_for().
@@ -29,6 +33,7 @@ class Context {
   char* stack_ = nullptr;          // lowest usable byte; nullptr for the calling thread's own stack
   void (*entry_)() = nullptr;
   void* fake_stack_ = nullptr;  // AddressSanitizer's
+  void* fiber_ = nullptr;  // ThreadSanitizer's; outlives the context, which may end in the middle of anything
 };
 
 }  // namespace emulate

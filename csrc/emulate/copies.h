@@ -52,6 +52,15 @@ inline void start_copy(const Copy& copy, Site site) {
   issue_copy(copy, site);
 }
 
+inline void start_bulk_copy(void* to, const void* from, int bytes, uint64_t* mbarrier, Site site) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 ||
+      bytes % 16 != 0)
+    fail("bulk copy whose addresses or size are no multiples of 16 bytes", site);
+  read_and_forget(from, bytes);
+  fill_with_nan(to, bytes);
+  issue_bulk_copy(to, from, bytes, mbarrier, site);
+}
+
 inline void finish_copies(int left) {
   for (Copy copy; next_copy(left, &copy);)
     carry_out(copy);

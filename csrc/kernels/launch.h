@@ -17,6 +17,7 @@ struct Config {
   dim3 block{1};
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks that share their shared memory; above 1 from sm_90 on
 };
 
 // Queues `kernel` on the stream and returns without waiting. Shared memory beyond the default 48 KB is asked
@@ -34,6 +35,14 @@ cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Argument
   native.blockDim = config.block;
   native.dynamicSmemBytes = config.shared_bytes;
   native.stream = config.stream;
+  cudaLaunchAttribute attribute{};
+  if (config.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    native.attrs = &attribute;
+    native.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&native, kernel, std::forward<Arguments>(arguments)...);
 }
 

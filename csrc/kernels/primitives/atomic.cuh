@@ -37,7 +37,8 @@ __device__ inline void announce(unsigned* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
 #ifdef KEEPLORA_EMULATE
-  emulate::announce(counter);
+  __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
+  emulate::announced();
 #else
   __threadfence();  // the barrier has ordered the other threads' writes before it
   atomicAdd(counter, 1u);
@@ -50,7 +51,8 @@ __device__ inline void announce(unsigned* counter) {
 __device__ inline void await(const unsigned* counter, unsigned target) {
   if (threadIdx.x == 0) {
 #ifdef KEEPLORA_EMULATE
-    emulate::await(counter, target, EMULATE_SITE);
+    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < target)
+      emulate::wait_for_announcement(counter, target, EMULATE_SITE);
 #else
     unsigned reached;
     do {

@@ -21,7 +21,7 @@ class SharedArena {
   template <typename T>
   __device__ T* take(size_t count) {
 #ifdef KEEPLORA_EMULATE
-    return static_cast<T*>(emulate::take_shared(taken_++, shared_bytes<T>(count)));
+    return static_cast<T*>(emulate::take_shared(taken_++, count * sizeof(T), shared_bytes<T>(count)));
 #else
     extern __shared__ __align__(16) unsigned char arena[];
     T* array = reinterpret_cast<T*>(arena + taken_);
