@@ -26,7 +26,7 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 
 // Set by the scheduler whenever another CUDA thread starts to run.
 inline uint3 threadIdx, blockIdx;
