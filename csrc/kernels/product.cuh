@@ -92,6 +92,35 @@ struct Tiles {
       : left(arena.take<S>(kStages * kLeft)), right(arena.take<S>(kStages * kRight)) {}
 };
 
+// Brings Left [row.., depth] and Right [depth, column..] through shared memory, over depths [from, to), and
+// calls use(left tile, right tile, depths in it) on one pair of tiles after the other. The whole block must
+// call, and meet at a barrier before it uses the tiles again.
+template <int kLeftLines, int kRightLines, typename Left, typename Right, typename SL, typename SR,
+          typename Use>
+__device__ void stream_tiles(const Left& left, int row, const Right& right, int column, int from, int to,
+                             SL* left_tiles, SR* right_tiles, Use&& use) {
+  constexpr int kLeft = Left::template kTile<kLeftLines>, kRight = Right::template kTile<kRightLines>;
+  const int steps = ceil_div(max(0, to - from), kDepth);
+  const auto fetch = [&](int step) {
+    if (step < steps) {
+      const int stage = step % kStages, depth = from + step * kDepth;
+      left.template fetch<kLeftLines>(left_tiles + stage * kLeft, row, depth, to);
+      right.template fetch<kRightLines>(right_tiles + stage * kRight, column, depth, to);
+    }
+    copy_commit();
+  };
+  for (int step = 0; step < kStages - 1; ++step)
+    fetch(step);
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<kStages - 2>();
+    __syncthreads();  // this step's tiles are there for all, and all are done with the tiles fetched over
+                      // next
+    fetch(step + kStages - 1);
+    const int stage = step % kStages;
+    use(left_tiles + stage * kLeft, right_tiles + stage * kRight, min(kDepth, to - from - step * kDepth));
+  }
+}
+
 // One block's tile of C. Element [m][n][i] of this lane lies at row(m, i), column(n, i) of the tile.
 template <typename T, int kRowTiles>
 struct Sum {
@@ -120,27 +149,10 @@ struct Sum {
   template <typename Left, typename Right, typename SL, typename SR>
   __device__ void add_product(const Left& left, int row, const Right& right, int column, int from, int to,
                               SL* left_tiles, SR* right_tiles) {
-    constexpr int kLeft = Left::template kTile<kRows>, kRight = Right::template kTile<kColumns>;
-    const int steps = ceil_div(max(0, to - from), kDepth);
-    const auto fetch = [&](int step) {
-      if (step < steps) {
-        const int stage = step % kStages, depth = from + step * kDepth;
-        left.template fetch<kRows>(left_tiles + stage * kLeft, row, depth, to);
-        right.template fetch<kColumns>(right_tiles + stage * kRight, column, depth, to);
-      }
-      copy_commit();
-    };
-    for (int step = 0; step < kStages - 1; ++step)
-      fetch(step);
-    for (int step = 0; step < steps; ++step) {
-      copy_wait<kStages - 2>();
-      __syncthreads();  // this step's tiles are there for all, and all are done with the tiles fetched over
-                        // next
-      fetch(step + kStages - 1);
-      const int stage = step % kStages;
-      add_tile<Left, Right>(left_tiles + stage * kLeft, right_tiles + stage * kRight,
-                            min(kDepth, to - from - step * kDepth));
-    }
+    stream_tiles<kRows, kColumns>(left, row, right, column, from, to, left_tiles, right_tiles,
+                                  [&](const auto* left_tile, const auto* right_tile, int depth) {
+                                    add_tile<Left, Right>(left_tile, right_tile, depth);
+                                  });
   }
 
  private:
