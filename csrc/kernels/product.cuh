@@ -121,10 +121,11 @@ __device__ void stream_tiles(const Left& left, int row, const Right& right, int 
   }
 }
 
-// One block's tile of C. Element [m][n][i] of this lane lies at row(m, i), column(n, i) of the tile.
-template <typename T, int kRowTiles>
-struct Sum {
-  static constexpr int kRows = 16 * kRowTiles;
+// One block's tile of C, 16 kRowTiles rows and 32 kColumnTiles columns. Element [m][n][i] of this lane lies
+// at row(m, i), column(n, i) of the tile.
+template <typename T, int kRowTiles, int kColumnTiles>
+struct Elements {
+  static constexpr int kRows = 16 * kRowTiles, kColumns = 8 * kColumnTiles * kProductWarps;
   T value[kRowTiles][kColumnTiles][4] = {};
 
   static __device__ int row(int m, int i) { return 16 * m + threadIdx.x % kWarp / 4 + i / 2 * 8; }
@@ -143,6 +144,13 @@ struct Sum {
         for (int i = 0; i < 4; ++i)
           f(row(m, i), column(n, i), value[m][n][i]);
   }
+};
+
+// A tile of C in the precision of T.
+template <typename T, int kRowTiles>
+struct Sum : Elements<T, kRowTiles, kColumnTiles> {
+  using Elements<T, kRowTiles, kColumnTiles>::kRows;
+  using Elements<T, kRowTiles, kColumnTiles>::value;
 
   // Adds Left [row.., depth] Right [depth, column..] over depths [from, to). The whole block must call, and
   // meet at a barrier before it uses the tiles again.

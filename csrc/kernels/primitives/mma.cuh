@@ -18,15 +18,16 @@ namespace gpu {
 #ifdef KEEPLORA_EMULATE
 namespace lanes {
 
-// What one lane brings to a product of depth `kDepth`; rows and columns as above, 4 deep per register.
+// What one lane brings to a product: rows and columns as above, `kPer` numbers per register.
 template <typename T, int kA, int kB>
 struct Share {
   T a[kA], b[kB];
 };
 
 // C += A B for this lane's four elements: exact products, added in the order of the depth, rounded once to T.
-// (The hardware rounds more often and, for TF32, towards zero.)
-template <typename T, typename Stored, int kA, int kB, typename Value>
+// value(register, i) is the i-th number of a register. (The hardware rounds more often and, for TF32 and
+// 16-bit numbers, towards zero.)
+template <int kPer = 1, typename T, typename Stored, int kA, int kB, typename Value>
 void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value value, emulate::Site site) {
   Share<Stored, kA, kB> mine;
   std::memcpy(mine.a, a, sizeof(a));
@@ -37,9 +38,11 @@ void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value val
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
     long double sum = c[i];
-    for (int k = 0; k < 4 * kB; ++k)
-      sum += static_cast<long double>(value(all[4 * row + k % 4].a[upper + 2 * (k / 4)])) *
-             value(all[4 * column + k % 4].b[k / 4]);
+    for (int k = 0; k < 4 * kPer * kB; ++k) {
+      const int from = k / kPer % 4, at = k / (4 * kPer);
+      sum += static_cast<long double>(value(all[4 * row + from].a[upper + 2 * at], k % kPer)) *
+             value(all[4 * column + from].b[at], k % kPer);
+    }
     c[i] = static_cast<T>(sum);
   }
 }
@@ -50,9 +53,23 @@ void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value val
 // 16 x 8 x 8 of TF32 numbers: floats of which only the upper 19 bits count.
 __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef KEEPLORA_EMULATE
-  lanes::multiply(c, a, b, [](uint32_t bits) { return float_of(bits & 0xffffe000u); }, EMULATE_SITE);
+  lanes::multiply(c, a, b, [](uint32_t bits, int) { return float_of(bits & 0xffffe000u); }, EMULATE_SITE);
 #else
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// 16 x 8 x 16 of bfloat16 numbers: as above with two numbers per register, those of depths 2 col and 2 col +
+// 1 where one number has depth col, and depths 8 further on where it has 4.
+__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef KEEPLORA_EMULATE
+  const auto value = [](uint32_t bits, int i) { return float_of(i ? bits & 0xffff0000u : bits << 16); };
+  lanes::multiply<2>(c, a, b, value, EMULATE_SITE);
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -62,7 +79,7 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
 // 16 x 8 x 8 of doubles: four 8 x 8 x 4 products.
 __device__ inline void mma_f64(double (&c)[4], const double (&a)[4], const double (&b)[2]) {
 #ifdef KEEPLORA_EMULATE
-  lanes::multiply(c, a, b, [](double x) { return x; }, EMULATE_SITE);
+  lanes::multiply(c, a, b, [](double x, int) { return x; }, EMULATE_SITE);
 #else
 #pragma unroll
   for (int k = 0; k < 2; ++k)
