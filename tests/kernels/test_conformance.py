@@ -1,0 +1,84 @@
+"""csrc/conformance must be able to fail: a mistake planted in a primitive has to show in that primitive's line."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRIMITIVES = Path("csrc", "kernels", "primitives")
+FLAGS = ["-std=c++20", "-O1", "-DKEEPLORA_EMULATE"]
+
+# primitive file, what is there, what is planted, the line that must say DIFFERS
+MISTAKES = [
+    ("warp.cuh", "offset > 0; offset /= 2", "offset > 1; offset /= 2", "warp_sum, block_sum, float"),
+    ("warp.cuh", "upper ? values[i] : values[i + half]", "values[i]", "warp_sum_transposed"),
+    ("block.cuh", "__syncthreads();  // every warp", "//", "warp_sum, block_sum"),
+    ("shared.cuh", "take_shared(taken_++", "take_shared(taken_", "SharedArena"),
+    ("mma.cuh", "column = 2 * (lane % 4) + i % 2", "column = lane % 4 + 4 * (i % 2)", "mma_tf32"),
+    ("mma.cuh", "float_of(bits & 0xffffe000u)", "float_of(bits)", "mma_tf32"),
+    ("mma.cuh", "if constexpr (!kExactA) mma_tf32(c, a.small, b.large);", "", "multiply_add, split floats"),
+    ("convert.cuh", "0x7fff + (bits >> 16 & 1)", "0x8000", "narrow, float to bfloat16"),
+    ("convert.cuh", "0xfff + (low >> 13 & 1)", "0x1000", "narrow, float to float16"),
+    ("convert.cuh", "if (y != 0) y =", "if (false) y =", "narrow, double to bfloat16"),
+    ("async.cuh", "kBytes, valid_bytes}, EMULATE_SITE", "kBytes, kBytes}, EMULATE_SITE", "copy_async, 16 bytes"),
+    ("async.cuh", "finish_copies(kLeft)", "finish_copies(kLeft + 1)", "copy_async, 4 bytes"),
+    ("atomic.cuh", "__atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);", "", "take_ticket"),
+    ("cluster.cuh", "return emulate::cluster_rank();", "return 0;", "cluster_sync"),
+    ("async.cuh", "emulate::mbarrier_wait(mbarrier_word(mbarrier), parity, EMULATE_SITE);", "", "mbarrier, bulk_copy"),
+]
+
+
+def run(*command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """The emulator without kernels, compiled once."""
+    folder = tmp_path_factory.mktemp("emulator")
+    csrc = ROOT / "csrc"
+    names = ("block", "context", "copies", "scheduler", "warp")
+    for name in names:
+        include = ["-I", csrc, "-I", csrc / "emulate" / "include"]
+        done = run("g++", *FLAGS, *include, "-c", csrc / "emulate" / f"{name}.cpp", "-o", folder / f"{name}.o")
+        assert done.returncode == 0, done.stderr
+    return [folder / f"{name}.o" for name in names]
+
+
+def conformance(folder, objects):
+    """Build the program from the sources in ``folder`` and run it."""
+    include = ["-I", folder / "csrc", "-I", folder / "csrc" / "emulate" / "include"]
+    program = folder / "csrc" / "conformance" / "conformance.cu"
+    done = run("g++", *FLAGS, *include, "-xc++", program, "-xnone", *objects, "-o", folder / "conformance")
+    assert done.returncode == 0, done.stderr
+    return run(folder / "conformance")
+
+
+def test_primitives_are_as_defined(objects):
+    names = [path.stem for path in (ROOT / PRIMITIVES).glob("*.cuh")]
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "conformance").iterdir())
+    assert not [name for name in names if f'"kernels/primitives/{name}.cuh"' not in text]
+    assert {f"{name}.cuh" for name in names} == {file for file, *_ in MISTAKES}
+
+
+@pytest.mark.parametrize(
+    ("file", "there", "planted", "line"),
+    [("warp.cuh", "", "", None), *MISTAKES],
+    ids=["the real sources", *(f"{line.split(',')[0]}, {there[:24]}" for _, there, _, line in MISTAKES)],
+)
+def test_mistake_shows(tmp_path, objects, file, there, planted, line):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / PRIMITIVES / file
+    original = path.read_text()
+    assert there in original, f"{file} no longer contains {there!r}: update the mistake"
+    path.write_text(original.replace(there, planted) if there else original)
+    done = conformance(tmp_path, objects)
+    wrong = [text for text in done.stdout.splitlines() if "DIFFERS" in text]
+    if line is None:
+        assert done.returncode == 0, done.stdout
+        assert not wrong
+    else:
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert any(text.startswith(line) for text in wrong), wrong
