@@ -2,8 +2,10 @@
 
 from .adapter import LoraAdapter, LoraHost
 from .attention import LoraAttention, attend
+from .features import FeatureStatistic, TokenMask, feature_statistics
+from .gradients import mean_gradients, sketch_widths
 from .linear import LoraLinear
-from .statistics import FeatureStatistic, TokenMask, feature_statistics, mean_gradients
+from .passes import first_batches
 from .targets import Target, attention_targets, depth_positions, linear_targets, select_targets
 from .wrap import LoraSlot, unwrap, wrap
 
@@ -20,9 +22,11 @@ __all__ = [
     "attention_targets",
     "depth_positions",
     "feature_statistics",
+    "first_batches",
     "linear_targets",
     "mean_gradients",
     "select_targets",
+    "sketch_widths",
     "unwrap",
     "wrap",
 ]

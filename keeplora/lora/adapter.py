@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
-__all__ = ["LoraAdapter", "LoraHost", "Observer"]
+__all__ = ["LoraAdapter", "LoraHost", "Observer", "Tap"]
 
 Observer = Callable[["LoraHost", Mapping[str, Tensor]], None]
 """Called in every forward with the input of each slot of the layer; slots that share an input get one tensor."""
+
+Rows = tuple[int, int] | None
+"""A row range, or None for all."""
+
+Tap = Callable[["LoraHost", Tensor, Tensor, Mapping[str, Rows]], Tensor]
+"""``tap(host, x, y, columns)`` stands in for an output y of the layer; ``columns`` tells each slot's share of y."""
 
 
 class LoraAdapter(nn.Module):
@@ -75,16 +81,18 @@ class LoraHost(nn.Module):
     """
 
     adapters: nn.ModuleDict
-    slots: dict[str, tuple[str, tuple[int, int] | None]]
+    slots: dict[str, tuple[str, Rows]]
     observer: Observer | None
+    tap: Tap | None
 
     def _init_host(self) -> None:
         self.adapters = nn.ModuleDict()
         self.slots = {}
         self.observer = None
+        self.tap = None
         self._masters: dict[str, Tensor] = {}
 
-    def add_slot(self, slot: str, parameter: str, rows: tuple[int, int] | None) -> None:
+    def add_slot(self, slot: str, parameter: str, rows: Rows) -> None:
         weight = getattr(self, parameter, None)
         if not isinstance(weight, Tensor):
             raise ValueError(f"add_slot: parameter must be a weight of {type(self).__name__}, got {parameter!r}")
@@ -159,6 +167,9 @@ class LoraHost(nn.Module):
         if self.observer is not None:
             self.observer(self, inputs)
 
+    def _tapped(self, y: Tensor, x: Tensor, columns: Mapping[str, Rows]) -> Tensor:
+        return y if self.tap is None else self.tap(self, x, y, columns)
+
     def _add_deltas(self, y: Tensor, x: Tensor, parameter: str) -> Tensor:
         """Add the adapters of the slots of ``parameter`` to ``y = x Wᵀ + b``; all of them read the same x."""
         for slot, adapter in self.adapters.items():
@@ -169,7 +180,7 @@ class LoraHost(nn.Module):
                     y = y + delta
                 else:
                     y[..., rows[0] : rows[1]] += delta
-        return y
+        return self._tapped(y, x, {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -143,7 +143,8 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
             else:
                 weight = getattr(self, f"{slot}_weight")
             y = F.linear(x, weight, bias[i])
-            outputs.append(y + self.adapters[slot](x) if slot in self.adapters else y)
+            y = y + self.adapters[slot](x) if slot in self.adapters else y
+            outputs.append(self._tapped(y, x, {slot: None}) if slot in self.slots else y)
         return outputs
 
     def _mask(

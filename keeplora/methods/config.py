@@ -41,6 +41,11 @@ class KeepLoraConfig:
         feature_statistic: ``"second_moment"``, or ``"slot_mean"`` as in the public CLIP code (for parity runs).
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
+        data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
+            loader must have a length.
+        gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` rows of random
+            combinations of each; ``"auto"`` sketches where exact sums would pass ``memory_budget``.
+        memory_budget: Bytes for the gradient statistics; 20 % of what is free on the device if None.
         seed: Of the randomised decompositions.
 
     Raises:
@@ -61,6 +66,9 @@ class KeepLoraConfig:
     weight_side: Literal["input", "output"] = "input"
     feature_statistic: Literal["second_moment", "slot_mean"] = "second_moment"
     init_b: Literal["zero", "gradient"] = "zero"
+    data_fraction: float = 1.0
+    gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
+    memory_budget: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,12 +91,23 @@ class KeepLoraConfig:
             "weight_side": ("input", "output"),
             "feature_statistic": ("second_moment", "slot_mean"),
             "init_b": ("zero", "gradient"),
+            "gradient_statistic": ("auto", "exact", "sketch"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+
+        if self.init_b == "gradient" and self.gradient_statistic == "sketch":
+            raise ValueError(
+                'KeepLoraConfig: gradient_statistic must be "exact" or "auto" with init_b="gradient", got "sketch": '
+                "a sketch does not know the gradient's left singular vectors"
+            )
+        if not 0 < self.data_fraction <= 1:
+            raise ValueError(f"KeepLoraConfig: data_fraction must lie in (0, 1], got {self.data_fraction}")
+        if self.memory_budget is not None and (isinstance(self.memory_budget, bool) or self.memory_budget < 0):
+            raise ValueError(f"KeepLoraConfig: memory_budget must be a number of bytes, got {self.memory_budget!r}")
 
     def _check_fractions(self, name: str, value: PerTower) -> None:
         values = value.items() if isinstance(value, Mapping) else [("every tower", value)]

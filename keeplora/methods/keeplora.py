@@ -19,8 +19,10 @@ from keeplora.lora import (
     Target,
     depth_positions,
     feature_statistics,
+    first_batches,
     mean_gradients,
     select_targets,
+    sketch_widths,
     unwrap,
     wrap,
 )
@@ -149,7 +151,21 @@ class KeepLora(Method):
             )
         if not callable(loss_fn):
             raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
-        gradients = mean_gradients(self.model, self.slots, loader, loss_fn)
+        config = self.config
+        widths = sketch_widths(
+            self.slots,
+            config.r,
+            kind="exact" if config.init_b == "gradient" else config.gradient_statistic,
+            memory_budget=config.memory_budget,
+        )
+        gradients = mean_gradients(
+            self.model,
+            self.slots,
+            first_batches(loader, config.data_fraction),
+            loss_fn,
+            widths=widths,
+            seed=config.seed,
+        )
         with full_precision(self.slots[0].weight.device):
             protected = self._protected or self._protect_weights()
             bases = [p.basis for p in protected]

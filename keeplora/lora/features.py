@@ -1,9 +1,8 @@
-"""What a method learns from one pass over a task's data: gradients and input features of the adapted weights."""
+"""Feature statistics: the second moment of the adapted layers' inputs over one pass of a task's data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from keeplora.math.precision import full_precision
 from keeplora.ops.gram import gram
 
-from .adapter import LoraHost, Observer
+from .adapter import LoraHost
+from .passes import evaluating, observing
 from .wrap import LoraSlot
 
-__all__ = ["FeatureStatistic", "TokenMask", "feature_statistics", "mean_gradients"]
+__all__ = ["FeatureStatistic", "TokenMask", "feature_statistics"]
 
 Forward = Callable[[nn.Module, Any], Any]
 TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
@@ -32,80 +32,6 @@ class FeatureStatistic:
 
     moment: Tensor
     tokens: int
-
-
-def mean_gradients(
-    model: nn.Module,
-    slots: Sequence[LoraSlot],
-    loader: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-) -> list[Tensor]:
-    r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data.
-
-    .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) \quad [\text{out}, \text{in}]
-
-    Only the weights that hold slots get gradients. Sums are float32 on the weight's device; the model runs in
-    ``eval()`` and is left as it was: no update, no ``.grad``, same flags.
-
-    Raises:
-        ValueError: the loader is empty; the loss is not a finite scalar (the batch is named).
-        RuntimeError: the loss has no gradient to any of the slots' weights, or the model reads an adapted weight
-            without calling its layer (an adapter there would do nothing).
-    """
-    keys = list(dict.fromkeys((slot.host, slot.host.slots[slot.slot][0]) for slot in slots))
-    weights: list[nn.Parameter] = [getattr(host, name) for host, name in keys]
-    totals = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in weights]
-    called: set[LoraHost] = set()
-    touched = [False] * len(weights)
-    batches = 0
-    with (
-        _evaluating(model),
-        _only_these_require_grad(model, weights),
-        _observing([host for host, _ in keys], lambda host, _: called.add(host)),
-        torch.enable_grad(),
-    ):
-        for index, batch in enumerate(loader):
-            loss = loss_fn(model, batch)
-            _check_loss("mean_gradients", loss, index)
-            if not loss.requires_grad:
-                raise RuntimeError(_NO_GRADIENT)
-            for i, gradient in enumerate(torch.autograd.grad(loss, weights, allow_unused=True)):
-                if gradient is not None:
-                    touched[i] = True
-                    totals[i] += gradient
-            batches += 1
-    if batches == 0:
-        raise ValueError(
-            "mean_gradients: loader must yield at least one batch, got none. "
-            "A generator can be used once: pass a loader that can be iterated again."
-        )
-    if not any(touched):
-        raise RuntimeError(_NO_GRADIENT)
-    for slot in slots:
-        if slot.host not in called and touched[keys.index((slot.host, slot.host.slots[slot.slot][0]))]:
-            raise RuntimeError(
-                f"mean_gradients: adapted layers must be called, got one whose weight is read without a call "
-                f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
-            )
-    gradients = {key: total / batches for key, total in zip(keys, totals, strict=True)}
-    result = []
-    for slot in slots:
-        parameter, rows = slot.host.slots[slot.slot]
-        gradient = gradients[slot.host, parameter]
-        gradient = gradient if rows is None else gradient[rows[0] : rows[1]]
-        if not torch.isfinite(gradient).all():
-            raise ValueError(
-                f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
-                "Lower the loss scale, or run this pass in float32 or bfloat16."
-            )
-        result.append(gradient)
-    return result
-
-
-_NO_GRADIENT = (
-    "mean_gradients: the loss must depend on the adapted weights, got no gradient to any of them. "
-    "Check that loss_fn runs the model it is given and does not detach or no_grad its output."
-)
 
 
 @torch.no_grad()
@@ -138,7 +64,7 @@ def feature_statistics(
         raise ValueError(f"feature_statistics: kind must be 'second_moment' or 'slot_mean', got {kind!r}")
     collector = _Collector(slots, kind, token_mask)
     batches = 0
-    with _evaluating(model), _observing(list(collector.by_host), collector.observe):
+    with evaluating(model), observing(list(collector.by_host), collector.observe):
         for index, batch in enumerate(loader):
             collector.batch = index
             forward(model, batch)
@@ -220,55 +146,3 @@ class _Collector:
                 ]
             result.append(parts[0])
         return result
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _check_loss(function: str, loss: Any, index: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
-            "Reduce the loss, for example with .mean()."
-        )
-    if not torch.isfinite(loss).all():
-        raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")
-
-
-@contextmanager
-def _observing(hosts: Sequence[LoraHost], observer: Observer) -> Iterator[None]:
-    for host in hosts:
-        host.observer = observer
-    try:
-        yield
-    finally:
-        for host in hosts:
-            host.observer = None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() with every module's own mode restored: dropout and batch statistics must not enter, nor change."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _only_these_require_grad(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

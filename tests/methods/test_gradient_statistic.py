@@ -1,0 +1,46 @@
+"""How KeepLora gathers a task's gradient: exactly or sketched, from all of the data or a part."""
+
+import pytest
+import torch
+from torch import nn
+
+from keeplora import KeepLora, KeepLoraConfig
+from keeplora.lora import mean_gradients
+
+
+def test_sketched_gradients_find_nearly_the_same_directions():
+    """Energy of the gradient in the adapter's rows, beside what exact gradients give; the rest of the task works."""
+    captured = {}
+    for statistic in ("exact", "sketch"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 40))
+        truth = torch.randn(24, 40)
+        data = [(x, (x @ truth).argmax(1)) for x in torch.randn(4, 32, 24) * torch.arange(1, 25) ** -1.0]
+
+        def loss_fn(model, batch):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        config = KeepLoraConfig(r=2, target_modules="all-linear", feature_energy=0.5, gradient_statistic=statistic)
+        keeper = KeepLora(model, config)
+        gradients = mean_gradients(model, keeper.slots, data, loss_fn)
+        keeper.before_task(data, loss_fn)
+        captured[statistic] = [
+            ((g @ slot.adapter.A.T).norm() / g.norm()).item() for g, slot in zip(gradients, keeper.slots, strict=True)
+        ]
+        assert keeper.after_task(data).leak <= 1e-6
+    for exact, sketched in zip(captured["exact"], captured["sketch"], strict=True):
+        assert exact * 0.97 <= sketched <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_statistic": "dense"}, "gradient_statistic must be one of auto, exact, sketch, got 'dense'"),
+        ({"gradient_statistic": "sketch", "init_b": "gradient"}, 'must be "exact" or "auto" with init_b="gradient"'),
+        ({"data_fraction": 0.0}, r"data_fraction must lie in \(0, 1\], got 0.0"),
+        ({"memory_budget": -1}, "memory_budget must be a number of bytes, got -1"),
+    ],
+)
+def test_gradient_settings_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        KeepLoraConfig(**options)
