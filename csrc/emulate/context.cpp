@@ -109,6 +109,15 @@ void Context::adopt_calling_thread() {
 #endif
 }
 
+void Context::release([[maybe_unused]] void* tag) {
+#ifdef EMULATE_RACED
+  void* const me = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber_, __tsan_switch_to_fiber_no_sync);
+  __tsan_release(tag);
+  __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
 void Context::begin() {
 #if EMULATE_ASAN
   const void* bottom;

@@ -19,6 +19,9 @@ class Context {
   // must not return: its last act is leave_for().
   void prepare(void (*entry)());
 
+  // Tells ThreadSanitizer that what this suspended context wrote happens before whatever acquires the tag.
+  void release(void* tag);
+
   // Suspends the running context `from` and continues `to`.
   static void switch_to(Context& from, Context& to);
 

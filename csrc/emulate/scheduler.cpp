@@ -5,8 +5,16 @@
 #include <algorithm>
 #include <map>
 #include <random>
+#include <utility>
 
 #include "emulate/races.h"
+
+#ifdef EMULATE_RACED
+// The first race ends the program, and nothing that lives until its end is worth a second's wait.
+extern "C" const char* __tsan_default_options() {
+  return "halt_on_error=1:atexit_sleep_ms=0";
+}
+#endif
 
 namespace emulate {
 
@@ -183,10 +191,11 @@ void yield() {
   if (&next != me.context) Context::switch_to(*me.context, next);
 }
 
-void stop(const std::string& what) {
+void stop(std::string what) {
   const Thread& me = threads[current];
-  error = what + " (thread " + std::to_string(me.index) + " of block " + std::to_string(me.block->number) +
-          " at " + place(me.site) + ")";
+  error = std::move(what);
+  error += " (thread " + std::to_string(me.index) + " of block " + std::to_string(me.block->number) + " at " +
+           place(me.site) + ")";
   Context::leave_for(*me.context, host);
 }
 
@@ -209,7 +218,10 @@ void run_threads(unsigned set, void (*body)(void*), void* argument) {
   make_current(pick());
   host.adopt_calling_thread();
   Context::switch_to(host, *threads[current].context);
-  if (!error.empty()) mine.clear();  // threads that never ended lie on these stacks
+  if (error.empty()) return;
+  for (const Thread& thread : threads)
+    thread.context->release(&launch_ends);
+  mine.clear();  // threads that never ended lie on these stacks
 }
 
 }  // namespace emulate

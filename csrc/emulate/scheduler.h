@@ -77,8 +77,9 @@ void wake(Thread& thread);
 // Gives up the CPU until the running thread is ready. Its state says what it waits for.
 void yield();
 
-// Ends the launch from inside a CUDA thread: the host goes on, the other threads never do.
-[[noreturn]] void stop(const std::string& what);
+// Ends the launch from inside a CUDA thread: the host goes on, the other threads never do, and nothing on
+// their stacks is destroyed (so the text is taken by value).
+[[noreturn]] void stop(std::string what);
 
 // Runs the threads, which are set up except for their contexts, until all are done. `set` chooses among the
 // sets of contexts: neighbouring blocks use different ones, or the race detector would take two threads for
