@@ -48,7 +48,8 @@ def feature_statistics(
 
     .. math:: C = \sum_{\text{tokens}} x^\top x \quad [\text{in}, \text{in}]
 
-    Slots that read the same tensor (q, k and v of self-attention) share one statistic: the same object.
+    Slots that read the same tensor one after the other (q, k and v of self-attention, whether one layer or three) share
+    one statistic: the same object.
     ``kind="slot_mean"`` averages ``xᵀ`` over batches position by position before taking the second moment, as the
     public code of KeepLoRA does; its rank then depends on the number of batches.
 
@@ -68,6 +69,7 @@ def feature_statistics(
         for index, batch in enumerate(loader):
             collector.batch = index
             forward(model, batch)
+            collector.flush()
             batches += 1
     if batches == 0:
         raise ValueError(
@@ -77,64 +79,95 @@ def feature_statistics(
     return collector.result()
 
 
+@dataclass
+class _Input:
+    """A tensor that layers were given, and what it adds to a sum."""
+
+    x: Tensor
+    version: int  # counts changes in place
+    part: Tensor
+    tokens: int
+    slots: set[LoraSlot]
+
+    def is_same(self, x: Tensor, slot: LoraSlot) -> bool:
+        """Whether ``slot`` reads it too: the same tensor, unchanged, in a layer that has not read it yet."""
+        return x is self.x and _version(x) == self.version and slot not in self.slots
+
+
 class _Collector:
-    """Accumulates one statistic per distinct input: a set of slots of one layer that were given one tensor."""
+    """Accumulates one statistic per distinct input: a set of slots, of any layers, that were given one tensor.
+
+    Layers that share an input are called one after the other, so the slots of the last tensor are collected until
+    another one comes; then its moment joins that of the same set of slots.
+    """
 
     def __init__(self, slots: Sequence[LoraSlot], kind: str, token_mask: TokenMask | None):
         self.slots, self.kind, self.token_mask = slots, kind, token_mask
         self.by_host: dict[LoraHost, dict[str, LoraSlot]] = {}
         for slot in slots:
             self.by_host.setdefault(slot.host, {})[slot.slot] = slot
-        self.moments: dict[tuple[LoraHost, frozenset[str]], Tensor] = {}
-        self.counts: dict[tuple[LoraHost, frozenset[str]], int] = {}
+        self.sums: dict[frozenset[LoraSlot], Tensor] = {}
+        self.counts: dict[frozenset[LoraSlot], int] = {}
         self.batch = 0
+        self.last: _Input | None = None
 
+    @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
+    @torch.no_grad()
     def observe(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
-        mine = self.by_host[host]
-        groups: dict[int, list[str]] = {}
         for name, x in inputs.items():
-            if name in mine:
-                groups.setdefault(id(x), []).append(name)
-        for names in groups.values():
-            x, slot = inputs[names[0]].detach(), mine[names[0]]
-            mask = None if self.token_mask is None else self.token_mask(slot, x)
-            rows = x.flatten(0, -2) if mask is None else x[mask]
-            self.accumulate((host, frozenset(names)), slot, rows)
+            if name not in self.by_host[host]:
+                continue
+            slot = self.by_host[host][name]
+            if self.last is None or not self.last.is_same(x, slot):
+                self.flush()
+                mask = None if self.token_mask is None else self.token_mask(slot, x)
+                rows = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
+                self.check(rows, slot)
+                self.last = _Input(x, _version(x), self.part(rows), rows.shape[0], set())
+            self.last.slots.add(slot)
 
-    def accumulate(self, key: tuple[LoraHost, frozenset[str]], slot: LoraSlot, rows: Tensor) -> None:
+    def check(self, rows: Tensor, slot: LoraSlot) -> None:
         if not torch.isfinite(rows).all():
             raise ValueError(
                 f"feature_statistics: features must be finite, got NaN or Inf in batch {self.batch} [{slot.name}]"
             )
-        moment = self.moments.get(key)
-        if moment is not None and moment.shape[1] != rows.shape[1]:
+        if rows.shape[1] != slot.weight.shape[1]:
             raise ValueError(
-                f"feature_statistics: features must keep their width, got {rows.shape[1]} after "
-                f"{moment.shape[1]} in batch {self.batch} [{slot.name}]"
+                f"feature_statistics: features must have the layer's {slot.weight.shape[1]} columns, got "
+                f"{rows.shape[1]} in batch {self.batch} [{slot.name}]"
             )
-        self.counts[key] = self.counts.get(key, 0) + rows.shape[0]
-        if self.kind == "second_moment":
-            with full_precision(rows.device):
-                self.moments[key] = gram(rows, out=moment)[0]
+
+    def part(self, rows: Tensor) -> Tensor:
+        """This call's share of the sum: ``xᵀx``, or x itself for the mean of positions."""
+        if self.kind == "slot_mean":
+            return rows.to(torch.float32, copy=True)
+        with full_precision(rows.device):
+            return gram(rows)[0]
+
+    def flush(self) -> None:
+        """Add what the last input gave to the sum of the slots that were given it."""
+        if self.last is None:
             return
-        wide = rows.float()
-        if moment is None:
-            self.moments[key] = wide.clone()
-        else:
-            shared = min(len(moment), len(wide))
-            moment[:shared] += wide[:shared]
+        key, part = frozenset(self.last.slots), self.last.part
+        self.counts[key] = self.counts.get(key, 0) + self.last.tokens
+        total = self.sums.setdefault(key, part)
+        if total is not part:
+            if len(part) > len(total):  # positions that no batch had so far
+                total, part = part, total
+                self.sums[key] = total
+            total[: len(part)] += part
+        self.last = None
 
     def result(self) -> list[FeatureStatistic]:
-        finished: dict[tuple[LoraHost, frozenset[str]], FeatureStatistic] = {}
-        for key, moment in self.moments.items():
+        finished: dict[frozenset[LoraSlot], FeatureStatistic] = {}
+        for key, moment in self.sums.items():
             if self.kind == "slot_mean":
                 mean = moment / (self.batch + 1)
                 moment = mean.T @ mean
             finished[key] = FeatureStatistic(moment, self.counts[key])
         result = []
         for slot in self.slots:
-            parts = [s for (host, names), s in finished.items() if host is slot.host and slot.slot in names]
-            parts = [part for part in parts if part.tokens]
+            parts = [statistic for key, statistic in finished.items() if slot in key and statistic.tokens]
             if not parts:
                 raise ValueError(
                     f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
@@ -146,3 +179,7 @@ class _Collector:
                 ]
             result.append(parts[0])
         return result
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # inference tensors do not count

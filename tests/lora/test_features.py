@@ -102,6 +102,50 @@ def test_statistics_of_a_layer_called_with_shared_and_separate_inputs():
     assert_rounded(k.moment, 5 * second, terms=25, what="k")
 
 
+class Separate(nn.Module):
+    """q, k and v as three layers, as transformers has them; ``change`` may write into their input in between."""
+
+    def __init__(self, change=lambda x: x):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.change = change
+
+    def forward(self, x):
+        q = self.q_proj(x)
+        k, v = self.k_proj(self.change(x)), self.v_proj(x)
+        return self.o_proj(q + k + v)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_separate_layers_share_the_statistic_of_their_common_input(inference):
+    model = Separate()
+    slots = wrap(model, linear_targets(model))
+    data = batches()
+
+    def forward(model, batch):
+        with torch.inference_mode(inference):
+            return model(batch)
+
+    q, k, v, out = feature_statistics(model, slots, data, forward)
+    assert q is k is v is not out
+    x = torch.cat(data).double().flatten(0, 1)
+    assert_rounded(q.moment, x.T @ x, terms=36, what="qkv")
+    assert q.tokens == 36
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(2), lambda x: 2 * x], ids=["in place", "copy"])
+def test_layers_with_changed_inputs_do_not_share(change):
+    model = Separate(change)
+    slots = wrap(model, linear_targets(model))
+    x = torch.randn(1, 5, WIDTH)
+    exact = x[0].double().T @ x[0].double()
+    q, k, v, _ = feature_statistics(model, slots, [x], lambda model, batch: model(batch))
+    assert_rounded(q.moment, exact, terms=5, what="q")
+    assert_rounded(k.moment, 4 * exact, terms=5, what="k")
+    assert k is not q
+    assert v is not q
+
+
 def _broken(value):
     data = batches()
     data[1][0, 0, 0] = value
