@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from bench.harness import Case, Row, run
+from bench.table import markdown, text
+
+KERNELS = {"B4", "B5", "B6", "B7"}  # the benchmarks of the ops; the others measure what is built from them
 
 
 def all_cases() -> Iterator[Case]:
@@ -28,41 +31,62 @@ def machine(device: torch.device) -> dict[str, Any]:
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
     facts = {
         "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
-        "commit": commit or "unknown",
+        "commit": commit(Path(__file__).parent),
         "torch": torch.__version__,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, **gpu_state()}
     return facts
 
 
-def table(rows: list[Row]) -> str:
-    """The rows of one case as text; times relative to the first provider."""
-    lines = [f"\n{rows[0].id}  {rows[0].case}  ({rows[0].repeats} repeats)"]
-    for row in rows:
-        line = f"  {row.provider:<50} {row.median_s * 1e3:11.3f} ms  [{row.p20_s * 1e3:.3f} .. {row.p80_s * 1e3:.3f}]"
-        line += f"  {row.median_s / rows[0].median_s:7.2f}x  {row.peak_bytes / 2**20:9.1f} MiB"
-        if row.bytes:
-            line += f"  {row.bytes / row.median_s / 1e9:8.1f} GB/s"
-        if row.flops and "ceiling" not in row.provider:  # a copy does no useful arithmetic
-            line += f"  {row.flops / row.median_s / 1e9:9.1f} GFLOP/s"
-        lines.append(line)
-    return "\n".join(lines)
+def commit(folder: Path) -> str:
+    """The commit that ``folder`` is at, and whether files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    name = git("rev-parse", "--verify", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (name or "unknown") + (", with changes" if changed else "")
+
+
+def gpu_state() -> dict[str, str]:
+    """The driver, and the clocks right now and at most, as nvidia-smi has them; nothing without it."""
+    asked = {
+        "driver": "driver_version",
+        "clock_sm": "clocks.sm",
+        "clock_sm_max": "clocks.max.sm",
+        "clock_memory": "clocks.mem",
+        "power_limit": "power.limit",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(asked, (value.strip() for value in done.stdout.split(",")), strict=True))
+
+
+def chosen_ids(asked: list[str], known: set[str]) -> set[str]:
+    """The benchmarks that ``asked`` names; ``kernels`` and ``systems`` are groups, nothing is everything."""
+    groups = {"kernels": KERNELS & known, "systems": known - KERNELS}
+    if unknown := set(asked) - known - set(groups):
+        raise ValueError(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join([*sorted(known), *groups])}")
+    return set().union(*(groups.get(name, {name}) for name in asked)) or known
 
 
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="B1 ... B10; all when none is given")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="B1 ... B10, kernels or systems; all when none is given")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the rows as a table in Markdown here")
     parser.add_argument("--seconds", type=float, default=20.0, help="time per case (default 20)")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -72,20 +96,23 @@ def main() -> None:
         torch.set_num_threads(1)
 
     cases = list(all_cases())
-    known = {case.id for case in cases}
-    if unknown := set(options.ids) - known:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    try:
+        ids = chosen_ids(options.ids, {case.id for case in cases})
+    except ValueError as error:
+        parser.error(str(error))
     rows: list[Row] = []
     for case in cases:
-        if options.ids and case.id not in options.ids:
+        if case.id not in ids:
             continue
         measured = list(run(case, device, seconds=options.seconds))
-        print(table(measured), flush=True)
+        print(text(measured), flush=True)
         rows += measured
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+        # After every case: a run that is cut short keeps what it has.
         result = {"machine": machine(device), "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        for path, content in ((options.json, json.dumps(result, indent=1) + "\n"), (options.table, markdown(result))):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
 
 
 if __name__ == "__main__":

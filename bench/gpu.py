@@ -1,0 +1,92 @@
+"""What bench/gpu.sh does on a GPU, the most valuable first: python -m bench.gpu OUT"""
+
+import json
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bench.stages import OK, Stage, run_stages, summary
+from bench.table import markdown
+
+SECONDS = 465  # for all of it; the shell's part before takes a few more
+SUITE = [
+    "math",
+    "lora",
+    "methods",
+    "ops",
+    "tasks",
+    "train",
+    "report",
+    "test_tiny.py",
+    "test_layers.py",
+    "test_bench.py",
+]
+NEED = {"open_clip": ["tests/train/test_benchmark.py", "tests/tasks/test_tokenizer.py"]}  # a bare machine has none
+
+
+def arch_of(major: int, minor: int) -> str:
+    """The name nvcc has for a GPU; "a" opens instructions that only sm_90 itself has."""
+    return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+def stages(out: Path, arch: str) -> list[Stage]:
+    """Build, conformance, the ops on the GPU, benchmarks, sanitizers, everything else."""
+    python = sys.executable
+    nvcc, sanitizer = tool("nvcc"), tool("compute-sanitizer")
+    program = "build/conformance"
+    conformance = (
+        f"mkdir -p build && {nvcc} -std=c++20 -O2 -I csrc -gencode=arch=compute_{arch},code=sm_{arch} "
+        f"csrc/conformance/conformance.cu -o {program} && ./{program}"
+    )
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    missing = [f"--ignore={path}" for name, paths in NEED.items() if find_spec(name) is None for path in paths]
+    build = {"KEEPLORA_CUDA": "1", "KEEPLORA_CUDA_ARCHS": arch}
+
+    def measure(name: str, seconds: int, each: str) -> Stage:
+        command = [python, "-m", "bench.run", name, "--device", "cuda", "--seconds", each]
+        return Stage(name, seconds, [*command, "--json", str(out / f"{name}.json")], needs="build")
+
+    def sanitize(check: str, seconds: int) -> Stage:
+        # initcheck must see who wrote what our kernels read; the others may look at our kernels alone.
+        only = [] if check == "initcheck" else ["--kernel-regex", "kns=keeplora"]
+        command = [sanitizer, "--tool", check, "--error-exitcode", "9", *only, python, "-m", "bench.sanitize"]
+        # Without torch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+        return Stage(check, seconds, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs="build")
+
+    return [
+        Stage("build", 150, [python, "setup.py", "build_ext", "--inplace"], build),
+        Stage("conformance", 40, ["bash", "-c", conformance]),
+        Stage("ops_on_cuda", 120, [*pytest, "tests/ops", "-k", "cuda and not emulated"], needs="build"),
+        measure("kernels", 110, "1.5"),
+        *(sanitize(check, 40) for check in ("memcheck", "racecheck", "initcheck", "synccheck")),
+        Stage("suite", 100, [*pytest, *(f"tests/{part}" for part in SUITE if part != "ops"), *missing], needs="build"),
+        measure("systems", 90, "1"),
+        Stage("ops_on_cpu", 80, [*pytest, "tests/ops", "-k", "not cuda and not emulated"], needs="build"),
+    ]
+
+
+def tool(name: str) -> str:
+    """Path of one of the toolkit's programs; its name where there is none, so that the stage says so."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    places = [os.environ.get("PATH", ""), str(Path(CUDA_HOME or "/usr/local/cuda", "bin"))]
+    return shutil.which(name, path=os.pathsep.join(places)) or name
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    arch = arch_of(*torch.cuda.get_device_capability())
+    results = run_stages(stages(out, arch), out, seconds=SECONDS)
+    measured = [out / f"{name}.json" for name in ("kernels", "systems")]
+    tables = [markdown(json.loads(path.read_text())) for path in measured if path.exists()]
+    (out / "table.md").write_text("\n".join(tables) or "Nothing was measured.\n")
+    print(f"\n{summary(results)}tables in {out / 'table.md'}")
+    raise SystemExit(0 if all(result.outcome == OK for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()

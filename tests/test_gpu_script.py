@@ -1,0 +1,186 @@
+"""bench/gpu.sh, as far as it can be tried without a GPU."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, run, sanitize, stages, table
+from bench.harness import Row
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh", out],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no CUDA GPU that torch can use, so nothing was built, tested or measured" in done.stderr
+    assert not out.exists()
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_cannot_eat_the_others(tmp_path, capsys):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begin = time.monotonic()
+    results = stages.run_stages(
+        [
+            stages.Stage("first", 20, python("import os; print('said', os.environ['GIVEN'])"), {"GIVEN": "this"}),
+            stages.Stage("slow", 1, python(child)),
+            stages.Stage("broken", 20, python("print('why it broke'); raise SystemExit(3)")),
+            stages.Stage("absent", 20, ["no-such-program-anywhere", "--tool"]),
+            stages.Stage("hopeless", 20, python("print(1)"), needs="broken"),
+            stages.Stage("last", 20, python("print(2)"), needs="first"),
+        ],
+        tmp_path,
+        seconds=60,
+    )
+    assert time.monotonic() - begin < 30
+    assert [result.outcome.split(" [")[0] for result in results[:3]] == [
+        "ok",
+        "FAILED: not done after 1 s",
+        "FAILED: exit status 3",
+    ]
+    assert results[3].outcome.startswith("FAILED: cannot be started: ")
+    assert [result.outcome for result in results[4:]] == ["not run: broken failed", "ok"]
+    assert "said this" in (tmp_path / "first.log").read_text()
+    assert "why it broke" in capsys.readouterr().out
+    written = (tmp_path / "summary.txt").read_text()
+    assert [line.split()[0] for line in written.splitlines()] == [*(result.name for result in results), "4"]
+    assert "4 of 6 stages are not ok" in written
+
+
+def test_all_stages_have_one_time_limit(tmp_path):
+    two = [stages.Stage(name, 60, python("import time; time.sleep(60)")) for name in ("one", "two")]
+    results = stages.run_stages(two, tmp_path, seconds=1)
+    assert [result.outcome for result in results] == [
+        "FAILED: not done after 1 s",
+        "not run: the 1 s for all stages are over",
+    ]
+    assert "every stage is ok" in stages.summary([stages.Result("one", "ok", 1.0)])
+
+
+def test_summary_is_there_while_stages_run(tmp_path):
+    code = f"print(open({str(tmp_path / 'summary.txt')!r}).read())"
+    stages.run_stages([stages.Stage("a", 20, python("")), stages.Stage("b", 20, python(code))], tmp_path, seconds=40)
+    assert "every stage is ok" in (tmp_path / "b.log").read_text()
+
+
+def test_the_stages_of_a_gpu(tmp_path):
+    found = {stage.name: stage for stage in gpu.stages(tmp_path, "90a")}
+    names = list(found)
+    assert names[:4] == ["build", "conformance", "ops_on_cuda", "kernels"]
+    assert {"memcheck", "racecheck", "initcheck", "synccheck", "suite"} <= set(names)
+    assert found["build"].environment == {"KEEPLORA_CUDA": "1", "KEEPLORA_CUDA_ARCHS": "90a"}
+    assert gpu.SECONDS < 8 * 60
+    # The first four must come to their end whatever they need; then 100 s are left for the sanitizers.
+    assert sum(found[name].seconds for name in names[:4]) <= gpu.SECONDS - 40
+    for stage in found.values():
+        for word in (word for part in stage.command for word in part.split()):
+            if word.startswith(("tests/", "csrc/")):
+                assert (ROOT / word).exists(), word
+    # What the suite leaves out needs no GPU: the checks of the emulator and of the packages, and what needs downloads.
+    left_out = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() or path.name.startswith("test_")}
+    left_out -= {*gpu.SUITE, "__pycache__"}
+    assert left_out == {
+        "integrations", "kernels", "test_cli.py", "test_gpu_script.py", "test_packaging.py", "test_readme.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "80"), ((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")]
+)
+def test_arch(capability, arch):
+    assert gpu.arch_of(*capability) == arch
+
+
+ROWS = [
+    Row("B4", "case one", "keeplora", 0.002, 0.0019, 0.0021, 30, 2**20, 4_000_000, 8_000_000_000),
+    Row("B4", "case one", "loop", 0.007, 0.0065, 0.0075, 30, 2**21, 4_000_000, 8_000_000_000),
+    Row("B4", "case one", "copy (ceiling)", 0.001, 0.001, 0.001, 30, 0, 4_000_000, 8_000_000_000),
+    Row("B5", "case two", "keeplora", 0.5, 0.4, 0.6, 3, 0, 0, 0),
+]
+MACHINE = {
+    "command": "python -m bench.run kernels", "commit": "abc", "torch": "2.11", "cpu": "a CPU", "threads": 1,
+    "gpu": "NVIDIA H200", "cuda": "13.0", "driver": "580.1", "clock_sm": "1980 MHz", "clock_memory": "3201 MHz",
+}  # fmt: skip
+
+
+def test_table_has_the_machine_and_every_row():
+    text = table.markdown({"machine": MACHINE, "rows": [dataclasses.asdict(row) for row in ROWS]})
+    for fact in ("NVIDIA H200", "driver 580.1", "SM clock 1980 MHz", "torch 2.11", "CUDA 13.0", "Commit abc"):
+        assert fact in text
+    assert "`python -m bench.run kernels`" in text
+    assert "**B4** case one, 30 repeats" in text
+    assert "| loop | 7.000 ms | 6.500 to 7.500 ms | 3.50 | 2.0 MiB | 0.6 GB/s, 1142.9 GFLOP/s |" in text
+    assert "| copy (ceiling) | 1.000 ms | 1.000 to 1.000 ms | 0.50 | 0.0 MiB | 4.0 GB/s |" in text
+    assert "**B5** case two, 3 repeats" in text
+    assert text.count("| keeplora |") == 2
+    assert "3.50x" in table.text(ROWS[:3])
+
+
+def test_nvidia_smi_is_asked_for_driver_and_clocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.gpu_state() == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '580.159.04, 1980 MHz, 1980 MHz, 3201 MHz, 700.00 W'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert run.gpu_state() == {
+        "driver": "580.159.04",
+        "clock_sm": "1980 MHz",
+        "clock_sm_max": "1980 MHz",
+        "clock_memory": "3201 MHz",
+        "power_limit": "700.00 W",
+    }
+
+
+def test_commit_says_when_files_differ(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *arguments], cwd=tmp_path, check=True)
+
+    assert run.commit(tmp_path) == "unknown"
+    git("init", "--quiet")
+    assert run.commit(tmp_path) == "unknown"
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "one")
+    name = run.commit(tmp_path)
+    assert len(name) == 40
+    (tmp_path / "file").write_text("2")
+    assert run.commit(tmp_path) == f"{name}, with changes"
+
+
+def test_groups_of_benchmarks():
+    known = {"B2", "B3", "B4", "B6"}
+    assert run.chosen_ids([], known) == known
+    assert run.chosen_ids(["kernels"], known) == {"B4", "B6"}
+    assert run.chosen_ids(["systems", "B4"], known) == {"B2", "B3", "B4"}
+    with pytest.raises(ValueError, match="no benchmark B9; there are B2, B3, B4, B6, kernels, systems"):
+        run.chosen_ids(["B9"], known)
+
+
+def test_sanitizer_program_runs_every_op(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.sanitize", "--device", "cpu"])
+    sanitize.main()
+    assert capsys.readouterr().out.count("as expected") == len(sanitize.OPS)
+
+
+def test_sanitizer_program_sees_a_wrong_result():
+    op = dataclasses.replace(sanitize.OPS["gram"], reference=lambda out, energy, x: None)
+    with pytest.raises(AssertionError, match="gram"):
+        sanitize.check(op, torch.device("cpu"))
