@@ -12,9 +12,9 @@ from keeplora.ops import gram
 THRESHOLD = 0.99
 # label, width d, protected directions before, matrices and tokens on a GPU, matrices and tokens on a CPU
 SIZES = [
-    ("CLIP ViT-B/16 vision, second task", 768, 200, (48, 12608), (1, 3152)),
-    ("CLIP ViT-B/16 vision, later task", 768, 560, (48, 12608), (1, 3152)),
-    ("CLIP ViT-B/16 text, second task", 512, 100, (48, 4928), (1, 2048)),
+    ("CLIP ViT-B/16 vision, second task", 768, 200, (48, 12608), (1, 12608)),
+    ("CLIP ViT-B/16 vision, later task", 768, 560, (48, 12608), (1, 12608)),
+    ("CLIP ViT-B/16 text, second task", 512, 100, (48, 4928), (1, 4928)),
 ]
 
 

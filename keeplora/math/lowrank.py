@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from keeplora.math import check
-from keeplora.math.batch import padded, same_kind, stacked
+from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, row_space
-from keeplora.math.subspace import project
 from keeplora.ops.check import FLOATS, MASTER, matrices
 from keeplora.ops.orthonormalize import orthonormalize
 
@@ -21,19 +20,18 @@ LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 NOISE = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
-CANCELLED = 1e-2  # below this share, ‖G‖² − ‖GQ‖² is too rounded and GP is measured directly
+ENOUGH = 2e-4  # of the energy: what further steps would add is not worth them
 ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
 
 
 @dataclass(frozen=True)
 class TopDirections:
     """``G P ≈ b diag(s) a``: ``a [r, in]`` orthonormal rows ⟂ Q, ``s [r]`` descending, ``b [out, r]``
-    orthonormal columns, and the fraction ``energy`` of ``‖G P‖_F²`` that they capture (1 for ``G P = 0``)."""
+    orthonormal columns."""
 
     a: Tensor
     s: Tensor
     b: Tensor
-    energy: float
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ def top_directions(
 
     .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
 
-    Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps); where its space
-    would be about as large as the matrix, the exact factorisation. Measured energy, as a fraction of the
-    optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3``, 1 - 1e-4 for ``i^-0.5``, 1 for faster ones. Singular values at the
+    Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
+    they would add nothing); where its space would be about as large as the matrix, the exact factorisation. Measured
+    energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall faster. Singular values at the
     rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left.
 
     Args:
@@ -90,8 +88,8 @@ def top_directions(
     Example:
         >>> g = torch.tensor([[5.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
         >>> (top,) = top_directions([g], [torch.tensor([[1.0], [0.0], [0.0]])], 1)
-        >>> top.a.abs(), top.s, top.energy
-        (tensor([[0., 1., 0.]]), tensor([3.]), 1.0)
+        >>> top.a.abs(), top.s
+        (tensor([[0., 1., 0.]]), tensor([3.]))
     """
     name = "top_directions"
     g = matrices(name, "g", g, MASTER)
@@ -119,23 +117,20 @@ def _width(g: Tensor, q: Tensor, rank: int) -> int:
 def _top(
     all_g: list[Tensor], all_q: list[Tensor], wanted: list[int], group: list[int], width: int, seed: int
 ) -> Iterator[tuple[int, TopDirections]]:
-    g, q, bases = stacked(all_g, group), padded(all_q, group), [all_q[i] for i in group]
+    g, bases = stacked(all_g, group), [all_q[i] for i in group]
+    rank = max(wanted[i] for i in group)
     if width:
-        v, image = row_space(g, bases, width, steps=STEPS, seed=seed)
+        enough = None if batched(all_g[group[0]]) else (rank, ENOUGH)
+        v, image = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
     else:
-        v = _whole_row_space(g, q, bases)
+        v = _whole_row_space(g, padded(all_q, group), bases)
         image = g @ v
-    a, s, b = _triples(image, v, max(wanted[i] for i in group))
-    whole, inside = (torch.linalg.vector_norm(m, dim=(1, 2), dtype=torch.float64) ** 2 for m in (g, g @ q))
-    host = torch.cat([torch.stack([whole, inside], dim=1), s], dim=1).tolist()
-    for j, (i, (norm, lost, *values)) in enumerate(zip(group, host, strict=True)):
-        level = NOISE * torch.finfo(g.dtype).eps * norm**0.5
+    a, s, b = _triples(image, v, rank)
+    host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], s], dim=1).tolist()
+    for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
+        level = NOISE * torch.finfo(g.dtype).eps * norm
         r = sum(value > level for value in values[: wanted[i]])
-        projected = max(norm - lost, 0.0)
-        if r and projected < CANCELLED * norm:
-            projected = float(project(g[j], bases[j]).double().square().sum())
-        energy = min(sum(value * value for value in values[:r]) / projected, 1.0) if r else 1.0
-        yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype), energy)
+        yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype))
 
 
 def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:

@@ -27,7 +27,9 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, cols, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def row_space(g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def row_space(
+    g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: tuple[int, float] | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
     .. math:: \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
@@ -39,11 +41,13 @@ def row_space(g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: i
 
     Args:
         g: ``[n, out, in]``. q: ``n`` bases ``[in, k_i]``.
-        width: columns of a block. steps: ``s``. seed: of ``Ω``, one for all layers of the batch, so that a
+        width: columns of a block. steps: ``s`` at most. seed: of ``Ω``, one for all layers of the batch, so that a
             layer's result does not depend on which layers are worked on together.
+        enough: ``(r, tolerance)`` stops as soon as ``r`` directions are expected to gain no more than this share of
+            their energy. It looks at numbers after every step: for single layers on a CPU.
 
     Returns:
-        ``(V [n, in, (s + 1)·width], G V)``; columns beyond a layer's rank are zero.
+        ``(V [n, in, (s + 1)·width], G V)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
 
     Source: Musco & Musco, "Randomized block Krylov methods", 2015, algorithm 2; the probe is that of Halko,
     Martinsson & Tropp, 2011.
@@ -52,13 +56,31 @@ def row_space(g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: i
     taken = list(q)
     blocks: list[Tensor] = []
     images: list[Tensor] = []
+    found: list[float] = []
     for _ in range(steps + 1):
         columns, _ = orthonormalize(list(z), taken)
-        taken = [torch.cat(pair, dim=1) for pair in zip(taken, columns, strict=True)]
         blocks.append(torch.stack(columns))
         images.append(g @ blocks[-1])
+        if enough is not None:
+            found.append(_leading_energy(torch.cat(images, dim=2), enough[0]))
+            if len(found) > 2 and _expected_gain(found[-3:]) <= enough[1] * found[-1]:
+                break
+        taken = [torch.cat(pair, dim=1) for pair in zip(taken, columns, strict=True)]
         z = g.mT @ images[-1]
     return torch.cat(blocks, dim=2), torch.cat(images, dim=2)
+
+
+def _leading_energy(image: Tensor, count: int) -> float:
+    return float(torch.linalg.eigvalsh(image.mT @ image)[:, -count:].sum())
+
+
+def _expected_gain(energies: list[float]) -> float:
+    """What all further steps will add, if gains go on shrinking by the factor they shrank by last."""
+    first, second = energies[1] - energies[0], energies[2] - energies[1]
+    if second <= 0:
+        return 0.0
+    ratio = min(second / first, 0.9) if first > 0 else 0.9
+    return second * ratio / (1 - ratio)
 
 
 # Of blocked iteration: a block is a quarter wider than the rank it is to certify, or its last directions converge
