@@ -98,7 +98,7 @@ bool check_case(const Case& c) {
   const double eps = std::numeric_limits<T>::epsilon();
   const double error = check::worst(z, exact);
   const double allowed =
-      2 * (std::sqrt(tokens + d_out) + 4) * eps * size + (rounded ? most * std::ldexp(1, -9) : 0);
+      2 * (std::sqrt(tokens + d_out) + 4) * eps * size + (rounded ? most * std::ldexp(1, -8) : 0);
   if (error <= allowed) return true;
   std::printf("%d x %d, %d, width %d, formats %d %d: error %.2e, allowed %.2e\n", tokens, d_in, d_out, width,
               static_cast<int>(x_format), static_cast<int>(delta_format), error, allowed);

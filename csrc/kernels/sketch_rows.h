@@ -7,8 +7,9 @@
 //          is never stored: bit j % 32 of a hash of (seed, i, j / 32) is set where Psi_ij is negative.
 // Numbers  x and delta in any format, also different ones; Z in float, or double as soon as one of them is
 //          double. Psi delta^T and the products with x have the precision of Z, as three TF32 products at
-//          most, unless both inputs are bfloat16: then Psi delta^T is rounded to bfloat16 once (2^-9 of each
-//          of its numbers) and everything else is exact products summed in float.
+//          most, unless both inputs are bfloat16: then Psi delta^T is rounded to bfloat16 once and all else
+//          is exact products summed in float. That error is 3e-3 of Z in the norm where the terms of the
+//          tokens do not cancel; each element's is at most 2^-8 of the sum of their sizes.
 // Limits   any sizes from 0 on (below 2^31) and any alignment; width >= 1. Z must not overlap the inputs.
 // Cost     2 width tokens (d_in + d_out) operations; width numbers of workspace for each of at most 16384
 //          tokens, and at most 264 tiles of Z more. delta and x are read once for every 64 rows of Z (16 in

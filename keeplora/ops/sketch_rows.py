@@ -31,7 +31,9 @@ def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor 
             zeros when ``None``.
 
     Returns:
-        ``Z``: the tensor given as ``out``, or a new one.
+        ``Z``: the tensor given as ``out``, or a new one. Computed in its dtype, but where both inputs are
+        bfloat16 on a GPU: there ``Ψ δᵀ`` is rounded to bfloat16, 3e-3 of ``Z`` in the norm if the terms of the
+        tokens do not cancel.
 
     Raises:
         ValueError: shapes do not fit, ``width < 1``, or ``seed`` is out of range.
