@@ -72,7 +72,7 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
     if (row <= column)
       upper[packed(row, column)] = gram[row * pitch + column] * space.scale[row] * space.scale[column];
   }
-  __syncthreads();  // the scaled Gram matrix is there
+  // The first kept column passes three barriers before anyone reads the scaled Gram matrix.
 
   Decided done{0, 0};
   for (; done.columns < n; ++done.columns) {

@@ -1,10 +1,32 @@
 import pytest
 import torch
 
-from keeplora.ops import orthonormalize
+from keeplora.ops import build_info, orthonormalize
 
 ORTHOGONAL = 5e-6  # the documented bound in float32
 EPS = torch.finfo(torch.float32).eps
+
+BACKENDS = ["op", "emulated kernel"] + (["CUDA kernel"] if torch.cuda.is_available() else [])
+
+
+def on_gpu(y, q=None):
+    assert "orthonormalize" in build_info()["kernels"]
+    z, rank = orthonormalize([m.cuda() for m in y], None if q is None else [m.cuda() for m in q])
+    assert rank.device == z[0].device
+    return [m.cpu() for m in z], rank.cpu()
+
+
+@pytest.fixture(params=BACKENDS)
+def columns(request):
+    """The op as users call it, the CUDA kernel's source run on the CPU and, where there is one, on a GPU."""
+    if request.param == "CUDA kernel":
+        return on_gpu
+    return orthonormalize if request.param == "op" else request.getfixturevalue("emulated").orthonormalize
+
+
+@pytest.fixture(params=BACKENDS[1:])
+def kernel(request):
+    return on_gpu if request.param == "CUDA kernel" else request.getfixturevalue("emulated").orthonormalize
 
 
 def conditioned(d, width, condition):
@@ -35,69 +57,140 @@ def check(z, rank, y, q, bound=ORTHOGONAL):
 
 
 @pytest.mark.parametrize("condition", [1, 1e4, 1e6, 1e8], ids=str)
-@pytest.mark.parametrize("shape", [(300, 24, 0), (300, 24, 100), (64, 64, 0), (50, 20, 30), (768, 32, 700)], ids=str)
-def test_any_condition(device, random_basis, shape, condition):
+@pytest.mark.parametrize("shape", [(300, 24, 0), (300, 24, 100), (64, 64, 0), (50, 20, 30), (160, 12, 140)], ids=str)
+def test_any_condition(columns, random_basis, shape, condition):
     d, width, k = shape
-    y, q = conditioned(d, width, condition).to(device), random_basis(d, k).to(device)
-    (z,), rank = orthonormalize([y], [q])
+    y, q = conditioned(d, width, condition), random_basis(d, k)
+    (z,), rank = columns([y], [q])
     check(z, rank[0], y, q)
     if condition <= 1e4:
         assert rank[0] == width
 
 
+@pytest.mark.parametrize("condition", [1, 1e5], ids=str)
+def test_more_columns_than_one_panel_of_the_kernel(columns, random_basis, condition):
+    y, q = conditioned(170, 135, condition), random_basis(170, 30)
+    (z,), rank = columns([y], [q])
+    assert rank.tolist() == [135]
+    check(z, rank[0], y, q)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_dependent_columns_are_dropped(device, random_basis, dtype):
-    q = random_basis(40, 10, dtype).to(device)
-    y = torch.randn(40, 9, dtype=dtype, device=device)
+def test_dependent_columns_are_dropped(columns, random_basis, dtype):
+    q = random_basis(40, 10, dtype)
+    y = torch.randn(40, 9, dtype=dtype)
     y[:, 0] = 0
     y[:, 3] = y[:, 2]
     y[:, 5] = 2 * y[:, 1] - y[:, 4]
-    y[:, 7] = q @ torch.randn(10, dtype=dtype, device=device)
-    (z,), rank = orthonormalize([y], [q])
+    y[:, 7] = q @ torch.randn(10, dtype=dtype)
+    (z,), rank = columns([y], [q])
     assert rank.tolist() == [5]
     check(z, rank[0], y, q, ORTHOGONAL if dtype == torch.float32 else 1e-14)
 
 
-def test_structured_columns():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_low_rank(columns, random_basis, dtype):
+    """Far more columns than directions; the dependent ones lie between and behind the others."""
+    y = torch.randn(90, 7, dtype=dtype) @ torch.randn(7, 80, dtype=dtype)
+    y[:, 2] = y[:, 1]
+    q = random_basis(90, 3, dtype)
+    (z,), rank = columns([y], [q])
+    assert rank.tolist() == [7]
+    check(z, rank[0], y, q, ORTHOGONAL if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize(("part", "kept"), [(8, False), (128, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_left_decides(columns, random_basis, dtype, part, kept):
+    """Columns that differ from earlier ones, and from Q, by a few eps of their length."""
+    basis = random_basis(400, 8, dtype)
+    q, a, b, c, e = basis[:, :4], *basis[:, 4:].T
+    small = part * torch.finfo(dtype).eps
+    y = torch.stack([a, a + small * b, q.sum(1) / 2 + small * c, (a + q[:, 0]) / 2**0.5 + small * e], 1)
+    (z,), rank = columns([y], [q.contiguous()])
+    assert rank.tolist() == [4 if kept else 1]
+    check(z, rank[0], y, q, ORTHOGONAL if dtype == torch.float32 else 1e-14)
+
+
+def test_structured_columns(columns):
     """Unit vectors, where a factorisation that fills gaps with arbitrary directions loses the later ones."""
     eye = torch.eye(6)
     y = torch.stack([torch.zeros(6), eye[0], eye[0], eye[1], eye[0] + eye[1], eye[5]], 1)
-    (z,), rank = orthonormalize([y])
+    (z,), rank = columns([y])
     assert rank.tolist() == [3]
     assert torch.equal(z.abs(), torch.stack([eye[0], eye[1], eye[5], *torch.zeros(3, 6)], 1))
 
 
-def test_column_lengths_do_not_matter():
+def test_column_lengths_do_not_matter(columns):
     y = torch.randn(50, 8) * torch.logspace(-12, 12, 8)
-    (z,), rank = orthonormalize([y])
+    (z,), rank = columns([y])
     assert rank.tolist() == [8]
     check(z, rank[0], y, torch.zeros(50, 0))
 
 
-def test_ragged_group_and_edges(device, random_basis):
-    shapes = [(5, 3, 2), (4, 7, 1), (6, 2, 6), (3, 0, 1), (8, 1, 0), (1, 1, 0), (5, 4, 2)]
-    y = [torch.randn(d, width, device=device) for d, width, _ in shapes]
-    q = [random_basis(d, k).to(device) for d, _, k in shapes]
-    z, rank = orthonormalize(y, q)
-    assert (rank.dtype, rank.device) == (torch.int64, y[0].device)
-    assert rank.tolist() == [3, 3, 0, 0, 1, 1, 3]  # never more than the room that is left
+def test_ragged_group_and_edges(columns, random_basis):
+    shapes = [(5, 3, 2), (4, 7, 1), (6, 2, 6), (3, 0, 1), (8, 1, 0), (1, 1, 0), (5, 4, 2), (0, 2, 0)]
+    y = [torch.randn(d, width) for d, width, _ in shapes]
+    q = [random_basis(d, k) for d, _, k in shapes]
+    z, rank = columns(y, q)
+    assert rank.dtype == torch.int64
+    assert rank.tolist() == [3, 3, 0, 0, 1, 1, 3, 0]  # never more than the room that is left
     for i in range(len(shapes)):
         check(z[i], rank[i], y[i], q[i])
-    assert [t.shape for t in orthonormalize([])[0]] == []
 
 
-def test_float64(random_basis):
+def test_no_problems():
+    z, rank = orthonormalize([])
+    assert z == []
+    assert (rank.shape, rank.dtype) == ((0,), torch.int64)
+
+
+def test_a_thousand_problems(columns, random_basis):
+    y = [torch.randn(7, 1 + i % 3) for i in range(1000)]
+    q = [random_basis(7, i % 6) for i in range(1000)]
+    z, rank = columns(y, q)
+    assert rank.tolist() == [min(1 + i % 3, 7 - i % 6) for i in range(1000)]
+    for i in range(1000):
+        check(z[i], rank[i], y[i], q[i])
+
+
+def test_float64(columns, random_basis):
     y, q = torch.randn(60, 12, dtype=torch.float64), random_basis(60, 20, torch.float64)
-    (z,), rank = orthonormalize([y], [q])
+    (z,), rank = columns([y], [q])
     assert rank.tolist() == [12]
     check(z, rank[0], y, q, 1e-14)
 
 
-def test_strided_input(device):
-    y = torch.randn(12, 80, device=device).t()[::2]
-    (z,), rank = orthonormalize([y])
-    check(z, rank[0], y, torch.zeros(40, 0))
-    assert z.is_contiguous()
+def test_strided_and_unaligned_input(columns, random_basis):
+    strided = torch.randn(12, 80).t()[::2]
+    unaligned = torch.randn(1 + 40 * 12)[1:].view(40, 12)
+    assert unaligned.data_ptr() % 16 != 0
+    basis = random_basis(40, 8)
+    for y, q in ((strided, basis), (unaligned, basis), (unaligned, basis.t().contiguous().t())):
+        (z,), rank = columns([y], [q])
+        assert rank.tolist() == [12]
+        check(z, rank[0], y, q)
+        assert z.is_contiguous()
+
+
+@pytest.mark.parametrize("where", ["y", "q"])
+def test_kernel_ends_without_finite_numbers(kernel, random_basis, where):
+    y, q = torch.randn(20, 70), random_basis(20, 3)
+    (y if where == "y" else q)[4, 1] = float("nan")
+    _, rank = kernel([y, torch.full((5, 3), float("inf"))], [q, torch.zeros(5, 0)])
+    assert ((rank >= 0) & (rank <= torch.tensor([20, 3]))).all()
+
+
+def test_kernel_gives_the_same_bits_in_any_order(emulated, random_basis):
+    y = [conditioned(130, 40, 1e7), torch.randn(31, 9), torch.randn(6, 3).repeat_interleave(2, 1)]
+    q = [random_basis(130, 20), random_basis(31, 4), random_basis(6, 0)]
+    results = []
+    for order, seed in (("sequential", 0), ("sequential", 0), ("reversed", 0), ("random", 1), ("random", 2)):
+        emulated.set_schedule(order, seed)
+        z, rank = emulated.orthonormalize(y, q)
+        results.append([*z, rank])
+    emulated.set_schedule("sequential")
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_takes_no_gradient():
