@@ -12,7 +12,7 @@ __host__ __device__ constexpr A ceil_div(A a, B b) {
 }
 
 template <typename T>
-struct alignas(16) Four {
+struct alignas(sizeof(T) == 2 ? 8 : 16) Four {
   T at[4];
 };
 
