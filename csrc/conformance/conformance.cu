@@ -10,7 +10,9 @@
 #include <string>
 
 #include "conformance/copies.cuh"
+#include "conformance/jobs.cuh"
 #include "conformance/numbers.cuh"
+#include "conformance/products.cuh"
 #include "conformance/sums.cuh"
 
 namespace {
@@ -31,6 +33,9 @@ constexpr Check kChecks[] = {
     {"SharedArena", check_arena},
     {"mma_tf32", check_mma<float, Way::kPlain>},
     {"mma_f64", check_mma<double, Way::kPlain>},
+    {"mma_bf16", check_mma_bf16},
+    {"load_matrices", check_load<false>},
+    {"load_matrices, transposed", check_load<true>},
     {"multiply_add, split floats", check_mma<float, Way::kSplit>},
     {"multiply_add, doubles", check_mma<double, Way::kSplit>},
     {"widen, bfloat16", check_widen<gpu::Bfloat16>},
@@ -43,6 +48,7 @@ constexpr Check kChecks[] = {
     {"copy_async, 8 bytes", check_copy<8>},
     {"copy_async, 16 bytes", check_copy<16>},
     {"take_ticket, announce, await", check_chain},
+    {"Worker", check_jobs},
     {"cluster_sync, cluster_map", check_cluster, 90},
     {"mbarrier, bulk_copy", check_ring, 90},
 };
