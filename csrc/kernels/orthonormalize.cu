@@ -174,7 +174,7 @@ __device__ void gram(const Entry<T>& entry, const Progress& at, int tile, const 
   gpu::Sum<double, kSlice / 16> sum;
   sum.add_product(columns, row, columns, 0, 0, entry.d, shared.tiles.left, shared.tiles.right);
   sum.for_each([&](int r, int c, double value) {
-    if (row + r < panel.count && c < panel.count) entry.gram[(row + r) * entry.pitch + c] = value;
+    if (c < panel.count) entry.gram[(row + r) * entry.pitch + c] = value;  // which has room for all rows
   });
   if (at.phase == Phase::kGram0)
     measure(entry, panel.first + row, panel.count - row, shared.space.scale,
