@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -74,4 +75,18 @@ def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
             f"first_batches: loader must have a length for data_fraction = {fraction}, got {type(loader).__name__}. "
             "Set data_fraction to 1 and pass fewer batches."
         )
-    return itertools.islice(loader, max(1, round(len(loader) * fraction)))
+    return _First(loader, max(1, round(len(loader) * fraction)))
+
+
+@dataclass(frozen=True)
+class _First:
+    """A loader's first ``count`` batches; it has a length, as the loader does."""
+
+    loader: Iterable[Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.count)

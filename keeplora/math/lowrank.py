@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keeplora.math import check
 from keeplora.math.batch import batched, padded, same_kind, stacked
+from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, row_space
@@ -32,22 +33,6 @@ class TopDirections:
     a: Tensor
     s: Tensor
     b: Tensor
-
-
-@dataclass(frozen=True)
-class Extension:
-    """The basis ``q [in, k']`` whose last ``added`` columns are new; ``captured`` of ``total`` energy lies
-    inside it."""
-
-    q: Tensor
-    added: int
-    captured: float
-    total: float
-
-    @property
-    def fraction(self) -> float:
-        """``captured / total``; 1 where there was no energy at all."""
-        return self.captured / self.total if self.total > 0 else 1.0
 
 
 def top_directions(
@@ -239,7 +224,11 @@ def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
 
 
 def extend_basis(
-    q: Sequence[Tensor], c: Sequence[Tensor], energy: float | Sequence[float], *, check_basis: bool = False
+    q: Sequence[Tensor],
+    c: Sequence[Tensor | SketchedMoment],
+    energy: float | Sequence[float],
+    *,
+    check_basis: bool = False,
 ) -> list[Extension]:
     r"""Extend every basis by the fewest directions that bring the captured feature energy to ``energy``.
 
@@ -253,7 +242,8 @@ def extend_basis(
 
     Args:
         q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
-            inputs, symmetric positive semidefinite, same dtype: all float32 or all float64.
+            inputs, symmetric positive semidefinite, same dtype: all float32 or all float64. Or a sketch of it each:
+            then as :func:`keeplora.math.moment.extend_sketched`.
         energy: ``ε`` in [0, 1]; one number or one per layer.
         check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
 
@@ -276,7 +266,14 @@ def extend_basis(
                 [0., 1.]]), 1, 0.9)
     """
     name = "extend_basis"
-    c = matrices(name, "c", c, MASTER)
+    sketches = [m for m in c if isinstance(m, SketchedMoment)]
+    if sketches:
+        if len(sketches) < len(c):
+            raise TypeError(
+                f"{name}: c must be all matrices or all sketches, got {len(sketches)} of {len(c)} sketched."
+            )
+        return extend_sketched(q, sketches, energy)
+    c = matrices(name, "c", [m for m in c if not isinstance(m, SketchedMoment)], MASTER)
     for i, matrix in enumerate(c):
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{name}: c[{i}] must be square, got shape {list(matrix.shape)}. Pass xᵀx, not x.")

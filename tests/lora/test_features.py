@@ -146,6 +146,31 @@ def test_layers_with_changed_inputs_do_not_share(change):
     assert v is not q
 
 
+def test_a_sketch_of_full_width_is_the_second_moment(wrapped):
+    model, slots = wrapped
+    data = batches()
+    for dense, sketched in zip(
+        feature_statistics(model, slots, data, loss_fn),
+        feature_statistics(model, slots, data, loss_fn, kind="sketch", sketch_share=1.0),
+        strict=True,
+    ):
+        factor = sketched.moment.factor
+        # The core of the sketch may be as badly conditioned as the moment: its shift of 4 eps decides.
+        assert (factor @ factor.T - dense.moment).norm() <= 1e-4 * dense.moment.norm()
+        assert sketched.energy == pytest.approx(dense.moment.double().trace().item(), rel=1e-6)
+        assert sketched.tokens == dense.tokens
+
+
+def test_energies_add_up_in_float64():
+    """Each token's is rounded to float32; ten thousand small ones beside a large one are not lost."""
+    layer = nn.Sequential(nn.Linear(WIDTH, 1))
+    slots = wrap(layer, linear_targets(layer))
+    data = [torch.full((1, WIDTH), 1e4), *(torch.full((100, WIDTH), 1.0) for _ in range(100))]
+    (statistic,) = feature_statistics(layer, slots, data, lambda model, batch: model(batch))
+    exact = sum((x.double() ** 2).sum().item() for x in data)
+    assert statistic.energy == pytest.approx(exact, rel=1e-7)
+
+
 def _broken(value):
     data = batches()
     data[1][0, 0, 0] = value
@@ -157,14 +182,15 @@ def _broken(value):
     [
         ([], {}, "at least one batch, got none"),
         (_broken(float("inf")), {}, r"must be finite, got NaN or Inf in batch 1 \[attn.q_proj\]"),
-        (batches(), {"kind": "mean"}, "kind must be 'second_moment' or 'slot_mean', got 'mean'"),
+        (batches(), {"kind": "sketch", "sketch_share": 0.0}, r"sketch_share must lie in \(0, 1\], got 0.0"),
+        (batches(), {"kind": "mean"}, "kind must be 'second_moment', 'slot_mean' or 'sketch', got 'mean'"),
         (
             batches(),
             {"token_mask": lambda s, x: torch.zeros(2, 6, dtype=torch.bool)},
             r"got none \[attn.q_proj\]",
         ),
     ],
-    ids=["empty", "inf", "kind", "masked"],
+    ids=["empty", "inf", "share", "kind", "masked"],
 )
 def test_feature_statistics_refuse(wrapped, data, kwargs, message):
     model, slots = wrapped
