@@ -1,8 +1,11 @@
 import pytest
 import torch
 from close import assert_rounded
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keeplora.ops import gram
+from keeplora.ops.declare import OPS
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -13,7 +16,7 @@ def exact(*batches):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (37, 31), (500, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (37, 31), (500, 24), (5000, 7)], ids=str)
 def test_matches_float64(device, dtype, shape):
     x = torch.randn(shape, device=device).to(dtype)
     c, energy = gram(x)
@@ -34,6 +37,41 @@ def test_accumulates_over_batches(device):
     exact_c, exact_energy = exact(*batches)
     assert_rounded(c, exact_c, terms=17, what="c")
     assert_rounded(energy.float(), exact_energy, terms=6, what="energy")
+
+
+class Allocations(TorchDispatchMode):
+    """The names of the ops that run, and the most elements of a tensor that one makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.ops.append(str(func))
+        if isinstance(result, torch.Tensor) and func._schema.returns[0].alias_info is None:  # not a view, nor in place
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_input_is_not_widened_as_a_whole(dtype):
+    x = torch.randn(20000, 4).to(dtype)
+    with Allocations() as seen:
+        OPS["gram"].reference(torch.zeros(4, 4), torch.zeros((), dtype=torch.float64), x)
+    assert 4 <= seen.largest <= 2048 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_input_is_multiplied_as_it_is_on_a_gpu(dtype):
+    """What runs there, on tensors without data; the numbers are those of test_matches_float64 where there is a GPU."""
+    with FakeTensorMode():
+        x = torch.empty(5000, 4, dtype=dtype, device="cuda")
+        out, energy = torch.empty(4, 4, device="cuda"), torch.empty((), dtype=torch.float64, device="cuda")
+        with Allocations() as seen:
+            OPS["gram"].reference(out, energy, x)
+    assert seen.ops.count("aten.addmm.dtype_out") == 3
+    assert seen.largest <= 2048  # norms of rows
 
 
 def test_strided_input(device):
