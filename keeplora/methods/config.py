@@ -38,7 +38,10 @@ class KeepLoraConfig:
             (docs/settings.md).
         weight_side: ``"input"`` protects input directions, as derived; ``"output"`` repeats the public CLIP code,
             which takes output directions for input ones (square weights only; for parity runs).
-        feature_statistic: ``"second_moment"``, or ``"slot_mean"`` as in the public CLIP code (for parity runs).
+        feature_statistic: ``"second_moment"``; ``"sketch"``, a one-pass sketch of it for layers so wide that ``in²``
+            numbers are too many; or ``"slot_mean"`` as in the public CLIP code (for parity runs).
+        sketch_share: Columns of the features' sketch as a share of the layer's width; more than the share of
+            directions that ``feature_energy`` will protect.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
         data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
@@ -64,7 +67,8 @@ class KeepLoraConfig:
     weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
     feature_energy: PerTower = 0.95
     weight_side: Literal["input", "output"] = "input"
-    feature_statistic: Literal["second_moment", "slot_mean"] = "second_moment"
+    feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
+    sketch_share: float = 0.25
     init_b: Literal["zero", "gradient"] = "zero"
     data_fraction: float = 1.0
     gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
@@ -89,7 +93,7 @@ class KeepLoraConfig:
             self._check_fractions(name, getattr(self, name))
         choices = {
             "weight_side": ("input", "output"),
-            "feature_statistic": ("second_moment", "slot_mean"),
+            "feature_statistic": ("second_moment", "slot_mean", "sketch"),
             "init_b": ("zero", "gradient"),
             "gradient_statistic": ("auto", "exact", "sketch"),
         }
@@ -104,8 +108,9 @@ class KeepLoraConfig:
                 'KeepLoraConfig: gradient_statistic must be "exact" or "auto" with init_b="gradient", got "sketch": '
                 "a sketch does not know the gradient's left singular vectors"
             )
-        if not 0 < self.data_fraction <= 1:
-            raise ValueError(f"KeepLoraConfig: data_fraction must lie in (0, 1], got {self.data_fraction}")
+        for name in ("data_fraction", "sketch_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"KeepLoraConfig: {name} must lie in (0, 1], got {getattr(self, name)}")
         if self.memory_budget is not None and (isinstance(self.memory_budget, bool) or self.memory_budget < 0):
             raise ValueError(f"KeepLoraConfig: memory_budget must be a number of bytes, got {self.memory_budget!r}")
 

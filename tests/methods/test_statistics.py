@@ -44,3 +44,24 @@ def test_sketched_gradients_find_nearly_the_same_directions():
 def test_gradient_settings_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         KeepLoraConfig(**options)
+
+
+def test_sketched_features_protect_what_they_promise():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5))
+    data = [(x, x[:, :5].argmax(1)) for x in torch.randn(4, 64, 32) * torch.arange(1, 33) ** -1.5]
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    config = KeepLoraConfig(
+        r=2, target_modules="all-linear", weight_energy=0.0, feature_energy=0.8,
+        feature_statistic="sketch", sketch_share=0.5,
+    )  # fmt: skip
+    keeper = KeepLora(model, config)
+    keeper.before_task(data, loss_fn)
+    report = keeper.after_task(data)
+    x = torch.cat([batch[0] for batch in data]).double()
+    q = keeper.basis(keeper.slots[0].name).double()
+    assert report.layers[0].captured >= 0.8 - 1e-5
+    assert (x @ q).square().sum() / x.square().sum() >= report.layers[0].captured - 1e-5
