@@ -2,6 +2,7 @@
 
 from keeplora._version import __version__
 from keeplora.methods import (
+    Capacity,
     KeepLora,
     KeepLoraConfig,
     LayerCapacity,
@@ -11,6 +12,7 @@ from keeplora.methods import (
 )
 
 __all__ = [
+    "Capacity",
     "KeepLora",
     "KeepLoraConfig",
     "LayerCapacity",

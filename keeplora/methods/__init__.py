@@ -2,7 +2,8 @@
 
 from .base import LossFn, Method, State
 from .baselines import FullFineTuning, LoraConfig, SequentialLora, ZeroShot
-from .certificate import LayerCapacity, LayerCertificate, RetentionCertificate
+from .capacity import Capacity, LayerCapacity
+from .certificate import LayerCertificate, RetentionCertificate
 from .config import KeepLoraConfig
 from .keeplora import KeepLora
 from .registry import METHODS, create
@@ -10,6 +11,7 @@ from .state import StateError
 
 __all__ = [
     "METHODS",
+    "Capacity",
     "FullFineTuning",
     "KeepLora",
     "KeepLoraConfig",

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .capacity import Capacity
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
 
@@ -37,6 +39,9 @@ class Method(ABC):
 
     model: nn.Module
 
+    progress: bool | None = None
+    """Whether passes over data and layers draw bars on stderr; None: if that is a terminal."""
+
     @abstractmethod
     def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
         """Prepare for a task. ``loader`` yields its training batches and is iterated once, or not at all."""
@@ -55,6 +60,10 @@ class Method(ABC):
     @abstractmethod
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
         """Close the task; what it returns is reported (a retention certificate, or None)."""
+
+    def capacity(self) -> Capacity | None:
+        """The room that is left for more tasks, of methods that protect a subspace."""
+        return None
 
     @abstractmethod
     def state(self) -> State:

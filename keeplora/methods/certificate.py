@@ -12,7 +12,7 @@ from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import Extension
 from keeplora.math.subspace import certificate
 
-__all__ = ["LayerCapacity", "LayerCertificate", "RetentionCertificate", "merge_and_certify"]
+__all__ = ["LayerCertificate", "RetentionCertificate", "merge_and_certify"]
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,6 @@ class RetentionCertificate:
             f"orthogonality {self.orthogonality:.1e}, captured ≥ {self.captured:.4f}, "
             f"{added} directions added in {len(self.layers)} layers, {100 * room:.0f} % of the space is free"
         )
-
-
-@dataclass(frozen=True)
-class LayerCapacity:
-    """How much of a layer's input space is protected; ``added`` is the last task's share."""
-
-    name: str
-    tower: str
-    depth: int
-    in_features: int
-    protected: int
-    free: int
-    added: int
 
 
 def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension) -> LayerCertificate:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +25,21 @@ from keeplora.lora import (
     unwrap,
     wrap,
 )
-from keeplora.math.lowrank import TopDirections, extend_basis, top_directions, weight_basis
+from keeplora.math.lowrank import extend_basis, top_directions, weight_basis
 from keeplora.math.precision import full_precision
 
+from .adapters import check_ranks, new_adapter, warn_of_small_ranks
 from .base import LossFn, Method, State, freeze
-from .certificate import LayerCapacity, RetentionCertificate, merge_and_certify
+from .capacity import Capacity, layer_capacity
+from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
+from .progress import for_all_layers, progress
 from .state import StateError, read_state, write_state
-from .verify import check_state, fingerprint
+from .verify import added_by_task, check_state, fingerprint
 
 __all__ = ["KeepLora"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +47,7 @@ class _Protected:
     """What is remembered of one slot between tasks."""
 
     basis: Tensor
-    added: int = 0
+    added: tuple[int, ...] = ()  # by task
 
 
 class KeepLora(Method):
@@ -65,6 +69,7 @@ class KeepLora(Method):
             replaced in place by ones that can hold adapters; it stays the same object.
         config: Settings; :class:`KeepLoraConfig` () is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
         targets: The weights to choose from, instead of what :func:`keeplora.integrations.find_targets` finds.
+        progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
         ValueError: ``target_modules`` matches nothing, or r is larger than a layer's width.
@@ -95,12 +100,13 @@ class KeepLora(Method):
         config: KeepLoraConfig | None = None,
         *,
         targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
     ):
-        self.model = model
+        self.model, self.progress = model, progress
         self.config = config or KeepLoraConfig()
         self.targets = select_targets(find_targets(model) if targets is None else targets, self.config.target_modules)
         self.config.check_towers({target.tower for target in self.targets})
-        self._check_ranks()
+        check_ranks(model, self.targets, self.config.r)
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.slots: list[LoraSlot] = wrap(model, self.targets)
         positions = depth_positions(self.targets)
@@ -113,17 +119,6 @@ class KeepLora(Method):
         self.tasks_learned = 0
         self.training_task = False
         self._closed = False
-
-    def _check_ranks(self) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for target in self.targets:
-            weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
-            width = self.config.r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
-            if self.config.r > width:
-                raise ValueError(
-                    f"KeepLora: r must be at most the layer's width, got {self.config.r} for "
-                    f"{width} [{target.name}]. Lower r."
-                )
 
     # ------------------------------------------------------------------ the life of a task
 
@@ -158,20 +153,22 @@ class KeepLora(Method):
             kind="exact" if config.init_b == "gradient" else config.gradient_statistic,
             memory_budget=config.memory_budget,
         )
-        gradients = mean_gradients(
-            self.model,
-            self.slots,
-            first_batches(loader, config.data_fraction),
-            loss_fn,
-            widths=widths,
-            seed=config.seed,
-        )
+        batches = first_batches(loader, config.data_fraction)
+        with progress(batches, "gradients", "batch", shown=self.progress) as counted:
+            gradients = mean_gradients(self.model, self.slots, counted, loss_fn, widths=widths, seed=config.seed)
         with full_precision(self.slots[0].weight.device):
             protected = self._protected or self._protect_weights()
             bases = [p.basis for p in protected]
-            directions = top_directions(gradients, bases, self.config.r, seed=self.config.seed)
-        adapters = [self._adapter(*parts) for parts in zip(self.slots, directions, self._scalings, strict=True)]
-        self._warn_of_small_ranks(protected, directions)
+            directions = self._for_all_layers(
+                lambda group: top_directions(
+                    [gradients[i] for i in group], [bases[i] for i in group], config.r, seed=config.seed
+                ),
+                "adapters",
+            )
+        adapters = [
+            new_adapter(*parts, config.init_b) for parts in zip(self.slots, directions, self._scalings, strict=True)
+        ]
+        warn_of_small_ranks(self.slots, bases, directions, config.r)
         freeze(self.model)
         for slot, adapter in zip(self.slots, adapters, strict=True):
             if adapter is not None:
@@ -212,21 +209,24 @@ class KeepLora(Method):
         for slot in self.slots:
             slot.check_finite("after_task")
         assert self._protected is not None
-        with token_mask(self.model) as mask:
+        old = self._protected
+        energies = [self.config.feature_energy_of(t.tower) for t in self.targets]
+        with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
             statistics = feature_statistics(
-                self.model, self.slots, loader, forward, kind=self.config.feature_statistic, token_mask=mask
-            )
+                self.model, self.slots, batches, forward, kind=self.config.feature_statistic, token_mask=mask,
+                sketch_share=self.config.sketch_share, seed=self.config.seed,
+            )  # fmt: skip
         with full_precision(self.slots[0].weight.device):
-            extensions = extend_basis(
-                [p.basis for p in self._protected],
-                [statistic.moment for statistic in statistics],
-                [self.config.feature_energy_of(t.tower) for t in self.targets],
+            new = self._for_all_layers(
+                lambda group: extend_basis(
+                    [old[i].basis for i in group], [statistics[i].moment for i in group], [energies[i] for i in group]
+                ),
+                "bases",
             )
-            layers = [
-                merge_and_certify(slot, old.basis, new)
-                for slot, old, new in zip(self.slots, self._protected, extensions, strict=True)
-            ]
-        self._protected = [_Protected(new.q, new.added) for new in extensions]
+            layers = self._for_all_layers(
+                lambda group: [merge_and_certify(self.slots[i], old[i].basis, new[i]) for i in group], "merge"
+            )
+        self._protected = [_Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
         result = RetentionCertificate(self.tasks_learned, tuple(layers))
         self.tasks_learned += 1
         self.training_task = False
@@ -234,19 +234,18 @@ class KeepLora(Method):
 
     # ------------------------------------------------------------------ what a user asks in between
 
-    def capacity(self) -> list[LayerCapacity]:
-        """Protected and free directions of every adapted weight, and what the last task added.
+    def capacity(self) -> Capacity:
+        """What is protected, free and was added in every adapted weight, and for how many more tasks that is enough.
 
-        Before the first task only what ``weight_energy`` would protect is known once :meth:`before_task` ran;
-        until then everything counts as free.
+        A sequence of :class:`keeplora.LayerCapacity` that prints as a table. What ``weight_energy`` protects is known
+        once :meth:`before_task` ran; until then everything counts as free.
         """
-        rows = []
-        for i, (slot, target) in enumerate(zip(self.slots, self.targets, strict=True)):
-            width = slot.weight.shape[1]
-            kept = self._protected[i].basis.shape[1] if self._protected else 0
-            added = self._protected[i].added if self._protected else 0
-            rows.append(LayerCapacity(slot.name, target.tower, target.depth, width, kept, width - kept, added))
-        return rows
+        protected = self._protected or [_Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
+        layers = (
+            layer_capacity(slot.target, slot.weight.shape[1], p.basis.shape[1], p.added, self.config.r)
+            for slot, p in zip(self.slots, protected, strict=True)
+        )
+        return Capacity(tuple(layers), self.tasks_learned)
 
     def basis(self, name: str) -> Tensor:
         """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
@@ -295,7 +294,8 @@ class KeepLora(Method):
             "targets": [slot.name for slot in self.slots],
             "tasks_learned": self.tasks_learned,
             "training_task": self.training_task,
-            "added": [p.added for p in self._protected] if self._protected else None,
+            "added": [p.added[-1] if p.added else 0 for p in self._protected] if self._protected else None,
+            "added_by_task": [list(p.added) for p in self._protected] if self._protected else None,
             "frozen": fingerprint(self.model, self.slots),
             "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
@@ -309,7 +309,7 @@ class KeepLora(Method):
         """
         self._require_open_model()
         check_state(state, self.name, self.model, self.slots)
-        added = state.meta["added"]
+        added = added_by_task(state)
         protected = []
         for i, slot in enumerate(self.slots):
             device = slot.weight.device
@@ -335,7 +335,12 @@ class KeepLora(Method):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: nn.Module, *, targets: Sequence[Target] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
     ) -> KeepLora:
         """A keeper that continues from :meth:`save`, around the pretrained ``model`` it was made with.
 
@@ -347,7 +352,7 @@ class KeepLora(Method):
             raise StateError(
                 f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, got {state.meta.get('method')!r}"
             )
-        keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets)
+        keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets, progress=progress)
         try:
             check_state(state, cls.name, model, keeper.slots)
         except StateError:
@@ -360,35 +365,18 @@ class KeepLora(Method):
 
     def _protect_weights(self) -> list[_Protected]:
         energies = [self.config.weight_energy_of(target.tower) for target in self.targets]
-        weights = [slot.exact_weight.detach() for slot in self.slots]
-        return [_Protected(q) for q in weight_basis(weights, energies, side=self.config.weight_side)]
+        bases = self._for_all_layers(
+            lambda group: weight_basis(
+                [self.slots[i].exact_weight.detach() for i in group],
+                [energies[i] for i in group],
+                side=self.config.weight_side,
+            ),
+            "weights",
+        )
+        return [_Protected(q) for q in bases]
 
-    def _adapter(self, slot: LoraSlot, found: TopDirections, scaling: float) -> LoraAdapter | None:
-        if found.a.shape[0] == 0:
-            return None
-        b = torch.zeros(slot.weight.shape[0], found.a.shape[0], dtype=found.a.dtype, device=found.a.device)
-        if self.config.init_b == "zero":
-            return LoraAdapter(found.a, b, scaling)
-        b = found.b * found.s
-        return LoraAdapter(found.a, b, scaling, origin=b)
-
-    def _warn_of_small_ranks(self, protected: Sequence[_Protected], directions: Sequence[TopDirections]) -> None:
-        full = [s.name for s, p in zip(self.slots, protected, strict=True) if p.basis.shape[0] == p.basis.shape[1]]
-        flat = [s.name for s, d in zip(self.slots, directions, strict=True) if d.a.shape[0] == 0 and s.name not in full]
-        small = [s.name for s, d in zip(self.slots, directions, strict=True) if 0 < d.a.shape[0] < self.config.r]
-        for names, what in (
-            (full, "have no free direction left and do not adapt"),
-            (flat, "have no gradient in free space and do not adapt"),
-            (small, f"have fewer than r = {self.config.r} useful free directions and use those"),
-        ):
-            if names:
-                shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-                warnings.warn(
-                    f"KeepLora: {len(names)} of {len(self.slots)} layers {what}: {shown}. "
-                    "Lower weight_energy or feature_energy for more room.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+    def _for_all_layers(self, compute: Callable[[list[int]], Iterable[T]], what: str) -> list[T]:
+        return for_all_layers(self.slots, compute, what, shown=self.progress)
 
     def _require_task(self, function: str) -> None:
         self._require_open_model()

@@ -12,7 +12,7 @@ from keeplora.lora import LoraSlot
 from .base import State
 from .state import StateError
 
-__all__ = ["check_state", "fingerprint"]
+__all__ = ["added_by_task", "check_state", "fingerprint"]
 
 
 def check_state(state: State, method: str, model: nn.Module, slots: Sequence[LoraSlot]) -> None:
@@ -39,6 +39,9 @@ def check_state(state: State, method: str, model: nn.Module, slots: Sequence[Lor
         )
     if meta["added"] is not None and len(meta["added"]) != len(names):
         raise StateError(f"load_state: added must have {len(names)} entries, got {len(meta['added'])}")
+    history = added_by_task(state)
+    if history is not None and (len(history) != len(names) or len(set(map(len, history))) > 1):
+        raise StateError("load_state: added_by_task must have one row per target, all equally long, got others")
     for slot in slots:
         out, width = slot.weight.shape
         adapter, rank = f"{slot.name}.A" in state.tensors, _size(state, f"{slot.name}.A", 0)
@@ -54,6 +57,19 @@ def check_state(state: State, method: str, model: nn.Module, slots: Sequence[Lor
             if tensor is None or list(tensor.shape) != shape:
                 got = None if tensor is None else list(tensor.shape)
                 raise StateError(f"load_state: {key} must have shape {shape}, got {got} [{slot.name}]")
+
+
+def added_by_task(state: State) -> list[tuple[int, ...]] | None:
+    """Directions each task added to each slot's basis; of states from before that was kept, the last task's alone.
+
+    None where no basis was made yet.
+    """
+    meta = state.meta
+    if meta["added"] is None:
+        return None
+    if "added_by_task" in meta:
+        return [tuple(row) for row in meta["added_by_task"]]
+    return [(count,) if meta["tasks_learned"] else () for count in meta["added"]]
 
 
 def fingerprint(model: nn.Module, slots: Sequence[LoraSlot]) -> str:

@@ -37,8 +37,9 @@ class Console:
             self._drop_bar(event)
             if event.text:
                 self.line(f"{who} · task {event.task + 1}/{event.tasks} {event.text}")
-            for text in event.certificate.splitlines()[:1]:
-                self.line(f"    {text}")
+            for text in (event.certificate, event.capacity):
+                if text:
+                    self.line(f"    {text.splitlines()[0]}")
             self._advance(1)
         elif event.kind == "resumed":
             self.line(f"{who} · {event.text}")

@@ -24,6 +24,7 @@ class Event:
     loss: float = 0.0
     text: str = ""
     certificate: str = ""
+    capacity: str = ""
 
 
 Listener = Callable[[Event], None]

@@ -96,6 +96,7 @@ class _Run:
         _seed_everything(seed, 0, "create")
         self.model = workload.model().to(config.device)
         self.method: Method = create(self.settings.method, self.model, seeded_settings(config, label, seed))
+        self.method.progress = False  # several runs share a terminal; the listener shows how far they are
 
     def learn_all(self, identity: dict[str, Any]) -> RunRecord:
         if self.folder is not None:
@@ -113,9 +114,9 @@ class _Run:
                 raise
             if self.folder is not None and self.method.trains:
                 save_progress(self.folder, self.record, self.method.state(), identity)
-        capacity = getattr(self.method, "capacity", None)
+        capacity = self.method.capacity()
         if capacity is not None:
-            self.record.capacity = [_plain(row) for row in capacity()]
+            self.record.capacity = capacity.to_dict()["layers"]
         if self.folder is not None:
             save_result(self.folder, self.record, identity, keep_state=self.config.keep_states)
         self.tell("done", len(self.names), text=self.summary())
@@ -161,11 +162,13 @@ class _Run:
         record.certificates.append(None if certificate is None else _certificate(certificate))
         record.peak_bytes = max(record.peak_bytes, peak_bytes(self.config.device))
         self.scalars.task(record, witness)
+        capacity = self.method.capacity()
         self.tell(
             "learned",
             task,
             text=self.report(task, row) if self.method.trains else "",
             certificate="" if certificate is None else str(certificate),
+            capacity="" if capacity is None else capacity.summary,
         )
 
     def train(self, task: int, parameters: list[nn.Parameter]) -> float:

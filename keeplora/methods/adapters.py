@@ -1,0 +1,64 @@
+"""The adapters a task starts with, and what is said where they are smaller than asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.lora import LoraAdapter, LoraSlot, Target
+from keeplora.math.lowrank import TopDirections
+
+__all__ = ["check_ranks", "new_adapter", "warn_of_small_ranks"]
+
+_NAMED = 3  # layers, in a warning
+
+
+def check_ranks(model: nn.Module, targets: Sequence[Target], r: int) -> None:
+    """Refuse a rank that is larger than a layer's width."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target in targets:
+        weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
+        width = r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
+        if r > width:
+            raise ValueError(
+                f"KeepLora: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
+            )
+
+
+def new_adapter(
+    slot: LoraSlot, found: TopDirections, scaling: float, init_b: Literal["zero", "gradient"]
+) -> LoraAdapter | None:
+    """An adapter along the directions that were found; None where there are none."""
+    if found.a.shape[0] == 0:
+        return None
+    if init_b == "zero":
+        b = torch.zeros(slot.weight.shape[0], found.a.shape[0], dtype=found.a.dtype, device=found.a.device)
+        return LoraAdapter(found.a, b, scaling)
+    b = found.b * found.s
+    return LoraAdapter(found.a, b, scaling, origin=b)
+
+
+def warn_of_small_ranks(
+    slots: Sequence[LoraSlot], bases: Sequence[Tensor], directions: Sequence[TopDirections], r: int
+) -> None:
+    """Name the layers whose adapters are smaller than r, or missing; as a warning of the caller's caller."""
+    full = [s.name for s, q in zip(slots, bases, strict=True) if q.shape[0] == q.shape[1]]
+    flat = [s.name for s, d in zip(slots, directions, strict=True) if d.a.shape[0] == 0 and s.name not in full]
+    small = [s.name for s, d in zip(slots, directions, strict=True) if 0 < d.a.shape[0] < r]
+    for names, what in (
+        (full, "have no free direction left and do not adapt"),
+        (flat, "have no gradient in free space and do not adapt"),
+        (small, f"have fewer than r = {r} useful free directions and use those"),
+    ):
+        if names:
+            shown = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+            warnings.warn(
+                f"KeepLora: {len(names)} of {len(slots)} layers {what}: {shown}. "
+                "Lower weight_energy or feature_energy for more room.",
+                UserWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,59 @@
+"""How far a method's passes are: bars on stderr that vanish when done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from keeplora.lora import LoraSlot
+from keeplora.math.batch import same_kind
+
+__all__ = ["for_all_layers", "progress"]
+
+T = TypeVar("T")
+PATIENCE = 0.5  # seconds before a bar appears: what is done sooner needs none
+
+
+@contextmanager
+def progress(items: Iterable[T], what: str, unit: str, *, shown: bool | None) -> Iterator[Iterable[T]]:
+    """``items``, counted while they are taken; the remaining time is told where they have a length.
+
+    Args:
+        shown: True or False; None shows the bar if stderr is a terminal.
+    """
+    with _bar(what, unit, shown, items) as bar:
+        yield bar
+
+
+def for_all_layers(
+    slots: Sequence[LoraSlot],
+    compute: Callable[[list[int]], Iterable[T]],
+    what: str,
+    *,
+    shown: bool | None,
+) -> list[T]:
+    """``compute`` for every slot: given the positions of slots that are best worked on together, their results.
+
+    An error is noted with the layers it arose in.
+    """
+    weights = [slot.weight for slot in slots]
+    found: dict[int, T] = {}
+    with _bar(what, "layer", shown, None, len(slots)) as bar:
+        for group in same_kind([(weight.shape, weight.dtype) for weight in weights], weights):
+            try:
+                found.update(zip(group, compute(group), strict=True))
+            except Exception as error:
+                error.add_note(f"in {', '.join(slots[i].name for i in group)}")
+                raise
+            bar.update(len(group))
+    return [found[i] for i in range(len(slots))]
+
+
+def _bar(what: str, unit: str, shown: bool | None, items: Iterable[Any] | None, total: int | None = None) -> tqdm[Any]:
+    return tqdm(
+        items, desc=what, unit=unit, total=total, leave=False, dynamic_ncols=True,
+        disable=None if shown is None else not shown, delay=0 if shown else PATIENCE,
+    )  # fmt: skip
