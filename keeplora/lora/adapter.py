@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
+
+from .forward import ForwardMode, Part, compute_dtype, factored_linear, merge_is_cheaper, merged_linear, stack
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer", "Tap"]
 
@@ -34,17 +36,30 @@ class LoraAdapter(nn.Module):
         b: ``[out, r]``, trained. Zeros if None.
         scaling: c, the product of ``alpha / r`` (or ``alpha / sqrt(r)``) and the depth scale.
         train_a: Whether A is trained too.
+        dropout: Probability of dropping an input of A during training.
         origin: :math:`B_0` ``[out, r]``: a start B that must not change the function. The update counts from
             it, so the frozen weight is never touched (KeepLoRA's ``W ← W − s B_0 A``, without its rounding).
     """
 
     origin: Tensor | None
 
-    def __init__(self, a: Tensor, b: Tensor, scaling: float, *, train_a: bool = False, origin: Tensor | None = None):
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        *,
+        train_a: bool = False,
+        dropout: float = 0.0,
+        origin: Tensor | None = None,
+    ):
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"LoraAdapter: dropout must lie in [0, 1), got {dropout}")
         self.A = nn.Parameter(_dense(a), requires_grad=train_a)
         self.B = nn.Parameter(_dense(b))
         self.scaling = float(scaling)
+        self.dropout = float(dropout)
         self.register_buffer("origin", None if origin is None else _dense(origin))
 
     @property
@@ -57,6 +72,8 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``c · (x Aᵀ)(B − B₀)ᵀ``: the adapter's share of the layer's output, in the dtype the layer computes in."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
         t = F.linear(x, self.A.to(x.dtype)) * self.scaling
         return F.linear(t, self.update().to(t.dtype))
 
@@ -84,12 +101,14 @@ class LoraHost(nn.Module):
     slots: dict[str, tuple[str, Rows]]
     observer: Observer | None
     tap: Tap | None
+    forward_mode: ForwardMode
 
     def _init_host(self) -> None:
         self.adapters = nn.ModuleDict()
         self.slots = {}
         self.observer = None
         self.tap = None
+        self.forward_mode = "auto"
         self._masters: dict[str, Tensor] = {}
 
     def add_slot(self, slot: str, parameter: str, rows: Rows) -> None:
@@ -167,20 +186,41 @@ class LoraHost(nn.Module):
         if self.observer is not None:
             self.observer(self, inputs)
 
-    def _tapped(self, y: Tensor, x: Tensor, columns: Mapping[str, Rows]) -> Tensor:
-        return y if self.tap is None else self.tap(self, x, y, columns)
+    def _slots_of(self, parameter: str) -> dict[str, Rows]:
+        return {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter}
 
-    def _add_deltas(self, y: Tensor, x: Tensor, parameter: str) -> Tensor:
-        """Add the adapters of the slots of ``parameter`` to ``y = x Wᵀ + b``; all of them read the same x."""
-        for slot, adapter in self.adapters.items():
-            name, rows = self.slots[slot]
-            if name == parameter:
-                delta = adapter(x)
-                if rows is None:
-                    y = y + delta
-                else:
-                    y[..., rows[0] : rows[1]] += delta
-        return self._tapped(y, x, {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter})
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Mapping[str, Rows]) -> Tensor:
+        """``x Wᵀ + b`` with the adapters of ``slots``, which are rows of this weight."""
+        parts = self._parts(slots)
+        if not parts:
+            y = F.linear(x, weight, bias)
+        elif self._merges(x, weight, bias, parts):
+            y = merged_linear(x, self._merged_weight(weight, parts), bias, parts)
+        else:
+            y = factored_linear(x, weight, bias, parts)
+        return y if self.tap is None else self.tap(self, x, y, slots)
+
+    def _parts(self, slots: Mapping[str, Rows]) -> list[Part]:
+        found = []
+        for slot, rows in slots.items():
+            if slot in self.adapters:
+                adapter = self.adapters[slot]
+                assert isinstance(adapter, LoraAdapter)
+                found.append(Part(adapter, rows))
+        return found
+
+    def _merges(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> bool:
+        """Whether to multiply with the merged weight. Not where W, b or A are trained: their gradients need x."""
+        if self.forward_mode == "factored" or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        if any(part.adapter.A.requires_grad or part.adapter.dropout for part in parts):
+            return False
+        return self.forward_mode == "merged" or merge_is_cheaper(x.numel() // x.shape[-1], weight)
+
+    def _merged_weight(self, weight: Tensor, parts: Sequence[Part]) -> Tensor:
+        a, b, scale = stack(weight, parts)
+        dtype = compute_dtype(weight)
+        return merge_weights([weight.detach()], [a.detach()], [b.detach()], scale=scale, dtype=dtype)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -132,8 +132,8 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
         """Queries, keys, values with their adapters; ``key`` and ``value`` None mean self-attention."""
         if self.in_proj_weight is not None and key is None:
-            packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            return list(self._add_deltas(packed, query, "in_proj_weight").chunk(3, dim=-1))
+            slots = self._slots_of("in_proj_weight")
+            return list(self._linear(query, self.in_proj_weight, self.in_proj_bias, slots).chunk(3, dim=-1))
         bias = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         key, value = (query if t is None else t for t in (key, value))
         outputs = []
@@ -142,9 +142,7 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
                 weight = self.in_proj_weight[i * self.embed_dim : (i + 1) * self.embed_dim]
             else:
                 weight = getattr(self, f"{slot}_weight")
-            y = F.linear(x, weight, bias[i])
-            y = y + self.adapters[slot](x) if slot in self.adapters else y
-            outputs.append(self._tapped(y, x, {slot: None}) if slot in self.slots else y)
+            outputs.append(self._linear(x, weight, bias[i], {slot: None} if slot in self.slots else {}))
         return outputs
 
     def _mask(

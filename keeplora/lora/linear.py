@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import LoraHost
@@ -47,7 +46,7 @@ class LoraLinear(LoraHost, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._observe(dict.fromkeys(self.slots, x))
-        return self._add_deltas(F.linear(x, self.weight, self.bias), x, "weight")
+        return self._linear(x, self.weight, self.bias, self._slots_of("weight"))
 
     def plain(self) -> nn.Linear:
         """An ``nn.Linear`` around the same parameters, without adapters."""

@@ -1,0 +1,122 @@
+"""How a layer with adapters computes its output: one product with the merged weight, or the frozen one's plus theirs.
+
+Both give ``y = x (W + Σ c_i E_i (B_i − B_{0,i}) A_i)ᵀ + b``, where ``E_i`` places adapter i in its rows of the weight.
+Merged: the weight in the brackets is formed anew in every forward (:mod:`keeplora.lora.prepare` does it for all layers
+at once), so it cannot be out of date, and is multiplied with like any frozen weight. Training needs ``t = x Aᵀ
+[tokens, r]`` besides, and keeps that instead of x. Factored: ``x Aᵀ`` and its product with B, added to the frozen
+layer's output; no second copy of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapter import LoraAdapter
+
+__all__ = ["ForwardMode", "Part", "compute_dtype", "factored_linear", "merge_is_cheaper", "merged_linear", "stack"]
+
+ForwardMode = Literal["auto", "merged", "factored"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter and its rows of the layer's output; None for all."""
+
+    adapter: LoraAdapter
+    rows: tuple[int, int] | None
+
+    def of(self, y: Tensor) -> Tensor:
+        """The adapter's columns of ``y [..., out]``."""
+        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype a layer with this weight multiplies in: autocast's where that is on, else the weight's own."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
+    """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
+    out, width = weight.shape
+    return tokens * (out + width) >= out * width
+
+
+@torch.no_grad()
+def stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
+    """``(A [Σr, in], B [out, Σr], c)`` with ``c B A`` the sum of all updates, each in its rows."""
+    if len(parts) == 1 and parts[0].rows is None:
+        adapter = parts[0].adapter
+        return adapter.A, adapter.update(), adapter.scaling
+    a = torch.cat([part.adapter.A for part in parts])
+    a = a.double() if weight.dtype == torch.float64 else a
+    b = a.new_zeros(weight.shape[0], a.shape[0])
+    begin = 0
+    for part in parts:
+        end = begin + part.adapter.rank
+        rows = slice(None) if part.rows is None else slice(*part.rows)
+        b[rows, begin:end] = part.adapter.update().to(b.dtype) * part.adapter.scaling
+        begin = end
+    return a, b, 1.0
+
+
+def merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B."""
+    x = x.to(merged.dtype) if torch.is_autocast_enabled(x.device.type) else x
+    bias = None if bias is None else bias.to(merged.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _Merged.apply(x, merged, bias, tuple(parts), *(part.adapter.B for part in parts))
+    return y
+
+
+def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """``x Wᵀ + b`` plus every adapter's share, step by step."""
+    y = F.linear(x, weight, bias)
+    for part in parts:
+        if part.rows is None:
+            y = y + part.adapter(x)
+        else:
+            part.of(y).add_(part.adapter(x))
+    return y
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, merged: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *b: Tensor
+    ) -> Tensor:
+        ctx.parts = parts
+        if any(ctx.needs_input_grad[4:]):
+            a: list[Tensor] = [part.adapter.A for part in parts]
+            t = F.linear(x, (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype))
+        else:
+            t = x.new_empty(0)
+        ctx.save_for_backward(merged, t)
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        merged, t = ctx.saved_tensors
+        dx = dy @ merged if ctx.needs_input_grad[0] else None
+        grads: list[Tensor | None] = []
+        begin = 0
+        for part, wanted in zip(ctx.parts, ctx.needs_input_grad[4:], strict=True):
+            end = begin + part.adapter.rank
+            grads.append(_grad_b(part.of(dy), t[..., begin:end], part.adapter) if wanted else None)
+            begin = end
+        return dx, None, None, None, *grads
+
+
+def _grad_b(dy: Tensor, t: Tensor, adapter: LoraAdapter) -> Tensor:
+    """``c dyᵀ t [out, r]`` in the dtype of B."""
+    product = dy.flatten(0, -2).T @ t.flatten(0, -2)
+    return product.to(adapter.B.dtype).mul_(adapter.scaling)
