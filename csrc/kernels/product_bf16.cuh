@@ -45,24 +45,23 @@ struct Bfloat16Sum : Elements<float, kRowTiles, 4> {
   using Base = Elements<float, kRowTiles, 4>;
   using Base::kColumns, Base::kRows, Base::value;
 
-  // As Sum::add_product, with operands that have left() and right().
+  // As Sum::add_product, with operands that have left() and right(). Tiles are zero beyond their depth, so
+  // all of them is multiplied.
   template <typename Left, typename Right, typename SL, typename SR>
   __device__ void add_product(const Left& left, int row, const Right& right, int column, int from, int to,
                               SL* left_tiles, SR* right_tiles) {
     stream_tiles<kRows, kColumns>(left, row, right, column, from, to, left_tiles, right_tiles,
-                                  [&](const auto* left_tile, const auto* right_tile, int depth) {
-                                    add_tile<Left, Right>(left_tile, right_tile, depth);
+                                  [&](const auto* left_tile, const auto* right_tile, int) {
+                                    add_tile<Left, Right>(left_tile, right_tile);
                                   });
   }
 
  private:
   template <typename Left, typename Right>
-  __device__ void add_tile(const typename Left::Stored* left_tile, const typename Right::Stored* right_tile,
-                           int depth) {
+  __device__ void add_tile(const typename Left::Stored* left_tile, const typename Right::Stored* right_tile) {
     const int first = threadIdx.x / kWarp * 32;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      if (k >= depth) break;
       uint32_t b[4][2];
 #pragma unroll
       for (int n = 0; n < 4; n += 2)
