@@ -8,7 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import LoraSlot, Target, TokenMask, attention_targets
+from keeplora.lora import LoraSlot, Target, TokenMask, attention_targets, register_host
+
+from .open_clip_attention import attention_host
+from .open_clip_attention import attention_targets as packed_targets
 
 __all__ = ["find_targets", "is_open_clip", "token_mask"]
 
@@ -36,7 +39,7 @@ def find_targets(model: nn.Module) -> list[Target]:
 
     Raises:
         ValueError: no block of a known kind was found (a ResNet tower alone, say).
-        TypeError: blocks use open_clip's custom attention, which reads its weights without calling a layer.
+        TypeError: blocks use an attention of their own that reads its weights without calling a layer.
 
     Example:
         >>> import open_clip
@@ -65,15 +68,18 @@ def _block_targets(path: str, block: nn.Module, depth: int, tower: str) -> list[
     attention = getattr(block, "attn", None)
     if isinstance(attention, nn.MultiheadAttention):
         targets += attention_targets(f"{path}.attn", attention, depth, tower)
+    elif type(attention).__module__ == "open_clip.transformer" and type(attention).__name__ == "Attention":
+        assert isinstance(attention, nn.Module)
+        register_host(type(attention), attention_host())
+        targets += packed_targets(f"{path}.attn", attention, depth, tower)
     elif attention is not None and hasattr(attention, "in_proj_weight"):
         raise TypeError(
-            f"find_targets: attention must be nn.MultiheadAttention or timm's, got open_clip's custom "
-            f"attention at {path}.attn. Build the model with block_type='default'."
+            f"find_targets: attention must be nn.MultiheadAttention, open_clip's or timm's, got "
+            f"{type(attention).__module__}.{type(attention).__name__} at {path}.attn, which reads its weights without "
+            "calling a layer. Pass targets that leave it out."
         )
     for name, layer in block.named_modules():
-        if not isinstance(layer, nn.Linear) or (
-            name.startswith("attn.") and isinstance(attention, nn.MultiheadAttention)
-        ):
+        if not isinstance(layer, nn.Linear) or (name.startswith("attn.") and hasattr(attention, "in_proj_weight")):
             continue
         full = f"{path}.{name}"
         if name == "attn.qkv":

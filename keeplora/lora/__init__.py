@@ -7,7 +7,7 @@ from .gradients import mean_gradients, sketch_widths
 from .linear import LoraLinear
 from .passes import first_batches
 from .targets import Target, attention_targets, depth_positions, linear_targets, select_targets
-from .wrap import LoraSlot, unwrap, wrap
+from .wrap import LoraSlot, register_host, unwrap, wrap
 
 __all__ = [
     "FeatureStatistic",
@@ -25,6 +25,7 @@ __all__ = [
     "first_batches",
     "linear_targets",
     "mean_gradients",
+    "register_host",
     "select_targets",
     "sketch_widths",
     "unwrap",

@@ -111,6 +111,10 @@ class LoraHost(nn.Module):
         self.forward_mode = "auto"
         self._masters: dict[str, Tensor] = {}
 
+    def plain(self) -> nn.Module:
+        """The layer as it was before it was taken over, around the same parameters."""
+        raise NotImplementedError
+
     def add_slot(self, slot: str, parameter: str, rows: Rows) -> None:
         weight = getattr(self, parameter, None)
         if not isinstance(weight, Tensor):

@@ -13,7 +13,7 @@ from .attention import LoraAttention
 from .linear import LoraLinear
 from .targets import Target
 
-__all__ = ["LoraSlot", "unwrap", "wrap"]
+__all__ = ["LoraSlot", "register_host", "unwrap", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     replacements = _plan(model, targets)
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
-        hosts[path] = kind(model.get_submodule(path))  # type: ignore[arg-type]
+        hosts[path] = kind(model.get_submodule(path))
         if kind is LoraAttention:
             out = getattr(hosts[path], "out_proj")  # noqa: B009
             assert isinstance(out, LoraLinear)
@@ -103,7 +103,14 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     return slots
 
 
-_Kind = type[LoraLinear] | type[LoraAttention]
+_Kind = type[LoraHost]
+
+_KINDS: dict[type[nn.Module], _Kind] = {nn.MultiheadAttention: LoraAttention, nn.Linear: LoraLinear}
+
+
+def register_host(plain: type[nn.Module], host: type[LoraHost]) -> None:
+    """Let :func:`wrap` replace modules of type ``plain`` by ``host(module)``, and ``unwrap`` by its ``plain()``."""
+    _KINDS[plain] = host
 
 
 def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
@@ -150,11 +157,7 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
             "Call unwrap(model), or keep using the object that wrapped it."
         )
-    kinds: tuple[tuple[type[nn.Module], _Kind], ...] = (
-        (nn.MultiheadAttention, LoraAttention),
-        (nn.Linear, LoraLinear),
-    )
-    found = [kind for plain, kind in kinds if isinstance(module, plain) and type(module).forward is plain.forward]
+    found = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
     if not found or target.parameter not in own._parameters:
         raise TypeError(
@@ -205,7 +208,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         parent, _, leaf = path.rpartition(".")
         if leaf == "out_proj" and parent in hosts:
             continue  # goes with its attention
-        assert isinstance(host, LoraLinear | LoraAttention)
         _replace(model, path, host.plain())
     return model
 

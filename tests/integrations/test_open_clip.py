@@ -10,6 +10,7 @@ from torch import nn
 
 import keeplora
 from keeplora.integrations import find_targets, open_clip, token_mask
+from keeplora.integrations.open_clip_attention import attention_host
 from keeplora.lora import LoraAdapter, Target, depth_positions, select_targets, wrap
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
@@ -177,8 +178,76 @@ def test_a_model_inside_a_wrapper_is_still_known():
     assert keeper.after_task([batch()]).leak <= 1e-6
 
 
+CUSTOM = [
+    {},
+    {"qk_norm": True},
+    {"scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
+]
+
+
+def custom(options):
+    torch.manual_seed(3)
+    vision = {**VISION, "block_type": "custom", **options}
+    return clip.model.CLIP(16, vision, {**TEXT, "block_type": "custom", **options}).eval()
+
+
+@pytest.mark.parametrize("options", CUSTOM, ids=["plain", "normalised", "scaled"])
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_open_clips_own_attention_block(options, mode):
+    model, data = custom(options), batch()
+    for name, parameter in model.named_parameters():
+        if "scale" in name or "ln_" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    before = [model.encode_image(data[0]), model.encode_text(data[1])]
+    keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2, feature_energy=0.5))
+    after = [model.encode_image(data[0]), model.encode_text(data[1])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert len(keeper.slots) == 4 * 5  # three vision blocks, two of text
+    keeper.before_task([data], loss_fn)
+    for slot in keeper.slots:
+        slot.host.forward_mode = mode
+        torch.nn.init.normal_(slot.adapter.B, 0.0, 0.3)
+    learned = [model.encode_image(data[0]), model.encode_text(data[1])]
+    assert not torch.allclose(learned[0], before[0], atol=1e-3)
+    assert keeper.after_task([data]).leak <= 1e-6
+    merged = [model.encode_image(data[0]), model.encode_text(data[1])]
+    for a, b in zip(learned, merged, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    plain = keeper.merge()
+    assert {name: type(module) for name, module in plain.named_modules()} == kinds
+    assert torch.equal(plain.encode_image(data[0]), merged[0])
+    fresh = custom(options)
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh.encode_image(data[0]), merged[0])
+
+
+def test_cosine_attention_follows_its_formula():
+    """open_clip's own forward raises here (bmm of four dimensions), so this is held to the formula."""
+    block = clip.transformer.Attention(16, 4, scaled_cosine=True).eval()
+    holder = nn.ModuleDict({"attn": block})
+    host = attention_host()(holder["attn"])
+    x, mask = torch.randn(2, 5, 16), torch.ones(5, 5).triu(1).bool()
+    q, k, v = (
+        t.double().view(2, 5, 4, 4).transpose(1, 2)
+        for t in (x @ block.in_proj_weight.T + block.in_proj_bias).chunk(3, -1)
+    )
+    logits = (
+        nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT * block.logit_scale.exp().double()
+    )
+    heads = logits.masked_fill(mask, float("-inf")).softmax(-1) @ v
+    exact = heads.transpose(1, 2).flatten(-2) @ block.out_proj.weight.double().T + block.out_proj.bias.double()
+    torch.testing.assert_close(host(x, mask).double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_refuses_what_it_does_not_know():
-    custom = clip.model.CLIP(16, {**VISION, "block_type": "custom"}, TEXT)
-    with pytest.raises(TypeError, match=r"got open_clip's custom attention at visual\.transformer\.resblocks\.0\.attn"):
-        find_targets(custom)
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.zeros(48, 16))
+
+    model = tiny()
+    model.visual.transformer.resblocks[0].attn = Own()
+    with pytest.raises(TypeError, match=r"Own at visual\.transformer\.resblocks\.0\.attn, which reads its weights"):
+        find_targets(model)
     assert not open_clip.is_open_clip(nn.Linear(2, 2))
