@@ -58,6 +58,8 @@ def test_a_run_from_the_shell(tiny, tmp_path):
     # not a terminal: a line for every task and its certificate, no moving bars
     assert sum(" task " in line and "% · mean" in line for line in answer.stderr.splitlines()) == 2 * 3
     assert sum("leak" in line for line in answer.stderr.splitlines()) == 2 * 3
+    assert sum("is free; room for" in line for line in answer.stderr.splitlines()) == 2 * 3
+    assert "room left by keeplora, seed" in answer.stdout
     assert "\r" not in answer.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert summary["seeds"] == [0, 1]

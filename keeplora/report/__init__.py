@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from keeplora.report.capacity import plot_capacity, tightest_run
 from keeplora.report.summary import group, write_summary
 from keeplora.report.table import result_table
 from keeplora.train.checkpoint import RunRecord
@@ -14,10 +15,10 @@ from keeplora.train.config import RunConfig
 def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:
     """Write every file of the report into ``config.out``; returns the table and where the files are.
 
-    summary.json, metrics.csv, an accuracy.csv per run, demo.png (the comparison), accuracy-<method>.png and
-    capacity.png (methods that protect a subspace).
+    summary.json, metrics.csv, an accuracy.csv per run, demo.png (the comparison), accuracy-<method>.png, and for
+    methods that protect a subspace capacity.png and capacity.txt, of the seed with the least room.
     """
-    from keeplora.report.plots import plot_capacity, plot_comparison, plot_matrix  # needs matplotlib
+    from keeplora.report.plots import plot_comparison, plot_matrix  # needs matplotlib
 
     out = Path(config.out)
     summary = write_summary(config, records)
@@ -27,5 +28,12 @@ def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:
         plot_comparison(chart, summary, runs)
     for label, label_records in runs.items():
         plot_matrix(out / f"accuracy-{label}.png", label, label_records)
-    plot_capacity(out / "capacity.png", runs)
-    return f"{result_table(summary)}\n\nchart: {chart}\nnumbers: {out / 'summary.json'}"
+    tightest = {label: found for label, records in runs.items() if (found := tightest_run(records)) is not None}
+    room = {f"{label}, seed {record.seed}": capacity for label, (record, capacity) in tightest.items()}
+    lines = [result_table(summary), ""]
+    lines += [f"room left by {title}: {capacity.summary}" for title, capacity in room.items()]
+    if plot_capacity(out / "capacity.png", room, records[0].tasks):
+        tables = "\n\n".join(f"{title}\n{capacity}" for title, capacity in room.items()) + "\n"
+        (out / "capacity.txt").write_text(tables, encoding="utf-8")
+        lines.append(f"room: {out / 'capacity.png'}, {out / 'capacity.txt'}")
+    return "\n".join([*lines, f"chart: {chart}", f"numbers: {out / 'summary.json'}"])

@@ -1,29 +1,24 @@
-"""Charts of a benchmark: the comparison, the accuracy matrices, the capacity of every layer."""
+"""Charts of a benchmark: the comparison and the accuracy matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from keeplora.methods.state import write_atomic
+from keeplora.report.style import INK, SOFT, plain, save
 from keeplora.train.checkpoint import RunRecord
 
 Array = NDArray[np.float64]
 
 _COLOURS = {"full": "#8c8c8c", "lora": "#e07b28", "keeplora": "#3b78c3", "keeplora++": "#14866d"}
 _SPARE = ("#9657a8", "#c23b5a", "#7a6a2f", "#2aa3b5", "#5b5fc7", "#a0522d")
-_INK, _SOFT, _GRID = "#222222", "#666666", "#e4e4e4"
 _BARS = (("last", "Last", "all tasks, at the end"), ("avg", "Avg", "all tasks, at all times"),
          ("transfer", "Transfer", "tasks not yet learned"))  # fmt: skip
 
@@ -44,15 +39,15 @@ def plot_comparison(path: Path, summary: Mapping[str, Any], runs: Mapping[str, S
     spread = f"bands and whiskers: ± 1 std over {seeds} seeds" if seeds > 1 else "one seed"
     figure.suptitle(
         f"Learning {len(summary['tasks'])} tasks one after another: what is learned, what is kept",
-        fontsize=15, fontweight="bold", color=_INK,
+        fontsize=15, fontweight="bold", color=INK,
     )  # fmt: skip
     _curves(left, summary, {label: runs[label] for label in labels}, palette)
     _bars(right, summary, labels, palette)
     figure.supxlabel(
         f"benchmark {summary['benchmark']}, accuracy on {summary['split']} images; {spread}",
-        fontsize=9, color=_SOFT,
+        fontsize=9, color=SOFT,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _curves(
@@ -68,15 +63,15 @@ def _curves(
         axes.fill_between(x, mean - std, mean + std, color=palette[label], alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=palette[label], linewidth=2.4, marker="o", markersize=4.5)
         ends.append((float(mean[-1]), label))
-    axes.axhline(start, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.axhline(start, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.04 * (high - low))
     _end_labels(axes, [*ends, (start, "zero-shot")], float(x[-1]), palette)
     axes.set_xlim(-0.2, len(tasks) + 0.1)
     axes.set_xticks(x, ["start", *(f"+ {name}" for name in tasks)], rotation=35, ha="right")
-    axes.set_title("Mean accuracy over all tasks, after each task", loc="left", fontsize=11.5, color=_INK)
-    axes.set_ylabel("accuracy (%)", color=_SOFT)
-    _plain(axes)
+    axes.set_title("Mean accuracy over all tasks, after each task", loc="left", fontsize=11.5, color=INK)
+    axes.set_ylabel("accuracy (%)", color=SOFT)
+    plain(axes)
 
 
 def _end_labels(axes: Axes, ends: list[tuple[float, str]], x: float, palette: Mapping[str, str]) -> None:
@@ -94,7 +89,7 @@ def _end_labels(axes: Axes, ends: list[tuple[float, str]], x: float, palette: Ma
     for place, (value, label) in zip(places, ends, strict=True):
         axes.annotate(
             f"{label}  {value:.1f}", (x, value), xytext=(x + 0.25, place), textcoords="data", va="center",
-            fontsize=10, fontweight="bold", color=palette.get(label, _INK), annotation_clip=False,
+            fontsize=10, fontweight="bold", color=palette.get(label, INK), annotation_clip=False,
         )  # fmt: skip
 
 
@@ -107,23 +102,23 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
         means, stds = [v["mean"] for v in values], [v["std"] for v in values]
         axes.bar(
             places, means, 0.92 * width, yerr=stds if any(stds) else None, color=palette[label], label=label,
-            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+            error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
         )  # fmt: skip
         for place, mean, std in zip(places, means, stds, strict=True):
-            axes.text(place, mean + std + 0.8, f"{mean:.1f}", ha="center", va="bottom", fontsize=8.5, color=_INK,
+            axes.text(place, mean + std + 0.8, f"{mean:.1f}", ha="center", va="bottom", fontsize=8.5, color=INK,
                       zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
         top = max(top, *(mean + std for mean, std in zip(means, stds, strict=True)))
     for i, (key, _, _) in enumerate(_BARS):
         zero = summary["zero_shot"][key]["mean"]
         top = max(top, zero)
-        line = axes.plot([i - 0.45, i + 0.45], [zero, zero], color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))[0]
+        line = axes.plot([i - 0.45, i + 0.45], [zero, zero], color=INK, linewidth=1.4, linestyle=(0, (4, 3)))[0]
         if i == 0:
             line.set_label("zero-shot")
     axes.set_ylim(0, 1.22 * top)
     axes.set_xticks(range(len(_BARS)), [f"{name}\n{text}" for _, name, text in _BARS])
-    axes.set_title("Higher is better", loc="left", fontsize=11.5, color=_INK)
+    axes.set_title("Higher is better", loc="left", fontsize=11.5, color=INK)
     axes.legend(framealpha=1, edgecolor="none", ncols=3, loc="upper center", fontsize=9.5)
-    _plain(axes)
+    plain(axes)
 
 
 def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
@@ -143,18 +138,18 @@ def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
         for j in range(columns):
             dark = matrix[i, j] > 55
             axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=9.5,
-                      color="white" if dark else _INK, fontweight="bold" if i == j else "normal")  # fmt: skip
+                      color="white" if dark else INK, fontweight="bold" if i == j else "normal")  # fmt: skip
     _staircase(axes, len(tasks))
     axes.set_xticks(range(columns), names, rotation=35, ha="right")
     axes.set_yticks(range(rows), [f"after {name}" for name in tasks])
-    axes.set_title(f"{label}: accuracy on each task (%)", loc="left", fontsize=12, fontweight="bold", color=_INK)
-    axes.set_xlabel("below the line: learned before; above: not yet seen", fontsize=9, color=_SOFT)
+    axes.set_title(f"{label}: accuracy on each task (%)", loc="left", fontsize=12, fontweight="bold", color=INK)
+    axes.set_xlabel("below the line: learned before; above: not yet seen", fontsize=9, color=SOFT)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _staircase(axes: Axes, tasks: int) -> None:
@@ -165,91 +160,5 @@ def _staircase(axes: Axes, tasks: int) -> None:
     axes.plot(xs, ys, color="#d1495b", linewidth=2, clip_on=False)
 
 
-def plot_capacity(path: Path, runs: Mapping[str, Sequence[RunRecord]]) -> bool:
-    """How the tasks fill the input space of every adapted layer; False where no method keeps a basis."""
-    shown = {label: records[0] for label, records in runs.items() if records[0].capacity}
-    if not shown:
-        return False
-    layers = max(len(record.capacity) for record in shown.values())
-    figure = Figure(figsize=(max(8.0, 2 + 0.26 * layers), 0.9 + 3.0 * len(shown)), layout="constrained")
-    all_axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    for axes, (label, record) in zip(all_axes, shown.items(), strict=True):
-        _capacity(axes, label, record)
-    figure.suptitle("Protected share of each layer's input space", fontsize=13, fontweight="bold", color=_INK)
-    _save(figure, path)
-    return True
-
-
-def _capacity(axes: Axes, label: str, record: RunRecord) -> None:
-    names = [_short(row) for row in record.capacity]
-    sizes = np.array([row["in_features"] for row in record.capacity], dtype=np.float64)
-    filled = _protected_over_time(record)
-    x = np.arange(len(names), dtype=np.float64)
-    x += np.cumsum([0, *(a[0] != b[0] for a, b in pairwise(names))])  # a gap between blocks
-    shades = _shades(len(filled))
-    before = np.zeros(len(names))
-    for protected, shade in zip(filled, shades, strict=True):
-        share = 100 * protected / sizes
-        axes.bar(x, share - before, 0.86, bottom=before, color=shade, linewidth=0)
-        before = share
-    axes.bar(x, 100 - before, 0.86, bottom=before, color="#f0f0f0", linewidth=0)
-    axes.set_xticks(x, [part for _, part in names], fontsize=7)
-    for block in dict.fromkeys(name for name, _ in names):
-        places = [place for place, (name, _) in zip(x, names, strict=True) if name == block]
-        axes.text(float(np.mean(places)), -0.13, block, transform=axes.get_xaxis_transform(), ha="center", va="top",
-                  fontsize=8, color=_SOFT)  # fmt: skip
-    axes.set_ylim(0, 100)
-    axes.set_xlim(x[0] - 0.8, x[-1] + 0.8)
-    axes.set_ylabel("protected (%)", color=_SOFT)
-    axes.set_title(f"{label}, seed {record.seed}", loc="left", fontsize=11, color=_INK)
-    keys = [Patch(color=shade, label=text) for shade, text in _capacity_keys(record, shades)]
-    axes.legend(handles=[*keys, Patch(color="#f0f0f0", label="free")], frameon=False, fontsize=8,
-                bbox_to_anchor=(1.0, 1.0), loc="upper left")  # fmt: skip
-    _plain(axes)
-    axes.grid(visible=False)
-    axes.tick_params(axis="x", length=0)
-
-
-def _protected_over_time(record: RunRecord) -> list[Array]:
-    """Protected directions of every layer: of the pretrained weights, then after each task."""
-    after = [[layer["protected"] for layer in entry["layers"]] for entry in record.certificates if entry is not None]
-    first = record.certificates[0]
-    start = [layer["protected"] - layer["added"] for layer in first["layers"]] if first is not None else []
-    return [np.array(row, dtype=np.float64) for row in (start, *after)]
-
-
-def _capacity_keys(record: RunRecord, shades: Sequence[Any]) -> list[tuple[Any, str]]:
-    return list(zip(shades, ["pretrained", *(f"+ {name}" for name in record.tasks)], strict=True))
-
-
-def _shades(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    ramp: Colormap = colormaps["viridis"]
-    return ["#33363b", *(ramp(0.12 + 0.8 * i / max(count - 2, 1)) for i in range(count - 1))]
-
-
-def _short(row: Mapping[str, Any]) -> tuple[str, str]:
-    """A block's short name and the part inside it: ("vision 3", "q")."""
-    part = row["name"].rsplit(".", 1)[-1]
-    short = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o", "o_proj": "o"}
-    return f"{row['tower']} {row['depth']}", short.get(part, part)
-
-
 def _std(curves: Array) -> Array:
     return curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(curves.shape[1])
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_SOFT, length=3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#bbbbbb")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png", facecolor="white"))

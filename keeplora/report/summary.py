@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from keeplora.methods.state import write_atomic, write_json
+from keeplora.report.capacity import tightest_run
 from keeplora.train.checkpoint import RunRecord, run_folder
 from keeplora.train.config import ZERO_SHOT, RunConfig
 from keeplora.train.memory import KINDS
@@ -23,6 +24,8 @@ from keeplora.train.metrics import continual_metrics, mean_std
 METRICS = ("transfer", "avg", "last", "forgetting", "learn")
 """In percent."""
 COSTS = ("train_seconds", "switch_seconds", "evaluate_seconds", "peak_bytes", "trainable_parameters")
+ROOM = ("free_share", "forecast", "median_forecast")
+"""Of the seed with the least room; see :class:`keeplora.Capacity`."""
 _PACKAGES = ("keeplora", "torch", "open_clip_torch", "numpy", "safetensors")
 
 
@@ -60,6 +63,12 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
         "methods": {label: values for label, values in methods.items() if label != zero},
         "certificates": {
             label: worst for label, runs in by_label.items() if (worst := worst_certificate(runs)) is not None
+        },
+        "capacity": {
+            label: {"seed": record.seed, **{name: getattr(capacity, name) for name in ROOM}}
+            for label, runs in by_label.items()
+            if (found := tightest_run(runs)) is not None
+            for record, capacity in [found]
         },
         "settings": {
             label: {

@@ -3,12 +3,18 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from keeplora.lora import Target
+from keeplora.methods import Capacity
+from keeplora.methods.capacity import layer_capacity
 from keeplora.report import report_run
-from keeplora.report.plots import colours, plot_capacity
+from keeplora.report.capacity import plot_capacity, record_capacity, tightest_run
+from keeplora.report.plots import colours
 from keeplora.report.summary import summarize, worst_certificate
 from keeplora.report.table import result_table
 from keeplora.train.checkpoint import RunRecord
@@ -46,10 +52,13 @@ def record_of(label, seed):
             }
             for task in range(3)
         ]  # fmt: skip
-        capacity = [
-            {"name": f"visual.0.attn.{part}_proj", "tower": "vision", "depth": 0, "in_features": 32}
-            for part in ("q", "out")
-        ]
+        layers = tuple(
+            layer_capacity(
+                Target(f"visual.0.attn.{part}_proj", "visual.0.attn", "weight", None, 0, "vision"), *sizes, r=4
+            )
+            for part, sizes in (("q", (32, 18, (4, 4, 4))), ("out", (32, 22 + seed, (3, 3, 3 + seed))))
+        )
+        capacity = Capacity(layers, 3).to_dict()["layers"]
     return RunRecord(
         label, seed, TASKS, accuracy, [0.4, 0.3, 0.2], [1.0] * 3, [2.0] * 3, [0.5] * 3, [0.25] * 3, certificates,
         capacity, [64, 64, 32], 30, 1000 + seed,
@@ -159,7 +168,52 @@ def test_one_seed_one_method_and_no_basis(tmp_path):
     report_run(config, [record_of(label, seed) for label, seed in config.pairs()])
     assert (tmp_path / "demo.png").is_file()
     assert not (tmp_path / "capacity.png").exists()
-    assert not plot_capacity(tmp_path / "capacity.png", {"lora": [record_of("lora", 0)]})
+    assert not (tmp_path / "capacity.txt").exists()
+    assert tightest_run([record_of("lora", 0)]) is None
+    assert not plot_capacity(tmp_path / "capacity.png", {})
+
+
+def test_the_room_that_is_left_is_reported_of_the_tightest_seed(finished):
+    config, records = finished
+    text = report_run(config, records)
+    line = "room left by keeplora, seed 1: 36% of the space of 2 layers is free; room for 2 more tasks like the last"
+    assert line in text
+    tables = (config_path := Path(config.out) / "capacity.txt").read_text()
+    assert str(config_path) in text
+    assert tables.startswith("keeplora, seed 1\ncapacity after task 3: 36%")
+    assert "fill first: visual.0.attn.out_proj (9 of 32 free, 2), visual.0.attn.q_proj (14 of 32 free, 3)" in tables
+    room = summarize(config, records)["capacity"]
+    assert room == {
+        label: {"seed": 1, "free_share": 23 / 64, "forecast": 2, "median_forecast": 3}
+        for label in ("keeplora", "keeplora++")
+    }
+
+
+def test_results_without_a_forecast_are_not_given_one():
+    record = record_of("keeplora", 0)
+    for layer in record.capacity:
+        del layer["forecast"]
+    assert record_capacity(record) is None
+
+
+def test_a_keepers_capacity_can_be_drawn(tmp_path):
+    from matplotlib.image import imread
+
+    capacity = record_capacity(record_of("keeplora", 0))
+    whole, partly, fresh = tmp_path / "whole.png", tmp_path / "partly.png", tmp_path / "fresh.png"
+    assert plot_capacity(whole, {"mine": capacity})
+    remembered = [replace(layer, added_by_task=layer.added_by_task[-1:]) for layer in capacity]
+    assert plot_capacity(partly, {"an old state": Capacity(tuple(remembered), 3)})
+    unused = [layer_capacity(Target(n, "", "weight", None, 0, "model"), 32, 0, (), r=4) for n in "ab"]
+    assert plot_capacity(fresh, {"before the first task": Capacity(tuple(unused), 0)})
+    grey, dark = ((np.array([value] * 3)) for value in (0xF0, 0x33))
+
+    def pixels(file, colour):
+        found = (imread(file)[..., :3] * 255).round().astype(int)
+        return (np.abs(found - colour).sum(-1) <= 12).sum()
+
+    assert pixels(fresh, grey) > pixels(whole, grey) > 5000
+    assert pixels(partly, dark) > pixels(whole, dark) > 5000  # what earlier tasks added is drawn with the pretrained
 
 
 def test_zero_shot_alone_still_reports(tmp_path):

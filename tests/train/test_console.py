@@ -14,7 +14,17 @@ def story(label):
         for step in (1, 2):
             yield Event("step", label, 0, task, TASKS, name=f"t{task}", step=step, steps=2, loss=0.5)
         yield Event("note", label, 0, task, TASKS, text="little room")
-        yield Event("learned", label, 0, task, TASKS, name=f"t{task}", text="90.0%", certificate="leak 1e-8")
+        yield Event(
+            "learned",
+            label,
+            0,
+            task,
+            TASKS,
+            name=f"t{task}",
+            text="90.0%",
+            certificate="leak 1e-8",
+            capacity="half is free\nand more",
+        )
     yield Event("done", label, 0, TASKS, TASKS, text="last 90 %")
 
 
@@ -27,13 +37,14 @@ def test_lines_where_there_is_no_terminal():
     console(Event("learned", "zero", 0, 0, TASKS))  # nothing to say: no line
     console.close()
     lines = stream.getvalue().splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "a · seed 0 · task 1/2 note: little room",
         "b · seed 0 · task 1/2 note: little room",
         "a · seed 0 · task 1/2 90.0%",
         "    leak 1e-8",
+        "    half is free",
     ]
-    assert len(lines) == 2 * (TASKS * 3 + 1)
+    assert len(lines) == 2 * (TASKS * 4 + 1)
 
 
 def test_bars_count_tasks_and_vanish():
