@@ -1,0 +1,138 @@
+"""B10: time and memory of a switch's parts as layers, widths and tokens grow, beside as much plain arithmetic.
+
+How the measured growth compares with the counted one: ``python -m bench.plot_scaling FILE`` on what bench.run wrote.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.harness import Case
+from keeplora.lora import feature_statistics, linear_targets, mean_gradients, unwrap, wrap
+from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
+
+RANK = 16
+THRESHOLD = 0.99
+BATCH = 1024  # tokens
+PROBE = 2048  # width of the products that show what the machine can do
+# What grows, and what stays as it is meanwhile. Ranks of processes are missing: the passes run in one process.
+GPU: dict[str, tuple[int, ...]] = {
+    "layers": (12, 24, 48, 96, 224),
+    "width": (512, 1024, 2048, 4096, 8192),
+    "tokens": (1 << 10, 1 << 13, 1 << 16, 1 << 20),
+}
+CPU: dict[str, tuple[int, ...]] = {
+    "layers": (2, 4, 8, 16),
+    "width": (128, 256, 512, 1024),
+    "tokens": (1 << 10, 1 << 12, 1 << 14),
+}
+FIXED = {"cpu": {"layers": 4, "width": 256}, "cuda": {"layers": 12, "width": 768}}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Arithmetic and memory by formula."""
+
+    flops: int
+    bytes: int
+
+
+def sizes(axis: str, value: int, kind: str) -> tuple[int, int, int]:
+    """Layers, width and tokens of one point."""
+    if axis == "tokens":
+        return 1, FIXED[kind]["width"], value
+    if axis == "width":
+        return 1, value, 0
+    return value, FIXED[kind]["width"], 0
+
+
+def count(axis: str, value: int, kind: str) -> Count:
+    """What the parts of a switch need, from their formulas."""
+    layers, d, tokens = sizes(axis, value, kind)
+    if axis == "tokens":
+        # Forward and gradient, forward and second moment: four products. Both d x d sums, and what a batch needs.
+        return Count(8 * tokens * d * d, 2 * 4 * d * d + 4 * 4 * BATCH * d)
+    free = d - protected(d)
+    krylov = 4 * d * d * RANK * (STEPS + 1)
+    # Eigenvectors of a symmetric matrix: 9 n^3 (Golub & Van Loan); the matrix itself: two products with the frame.
+    # Above, blocks of the about 100 directions that are found, an orthonormalisation and two products each time.
+    basis = 9 * free**3 + 4 * d * d * free if free < ITERATIVE_FROM else 20 * d * d * 100
+    # Kept for every layer: the basis and the adapter; for the one that is worked on: float64 d x d matrices.
+    return Count(layers * (krylov + basis), layers * 4 * d * (free // 4 + protected(d) + 2 * RANK) + 4 * 8 * d * d)
+
+
+def protected(d: int) -> int:
+    return d // 4
+
+
+def finalize_inputs(layers: int, d: int, device: torch.device) -> tuple[Any, ...]:
+    """Gradients, second moments with energies ~ 1/i^2 and bases that hold their leading part."""
+    generator = torch.Generator(device).manual_seed(0)
+    scale = 1.0 / torch.arange(1, d + 1, device=device)
+    frame = torch.linalg.qr(torch.randn(d, d, generator=generator, device=device)).Q
+    other = torch.linalg.qr(torch.randn(d, d, generator=generator, device=device)).Q
+    g = (other * scale) @ frame.T
+    c = (other * scale.square()) @ other.T
+    q = frame[:, : protected(d)].contiguous()
+    return [g] * layers, [(c + c.T) / 2] * layers, [q] * layers
+
+
+def finalize(g: list[Tensor], c: list[Tensor], q: list[Tensor]) -> Any:
+    return top_directions(g, q, RANK), extend_basis(q, c, THRESHOLD)
+
+
+def pass_inputs(tokens: int, d: int, device: torch.device) -> tuple[Any, ...]:
+    """A layer and as many batches as make up the tokens: one tensor again and again, so that data take no memory."""
+    generator = torch.Generator(device).manual_seed(0)
+    model = nn.Sequential(nn.Linear(d, d)).to(device)
+    return model, [torch.randn(BATCH, d, generator=generator, device=device)] * (tokens // BATCH)
+
+
+def passes(model: nn.Module, data: list[Tensor]) -> Any:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    slots = wrap(model, linear_targets(model))
+    try:
+        return mean_gradients(model, slots, data, loss), feature_statistics(model, slots, data, loss)
+    finally:
+        unwrap(model)
+
+
+def products(flops: int, device: torch.device) -> None:
+    """As many float operations in plain matrix products."""
+    side = min(PROBE, max(64, round((flops / 2) ** (1 / 3))))
+    a = torch.ones(side, side, device=device)
+    out = torch.empty_like(a)
+    for _ in range(max(1, round(flops / (2 * side**3)))):
+        torch.mm(a, a, out=out)
+
+
+def cases() -> Iterator[Case]:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    for axis, values in (GPU if kind == "cuda" else CPU).items():
+        for value in values:
+            layers, d, tokens = sizes(axis, value, kind)
+            need = count(axis, value, kind)
+            what = f"statistics, width {d}" if tokens else "top_directions and extend_basis"
+            held = f", width {d}" if axis == "layers" else ""
+
+            def setup(device: torch.device, layers: int = layers, d: int = d, tokens: int = tokens) -> tuple[Any, ...]:
+                return pass_inputs(tokens, d, device) if tokens else finalize_inputs(layers, d, device)
+
+            def ceiling(*arguments: Any, flops: int = need.flops, kind: str = kind) -> None:
+                products(flops, torch.device(kind))
+
+            yield Case(
+                id="B10",
+                name=f"scaling / {what}{held} / {axis} = {value}",
+                setup=setup,
+                providers={
+                    "keeplora": passes if tokens else finalize,
+                    "ceiling: products with the counted arithmetic": ceiling,
+                },
+                flops=need.flops,
+            )
