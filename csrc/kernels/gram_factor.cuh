@@ -16,19 +16,27 @@ constexpr int kPanel = gpu::kColumns;
 // keeplora/ops.
 constexpr double kKeptEps = 32;
 
+// A column is not decided where making the panel orthonormal would lose more than the root of this many eps
+// of it: the columns kept so far are rounded when they are written, and the column's part along each loses as
+// much.
+constexpr double kLost = 256;
+
 struct FactorSpace {
-  double *scale, *limit, *row, *sums;
-  int *column, *place;
+  double *scale, *limit;  // by column: of the panel
+  double *row, *error;    // by kept column: a new column's part along it; its squared rounding error in eps
+  double* sums;
+  int *column, *place;  // of a kept column in the panel; the other way round, -1 for a dropped one
 
   static constexpr size_t bytes() {
-    return 3 * gpu::shared_bytes<double>(kPanel) + gpu::shared_bytes<double>(2 * gpu::kProductWarps) +
+    return 4 * gpu::shared_bytes<double>(kPanel) + gpu::shared_bytes<double>(3 * gpu::kProductWarps) +
            2 * gpu::shared_bytes<int>(kPanel);
   }
   __device__ explicit FactorSpace(gpu::SharedArena& arena)
       : scale(arena.take<double>(kPanel)),
         limit(arena.take<double>(kPanel)),
         row(arena.take<double>(kPanel)),
-        sums(arena.take<double>(2 * gpu::kProductWarps)),
+        error(arena.take<double>(kPanel)),
+        sums(arena.take<double>(3 * gpu::kProductWarps)),
         column(arena.take<int>(kPanel)),
         place(arena.take<int>(kPanel)) {}
 };
@@ -86,26 +94,29 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
       for (int i = half; i <= pair; i += 2)
         r += upper[packed(i, pair)] * upper[packed(space.column[i], j)];
     r += __shfl_xor_sync(gpu::kAllLanes, r, 1);
-    if (pair < kept && half == 0) space.row[pair] = r;
-    const double inside = gpu::block_sum<gpu::kProductWarps>(half == 0 ? r * r : 0, space.sums);
+    if (half == 0) space.row[pair] = r;
+    const bool mine = half == 0 && pair < kept;
+    const double inside = gpu::block_sum<gpu::kProductWarps>(mine ? r * r : 0, space.sums);
+    const double inherited = gpu::block_sum<gpu::kProductWarps>(mine ? r * r * space.error[pair] : 0,
+                                                                space.sums + gpu::kProductWarps);
     if (pair < kept)
       for (int i = pair + half; i < kept; i += 2)
         c += upper[packed(pair, i)] * space.row[i];
     c += __shfl_xor_sync(gpu::kAllLanes, c, 1);
-    const double growth = 1 + gpu::block_sum<gpu::kProductWarps>(half == 0 ? (c < 0 ? -c : c) : 0,
-                                                                 space.sums + gpu::kProductWarps);
+    const double growth =
+        1 + gpu::block_sum<gpu::kProductWarps>(half == 0 ? c * c : 0, space.sums + 2 * gpu::kProductWarps);
 
-    const double square = 1 - inside;              // of what is left of the column
-    const double error = noise * growth * growth;  // of `square`, from the Gram matrix
-    const double rounding = kEps * growth;         // of what is left, from the panel's numbers
+    const double square = 1 - inside;     // of what is left of the column
+    const double error = noise * growth;  // of `square`, from the Gram matrix
     if (lengths && kept > 0) {
-      if (square + error <= limit && 16 * rounding * rounding <= limit) continue;
-      const bool exact = square > 16 * error && square > 256 * rounding * rounding;
-      if (!exact || !(square > limit + error)) break;
+      if (square + error <= limit) continue;
+      const bool exact = square > 16 * error && square > 256 * kEps * kEps * growth;
+      if (!exact || !(square > limit + error) || !(growth + inherited < kLost)) break;
     }
     const double inverse = 1 / sqrt(square);
     if (half == 0 && pair <= kept) upper[packed(pair, kept)] = pair < kept ? -c * inverse : inverse;
     if (threadIdx.x == 0) {
+      space.error[kept] = growth / square;
       space.column[kept] = j;
       space.place[j] = kept;
     }

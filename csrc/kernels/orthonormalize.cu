@@ -278,7 +278,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
 
     const bool decides = at.phase == Phase::kGram0;
     if (decides || at.phase == Phase::kGram1) {
-      const double noise = (entry.d / 16 + 2 * kPanel) * 0x1p-53;  // of sums of d numbers, kDepth at a time
+      // The roundings of a sum of d numbers, kDepth at a time, and of the factor's sums: they are of either
+      // sign.
+      const double noise = 4 * sqrt(entry.d / gpu::kDepth + double{kPanel}) * 0x1p-53;
       const Decided done = factor(
           entry.gram, decides ? entry.gram + kPanel * entry.pitch : nullptr, panel_of(entry, at).count,
           entry.pitch, noise, reinterpret_cast<double*>(shared.tiles.right), shared.space, entry.transform);

@@ -112,6 +112,16 @@ def test_what_is_left_decides(columns, random_basis, dtype, part, kept):
     check(z, rank[0], y, q, ORTHOGONAL if dtype == torch.float32 else 1e-14)
 
 
+@pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4], ids=str)
+def test_later_columns_along_a_badly_determined_direction(columns, random_basis, gap):
+    """The second column's direction is known to eps / gap only, and the third is mostly that direction."""
+    a, b, c, e = random_basis(200, 4).T
+    y = torch.stack([a, a + gap * b, b + c, b + 2 * c + e], 1)
+    (z,), rank = columns([y])
+    assert rank.tolist() == [4]
+    check(z, rank[0], y, torch.zeros(200, 0))
+
+
 def test_structured_columns(columns):
     """Unit vectors, where a factorisation that fills gaps with arbitrary directions loses the later ones."""
     eye = torch.eye(6)

@@ -167,7 +167,7 @@ class Worker {
   __device__ int search() {
     const int lane = threadIdx.x;
     for (int first = 0; first < count_; first += kWarp) {
-      const auto at = [&](int i) { return static_cast<int>((job_ + int64_t{first} + i) % count_); };
+      const auto at = [&](int i) { return job_ + first + i - (job_ + first + i < count_ ? 0 : count_); };
       const bool open = first + lane < count_ && jobs::open_tile(jobs::look(&jobs_[at(lane)].tiles));
       const unsigned open_lanes = __ballot_sync(kAllLanes, open);
       for (int i = 0; i < kWarp; ++i) {
