@@ -59,7 +59,7 @@ def attention_host() -> type[LoraHost]:
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
             self._observe(dict.fromkeys(self.slots, x))
-            packed = self._linear(x, self.in_proj_weight, self.in_proj_bias, self._slots_of("in_proj_weight"))
+            packed = self._own_linear(x, "in_proj_weight", self.in_proj_bias)
             heads_of = (*x.shape[:2], self.num_heads, self.head_dim)
             q, k, v = (t.reshape(heads_of).transpose(1, 2) for t in packed.chunk(3, dim=-1))
             mask = _additive(attn_mask, q) if attn_mask is not None else None

@@ -6,6 +6,7 @@ from .features import FeatureStatistic, TokenMask, feature_statistics
 from .gradients import mean_gradients, sketch_widths
 from .linear import LoraLinear
 from .passes import first_batches
+from .prepare import merge_ahead
 from .targets import Target, attention_targets, depth_positions, linear_targets, select_targets
 from .wrap import LoraSlot, register_host, unwrap, wrap
 
@@ -25,6 +26,7 @@ __all__ = [
     "first_batches",
     "linear_targets",
     "mean_gradients",
+    "merge_ahead",
     "register_host",
     "select_targets",
     "sketch_widths",

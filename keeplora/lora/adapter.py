@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
-from .forward import ForwardMode, Part, compute_dtype, factored_linear, merge_is_cheaper, merged_linear, stack
+from .forward import Ahead, ForwardMode, Part, factored_linear, merge_is_cheaper, merged_linear
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer", "Tap"]
 
@@ -102,6 +102,9 @@ class LoraHost(nn.Module):
     observer: Observer | None
     tap: Tap | None
     forward_mode: ForwardMode
+    to_merge: set[str]
+    """Weights that a forward since the last :func:`merge_ahead` had to merge by itself."""
+    merged_ahead: dict[str, Ahead]
 
     def _init_host(self) -> None:
         self.adapters = nn.ModuleDict()
@@ -109,6 +112,8 @@ class LoraHost(nn.Module):
         self.observer = None
         self.tap = None
         self.forward_mode = "auto"
+        self.to_merge = set()
+        self.merged_ahead = {}
         self._masters: dict[str, Tensor] = {}
 
     def plain(self) -> nn.Module:
@@ -190,16 +195,25 @@ class LoraHost(nn.Module):
         if self.observer is not None:
             self.observer(self, inputs)
 
-    def _slots_of(self, parameter: str) -> dict[str, Rows]:
-        return {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter}
+    def _own_linear(self, x: Tensor, parameter: str, bias: Tensor | None) -> Tensor:
+        """``x Wᵀ + b`` for one of the layer's weights, with the adapters of all its slots."""
+        slots = {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter}
+        return self._linear(x, getattr(self, parameter), bias, slots, parameter)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Mapping[str, Rows]) -> Tensor:
+    def merge_job(self, parameter: str) -> tuple[Tensor, list[Part]]:
+        """One of the layer's weights and the adapters that would be merged into it."""
+        slots = {slot: rows for slot, (name, rows) in self.slots.items() if name == parameter}
+        return getattr(self, parameter), self._parts(slots)
+
+    def _linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Mapping[str, Rows], parameter: str = ""
+    ) -> Tensor:
         """``x Wᵀ + b`` with the adapters of ``slots``, which are rows of this weight."""
         parts = self._parts(slots)
         if not parts:
             y = F.linear(x, weight, bias)
         elif self._merges(x, weight, bias, parts):
-            y = merged_linear(x, self._merged_weight(weight, parts), bias, parts)
+            y = merged_linear(x, self._merged_weight(weight, parts, parameter), bias, parts)
         else:
             y = factored_linear(x, weight, bias, parts)
         return y if self.tap is None else self.tap(self, x, y, slots)
@@ -221,10 +235,13 @@ class LoraHost(nn.Module):
             return False
         return self.forward_mode == "merged" or merge_is_cheaper(x.numel() // x.shape[-1], weight)
 
-    def _merged_weight(self, weight: Tensor, parts: Sequence[Part]) -> Tensor:
-        a, b, scale = stack(weight, parts)
-        dtype = compute_dtype(weight)
-        return merge_weights([weight.detach()], [a.detach()], [b.detach()], scale=scale, dtype=dtype)[0]
+    def _merged_weight(self, weight: Tensor, parts: Sequence[Part], parameter: str) -> Tensor:
+        ahead = self.merged_ahead.pop(parameter, None)
+        if ahead is not None and ahead.is_current(weight, parts):
+            return ahead.merged
+        if parameter and torch.is_grad_enabled():
+            self.to_merge.add(parameter)
+        return Ahead.of([(weight, parts)])[0].merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

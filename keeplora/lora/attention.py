@@ -132,8 +132,7 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
         """Queries, keys, values with their adapters; ``key`` and ``value`` None mean self-attention."""
         if self.in_proj_weight is not None and key is None:
-            slots = self._slots_of("in_proj_weight")
-            return list(self._linear(query, self.in_proj_weight, self.in_proj_bias, slots).chunk(3, dim=-1))
+            return list(self._own_linear(query, "in_proj_weight", self.in_proj_bias).chunk(3, dim=-1))
         bias = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         key, value = (query if t is None else t for t in (key, value))
         outputs = []

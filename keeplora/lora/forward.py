@@ -17,10 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keeplora.ops.merge_weights import merge_weights
+
 if TYPE_CHECKING:
     from .adapter import LoraAdapter
 
-__all__ = ["ForwardMode", "Part", "compute_dtype", "factored_linear", "merge_is_cheaper", "merged_linear", "stack"]
+__all__ = [
+    "Ahead",
+    "ForwardMode",
+    "Part",
+    "compute_dtype",
+    "factored_linear",
+    "merge_is_cheaper",
+    "merged_linear",
+    "stack",
+]
 
 ForwardMode = Literal["auto", "merged", "factored"]
 
@@ -52,7 +63,7 @@ def merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
+def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
     """``(A [Σr, in], B [out, Σr], c)`` with ``c B A`` the sum of all updates, each in its rows."""
     if len(parts) == 1 and parts[0].rows is None:
         adapter = parts[0].adapter
@@ -67,6 +78,43 @@ def stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]
         b[rows, begin:end] = part.adapter.update().to(b.dtype) * part.adapter.scaling
         begin = end
     return a, b, 1.0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A merged weight in the dtype its layer multiplies in, and what it was made from."""
+
+    merged: Tensor
+    stamp: tuple[Any, ...]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]]) -> list[Ahead]:
+        """The merged weights of many layers that multiply in one dtype, in one call of the op."""
+        factors = [_stack(weight, parts) for weight, parts in jobs]
+        merged = merge_weights(
+            [weight.detach() for weight, _ in jobs],
+            [a.detach() for a, _, _ in factors],
+            [b.detach() for _, b, _ in factors],
+            scale=[scale for _, _, scale in factors],
+            dtype=compute_dtype(jobs[0][0]),
+        )
+        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(merged, jobs, strict=True)]
+
+    def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:
+        return self.stamp == _stamp(weight, parts)
+
+
+def _stamp(weight: Tensor, parts: Sequence[Part]) -> tuple[Any, ...]:
+    """What changes whenever a merged weight would: objects, storages, version counters, numbers."""
+    stamp: list[Any] = [compute_dtype(weight)]
+    tensors: list[Tensor | None] = [weight]
+    for part in parts:
+        stamp += [part.rows, part.adapter.scaling]
+        tensors += [part.adapter.A, part.adapter.B, part.adapter.origin]
+    for tensor in tensors:
+        stamp.append(None if tensor is None else (id(tensor), tensor.data_ptr(), tensor._version))
+    return tuple(stamp)
 
 
 def merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:

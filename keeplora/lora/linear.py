@@ -46,7 +46,7 @@ class LoraLinear(LoraHost, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._observe(dict.fromkeys(self.slots, x))
-        return self._linear(x, self.weight, self.bias, self._slots_of("weight"))
+        return self._own_linear(x, "weight", self.bias)
 
     def plain(self) -> nn.Linear:
         """An ``nn.Linear`` around the same parameters, without adapters."""

@@ -1,0 +1,163 @@
+"""Merged weights formed ahead, all in one call: the same numbers, used once, never out of date."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import keeplora.lora.forward as forward
+from keeplora.lora import LoraAdapter, linear_targets, merge_ahead, wrap
+
+WIDTH = 8
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many weights each call of the op merged."""
+    sizes = []
+    original = forward.merge_weights
+
+    def counting(w, *args, **kwargs):
+        sizes.append(len(w))
+        return original(w, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "merge_weights", counting)
+    return sizes
+
+
+def make(layers=3):
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers))).requires_grad_(False)
+    for slot in wrap(model, linear_targets(model)):
+        slot.attach(LoraAdapter(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), 0.5))
+    return model
+
+
+def step(model, x):
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_one_call_per_forward_and_the_same_bits(calls):
+    model, x = make(), torch.randn(20, WIDTH)
+    plain = copy.deepcopy(model)
+    merge_ahead(model)
+    for expected in ([1, 1, 1], [3], [3]):
+        for p in [*model.parameters(), *plain.parameters()]:
+            p.grad = None
+        calls.clear()
+        got = step(model, x)
+        assert calls == expected
+        assert all(torch.equal(a, b) for a, b in zip(got, step(plain, x), strict=True))
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            if p.grad is not None:
+                with torch.no_grad():
+                    p.sub_(1e-5 * p.grad)
+                    q.sub_(1e-5 * q.grad)
+
+
+def test_what_changes_between_preparation_and_use_is_noticed():
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    step(model, x)
+
+    def change(module, args):
+        with torch.no_grad():
+            model[2].adapters["weight"].B.mul_(3)
+
+    model[1].register_forward_pre_hook(change)  # in the middle of the forward
+    y = model(x)
+    plain = copy.deepcopy(model)
+    plain[1]._forward_pre_hooks.clear()
+    plain._forward_pre_hooks.clear()
+    assert torch.equal(y, plain(x))
+
+
+def test_changes_between_forwards_are_seen_whatever_made_them():
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    step(model, x)
+    before = model(x)
+    model[0].adapters["weight"].B.data.mul_(2)  # behind the version counter
+    after = model(x)
+    plain = copy.deepcopy(model)
+    plain._forward_pre_hooks.clear()
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, plain(x))
+
+
+def test_nothing_is_kept_after_a_forward(calls):
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    step(model, x)
+
+    class Stop(Exception):
+        pass
+
+    def stop(module, args):
+        raise Stop
+
+    handle = model[1].register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        model(x)
+    assert not any(layer.merged_ahead for layer in model)
+    handle.remove()
+    with torch.no_grad():
+        calls.clear()
+        model(x)
+        assert calls == [1, 1, 1]
+    model(x[:1])  # few tokens: the factored way, which the next forward remembers
+    calls.clear()
+    model(x[:1])
+    assert calls == []
+
+
+def test_checkpoints_and_repeated_layers(calls):
+    model, x = make(2), torch.randn(20, WIDTH, requires_grad=True)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            y = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+            return self.inner(y)
+
+    outer = Twice()
+    plain = copy.deepcopy(outer)
+    merge_ahead(outer)
+    for _ in range(2):
+        for p in [*outer.parameters(), *plain.parameters()]:
+            p.grad = None
+        assert all(torch.equal(a, b) for a, b in zip(step(outer, x), step(plain, x), strict=True))
+
+
+def test_autocast_merges_in_its_dtype(calls):
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    for expected in ([1, 1, 1], [3]):
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        assert calls == expected
+    calls.clear()
+    assert model(x).dtype == torch.float32
+    assert calls == [3]
+
+
+def test_a_copy_has_its_own_and_handles_remove(calls):
+    model, x = make(), torch.randn(20, WIDTH)
+    handles = merge_ahead(model)
+    step(model, x)
+    twin = copy.deepcopy(model)
+    calls.clear()
+    twin(x)
+    assert calls == [3]
+    assert not any(layer.merged_ahead for layer in model)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x)
+    assert calls == [1, 1, 1]
