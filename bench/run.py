@@ -7,13 +7,14 @@ import json
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Case, Row, run
+from bench.harness import Case, run
 from bench.table import markdown, text
 
 KERNELS = {"B4", "B5", "B6", "B7"}  # the benchmarks of the ops; the others measure what is built from them
@@ -100,19 +101,32 @@ def main() -> None:
         ids = chosen_ids(options.ids, {case.id for case in cases})
     except ValueError as error:
         parser.error(str(error))
-    rows: list[Row] = []
-    for case in cases:
-        if case.id not in ids:
-            continue
-        measured = list(run(case, device, seconds=options.seconds))
-        print(text(measured), flush=True)
-        rows += measured
+    chosen = sorted((case for case in cases if case.id in ids), key=lambda case: int(case.id[1:]))
+    failed = False
+    for result in measure(chosen, device, options.seconds):
         # After every case: a run that is cut short keeps what it has.
-        result = {"machine": machine(device), "rows": [dataclasses.asdict(row) for row in rows]}
         for path, content in ((options.json, json.dumps(result, indent=1) + "\n"), (options.table, markdown(result))):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content)
+        failed = any(not missing["needs"] for missing in result["not_measured"])
+    raise SystemExit(1 if failed else 0)
+
+
+def measure(cases: list[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """All results so far, after every case. One that raises is noted with its error, and the next one follows."""
+    rows: list[dict[str, Any]] = []
+    missing: list[dict[str, str]] = []
+    for case in cases:
+        try:
+            measured = list(run(case, device, seconds=seconds))
+            print(text(measured), flush=True)
+            rows += [dataclasses.asdict(row) for row in measured]
+        except Exception as error:
+            traceback.print_exc()
+            needs = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+            missing.append({"id": case.id, "case": case.name, "error": repr(error), "needs": needs})
+        yield {"machine": machine(device), "rows": rows, "not_measured": missing}
 
 
 if __name__ == "__main__":

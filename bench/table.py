@@ -40,6 +40,9 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {row.provider} | {row.median_s * 1e3:.3f} ms | {row.p20_s * 1e3:.3f} to {row.p80_s * 1e3:.3f} ms "
                 f"| {ratio:.2f} | {row.peak_bytes / 2**20:.1f} MiB | {', '.join(_rates(row))} |"
             )
+    for missing in result.get("not_measured", ()):
+        why = f"needs {missing['needs']}" if missing["needs"] else missing["error"]
+        lines += ["", f"**{missing['id']}** {missing['case']}: not measured, {why}"]
     return "\n".join([*lines, ""])
 
 

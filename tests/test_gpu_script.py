@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import gpu, run, sanitize, stages, table
-from bench.harness import Row
+from bench.harness import Case, Row
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,12 +93,18 @@ def test_the_stages_of_a_gpu(tmp_path):
         for word in (word for part in stage.command for word in part.split()):
             if word.startswith(("tests/", "csrc/")):
                 assert (ROOT / word).exists(), word
-    # What the suite leaves out needs no GPU: the checks of the emulator and of the packages, and what needs downloads.
-    left_out = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() or path.name.startswith("test_")}
-    left_out -= {*gpu.SUITE, "__pycache__"}
-    assert left_out == {
-        "integrations", "kernels", "test_cli.py", "test_gpu_script.py", "test_packaging.py", "test_readme.py",
-    }  # fmt: skip
+    for parts in (gpu.LEFT_OUT, *gpu.NEED.values()):
+        assert all((ROOT / "tests" / part).exists() for part in parts)
+
+
+def test_suite_leaves_out_what_a_bare_machine_cannot_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    suite = next(stage for stage in gpu.stages(tmp_path, "80") if stage.name == "suite")
+    assert "--ignore=tests/train" in suite.command
+    asks = {path for path in (ROOT / "tests").rglob("*.py") if "open_clip" in path.read_text()} - {Path(__file__)}
+    asks |= {path for path in (ROOT / "tests").rglob("*.py") if "import tiny_workload" in path.read_text()}
+    kept = [path for path in asks if not any(f"--ignore=tests/{p}" in suite.command for p in path.parts[-2:])]
+    assert {path.name for path in kept} <= {"tiny_workload.py", "test_layers.py", "test_gpu_script.py"}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,23 @@ def test_commit_says_when_files_differ(tmp_path):
     assert len(name) == 40
     (tmp_path / "file").write_text("2")
     assert run.commit(tmp_path) == f"{name}, with changes"
+
+
+def test_a_case_that_fails_does_not_hide_the_others():
+    def absent():
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    calls = {"works": lambda: torch.ones(3), "breaks": lambda: 1 / 0, "lacks": absent}
+    cases = [Case("B4", name, lambda device: (), {"keeplora": call}) for name, call in calls.items()]
+    *_, last = run.measure([*cases, cases[0]], torch.device("cpu"), 0.01)
+    assert [row["case"] for row in last["rows"]] == ["works", "works"]
+    assert [(missing["case"], missing["needs"]) for missing in last["not_measured"]] == [
+        ("breaks", ""),
+        ("lacks", "peft"),
+    ]
+    text = table.markdown(last)
+    assert "**B4** breaks: not measured, ZeroDivisionError" in text
+    assert "**B4** lacks: not measured, needs peft" in text
 
 
 def test_groups_of_benchmarks():
