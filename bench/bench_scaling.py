@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.harness import Case
 from keeplora.lora import feature_statistics, linear_targets, mean_gradients, unwrap, wrap
+from keeplora.math.batch import ALONE, BATCH_BYTES
 from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
 
 RANK = 16
@@ -25,9 +26,9 @@ GPU: dict[str, tuple[int, ...]] = {
     "tokens": (1 << 10, 1 << 13, 1 << 16, 1 << 20),
 }
 CPU: dict[str, tuple[int, ...]] = {
-    "layers": (2, 4, 8, 16),
-    "width": (128, 256, 512, 1024),
-    "tokens": (1 << 10, 1 << 12, 1 << 14),
+    "layers": (12, 24, 48, 96, 224),
+    "width": (128, 256, 512, 1024, 2048),
+    "tokens": (1 << 10, 1 << 12, 1 << 14, 1 << 16),
 }
 FIXED = {"cpu": {"layers": 4, "width": 256}, "cuda": {"layers": 12, "width": 768}}
 
@@ -60,8 +61,9 @@ def count(axis: str, value: int, kind: str) -> Count:
     # Eigenvectors of a symmetric matrix: 9 n^3 (Golub & Van Loan); the matrix itself: two products with the frame.
     # Above, blocks of the about 100 directions that are found, an orthonormalisation and two products each time.
     basis = 9 * free**3 + 4 * d * d * free if free < ITERATIVE_FROM else 20 * d * d * 100
-    # Kept for every layer: the basis and the adapter; for the one that is worked on: float64 d x d matrices.
-    return Count(layers * (krylov + basis), layers * 4 * d * (free // 4 + protected(d) + 2 * RANK) + 4 * 8 * d * d)
+    # Kept for every layer: the basis and the adapter; for those worked on at once: float64 d x d matrices.
+    together = min(layers, BATCH_BYTES // (8 * d * d)) if kind == "cuda" and d * d <= ALONE else 1
+    return Count(layers * (krylov + basis), layers * 4 * d * (protected(d) + 2 * RANK) + together * 4 * 8 * d * d)
 
 
 def protected(d: int) -> int:

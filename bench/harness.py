@@ -94,11 +94,17 @@ def _peak_bytes(call: Callable[..., Any], arguments: tuple[Any, ...], device: to
         call(*arguments)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return recorded_bytes(call, *arguments)[0]
+
+
+def recorded_bytes(call: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
+    """Most bytes that a call on the CPU holds at once, and those that its result still holds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call(*arguments)
+        result = call(*arguments)
     recorded = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(recorded, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    del result  # not before: what it holds must not be recorded as released
+    return peak, held
