@@ -60,8 +60,12 @@ bool run_blocks(const Grid& grid, unsigned first, void (*body)(void*), void* arg
     block.threads = threads.data() + static_cast<size_t>(count) * rank;
     block.count = block.live = count;
     block.shared_limit = grid.shared_bytes;
-    block.gathered.resize((count + kWarp - 1) / kWarp);
-    block.warp_tags.resize((count + kWarp - 1) / kWarp);
+    const int warps = (count + kWarp - 1) / kWarp;
+    block.in_collective.resize(warps);
+    block.exited.resize(warps);
+    block.exited.back() = warps * kWarp - count;  // as if they had been there
+    block.gathered.resize(warps);
+    block.warp_tags.resize(warps);
     for (int i = 0; i < count; ++i) {
       block.threads[i].block = &block;
       block.threads[i].index = i;
@@ -118,6 +122,7 @@ bool run_grid(const Grid& grid, void (*body)(void*), void* argument) {
 void leave_block(Thread& thread) {
   Block& block = *thread.block;
   --block.live;
+  ++block.exited[thread.index / kWarp];
   --cluster->live;
   release_barrier_if_full(block);
   release_cluster_barrier_if_full();

@@ -52,7 +52,9 @@ struct Block {
   int count = 0, live = 0, waiting = 0;
   size_t shared_limit = 0, shared_taken = 0;
   std::vector<SharedArray> shared;
-  std::vector<std::vector<unsigned char>> gathered;  // by warp
+  // By warp:
+  std::vector<int> in_collective, exited;  // lanes
+  std::vector<std::vector<unsigned char>> gathered;
   std::array<char, 2> barrier_tags = {};
   std::vector<std::array<char, 2>> warp_tags;
 

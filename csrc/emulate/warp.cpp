@@ -16,6 +16,8 @@ bool same(const Thread& a, const Thread& b) {
 
 // Completes the collective of the lanes in `mask`, if all of them that still run have come to it.
 void complete(Block& block, int first, unsigned mask) {
+  const int warp = first / kWarp;
+  if (block.in_collective[warp] + block.exited[warp] < __builtin_popcount(mask)) return;
   uint64_t contribution[kWarp] = {};
   unsigned present = 0, votes = 0;
   const Thread* leader = nullptr;
@@ -36,7 +38,7 @@ void complete(Block& block, int first, unsigned mask) {
   }
   if (leader && leader->collective == Collective::kGather) {
     if (present != kAllLanes) stop("lanes have exited that this warp collective needs");
-    auto& buffer = block.gathered[first / kWarp];
+    auto& buffer = block.gathered[warp];
     buffer.resize(kWarp * leader->bytes);
     for (int l = 0; l < kWarp; ++l)
       std::memcpy(buffer.data() + l * leader->bytes, block.threads[first + l].gives, leader->bytes);
@@ -50,6 +52,7 @@ void complete(Block& block, int first, unsigned mask) {
       thread.bits =
           present >> source & 1 ? contribution[source] : ~uint64_t{0};  // an absent lane's value: NaN
     }
+    --block.in_collective[warp];
     wake(thread);
   }
 }
@@ -67,6 +70,7 @@ uint64_t join(Collective collective, unsigned mask, uint64_t bits, int source, S
   me.gives = gives;
   me.bytes = bytes;
   me.state = State::kInWarp;
+  ++me.block->in_collective[me.index / kWarp];
   complete(*me.block, me.index - lane(), mask);
   yield();
   return me.bits;
