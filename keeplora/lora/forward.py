@@ -30,7 +30,6 @@ __all__ = [
     "factored_linear",
     "merge_is_cheaper",
     "merged_linear",
-    "stack",
 ]
 
 ForwardMode = Literal["auto", "merged", "factored"]
@@ -154,7 +153,9 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         merged, t = ctx.saved_tensors
-        dx = dy @ merged if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:  # flat: matmul of three dimensions may expand the matrix to a batch of copies
+            dx = (dy.flatten(0, -2) @ merged).view(*dy.shape[:-1], merged.shape[1])
         grads: list[Tensor | None] = []
         begin = 0
         for part, wanted in zip(ctx.parts, ctx.needs_input_grad[4:], strict=True):
