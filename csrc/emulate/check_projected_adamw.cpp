@@ -17,13 +17,14 @@ struct Shape {
   bool misaligned, half;  // half: the gradient is bfloat16
 };
 
-constexpr keeplora::AdamWOptions kOptions{3, 0.9, 0.99, 1e-6, 0.1};
+constexpr keeplora::AdamWOptions kOptions{0.9, 0.99, 1e-6, 0.1};
 
 template <typename T>
 bool check_group(const char* name, const std::vector<Shape>& shapes) {
   std::mt19937_64 random(5);
   std::uniform_real_distribution<double> uniform(0.5, 1.0);
   std::vector<Array<T>> a, m, v, g, q;
+  std::vector<Array<float>> steps;
   std::vector<Array<uint16_t>> halves;
   std::vector<std::vector<double>> exact;
   std::vector<keeplora::ProjectedAdamWProblem<T>> table;
@@ -47,13 +48,16 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
                                : sizeof(T) == 4 ? gpu::Format::kFloat32
                                                 : gpu::Format::kFloat64;
     const void* grad = half ? static_cast<const void*>(halves.back().data()) : g.back().data();
-    table.push_back(
-        {a.back().data(), m.back().data(), v.back().data(), grad, format, q.back().data(), rows, d, k, lr});
+    const int step = 1 + 2 * static_cast<int>(table.size());
+    const bool on_device = table.size() % 2 == 0;
+    steps.push_back(Array<float>::filled(on_device, false, [&](size_t) { return step; }));
+    table.push_back({a.back().data(), m.back().data(), v.back().data(), grad, format, q.back().data(), rows,
+                     d, k, lr, on_device ? steps.back().data() : nullptr, on_device ? 0.0f : step});
 
     std::vector<double> next =
         check::complement(std::vector<double>(g.back().data(), g.back().data() + size), q.back(), rows, d, k);
     for (size_t i = 0; i < size; ++i) {
-      const auto& [step, beta1, beta2, eps, decay] = kOptions;
+      const auto& [beta1, beta2, eps, decay] = kOptions;
       const double average = beta1 * m.back()[i] + (1 - beta1) * next[i];
       const double square = beta2 * v.back()[i] + (1 - beta2) * next[i] * next[i];
       const double hat = average / (1 - std::pow(beta1, step)),

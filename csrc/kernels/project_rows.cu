@@ -14,12 +14,15 @@ struct ProjectRows {
     T* out;
     T scale;
   };
+  struct Common {};
   int passes;
+
+  __device__ Common common(const Entry&, int) const { return {}; }
 
   __device__ const T* source(const Entry& entry, int round) const { return round == 0 ? entry.g : entry.out; }
 
   // The scale belongs to the last pass; the leak does not change with it.
-  __device__ T finish(const Entry& entry, int round, int64_t at, T inside) const {
+  __device__ T finish(const Entry& entry, int round, int64_t at, T inside, Common) const {
     const T left = source(entry, round)[at] - inside;
     return entry.out[at] = round == passes - 1 ? entry.scale * left : left;
   }

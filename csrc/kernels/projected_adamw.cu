@@ -25,10 +25,15 @@ struct ProjectedAdamW {
     T* gradient;  // grad as numbers of T; in the workspace where they are not
     gpu::Format grad_format;
     T lr;
+    float step;
+    const float* step_at;
+  };
+  struct Common {
+    T correction1;  // 1 - beta1^step
+    T correction2;  // sqrt(1 - beta2^step)
   };
   T new1, beta2, new2, eps, weight_decay;  // new = 1 - beta, not to be had from a rounded beta
-  T correction1;                           // 1 - beta1^step
-  T correction2;                           // sqrt(1 - beta2^step)
+  double log_beta1, log_beta2;
 
   __device__ void prepare(const Entry& entry, int64_t at) const {
     if (entry.gradient != entry.grad) entry.gradient[at] = gpu::load<T>(entry.grad, entry.grad_format, at);
@@ -38,20 +43,26 @@ struct ProjectedAdamW {
     return round == 0 ? entry.gradient : entry.a;
   }
 
-  __device__ T finish(const Entry& entry, int round, int64_t at, T inside) const {
+  __device__ Common common(const Entry& entry, int round) const {
+    if (round != 0) return {};
+    const double step = entry.step_at ? *entry.step_at : entry.step;
+    return {static_cast<T>(-expm1(step * log_beta1)), static_cast<T>(sqrt(-expm1(step * log_beta2)))};
+  }
+
+  __device__ T finish(const Entry& entry, int round, int64_t at, T inside, const Common& common) const {
     const T left = source(entry, round)[at] - inside;
-    return entry.a[at] = round == 0 ? step(entry, at, left) : left;
+    return entry.a[at] = round == 0 ? step(entry, at, left, common) : left;
   }
 
   // AdamW's new value of element `at`, from its gradient.
-  __device__ T step(const Entry& entry, int64_t at, T g) const {
+  __device__ T step(const Entry& entry, int64_t at, T g, const Common& common) const {
     const T average = entry.exp_avg[at];
     const T m = average + new1 * (g - average);
     const T v = beta2 * entry.exp_avg_sq[at] + new2 * g * g;
     entry.exp_avg[at] = m;
     entry.exp_avg_sq[at] = v;
     const T decayed = entry.a[at] * (T(1) - entry.lr * weight_decay);
-    return decayed - entry.lr / correction1 * (m / (sqrt(v) / correction2 + eps));
+    return decayed - entry.lr / common.correction1 * (m / (sqrt(v) / common.correction2 + eps));
   }
 };
 
@@ -75,16 +86,13 @@ cudaError_t run(const ProjectedAdamWProblem<T>* problems, int count, const AdamW
     entry.gradient = problem.grad_format == kFormat<T> ? static_cast<T*>(const_cast<void*>(problem.grad))
                                                        : memory.take<T>(problem.rows * problem.d);
     entry.lr = problem.lr;
+    entry.step = problem.step;
+    entry.step_at = problem.step_at;
   };
   const auto number = [](double value) { return static_cast<T>(value); };
-  const double step = static_cast<double>(options.step);
-  const ProjectedAdamW<T> op{number(1 - options.beta1),
-                             number(options.beta2),
-                             number(1 - options.beta2),
-                             number(options.eps),
-                             number(options.weight_decay),
-                             number(1 - std::pow(options.beta1, step)),
-                             number(std::sqrt(1 - std::pow(options.beta2, step)))};
+  const ProjectedAdamW<T> op{
+      number(1 - options.beta1),    number(options.beta2),   number(1 - options.beta2), number(options.eps),
+      number(options.weight_decay), std::log(options.beta1), std::log(options.beta2)};
   return projection::run(op, fill, count, kRounds, prepares, leak, workspace, stream);
 }
 
@@ -93,7 +101,7 @@ cudaError_t run(const ProjectedAdamWProblem<T>* problems, int count, const AdamW
 template <typename T>
 int64_t projected_adamw_workspace(const ProjectedAdamWProblem<T>* problems, int count) {
   gpu::Workspace counted;
-  run<T>(problems, count, {1, 0, 0, 0, 0}, nullptr, counted, nullptr);
+  run<T>(problems, count, {}, nullptr, counted, nullptr);
   return counted.needed();
 }
 

@@ -7,19 +7,19 @@
 //   A <- A (I - Q Q^T), twice      leak = |A Q| / |A|
 //
 // Shapes   A, m, v, grad: [rows, d]; Q: [d, k] with orthonormal columns; row-major and dense; leak: one per
-// problem. Numbers  A, m, v, Q float or double throughout; grad in any format. float on tensor cores as three
-// TF32 products.
-//          The leak of A = 0 is 0.
+//          problem.
+// Numbers  A, m, v, Q float or double throughout; grad in any format. float on tensor cores as three TF32
+//          products. The leak of A = 0 is 0.
+// Steps    each problem counts its own, from 1. A count in device memory is read when the kernel runs, so a
+//          captured graph advances with it.
 // Limits   any rows, d, k from 0 on (below 2^31), any mixture of shapes and alignments. A, m and v are
-// overwritten and
-//          must not overlap anything.
+//          overwritten and must not overlap anything.
 // Cost     14 rows d k operations; Q is read seven times, of which the first is from memory and the others
-// are too where
-//          Q does not fit the L2 cache. A, m, v are read and written once for the step, A twice more.
+//          are too where Q does not fit the L2 cache. A, m, v are read and written once for the step, A twice
+//          more.
 // Repeats  every sum has a fixed order: equal inputs give equal bits.
 // Source   Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, alg. 2; Saha et al.,
-// "Gradient
-//          Projection Memory", ICLR 2021.
+//          "Gradient Projection Memory", ICLR 2021.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -40,10 +40,11 @@ struct ProjectedAdamWProblem {
   int64_t rows;
   int d, k;
   T lr;
+  const float* step_at;  // the number of this step in device memory; null: `step` is it
+  float step;
 };
 
 struct AdamWOptions {
-  int64_t step;  // from 1
   double beta1, beta2, eps, weight_decay;
 };
 

@@ -62,7 +62,9 @@ using Tiles = gpu::Tiles<T, kLeftTile<T, kRowTiles>, kRightTile<T>>;
 //   Number                               float or double
 //   Entry                                derived from Problem<Number>
 //   source(entry, round)                 X at the start of a round, [rows, d]; for `rounds` the final X
-//   finish(entry, round, at, inside)     takes `inside` from element `at` of X; returns the new element
+//   Common, common(entry, round)         what the elements of a tile have in common besides, made once
+//   finish(entry, round, at, inside, common)
+//                                        takes `inside` from element `at` of X; returns the new element
 //   kPrepares, prepare(entry, at)        whether there is a phase that makes X element by element; it runs
 //   where
 //                                        Phases::prepares asks for it
@@ -156,10 +158,11 @@ __global__ void __launch_bounds__(kProductThreads, kRowTiles == 4 ? 2 : 3)
     const Matrix<T, true> products{entry.products, products_pitch(entry.k), entry.rows};
     const Matrix<T, true> q{entry.q, entry.k, entry.d};
     sum.add_product(products, row, q, column, 0, entry.k, tiles.left, tiles.right);
+    const typename Op::Common common = op.common(entry, round);
     sum.for_each([&](int r, int c, T inside) {
       if (row + r >= entry.rows || column + c >= entry.d) return;
       const double value =
-          op.finish(entry, round, static_cast<int64_t>(row + r) * entry.d + column + c, inside);
+          op.finish(entry, round, static_cast<int64_t>(row + r) * entry.d + column + c, inside, common);
       squares += value * value;
     });
   } else if constexpr (Op::kPrepares) {

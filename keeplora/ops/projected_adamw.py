@@ -21,7 +21,7 @@ def projected_adamw(
     exp_avg_sq: Sequence[Tensor],
     q: Sequence[Tensor],
     *,
-    step: int,
+    step: int | Tensor | Sequence[Tensor],
     lr: Sequence[float] | float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -40,7 +40,9 @@ def projected_adamw(
         grad: ``n`` gradients ``[r_i, d_i]``, any floating dtype.
         exp_avg, exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
         q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns, dtype of ``a``; ``k_i`` may be 0.
-        step: number of this step, from 1 (bias correction).
+        step: number of this step, from 1 (bias correction): one for all, or one tensor per parameter. Tensors are
+            float32 without dimensions, on the CPU or on the device of ``a``; there only the device reads them, so that
+            a captured CUDA graph follows their values.
         lr: learning rate, one number or one per parameter (the depth scale goes here).
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
         check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
@@ -74,24 +76,44 @@ def projected_adamw(
         for name, values in found.items():
             _check_fit(f"{name}[{i}]", values[i], i, parameter, overwritten=name not in ("q", "grad"))
     rates = float_list("projected_adamw", "lr", lr, len(found["a"]))
+    steps = _steps(step, found["a"])
     for name, value, fits in (
-        ("step", step, step >= 1),
         ("lr", rates, all(rate >= 0 for rate in rates)),
         ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] < 1),
         ("eps", eps, 0 <= eps < math.inf),
         ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
     ):
         if not fits:
-            rule = {"step": "be at least 1", "betas": "lie in [0, 1)"}.get(name, "not be negative, and be finite")
+            rule = "lie in [0, 1)" if name == "betas" else "not be negative, and be finite"
             raise ValueError(f"projected_adamw: {name} must {rule}, got {value}.")
     if check_basis:
         orthonormal("projected_adamw", found["q"])
     flat = {name: [m.detach() for m in values] for name, values in found.items()}
     leak: Tensor = _op.call(
         flat["a"], flat["grad"], flat["exp_avg"], flat["exp_avg_sq"], flat["q"],
-        step, rates, betas[0], betas[1], eps, weight_decay,
+        steps, rates, betas[0], betas[1], eps, weight_decay,
     )  # fmt: skip
     return leak
+
+
+def _steps(step: int | Tensor | Sequence[Tensor], a: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor per parameter."""
+    if isinstance(step, int):
+        if step < 1:
+            raise ValueError(f"projected_adamw: step must be at least 1, got {step}.")
+        step = torch.tensor(step, dtype=torch.float32)
+    if not isinstance(step, Tensor | Sequence):
+        raise TypeError(f"projected_adamw: step must be an int or float32 tensors, got {type(step).__name__}.")
+    steps = [step] * len(a) if isinstance(step, Tensor) else list(step)
+    same_length("projected_adamw", a=a, step=steps)
+    for i, (count, parameter) in enumerate(zip(steps, a, strict=True)):
+        if not isinstance(count, Tensor) or count.dim() or count.dtype != torch.float32:
+            got = f"{count.dtype} {list(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+            raise TypeError(f"projected_adamw: step must be an int or float32 tensors without dimensions, got {got}.")
+        if count.device.type != "cpu" and count.device != parameter.device:
+            places = " or on ".join(dict.fromkeys(("cpu", str(parameter.device))))
+            raise ValueError(f"projected_adamw: step must be on {places} to fit a[{i}], got {count.device}.")
+    return steps
 
 
 def _check_fit(name: str, value: Tensor, i: int, parameter: Tensor, *, overwritten: bool) -> None:
@@ -118,7 +140,7 @@ def _reference(
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
     q: list[Tensor],
-    step: int,
+    step: list[Tensor],
     lr: list[float],
     beta1: float,
     beta2: float,
@@ -126,12 +148,13 @@ def _reference(
     weight_decay: float,
 ) -> Tensor:
     leaks = []
-    for p, g, m, v, basis, rate in zip(a, grad, exp_avg, exp_avg_sq, q, lr, strict=True):
+    for p, g, m, v, basis, count, rate in zip(a, grad, exp_avg, exp_avg_sq, q, step, lr, strict=True):
         g = _without(g.to(p.dtype), basis)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        moved = torch.addcdiv(p * (1 - rate * weight_decay), m, denominator, value=-rate / (1 - beta1**step))
+        correction1, correction2 = (1 - beta ** count.double() for beta in (beta1, beta2))
+        direction = m / (v.sqrt() / correction2.sqrt()).add_(eps)
+        moved = p * (1 - rate * weight_decay) - rate / correction1 * direction
         p.copy_(_without(_without(moved, basis), basis))
         length = torch.linalg.matrix_norm(p)
         leaks.append(torch.where(length > 0, torch.linalg.matrix_norm(p @ basis) / length, 0))
@@ -151,14 +174,15 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         a, grad, m = ([torch.randn(r, d, device=device, dtype=dtype) for r, d, _ in shapes] for _ in range(3))
         v = [torch.rand(r, d, device=device, dtype=dtype) for r, d, _ in shapes]
         q = [random_basis(d, k, device, dtype) for _, d, k in shapes]
-        return a, grad, m, v, q, step, [1e-2] * len(shapes), 0.9, 0.999, 1e-8, 0.01
+        steps = [torch.tensor(float(step), device="cpu" if i % 2 else device) for i in range(len(shapes))]
+        return a, grad, m, v, q, steps, [1e-2] * len(shapes), 0.9, 0.999, 1e-8, 0.01
 
     return [sample((3, 5, 2), step=1), sample((4, 33, 8), (1, 7, 0), (2, 6, 6), step=10)]
 
 
 _op = declare(
     "projected_adamw(Tensor(a!)[] a, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    "Tensor[] q, int step, float[] lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor",
+    "Tensor[] q, Tensor[] step, float[] lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor",
     reference=_reference,
     fake=_fake,
     samples=_samples,

@@ -94,6 +94,32 @@ def test_is_adamw_without_a_basis(backend):
     assert_rounded(a, other.detach().cpu().double(), terms=7 * 4, what="a")
 
 
+def test_every_parameter_counts_its_own_steps(backend, random_basis):
+    adamw, device = backend
+    start = make([(4, 33, 8)] * 4, random_basis, device)
+    grad = [torch.randn_like(p) for p in start[0]]
+    counts = [1, 30, 30, 4000]
+    places = ["cpu", device, "cpu", device]
+    steps = [torch.tensor(float(n), device=where) for n, where in zip(counts, places, strict=True)]
+    a, q, m, v = ([t.clone() for t in group] for group in start)
+    adamw(a, grad, m, v, q, step=steps, lr=0.1)
+    for i, count in enumerate(counts):
+        alone = [[group[i].clone()] for group in start]
+        adamw(alone[0], grad[i : i + 1], alone[2], alone[3], alone[1], step=count, lr=0.1)
+        assert torch.equal(a[i], alone[0][0])
+
+
+def test_one_tensor_counts_for_all(device, random_basis):
+    start = make([(4, 33, 8), (2, 7, 3)], random_basis, device)
+    grad = [torch.randn_like(p) for p in start[0]]
+    results = []
+    for step in (30, torch.tensor(30.0), torch.tensor(30.0, device=device)):
+        a, q, m, v = ([t.clone() for t in group] for group in start)
+        projected_adamw(a, grad, m, v, q, step=step, lr=0.1)
+        results.append(a)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
 def test_stays_outside_for_a_thousand_steps(backend, random_basis):
     """Gradients that pull into the protected space: plain Adam would leave, and does."""
     adamw, device = backend
@@ -183,6 +209,11 @@ def test_compiles_in_one_graph(device, random_basis):
     ("changes", "error", "message"),
     [
         ({"step": 0}, ValueError, r"step must be at least 1, got 0"),
+        ({"step": torch.ones(1)}, TypeError, r"step must be an int or float32 tensors .*, got torch.float32 \[1\]"),
+        ({"step": torch.tensor(1)}, TypeError, r"step must be an int or float32 tensors .*, got torch.int64 \[\]"),
+        ({"step": [torch.tensor(1.0)] * 2}, ValueError, r"step must have one item for each of a, got 2 for 1"),
+        ({"step": torch.ones((), device="meta")}, ValueError, r"step must be on cpu to fit a\[0\], got meta"),
+        ({"step": 1.5}, TypeError, r"step must be an int or"),
         ({"lr": -1.0}, ValueError, r"lr must not be negative"),
         ({"lr": [1.0, 2.0]}, ValueError, r"lr must be one number or one per problem, got 2 for 1"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),

@@ -83,6 +83,35 @@ def test_replays_in_a_cuda_graph():
     assert all(torch.equal(x, y) for x, y in zip(state[0], other[0], strict=True))
 
 
+def test_steps_counted_on_the_device_advance_in_a_graph():
+    state = group(CLIP)
+    other = [[t.clone() for t in tensors] for tensors in state]
+    warm = [[t.clone() for t in tensors] for tensors in state]
+    step = torch.zeros((), device="cuda")
+    projected_adamw(*warm, step=step + 1, lr=0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step += 1
+        projected_adamw(*state, step=step, lr=0.1)
+    for count in range(1, 6):
+        graph.replay()
+        projected_adamw(*other, step=count, lr=0.1)
+    torch.cuda.synchronize()
+    assert step.item() == 5
+    assert all(torch.equal(x, y) for x, y in zip(state[0], other[0], strict=True))
+
+
+def test_device_steps_are_not_waited_for():
+    state, step = group(CLIP), torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        projected_adamw(*state, step=step, lr=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_gradients_in_sixteen_bits():
     a, grad, m, v, q = group(CLIP)
     half = [g.bfloat16() for g in grad]
