@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from keeplora.lora import LoraAdapter, LoraSlot, Target
 from keeplora.math.lowrank import TopDirections
+
+from .config import KeepLoraConfig
 
 __all__ = ["check_ranks", "new_adapter", "warn_of_small_ranks"]
 
@@ -29,17 +30,15 @@ def check_ranks(model: nn.Module, targets: Sequence[Target], r: int) -> None:
             )
 
 
-def new_adapter(
-    slot: LoraSlot, found: TopDirections, scaling: float, init_b: Literal["zero", "gradient"]
-) -> LoraAdapter | None:
+def new_adapter(slot: LoraSlot, found: TopDirections, scaling: float, config: KeepLoraConfig) -> LoraAdapter | None:
     """An adapter along the directions that were found; None where there are none."""
     if found.a.shape[0] == 0:
         return None
-    if init_b == "zero":
+    if config.init_b == "zero":
         b = torch.zeros(slot.weight.shape[0], found.a.shape[0], dtype=found.a.dtype, device=found.a.device)
-        return LoraAdapter(found.a, b, scaling)
+        return LoraAdapter(found.a, b, scaling, dropout=config.dropout)
     b = found.b * found.s
-    return LoraAdapter(found.a, b, scaling, origin=b)
+    return LoraAdapter(found.a, b, scaling, dropout=config.dropout, origin=b)
 
 
 def warn_of_small_ranks(

@@ -44,6 +44,10 @@ class KeepLoraConfig:
             directions that ``feature_energy`` will protect.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
+        forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
+            ``"factored"`` adds ``(x Aᵀ) Bᵀ`` and needs no second copy of the weights; ``"auto"`` takes the cheaper one
+            for the number of tokens. The numbers differ by rounding.
+        dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
         data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
             loader must have a length.
         gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` rows of random
@@ -70,6 +74,8 @@ class KeepLoraConfig:
     feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
     sketch_share: float = 0.25
     init_b: Literal["zero", "gradient"] = "zero"
+    forward: Literal["auto", "merged", "factored"] = "auto"
+    dropout: float = 0.0
     data_fraction: float = 1.0
     gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
     memory_budget: int | None = None
@@ -95,6 +101,7 @@ class KeepLoraConfig:
             "weight_side": ("input", "output"),
             "feature_statistic": ("second_moment", "slot_mean", "sketch"),
             "init_b": ("zero", "gradient"),
+            "forward": ("auto", "merged", "factored"),
             "gradient_statistic": ("auto", "exact", "sketch"),
         }
         for name, allowed in choices.items():
@@ -107,6 +114,13 @@ class KeepLoraConfig:
             raise ValueError(
                 'KeepLoraConfig: gradient_statistic must be "exact" or "auto" with init_b="gradient", got "sketch": '
                 "a sketch does not know the gradient's left singular vectors"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"KeepLoraConfig: dropout must lie in [0, 1), got {self.dropout}")
+        if self.dropout and self.forward == "merged":
+            raise ValueError(
+                f'KeepLoraConfig: forward must be "auto" or "factored" with dropout, got "merged" with {self.dropout}: '
+                "a merged weight cannot drop inputs of A alone"
             )
         for name in ("data_fraction", "sketch_share"):
             if not 0 < getattr(self, name) <= 1:

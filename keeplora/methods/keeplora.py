@@ -20,6 +20,7 @@ from keeplora.lora import (
     feature_statistics,
     first_batches,
     mean_gradients,
+    merge_ahead,
     select_targets,
     sketch_widths,
     unwrap,
@@ -109,6 +110,9 @@ class KeepLora(Method):
         check_ranks(model, self.targets, self.config.r)
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.slots: list[LoraSlot] = wrap(model, self.targets)
+        for slot in self.slots:
+            slot.host.forward_mode = self.config.forward
+        self._hooks = merge_ahead(model)
         positions = depth_positions(self.targets)
         self._scalings = [
             self.config.scaling * depth_factor(self.config.depth_scale_of(t.tower), *positions[t.name])
@@ -165,9 +169,7 @@ class KeepLora(Method):
                 ),
                 "adapters",
             )
-        adapters = [
-            new_adapter(*parts, config.init_b) for parts in zip(self.slots, directions, self._scalings, strict=True)
-        ]
+        adapters = [new_adapter(*parts, config) for parts in zip(self.slots, directions, self._scalings, strict=True)]
         warn_of_small_ranks(self.slots, bases, directions, config.r)
         freeze(self.model)
         for slot, adapter in zip(self.slots, adapters, strict=True):
@@ -268,7 +270,7 @@ class KeepLora(Method):
         self._require_open_model()
         if self.training_task:
             raise RuntimeError("merge: the open task must be closed first. Call after_task(loader).")
-        unwrap(self.model)
+        self._release()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         self._closed = True
@@ -321,7 +323,10 @@ class KeepLora(Method):
                 parts = [state.tensors.get(f"{slot.name}.{key}") for key in ("A", "B", "origin")]
                 assert parts[0] is not None
                 assert parts[1] is not None
-                slot.attach(LoraAdapter(parts[0], parts[1], self._scalings[i], origin=parts[2]))
+                adapter = LoraAdapter(
+                    parts[0], parts[1], self._scalings[i], dropout=self.config.dropout, origin=parts[2]
+                )
+                slot.attach(adapter)
         self._protected = protected or None
         self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
         if self.training_task:
@@ -356,7 +361,7 @@ class KeepLora(Method):
         try:
             check_state(state, cls.name, model, keeper.slots)
         except StateError:
-            unwrap(model)
+            keeper._release()
             raise
         keeper.load_state(state)
         return keeper
@@ -377,6 +382,11 @@ class KeepLora(Method):
 
     def _for_all_layers(self, compute: Callable[[list[int]], Iterable[T]], what: str) -> list[T]:
         return for_all_layers(self.slots, compute, what, shown=self.progress)
+
+    def _release(self) -> None:
+        unwrap(self.model)
+        for hook in self._hooks:
+            hook.remove()
 
     def _require_task(self, function: str) -> None:
         self._require_open_model()
