@@ -1,92 +1,108 @@
-"""The tests of the emulated kernels must be able to fail: each planted defect has to be caught.
+"""The tests of the emulated kernels must be able to fail: every planted defect has to be caught.
 
-Every barrier and every bounds check of a kernel is taken out in turn. The mutated sources are built by the project's
-own CMakeLists.txt; the program that passes on the real sources must then fail.
+Every barrier, wait and bounds check of every kernel is left out in turn (mutations.py), and mistakes in meaning are
+made (defects/<op>.py); a check program must then fail, built plainly, with sanitizers, or with the race detector.
 """
 
-import shutil
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
+import importlib
+import re
 
 import pytest
+from kernels.mutations import Mutation, closing, mutations, plant, sources, visible
+from kernels.programs import CSRC, MODES, ROOT, Planted, each, programs
 
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Defect:
-    name: str
-    file: str  # in csrc/kernels
-    find: str
-    put: str
-    build: str = "emulate"  # the build that must catch it; "emulate_sanitized" for reads outside an array
+SURVIVORS = ROOT / "tests" / "kernels" / "survivors.txt"
 
 
-DEFECTS = [
-    Defect("sums before all partial sums are there", "project_rows.cu", "__syncthreads();  // all partial", "// all"),
-    Defect("products used before complete", "project_rows.cu", "__syncthreads();  // products complete", "//"),
-    Defect("rows read while being written", "project_rows.cu", "__syncthreads();  // out is read", "//"),
-    Defect("block sum before all warps wrote", "project_rows.cu", "__syncthreads();  // every warp", "//"),
-    Defect("threads at different barriers", "project_rows.cu", "__syncthreads();  // every warp",
-           "if (threadIdx.x < 128)\n__syncthreads();\nelse\n__syncthreads();  //"),
-    Defect("lanes missing from a sum", "project_rows.cu", "const double sum = gpu::warp_sum(value);",
-           "double sum = value; if (threadIdx.x % 32 < 31) sum = gpu::warp_sum(value);"),
-    Defect("copies of the last row counted", "project_rows.cu", "return first_row + row < problem.rows;",
-           "return true;"),
-    Defect("read past the last row", "project_rows.cu", "min(first_row + row, problem.rows - 1)",
-           "(first_row + row)", "emulate_sanitized"),
-    Defect("read past the last row of Q", "project_rows.cu", "min(d0 + step, problem.d - 1)", "(d0 + step)",
-           "emulate_sanitized"),
-    Defect("write past the last column", "project_rows.cu", "&& column_of_d < problem.d", "", "emulate_sanitized"),
-    Defect("read past a row's end", "device.cuh", "if (i + j < n)", "", "emulate_sanitized"),
-    Defect("vector read past a row's end", "device.cuh", "if (i < n) four", "four", "emulate_sanitized"),
-    Defect("vector access to unaligned rows", "device.cuh", "reinterpret_cast<uintptr_t>(pointer) % 16 == 0",
-           "true", "emulate_sanitized"),
-    Defect("shared array one chunk short", "project_rows.cu", "arena.take<T>(static_cast<size_t>(kRows) * pitch)",
-           "arena.take<T>(static_cast<size_t>(kRows - 1) * pitch)"),
-    Defect("panels of Q skipped", "project_rows.cu", "column += kPanel<T>", "column += 2 * kPanel<T>"),
-    Defect("problems mixed up", "project_rows.cu", "first_block <= block", "first_block < block"),
-    Defect("scale forgotten", "project_rows.cu", "problem.scale * value;", "value;"),
-]  # fmt: skip
+# What may stand around the expression in a defect's texts.
+AROUND = re.compile(r"((?:return|[\w:<>*& ]+ [+*/-]?=) )?(.*?)(;)?", re.S)
+
+
+def meaning_defects():
+    for path in sorted((ROOT / "tests" / "kernels" / "defects").glob("[!_]*.py")):
+        for _, file, find, put in importlib.import_module(f"kernels.defects.{path.stem}").DEFECTS:
+            text = (CSRC / file).read_text()
+            assert text.count(find) == 1, f"{file} contains {find!r} {text.count(find)} times: update {path.name}"
+            before, find_expression, after = AROUND.fullmatch(find).groups()
+            same_before, put_expression, same_after = AROUND.fullmatch(put).groups()
+            assert put_expression, f"{path.name}: {put!r} is no expression"
+            assert (before, after) == (same_before, same_after), f"{path.name}: {find!r} and {put!r} differ in more"
+            at = text.index(find) + len(before or "")
+            end = at + len(find_expression)
+            yield Mutation(file, text.count("\n", 0, at) + 1, at, end, find_expression, put_expression)
+
+
+def everything():
+    covered = set().union(*(program.files for program in programs()))
+    generated = [m for path in sources(CSRC) if path in covered for m in mutations(CSRC, path)]
+    return sorted({*generated, *meaning_defects()}, key=lambda m: (m.file, m.start, -m.end, m.put))
+
+
+def excused():
+    lines = [line for line in SURVIVORS.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    return {tuple(part.strip() for part in line.split(" | ")[:2]): line for line in lines}
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of csrc and a build of it; tests mutate one file at a time, so each rebuilds little."""
-    root = tmp_path_factory.mktemp("defects")
-    shutil.copytree(ROOT / "csrc", root / "csrc")
-    shutil.copy(ROOT / "CMakeLists.txt", root)
-    _run("cmake", "-S", root, "-B", root / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
-    return root
+def planted(tmp_path_factory):
+    return Planted(tmp_path_factory.mktemp("planted"), everything())
 
 
-def _run(*command):
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+def test_programs_pass_without_defects(planted):
+    runs = [(mode, program) for mode in MODES for program in planted.programs]
+    reports = each(lambda run: planted.fails(*run), runs)
+    wrong = [
+        f"{mode} {program.name}: {report}" for (mode, program), report in zip(runs, reports, strict=True) if report
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-def _program_fails(tree, build):
-    name = f"check_project_rows_{build}"
-    _run("cmake", "--build", tree / "build", "--target", name)
-    done = subprocess.run([tree / "build" / name], capture_output=True, text=True, timeout=120)
-    return done.returncode != 0, done.stdout + done.stderr
+def test_every_defect_is_caught(planted):
+    excuses = excused()
+    keys = [(m.file, m.key) for m in planted.mutations]
+    assert not (stale := set(excuses) - set(keys)), f"{SURVIVORS.name} excuses what is not there: {stale}"
+    numbers = [i for i, key in enumerate(keys) if key not in excuses]
+    results = each(planted.caught, numbers)
+    for i, result in zip(numbers, results, strict=True):
+        print(f"{planted.mutations[i]} | {' | '.join(result) if result else 'NOT CAUGHT'}")
+    missed = [str(planted.mutations[i]) for i, result in zip(numbers, results, strict=True) if result is None]
+    assert not missed, f"{len(missed)} of {len(numbers)} defects go unnoticed:\n" + "\n".join(missed)
 
 
-@pytest.mark.parametrize("build", ["emulate", "emulate_sanitized"])
-def test_real_sources_pass(tree, build):
-    failed, output = _program_fails(tree, build)
-    assert not failed, output
+EXAMPLE = """
+__device__ void kernel(int* x, int n) {
+  int i = threadIdx.x;
+#ifdef KEEPLORA_EMULATE
+  if (i < n && x[i] >= 0) x[i] = min(kMost, max(0, n - i));  // a < b
+#else
+  if (i < 2) asm("");
+#endif
+  for (int j = 0; j < n; ++j)
+    gpu::copy_wait<0>();
+  __syncthreads();
+}
+int host(int a) { return a < 3; }
+"""
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name.replace(" ", "_"))
-def test_defect_is_caught(tree, defect):
-    path = tree / "csrc" / "kernels" / defect.file
-    original = path.read_text()
-    assert defect.find in original, f"{defect.file} no longer contains {defect.find!r}: update the defect"
-    path.write_text(original.replace(defect.find, defect.put))
-    try:
-        failed, output = _program_fails(tree, defect.build)
-    finally:
-        path.write_text(original)
-    print(defect.name, "|", defect.build, "|", output.strip().splitlines()[:3])
-    assert failed, f"not caught: {defect.name}"
+def test_mutations_of_an_example(tmp_path):
+    path = tmp_path / "kernels" / "example.cu"
+    path.parent.mkdir()
+    path.write_text(EXAMPLE)
+    found = mutations(tmp_path, path)
+    assert [(m.line, m.key) for m in found] == [
+        (5, "i < n -> true"),
+        (5, "x[i] >= 0 -> true"),
+        (5, "min(kMost, max(0, n - i)) -> kMost"),
+        (5, "max(0, n - i) -> n - i"),
+        (10, "gpu::copy_wait<0>() -> nothing"),
+        (11, "__syncthreads() -> nothing"),
+    ]
+    text = plant(EXAMPLE, found, 7)
+    assert "(planted::active(7) ? (true) : (i < n))" in text
+    assert "(planted::active(9) ? (kMost) : (min(kMost, (planted::active(10) ? (n - i) : (max(0, n - i))))))" in text
+    assert text.count("\n") == EXAMPLE.count("\n")
+    code = visible(EXAMPLE)
+    assert "a < b" not in code
+    assert "asm" not in code
+    assert closing("f(a, (b))", 1) == 8

@@ -1,0 +1,136 @@
+"""The check programs of the emulated kernels with every mutation planted in their sources, built three ways."""
+
+import os
+import resource
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels.mutations import closure, plant
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+MODES = {
+    "plain": ["-O2"],
+    "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "raced": ["-O2", "-fsanitize=thread", "-DEMULATE_RACED"],
+}
+EMULATOR = ["context", "scheduler", "block", "warp", "copies"]
+JOBS = 2
+# Which mutation is active is the environment's choice; none if it says nothing.
+HEADER = """#pragma once
+#include <cstdlib>
+namespace planted {
+inline const int number = std::getenv("PLANTED") ? std::atoi(std::getenv("PLANTED")) : -1;
+inline bool active(int n) { return n == number; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    name: str
+    sources: tuple[Path, ...]
+
+    @property
+    def files(self):
+        return set().union(*(closure(CSRC, source) for source in self.sources))
+
+
+def programs():
+    """A check program for each kernel, and the conformance program of the primitives."""
+    found = [
+        Program(
+            check.stem.removeprefix("check_"), (check, CSRC / "kernels" / f"{check.stem.removeprefix('check_')}.cu")
+        )
+        for check in sorted((CSRC / "emulate").glob("check_*.cpp"))
+    ]
+    return [*found, Program("conformance", (CSRC / "conformance" / "conformance.cu",))]
+
+
+def each(function, *arguments):
+    """``map`` with as many threads as there are jobs at a time."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        return list(pool.map(function, *arguments))
+
+
+class Planted:
+    """All programs in all modes, with the mutations numbered as in the list."""
+
+    def __init__(self, folder: Path, mutations):
+        self.folder, self.mutations = folder, mutations
+        self.programs = programs()
+        (folder / "planted.h").write_text(HEADER)
+        for file in {m.file for m in mutations}:
+            numbers = [i for i, m in enumerate(mutations) if m.file == file]
+            assert numbers == list(range(numbers[0], numbers[-1] + 1)), "mutations of a file lie together"
+            copy = folder / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            mine = [mutations[i] for i in numbers]
+            copy.write_text('#include "planted.h"\n#line 1\n' + plant((CSRC / file).read_text(), mine, numbers[0]))
+        emulator = [(mode, CSRC / "emulate" / f"{name}.cpp") for mode in MODES for name in EMULATOR]
+        parts = [(mode, source) for mode in MODES for program in self.programs for source in program.sources]
+        self.objects = dict(zip(emulator + parts, each(self._compile, emulator + parts), strict=True))
+        each(self._link, [(mode, program) for mode in MODES for program in self.programs])
+        self.seconds = {}  # of CPU, by mode and program; an upper bound, as two run at a time
+
+    def _compile(self, item):
+        mode, source = item
+        planted = self.folder / source.relative_to(CSRC)
+        planted = planted if planted.exists() else source
+        out = self.folder / f"{source.stem}.{mode}.o"
+        quiet = ["-fno-sanitize=thread"] if source.stem in EMULATOR else []
+        command = ["g++", "-std=c++20", "-w", "-DKEEPLORA_EMULATE", *MODES[mode], *quiet]
+        command += [f"-I{folder}" for folder in (self.folder, CSRC, CSRC / "emulate" / "include")]
+        _run(*command, "-xc++", "-c", planted, "-o", out)
+        return out
+
+    def _link(self, item):
+        mode, program = item
+        objects = [self.objects[mode, CSRC / "emulate" / f"{name}.cpp"] for name in EMULATOR]
+        objects += [self.objects[mode, source] for source in program.sources]
+        _run("g++", *MODES[mode], *objects, "-o", self.binary(mode, program))
+
+    def binary(self, mode, program):
+        return self.folder / f"{program.name}.{mode}"
+
+    def fails(self, mode, program, number=None):
+        """What the program reports, "" if nothing is wrong. One that takes ten times as long as it should is wrong."""
+        environment = {**os.environ, "PLANTED": "-1" if number is None else str(number)}
+        limit = 600 if number is None else 10 + int(10 * self.seconds[mode, program.name])
+
+        def limit_time():
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [self.binary(mode, program)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", preexec_fn=limit_time
+        )
+        if number is None:
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            self.seconds[mode, program.name] = after.ru_utime - before.ru_utime
+        if done.returncode == 0:
+            return ""
+        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "does not end"
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        telling = [line for line in lines if "ERROR" in line or "WARNING" in line or "runtime error" in line]
+        return (telling or lines or [f"exit status {done.returncode}"])[0]
+
+    def caught(self, number):
+        """(mode, program, report) of the first program that fails with this mutation; None if all pass."""
+        file = CSRC / self.mutations[number].file
+        mine = [p for p in self.programs if file in p.files]
+        for mode in MODES:
+            for program in sorted(mine, key=lambda p: self.seconds[mode, p.name]):
+                if report := self.fails(mode, program, number):
+                    return mode, program.name, report
+        return None
+
+
+def _run(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
