@@ -5,22 +5,26 @@ from .attention import LoraAttention, attend
 from .features import FeatureStatistic, TokenMask, feature_statistics
 from .gradients import mean_gradients, sketch_widths
 from .linear import LoraLinear
+from .optimizer import Confinement, ProjectedAdamW, confine
 from .passes import first_batches
 from .prepare import merge_ahead
 from .targets import Target, attention_targets, depth_positions, linear_targets, select_targets
 from .wrap import LoraSlot, register_host, unwrap, wrap
 
 __all__ = [
+    "Confinement",
     "FeatureStatistic",
     "LoraAdapter",
     "LoraAttention",
     "LoraHost",
     "LoraLinear",
     "LoraSlot",
+    "ProjectedAdamW",
     "Target",
     "TokenMask",
     "attend",
     "attention_targets",
+    "confine",
     "depth_positions",
     "feature_statistics",
     "first_batches",
