@@ -17,6 +17,7 @@ enum class Kind {
   kDependent,  // a zero column, a repeated one, one inside Q, a combination of others
   kSteep,      // each column differs from the one before by less and less
   kTwice,      // every column twice
+  kEdge,       // one column inside Q but for a part just above the limit: to be kept, by less than rounding
   kNan,
 };
 
@@ -48,6 +49,11 @@ struct Problem {
         row[c] = row[c - 1] + static_cast<T>(std::pow(10, -c)) * row[c];
       for (int c = 1; c < s.l && s.kind == Kind::kTwice; c += 2)
         row[c] = row[c - 1];
+      if (s.kind == Kind::kEdge) {
+        const T limit = 32 * std::numeric_limits<T>::epsilon();
+        q[i] = i == 0;
+        row[0] = i == 0 ? 1 : i == 1 ? limit * (1 + 2 * std::numeric_limits<T>::epsilon()) : 0;
+      }
       if (s.kind == Kind::kNan) row[1] = static_cast<T>(std::nan(""));
     }
   }
@@ -169,18 +175,19 @@ int main() {
                                      {0, 3, 0},
                                      {5, 0, 2},
                                      {40, 9, 10, Kind::kDependent},
-                                     {30, 12, 3, Kind::kSteep},
+                                     {20, 9, 3, Kind::kSteep},
                                      {21, 6, 0, Kind::kTwice},
+                                     {3, 1, 1, Kind::kEdge},
                                      {9, 3, 2, Kind::kNan},
                                      {25, 18, 4, Kind::kNormal, true}};
-  const std::vector<Shape> large = {{150, 68, 66}, {139, 67, 3, Kind::kNormal, true}};
+  const std::vector<Shape> large = {{68, 66, 2, Kind::kNormal, true}, {70, 3, 66}};
   bool good = true;
   for (int order = 0; order < 3 && good; ++order) {
     emulate::set_schedule({static_cast<emulate::Order>(order), 11});
-    good = check_group<float>("ragged", ragged) && check_group<double>("ragged, double", ragged);
+    good = check_group<float>("ragged", ragged);
   }
   emulate::set_schedule({});
-  good = good && check_group<float>("two panels", large) &&
+  good = good && check_group<double>("ragged, double", ragged) && check_group<float>("two panels", large) &&
          check_group<double>("two panels, double", {{50, 66, 18}});
   std::printf(good ? "orthonormalize: as the definition says\n" : "orthonormalize: WRONG\n");
   return good ? 0 : 1;

@@ -99,9 +99,8 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
     const double inside = gpu::block_sum<gpu::kProductWarps>(mine ? r * r : 0, space.sums);
     const double inherited = gpu::block_sum<gpu::kProductWarps>(mine ? r * r * space.error[pair] : 0,
                                                                 space.sums + gpu::kProductWarps);
-    if (pair < kept)
-      for (int i = pair + half; i < kept; i += 2)
-        c += upper[packed(pair, i)] * space.row[i];
+    for (int i = pair + half; i < kept; i += 2)
+      c += upper[packed(pair, i)] * space.row[i];
     c += __shfl_xor_sync(gpu::kAllLanes, c, 1);
     const double growth =
         1 + gpu::block_sum<gpu::kProductWarps>(half == 0 ? c * c : 0, space.sums + 2 * gpu::kProductWarps);
