@@ -40,7 +40,7 @@ def ours(model: nn.Module, names: list[str], data: list, bases: list[Tensor], ki
     slots: list[LoraSlot] = wrap(model, select_targets(linear_targets(model), names))
     try:
         widths = sketch_widths(slots, RANK, kind=kind)
-        gradients = mean_gradients(model, slots, data, pairs_loss, widths=widths)
+        gradients = mean_gradients(model, slots, data, pairs_loss, keep=widths)
     finally:
         unwrap(model)
     return [found.a for found in top_directions(gradients, bases, RANK)]

@@ -66,21 +66,22 @@ def mean_gradients(
     loader: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
-    widths: Sequence[int | None] | None = None,
+    keep: Sequence[int | Tensor | None] | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
-    r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or its row sketch.
+    r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
     .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) = \frac1n \sum \delta^\top x
-              \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}]
+              \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad G V \quad [\text{out}, w]
 
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
-    with a sketch none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
+    for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
     products of 16-bit numbers are formed in their dtype. The model runs in ``eval()`` and is left as it was: no update,
     no ``.grad``, same flags. Layers may be called several times, and under gradient checkpointing.
 
     Args:
-        widths: For each slot None for G, or w for Z (:func:`sketch_widths`); None for G everywhere.
+        keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
+            with no columns leaves the slot out. None for G everywhere.
         seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
 
     Raises:
@@ -90,7 +91,7 @@ def mean_gradients(
 
     Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
     """
-    statistics = _Gradients(slots, widths or [None] * len(slots), seed)
+    statistics = _Gradients(slots, keep or [None] * len(slots), seed)
     batches = 0
     with evaluating(model), frozen(model), tapping(statistics.hosts, statistics.tap), torch.enable_grad():
         for index, batch in enumerate(loader):
@@ -120,24 +121,29 @@ _NO_GRADIENT = (
 class _Gradients:
     """The sums, and the tap that adds to them during the backward pass."""
 
-    def __init__(self, slots: Sequence[LoraSlot], widths: Sequence[int | None], seed: int):
+    def __init__(self, slots: Sequence[LoraSlot], keep: Sequence[int | Tensor | None], seed: int):
         self.slots, self.seed = slots, seed
         self.hosts = list(dict.fromkeys(slot.host for slot in slots))
         self.called: set[LoraHost] = set()
         self.touched = False
         self.sums: dict[tuple[LoraHost, str], Tensor] = {}
-        self.sketched: set[tuple[LoraHost, str]] = set()
-        for slot, width in zip(slots, widths, strict=True):
+        self.keep: dict[tuple[LoraHost, str], int | Tensor | None] = {}
+        for slot, kept in zip(slots, keep, strict=True):
             weight, key = slot.weight, (slot.host, slot.slot)
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            self.sums[key] = weight.new_zeros(width or weight.shape[0], weight.shape[1], dtype=dtype)
-            if width is not None:
-                self.sketched.add(key)
+            out, width = weight.shape
+            if isinstance(kept, Tensor):
+                width = kept.shape[1]
+            elif kept is not None:
+                out = kept
+            self.sums[key] = weight.new_zeros(out, width, dtype=dtype)
+            self.keep[key] = kept
         self.anchor = torch.zeros((), device=slots[0].weight.device, requires_grad=True)
 
     def tap(self, host: LoraHost, x: Tensor, y: Tensor, rows: Mapping[str, tuple[int, int] | None]) -> Tensor:
         self.called.add(host)
         mine = {slot: span for slot, span in rows.items() if (host, slot) in self.sums}
+        mine = {slot: span for slot, span in mine.items() if self.sums[host, slot].numel()}
         if not mine:
             return y
 
@@ -150,11 +156,14 @@ class _Gradients:
 
     def add(self, key: tuple[LoraHost, str], x: Tensor, delta: Tensor) -> None:
         self.touched = True
-        total, x, delta = self.sums[key], x.flatten(0, -2), delta.flatten(0, -2)
+        total, kept, x, delta = self.sums[key], self.keep[key], x.flatten(0, -2), delta.flatten(0, -2)
         with full_precision(total.device):
-            if key in self.sketched:
-                sketch_rows(x, delta, width=total.shape[0], seed=self.seed, out=total)
-            elif x.dtype == delta.dtype == total.dtype:
+            if isinstance(kept, int):
+                sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
+                return
+            if kept is not None:
+                x = x @ kept.to(x.dtype)
+            if x.dtype == delta.dtype == total.dtype:
                 total.addmm_(delta.T, x)
             else:  # what autograd would form, in the dtype the layer computes in
                 total += delta.T @ x.to(delta.dtype)

@@ -12,10 +12,10 @@ from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, row_space
-from keeplora.ops.check import FLOATS, MASTER, matrices
+from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.orthonormalize import orthonormalize
 
-__all__ = ["Extension", "TopDirections", "extend_basis", "top_directions", "weight_basis"]
+__all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
 
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
@@ -90,6 +90,47 @@ def top_directions(
     for group in same_kind(kinds, g):
         found.update(_top(g, q, wanted, group, widths[group[0]], seed))
     return [found[i] for i in range(len(g))]
+
+
+def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: int) -> list[TopDirections]:
+    r"""The leading singular triples of every ``(G V) Vᵀ``, from the images ``G V`` alone.
+
+    Where the rows of ``G`` lie nearly in the span of ``V``, those are nearly the triples of ``G``: Rayleigh-Ritz.
+
+    Args:
+        images: ``G V [out_i, w_i]`` each. frames: ``V [in_i, w_i]`` with orthonormal columns each; all float32 or all
+            float64. rank: wanted directions; fewer where there are fewer.
+
+    Returns:
+        One :class:`TopDirections` per layer.
+
+    Raises:
+        ValueError, TypeError: as :func:`top_directions`.
+
+    Source: the second stage of Halko, Martinsson & Tropp, 2011, sec. 5.1.
+
+    Example:
+        >>> frame = torch.tensor([[0.0], [1.0], [0.0]])
+        >>> (top,) = directions_within([torch.tensor([[3.0], [4.0]])], [frame], 2)
+        >>> top.a.abs(), top.s
+        (tensor([[0., 1., 0.]]), tensor([5.]))
+    """
+    name = "directions_within"
+    images, frames = matrices(name, "images", images, MASTER), matrices(name, "frames", frames, MASTER)
+    same_length(name, images=images, frames=frames)
+    check.finite(name, "images", images)
+    result = []
+    for i, (image, v) in enumerate(zip(images, frames, strict=True)):
+        if image.shape[1] != v.shape[1] or image.dtype != v.dtype:
+            raise ValueError(
+                f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
+                f"{image.dtype} for {list(v.shape)} {v.dtype}."
+            )
+        a, s, b = _triples(image[None], v[None], min(rank, *image.shape))
+        level = NOISE * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
+        r = int((s[0] > level).sum())
+        result.append(TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r]))))
+    return result
 
 
 def _width(g: Tensor, q: Tensor, rank: int) -> int:

@@ -50,8 +50,9 @@ class KeepLoraConfig:
         dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
         data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
             loader must have a length.
-        gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` rows of random
-            combinations of each; ``"auto"`` sketches where exact sums would pass ``memory_budget``.
+        gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
+            combinations of each one's rows and takes a second pass to look at the gradients in their span; ``"auto"``
+            sketches where exact sums would pass ``memory_budget``.
         memory_budget: Bytes for the gradient statistics; 20 % of what is free on the device if None.
         seed: Of the randomised decompositions.
 
@@ -110,11 +111,6 @@ class KeepLoraConfig:
                     f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
 
-        if self.init_b == "gradient" and self.gradient_statistic == "sketch":
-            raise ValueError(
-                'KeepLoraConfig: gradient_statistic must be "exact" or "auto" with init_b="gradient", got "sketch": '
-                "a sketch does not know the gradient's left singular vectors"
-            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"KeepLoraConfig: dropout must lie in [0, 1), got {self.dropout}")
         if self.dropout and self.forward == "merged":

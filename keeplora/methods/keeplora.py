@@ -18,15 +18,12 @@ from keeplora.lora import (
     Target,
     depth_positions,
     feature_statistics,
-    first_batches,
-    mean_gradients,
     merge_ahead,
     select_targets,
-    sketch_widths,
     unwrap,
     wrap,
 )
-from keeplora.math.lowrank import extend_basis, top_directions, weight_basis
+from keeplora.math.lowrank import extend_basis, weight_basis
 from keeplora.math.precision import full_precision
 
 from .adapters import check_ranks, new_adapter, warn_of_small_ranks
@@ -34,6 +31,7 @@ from .base import LossFn, Method, State, freeze
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
+from .directions import TaskGradients
 from .progress import for_all_layers, progress
 from .state import StateError, read_state, write_state
 from .verify import added_by_task, check_state, fingerprint
@@ -129,8 +127,9 @@ class KeepLora(Method):
     def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         """Find where the task wants to go in free space, and put an adapter there: A frozen, B trained.
 
-        One pass over ``loader`` with gradients of the adapted weights only; before the first task also the bases
-        of the pretrained weights. The model's function does not change. On an error nothing has changed.
+        One pass over ``loader`` with gradients of the adapted weights only (two where they are sketched); before the
+        first task also the bases of the pretrained weights. The model's function does not change. On an error nothing
+        has changed.
 
         Args:
             loader: The task's training batches; can be iterated again later.
@@ -150,27 +149,15 @@ class KeepLora(Method):
             )
         if not callable(loss_fn):
             raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
-        config = self.config
-        widths = sketch_widths(
-            self.slots,
-            config.r,
-            kind="exact" if config.init_b == "gradient" else config.gradient_statistic,
-            memory_budget=config.memory_budget,
-        )
-        batches = first_batches(loader, config.data_fraction)
-        with progress(batches, "gradients", "batch", shown=self.progress) as counted:
-            gradients = mean_gradients(self.model, self.slots, counted, loss_fn, widths=widths, seed=config.seed)
+        gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
         with full_precision(self.slots[0].weight.device):
             protected = self._protected or self._protect_weights()
-            bases = [p.basis for p in protected]
-            directions = self._for_all_layers(
-                lambda group: top_directions(
-                    [gradients[i] for i in group], [bases[i] for i in group], config.r, seed=config.seed
-                ),
-                "adapters",
-            )
-        adapters = [new_adapter(*parts, config) for parts in zip(self.slots, directions, self._scalings, strict=True)]
-        warn_of_small_ranks(self.slots, bases, directions, config.r)
+        bases = [p.basis for p in protected]
+        directions = gradients.directions(bases)
+        adapters = [
+            new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
+        ]
+        warn_of_small_ranks(self.slots, bases, directions, self.config.r)
         freeze(self.model)
         for slot, adapter in zip(self.slots, adapters, strict=True):
             if adapter is not None:

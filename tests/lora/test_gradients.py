@@ -73,7 +73,7 @@ def test_sketches_are_random_signs_times_the_gradient(wrapped):
     model, slots = wrapped
     data, widths = batches(), list(SKETCHED.values())
     exact = mean_gradients(model, slots, data, loss_fn)
-    sketched = mean_gradients(model, slots, data, loss_fn, widths=widths, seed=3)
+    sketched = mean_gradients(model, slots, data, loss_fn, keep=widths, seed=3)
     for slot, gradient, sketch, width in zip(slots, exact, sketched, widths, strict=True):
         expected = gradient.double()
         if width is not None:
@@ -101,8 +101,8 @@ def test_gradient_checkpointing_changes_nothing(wrapped, reentrant):
         return checkpoint(model, batch, use_reentrant=reentrant).square().mean()
 
     for widths in (None, list(SKETCHED.values())):
-        plain = mean_gradients(model, slots, data, loss_fn, widths=widths)
-        again = mean_gradients(model, slots, data, checkpointed, widths=widths)
+        plain = mean_gradients(model, slots, data, loss_fn, keep=widths)
+        again = mean_gradients(model, slots, data, checkpointed, keep=widths)
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -125,7 +125,7 @@ def test_sketching_never_forms_a_gradient():
     slots = wrap(model, linear_targets(model))
     data = [torch.randn(4, 64)]
     with torch.profiler.profile(profile_memory=True) as profile:
-        mean_gradients(model, slots, data, loss_fn, widths=[8, 8])
+        mean_gradients(model, slots, data, loss_fn, keep=[8, 8])
     sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert max(sizes) < 4 * 64 * 512 / 2  # bytes of a gradient
 
@@ -186,3 +186,14 @@ def test_mean_gradients_refuse(wrapped, data, loss, error, message):
         mean_gradients(model, slots, data, loss)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_images_are_the_gradient_in_a_frame(wrapped):
+    model, slots = wrapped
+    data = batches()
+    exact = mean_gradients(model, slots, data, loss_fn)
+    frames = [torch.linalg.qr(torch.randn(WIDTH, n)).Q if n else torch.zeros(WIDTH, 0) for n in (3, 8, 1, 0, 2)]
+    for gradient, frame, image in zip(
+        exact, frames, mean_gradients(model, slots, data, loss_fn, keep=frames), strict=True
+    ):
+        assert_rounded(image, gradient.double() @ frame.double(), terms=1000**2, what="image")

@@ -46,8 +46,8 @@ def test_gradients(passing, kind):
     model, slots, data = passing
     widths = sketch_widths(slots, RANK, kind=kind)
     assert all((width is None) == (kind == "exact") for width in widths)
-    mean_gradients(model, slots, data, loss_fn, widths=widths)  # what is allocated once and kept
-    peak, held = recorded_bytes(lambda: mean_gradients(model, slots, data, loss_fn, widths=widths))
+    mean_gradients(model, slots, data, loss_fn, keep=widths)  # what is allocated once and kept
+    peak, held = recorded_bytes(lambda: mean_gradients(model, slots, data, loss_fn, keep=widths))
     documented = BLOCKS * sum(4 * (out if kind == "exact" else 8 * RANK) * width for out, width in SHAPES)
     assert held == pytest.approx(documented, rel=0.1)
     assert peak == pytest.approx(documented, rel=0.1)
