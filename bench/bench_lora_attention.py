@@ -1,0 +1,77 @@
+"""B6: forward and backward of attention with adapters on q, k, v and o, against the frozen one and PEFT's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.harness import Case
+from keeplora.lora import LoraAdapter, attention_targets, merge_ahead, wrap
+
+RANK, WIDTH, HEADS = 16, 768, 12
+GPU = ("ViT-B/16, batch 64", 64, 197)
+CPU = ("ViT-B/16, batch 8", 8, 197)
+
+
+class Block(nn.Module):
+    """Self-attention as open_clip's blocks call it."""
+
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attn(x, x, x, need_weights=False)[0]
+        return y
+
+
+def setup(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """Inputs and one block per provider, all with the same frozen weights."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(batch, tokens, WIDTH, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(batch, tokens, WIDTH, device=device).to(dtype)
+    models: dict[str, Any] = {"plain": Block(copy.deepcopy(base))}
+    for name in ("keeplora", "frozen"):
+        block = Block(copy.deepcopy(base))
+        for slot in wrap(block, attention_targets("attn", base, 0, "vision")):
+            if name == "keeplora":
+                slot.attach(LoraAdapter(torch.randn(RANK, WIDTH) / WIDTH**0.5, torch.randn(WIDTH, RANK), 0.5))
+        merge_ahead(block)
+        models[name] = block
+    config = LoraConfig(r=RANK, lora_alpha=RANK // 2, target_modules=["attn"], init_lora_weights=False)
+    models["peft"] = get_peft_model(Block(copy.deepcopy(base)), config)
+    for name, parameter in models["peft"].named_parameters():
+        parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
+    return x, grad, models
+
+
+def run_model(name: str) -> Callable[[Tensor, Tensor, dict[str, Any]], None]:
+    def call(x: Tensor, grad: Tensor, models: dict[str, Any]) -> None:
+        x.grad = None
+        models[name](x).backward(grad)
+
+    return call
+
+
+def cases() -> Iterator[Case]:
+    label, batch, tokens = GPU if torch.cuda.is_available() else CPU
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case(
+            id="B6",
+            name=f"attention with LoRA fwd+bwd / {label}, {tokens} tokens, q k v o r {RANK} / {str(dtype)[6:]}",
+            setup=partial(setup, batch, tokens, dtype),
+            providers={
+                "keeplora": run_model("keeplora"),
+                "frozen": run_model("frozen"),
+                "frozen nn.MultiheadAttention": run_model("plain"),
+                "PEFT": run_model("peft"),
+            },
+        )
