@@ -61,9 +61,11 @@ def count(axis: str, value: int, kind: str) -> Count:
     # Eigenvectors of a symmetric matrix: 9 n^3 (Golub & Van Loan); the matrix itself: two products with the frame.
     # Above, blocks of the about 100 directions that are found, an orthonormalisation and two products each time.
     basis = 9 * free**3 + 4 * d * d * free if free < ITERATIVE_FROM else 20 * d * d * 100
-    # Kept for every layer: the basis and the adapter; for those worked on at once: float64 d x d matrices.
+    # Kept for every layer: the basis and the adapter; for those worked on at once: three d x d matrices in float64,
+    # or two in float32 where blocks of directions do.
+    work = (3 * 8 if free < ITERATIVE_FROM else 2 * 4) * d * d
     together = min(layers, BATCH_BYTES // (8 * d * d)) if kind == "cuda" and d * d <= ALONE else 1
-    return Count(layers * (krylov + basis), layers * 4 * d * (protected(d) + 2 * RANK) + together * 4 * 8 * d * d)
+    return Count(layers * (krylov + basis), layers * 4 * d * (protected(d) + 2 * RANK) + together * work)
 
 
 def protected(d: int) -> int:

@@ -23,6 +23,7 @@ class Case:
     providers: dict[str, Callable[..., Any]]  # "keeplora" first, then every baseline worth beating
     bytes: int = 0  # compulsory memory traffic; 0 where arithmetic bounds the time
     flops: int = 0  # useful arithmetic; 0 where memory bounds the time
+    small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
 
 
 @dataclass(frozen=True)

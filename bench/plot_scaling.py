@@ -80,6 +80,8 @@ def plot(path: Path, measured: Sequence[Curve]) -> None:
             at.loglog(curve.sizes, values, marker="o", label=f"measured, exponent {slopes[what]:.2f}")
             scaled = [values[-1] * c / counted[-1] for c in counted]
             at.loglog(curve.sizes, scaled, linestyle="--", label=f"counted {name}, exponent {slopes[name]:.2f}")
+            at.set_xticks(curve.sizes, [str(size) for size in curve.sizes], rotation=30, ha="right")
+            at.minorticks_off()
             at.set_xlabel(curve.axis)
             at.set_ylabel(f"{what} ({unit})")
             at.legend(frameon=False, fontsize=8)

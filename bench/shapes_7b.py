@@ -45,8 +45,16 @@ def matrix(out: int, d: int, power: float, seed: int) -> Tensor:
 
 
 def second_moment(d: int, power: float, seed: int) -> Tensor:
-    x = matrix(d, d, power, seed)
-    return x.T @ x
+    """A second moment with eigenvalues ``i^-2 power``, turned in the same way."""
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.diag(torch.arange(1, d + 1) ** (-2 * power))
+    for _ in range(2):
+        v = torch.randn(d, generator=generator)
+        v /= v.norm()
+        w = 2 * (c @ v)
+        w -= (v @ w) * v
+        c -= torch.outer(v, w) + torch.outer(w, v)
+    return c
 
 
 def measured(what: str, call: Callable[..., Any], *arguments: Any) -> tuple[dict[str, Any], Any]:
