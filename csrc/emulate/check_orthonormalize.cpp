@@ -175,7 +175,7 @@ int main() {
                                      {0, 3, 0},
                                      {5, 0, 2},
                                      {40, 9, 10, Kind::kDependent},
-                                     {20, 9, 3, Kind::kSteep},
+                                     {30, 12, 3, Kind::kSteep},
                                      {21, 6, 0, Kind::kTwice},
                                      {3, 1, 1, Kind::kEdge},
                                      {9, 3, 2, Kind::kNan},

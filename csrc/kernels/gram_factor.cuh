@@ -18,8 +18,8 @@ constexpr double kKeptEps = 32;
 
 // A column is not decided where making the panel orthonormal would lose more than the root of this many eps
 // of it: the columns kept so far are rounded when they are written, and the column's part along each loses as
-// much.
-constexpr double kLost = 256;
+// much. It also keeps the roundings of the smallest kept columns, 32 eps, well below their length.
+constexpr double kLost = 64;
 
 struct FactorSpace {
   double *scale, *limit;  // by column: of the panel
@@ -68,6 +68,7 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
                           double* upper, const FactorSpace& space, T* transform) {
   constexpr double kEps = sizeof(T) == 4 ? 0x1p-23 : 0x1p-52;
   const int pair = threadIdx.x / 2, half = threadIdx.x % 2;  // two threads per column kept so far
+  if (half == 0) space.error[pair] = 0;
   if (pair < n && half == 0) {
     const double square = gram[pair * pitch + pair];
     space.scale[pair] = 1 / sqrt(square);
@@ -95,10 +96,10 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
         r += upper[packed(i, pair)] * upper[packed(space.column[i], j)];
     r += __shfl_xor_sync(gpu::kAllLanes, r, 1);
     if (half == 0) space.row[pair] = r;
-    const bool mine = half == 0 && pair < kept;
-    const double inside = gpu::block_sum<gpu::kProductWarps>(mine ? r * r : 0, space.sums);
-    const double inherited = gpu::block_sum<gpu::kProductWarps>(mine ? r * r * space.error[pair] : 0,
-                                                                space.sums + gpu::kProductWarps);
+    const double part = half == 0 ? r * r : 0;
+    const double inside = gpu::block_sum<gpu::kProductWarps>(part, space.sums);
+    const double inherited =
+        gpu::block_sum<gpu::kProductWarps>(part * space.error[pair], space.sums + gpu::kProductWarps);
     for (int i = pair + half; i < kept; i += 2)
       c += upper[packed(pair, i)] * space.row[i];
     c += __shfl_xor_sync(gpu::kAllLanes, c, 1);
@@ -109,8 +110,7 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
     const double error = noise * growth;  // of `square`, from the Gram matrix
     if (lengths && kept > 0) {
       if (square + error <= limit) continue;
-      const bool exact = square > 16 * error && square > 256 * kEps * kEps * growth;
-      if (!exact || !(square > limit + error) || !(growth + inherited < kLost)) break;
+      if (!(16 * error < square && growth + inherited < kLost)) break;
     }
     const double inverse = 1 / sqrt(square);
     if (half == 0 && pair <= kept) upper[packed(pair, kept)] = pair < kept ? -c * inverse : inverse;
