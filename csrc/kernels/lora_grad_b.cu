@@ -86,7 +86,7 @@ struct Stacked {
     for (int i = threadIdx.x; i < kLines * kSteps; i += kProductThreads) {
       const int line = i / kSteps, column = i % kSteps * kStep;
       const void* row = rows[line];
-      const int valid = row != nullptr ? max(0, min(kStep, end - depth - column)) : 0;
+      const int valid = row != nullptr ? min(kStep, end - depth - column) : 0;
       T* to = tile + line * Matrix<T, true>::template kTilePitch<kLines> + column;
       const T* from = static_cast<const T*>(row) + depth + column;
       if (valid > 0 && format == gpu::kFormatOf<T> && gpu::aligned16(from)) {

@@ -65,8 +65,8 @@ class Runs {
     const bool vector = gpu::aligned16(w) && entry.pitch * sizeof(S) % 16 == 0;
 #pragma unroll
     for (int i = 0; i < kRuns<T>; ++i) {
-      const int count = row + 8 * i < entry.rows ? max(0, min(4, entry.cols - column)) : 0;
-      const S* from = count > 0 ? w + (row + 8 * i) * entry.pitch + column : w;
+      const int count = row + 8 * i < entry.rows ? min(4, entry.cols - column) : 0;
+      const S* from = w + (row + 8 * i) * entry.pitch + column;
       if (vector) {
         constexpr int kStep = sizeof(S) == 8 ? 2 : 4;
 #pragma unroll

@@ -1,4 +1,4 @@
-"""lora_grad_b: gradients of LoRA's B from one read of x and one of dy."""
+"""lora_grad_b: gradients of LoRA's B from one read of x and one of dy (kernel: csrc/kernels/lora_grad_b.h)."""
 
 from collections.abc import Sequence
 from typing import Any

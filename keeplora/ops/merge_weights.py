@@ -1,4 +1,4 @@
-"""merge_weights: the effective weights of many LoRA layers in one call."""
+"""merge_weights: the effective weights of many LoRA layers in one call (kernel: csrc/kernels/merge_weights.h)."""
 
 from collections.abc import Sequence
 from typing import Any
