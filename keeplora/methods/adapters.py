@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from keeplora.math.lowrank import TopDirections
 
 from .config import KeepLoraConfig
 
-__all__ = ["check_ranks", "new_adapter", "warn_of_small_ranks"]
+__all__ = ["adapter_tensors", "check_ranks", "new_adapter", "stored_adapter", "warn_of_small_ranks"]
 
 _NAMED = 3  # layers, in a warning
 
@@ -36,9 +36,29 @@ def new_adapter(slot: LoraSlot, found: TopDirections, scaling: float, config: Ke
         return None
     if config.init_b == "zero":
         b = torch.zeros(slot.weight.shape[0], found.a.shape[0], dtype=found.a.dtype, device=found.a.device)
-        return LoraAdapter(found.a, b, scaling, dropout=config.dropout)
+        return LoraAdapter(found.a, b, scaling, train_a=config.train_a, dropout=config.dropout)
     b = found.b * found.s
-    return LoraAdapter(found.a, b, scaling, dropout=config.dropout, origin=b)
+    return LoraAdapter(found.a, b, scaling, train_a=config.train_a, dropout=config.dropout, origin=b)
+
+
+def adapter_tensors(slot: LoraSlot) -> dict[str, Tensor]:
+    """What a state holds of the slot's adapter; nothing where there is none."""
+    adapter = slot.adapter
+    if adapter is None:
+        return {}
+    parts = {"A": adapter.A, "B": adapter.B, "origin": adapter.origin}
+    return {f"{slot.name}.{key}": tensor for key, tensor in parts.items() if tensor is not None}
+
+
+def stored_adapter(
+    slot: LoraSlot, tensors: Mapping[str, Tensor], scaling: float, config: KeepLoraConfig
+) -> LoraAdapter | None:
+    """The slot's adapter from :func:`adapter_tensors`; None where there was none."""
+    if f"{slot.name}.A" not in tensors:
+        return None
+    a, b = (tensors[f"{slot.name}.{key}"] for key in ("A", "B"))
+    origin = tensors.get(f"{slot.name}.origin")
+    return LoraAdapter(a, b, scaling, train_a=config.train_a, dropout=config.dropout, origin=origin)
 
 
 def warn_of_small_ranks(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .capacity import Capacity
@@ -49,6 +50,10 @@ class Method(ABC):
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters an optimizer should hold for the task that is open. Valid after :meth:`before_task`."""
+
+    def optimizer(self, **options: Any) -> torch.optim.Optimizer:
+        """An AdamW over :meth:`trainable_parameters` with these options: what the method is best trained with."""
+        return torch.optim.AdamW(self.trainable_parameters(), **options)
 
     def penalty(self) -> Tensor | None:
         """A term to add to the loss of the current step, or None."""

@@ -48,6 +48,9 @@ class KeepLoraConfig:
             ``"factored"`` adds ``(x Aᵀ) Bᵀ`` and needs no second copy of the weights; ``"auto"`` takes the cheaper one
             for the number of tokens. The numbers differ by rounding.
         dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
+        train_a: Whether A is trained along with B. It must then be kept outside of what is protected in every step:
+            train with :meth:`KeepLora.optimizer`, or with any optimizer after :meth:`KeepLora.confine`. The forward is
+            factored.
         data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
             loader must have a length.
         gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
@@ -77,6 +80,7 @@ class KeepLoraConfig:
     init_b: Literal["zero", "gradient"] = "zero"
     forward: Literal["auto", "merged", "factored"] = "auto"
     dropout: float = 0.0
+    train_a: bool = False
     data_fraction: float = 1.0
     gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
     memory_budget: int | None = None
@@ -117,6 +121,13 @@ class KeepLoraConfig:
             raise ValueError(
                 f'KeepLoraConfig: forward must be "auto" or "factored" with dropout, got "merged" with {self.dropout}: '
                 "a merged weight cannot drop inputs of A alone"
+            )
+        if not isinstance(self.train_a, bool):
+            raise TypeError(f"KeepLoraConfig: train_a must be True or False, got {self.train_a!r}")
+        if self.train_a and self.forward == "merged":
+            raise ValueError(
+                'KeepLoraConfig: forward must be "auto" or "factored" with train_a, got "merged": '
+                "the merged product keeps nothing that A's gradient could be computed from"
             )
         for name in ("data_fraction", "sketch_share"):
             if not 0 < getattr(self, name) <= 1:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from keeplora._version import __version__
 from keeplora.integrations import find_targets, token_mask
 from keeplora.lora import (
-    LoraAdapter,
+    Confinement,
     LoraSlot,
+    ProjectedAdamW,
     Target,
+    confine,
     depth_positions,
     feature_statistics,
     merge_ahead,
@@ -23,17 +25,19 @@ from keeplora.lora import (
     unwrap,
     wrap,
 )
-from keeplora.math.lowrank import extend_basis, weight_basis
+from keeplora.math.lowrank import extend_basis
 from keeplora.math.precision import full_precision
 
-from .adapters import check_ranks, new_adapter, warn_of_small_ranks
+from .adapters import adapter_tensors, check_ranks, new_adapter, stored_adapter, warn_of_small_ranks
 from .base import LossFn, Method, State, freeze
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
+from .pretrained import weight_bases
 from .progress import for_all_layers, progress
 from .state import StateError, read_state, write_state
+from .trained import bases_of_a, restore_confinement
 from .verify import added_by_task, check_state, fingerprint
 
 __all__ = ["KeepLora"]
@@ -151,7 +155,9 @@ class KeepLora(Method):
             raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
         gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
         with full_precision(self.slots[0].weight.device):
-            protected = self._protected or self._protect_weights()
+            protected = self._protected or [
+                _Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)
+            ]
         bases = [p.basis for p in protected]
         directions = gradients.directions(bases)
         adapters = [
@@ -165,13 +171,30 @@ class KeepLora(Method):
         self._protected, self._loss_fn, self.training_task = protected, loss_fn, True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The adapters' B matrices, for the optimizer.
+        """The adapters' B matrices, for the optimizer; with ``train_a`` A and B of every adapter.
 
         Raises:
             RuntimeError: no task is open.
         """
         self._require_task("trainable_parameters")
-        return [slot.adapter.B for slot in self.slots if slot.adapter is not None]
+        adapters = [slot.adapter for slot in self.slots if slot.adapter is not None]
+        return [p for adapter in adapters for p in ((adapter.A, adapter.B) if self.config.train_a else (adapter.B,))]
+
+    def optimizer(self, **options: Any) -> ProjectedAdamW:
+        """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
+
+        Args:
+            options: Of :class:`keeplora.lora.ProjectedAdamW`: lr, betas, eps, weight_decay, capturable, fused.
+        """
+        return ProjectedAdamW(self.trainable_parameters(), bases=self._bases_to_keep("optimizer"), **options)
+
+    def confine(self, optimizer: torch.optim.Optimizer) -> Confinement:
+        """Let every step of an optimizer of one's own keep a trained A outside of what is protected.
+
+        Returns a handle with ``remove()``; see :func:`keeplora.lora.confine`. Raises ``ValueError`` where the optimizer
+        does not hold the adapters' A.
+        """
+        return confine(optimizer, self._bases_to_keep("confine"))
 
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> RetentionCertificate:
@@ -190,6 +213,10 @@ class KeepLora(Method):
         Raises:
             RuntimeError: no task is open, or no ``loss_fn`` is known (after :meth:`load`).
             ValueError: an empty loader, features or trained adapters that are not finite (batch and layer named).
+
+        Warns:
+            UserWarning: a trained A had left its free space (the optimizer did not keep it there); it is projected
+                back before anything else.
         """
         self._require_task("after_task")
         forward = loss_fn or self._loss_fn
@@ -199,6 +226,7 @@ class KeepLora(Method):
             slot.check_finite("after_task")
         assert self._protected is not None
         old = self._protected
+        restore_confinement("after_task", self.slots, [p.basis for p in old])
         energies = [self.config.feature_energy_of(t.tower) for t in self.targets]
         with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
             statistics = feature_statistics(
@@ -272,11 +300,7 @@ class KeepLora(Method):
             tensors[f"{slot.name}.weight"] = slot.exact_weight
             if self._protected is not None:
                 tensors[f"{slot.name}.basis"] = self._protected[i].basis
-            adapter = slot.adapter
-            if adapter is not None:
-                tensors |= {f"{slot.name}.A": adapter.A, f"{slot.name}.B": adapter.B}
-                if adapter.origin is not None:
-                    tensors[f"{slot.name}.origin"] = adapter.origin
+            tensors |= adapter_tensors(slot)
         meta = {
             "method": self.name,
             "config": self.config.to_dict(),
@@ -306,13 +330,8 @@ class KeepLora(Method):
             if added is not None:
                 protected.append(_Protected(state.tensors[f"{slot.name}.basis"].to(device), added[i]))
             slot.detach()
-            if f"{slot.name}.A" in state.tensors:
-                parts = [state.tensors.get(f"{slot.name}.{key}") for key in ("A", "B", "origin")]
-                assert parts[0] is not None
-                assert parts[1] is not None
-                adapter = LoraAdapter(
-                    parts[0], parts[1], self._scalings[i], dropout=self.config.dropout, origin=parts[2]
-                )
+            adapter = stored_adapter(slot, state.tensors, self._scalings[i], self.config)
+            if adapter is not None:
                 slot.attach(adapter)
         self._protected = protected or None
         self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
@@ -355,18 +374,6 @@ class KeepLora(Method):
 
     # ------------------------------------------------------------------ parts
 
-    def _protect_weights(self) -> list[_Protected]:
-        energies = [self.config.weight_energy_of(target.tower) for target in self.targets]
-        bases = self._for_all_layers(
-            lambda group: weight_basis(
-                [self.slots[i].exact_weight.detach() for i in group],
-                [energies[i] for i in group],
-                side=self.config.weight_side,
-            ),
-            "weights",
-        )
-        return [_Protected(q) for q in bases]
-
     def _for_all_layers(self, compute: Callable[[list[int]], Iterable[T]], what: str) -> list[T]:
         return for_all_layers(self.slots, compute, what, shown=self.progress)
 
@@ -374,6 +381,12 @@ class KeepLora(Method):
         unwrap(self.model)
         for hook in self._hooks:
             hook.remove()
+
+    def _bases_to_keep(self, function: str) -> dict[nn.Parameter, Tensor]:
+        """The basis of every A that is trained."""
+        self._require_task(function)
+        assert self._protected is not None
+        return bases_of_a(self.slots, [p.basis for p in self._protected]) if self.config.train_a else {}
 
     def _require_task(self, function: str) -> None:
         self._require_open_model()

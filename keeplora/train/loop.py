@@ -58,7 +58,7 @@ def run_one(
 ) -> RunRecord:
     """Let one method learn all tasks of ``workload`` in order, evaluating all of them after each.
 
-    For each task: ``before_task``; AdamW with a one-cycle schedule on the method's trainable parameters;
+    For each task: ``before_task``; the method's AdamW with a one-cycle schedule on its trainable parameters;
     ``after_task``; accuracy on every task and on the witness. With a ``folder``, the state is saved after every
     task, an interrupted run continues after its last finished task, and a finished run is read, not repeated.
     All draws follow from ``(seed, task)``: a resumed run gives the numbers of an uninterrupted one, exactly.
@@ -140,7 +140,7 @@ class _Run:
             switch += time.perf_counter() - started
 
             started = time.perf_counter()
-            loss = self.train(task, parameters) if parameters else 0.0  # no room was left: nothing to train
+            loss = self.train(task) if parameters else 0.0  # no room was left: nothing to train
             train = time.perf_counter() - started
 
             started = time.perf_counter()
@@ -171,13 +171,13 @@ class _Run:
             capacity="" if capacity is None else capacity.summary,
         )
 
-    def train(self, task: int, parameters: list[nn.Parameter]) -> float:
+    def train(self, task: int) -> float:
         """Take the optimizer steps of one task; returns the mean loss of the last tenth of them."""
         config = self.config
         first = self.batches(task, epoch=0)
         total = config.steps if config.steps is not None else (config.epochs or 1) * len(first)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
-        optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=decay, fused=True)
+        optimizer = self.method.optimizer(lr=self.settings.learning_rate, weight_decay=decay, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.settings.learning_rate, total_steps=total)
         check_every = 1 if config.device == "cpu" else 16  # reading a loss waits for the GPU
         waiting: list[Tensor] = []

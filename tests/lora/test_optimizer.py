@@ -1,66 +1,17 @@
-"""ProjectedAdamW and confine: torch's optimizers, except that some parameters stay outside their bases."""
+"""ProjectedAdamW: torch's AdamW, except that some parameters stay outside their bases."""
 
 import copy
 import pickle
 
 import pytest
 import torch
+from confined import confined, give_gradients, leak, trained, twins
 from torch import nn
 
 from keeplora.lora import ProjectedAdamW, confine
 from keeplora.ops import projected_adamw
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-OPTIMIZERS = {
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
-    "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.1),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=1e-3),
-    "Lion": lambda params: Lion(params),
-}
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al. 2023: the sign of the momentum, which no projected gradient keeps in its subspace."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 1e-3})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.sub_((0.9 * momentum + 0.1 * p.grad).sign_(), alpha=group["lr"])
-                momentum.lerp_(p.grad, 0.01)
-
-
-def basis(d, k, dtype=torch.float32):
-    return torch.linalg.qr(torch.randn(d, max(k, 1), dtype=torch.float64)).Q[:, :k].to(dtype).contiguous()
-
-
-def outside(rows, q):
-    return rows - rows @ q @ q.T
-
-
-def confined(r, d, k, dtype=torch.float32):
-    """A parameter and its basis."""
-    q = basis(d, k, dtype)
-    return nn.Parameter(outside(torch.randn(r, d, dtype=dtype), q)), q
-
-
-def leak(a, q):
-    a, q = a.detach().double(), q.double()
-    return ((a @ q).norm() / a.norm()).item()
-
-
-def give_gradients(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
-def twins(params):
-    return [nn.Parameter(p.detach().clone()) for p in params]
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
@@ -162,12 +113,6 @@ def test_a_parameter_without_gradient_is_skipped_and_counts_its_own_steps():
     assert torch.equal(b, twin)  # its first step, though the second of a
     optimizer.zero_grad()
     assert a.grad is None
-
-
-def trained(optimizer, params, steps):
-    for step in steps:
-        give_gradients(params, step)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
@@ -332,82 +277,44 @@ def test_bases_of_strangers_are_refused(make):
         make([a], {a: q, b: p})
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_confine_keeps_any_optimizer_outside(name):
-    made = [confined(3, 20, 8), confined(2, 9, 0), confined(2, 12, 5, torch.float64)]
-    params, bases = [p for p, _ in made], dict(made)
-    free = nn.Parameter(torch.randn(4))
-    plain = twins(params)
-    optimizer, other = OPTIMIZERS[name]([*params, free]), OPTIMIZERS[name](plain)
-    start = free.detach().clone()
-    handle = confine(optimizer, bases)
-    for step in range(20):
-        give_gradients([*params, free], step)
-        given = [p.grad.clone() for p in params]
-        optimizer.step()
-        for p, g, (_, q) in zip(params, given, made, strict=True):
-            assert torch.allclose(p.grad, outside(g, q), atol=1e-5)  # in place
-        for p, g, (_, q) in zip(plain, given, made, strict=True):
-            p.grad = outside(g, q)
-        other.step()
-    assert all(leak(p, q) <= 1e-6 for p, q in made)
-    assert not torch.equal(free, start)
-    if name != "SGD":  # linear in the gradient: projecting that is enough
-        assert leak(plain[0], made[0][1]) > 1e-3
-    else:
-        assert all((p - t).abs().max() <= 1e-5 for p, t in zip(params, plain, strict=True))
-    handle.remove()
-    give_gradients([*params, free], 99)
-    given = params[0].grad.clone()
-    optimizer.step()
-    assert torch.equal(params[0].grad, given)
-    assert leak(*made[0]) > 1e-5
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; bench/gpu.sh runs it on one")
 
 
-def test_confine_skips_missing_gradients_and_ends_with_its_block():
-    (a, q), (b, p) = confined(2, 8, 3), confined(2, 8, 3)
-    optimizer = torch.optim.AdamW([a, b], lr=0.1)
-    with confine(optimizer, {a: q, b: p}):
-        for step in range(3):
-            give_gradients([a], step)
-            optimizer.step()
-    assert b.grad is None
-    assert leak(a, q) <= 1e-6
-    give_gradients([a], 3)
-    optimizer.step()
-    assert leak(a, q) > 1e-3
+@GPU
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_a_captured_graph_advances(options):
+    a, q = confined(4, 100, 30)
+    start, q = [a.detach().cuda(), torch.randn(50, device="cuda")], q.cuda()
+    grads = [torch.randn_like(p) for p in start]
 
+    def made(capturable):
+        params = twins(start)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        return params, ProjectedAdamW(params, lr=0.1, bases={params[0]: q}, capturable=capturable, **options)
 
-@pytest.mark.parametrize("keyword", [False, True])
-def test_confine_projects_what_a_closure_computes(keyword):
-    """L-BFGS evaluates several times in a step, and remembers the gradients."""
-    a, q = confined(2, 8, 3)
-    optimizer = torch.optim.LBFGS([a], lr=0.5, max_iter=5)
-    target = torch.randn(2, 8)
-    seen = []
-
-    def closure():
-        optimizer.zero_grad()
-        loss = ((a - target) ** 2).sum()
-        loss.backward()
-        seen.append(a.grad)
-        return loss
-
-    confine(optimizer, {a: q})
+    (eager, one), (captured, two) = made(False), made(True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        two.step()  # makes the state
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        two.step()
+    for _ in range(4):
+        graph.replay()
     for _ in range(5):
-        optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-    assert len(seen) > 5
-    assert all((g @ q).norm() <= 1e-6 * seen[0].norm() for g in seen)
-    assert (a - outside(target, q)).abs().max() <= 1e-3
-    assert leak(a, q) <= 1e-6
+        one.step()
+    torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-6)
+    assert two.state[captured[0]]["step"].item() == 5
+    assert leak(captured[0].cpu(), q.cpu()) <= 1e-6
 
 
-def test_momentum_from_before_is_left_alone_but_has_no_effect_inside():
-    a, q = confined(2, 8, 3)
-    optimizer = torch.optim.SGD([a], lr=0.1, momentum=0.9)
-    trained(optimizer, [a], range(3))
-    assert leak(a, q) > 1e-3
-    confine(optimizer, {a: q})
-    trained(optimizer, [a], [3])
-    assert leak(a, q) <= 1e-6
-    assert leak(optimizer.state[a]["momentum_buffer"], q) > 1e-3
+@GPU
+def test_a_graph_without_capturable_is_refused():
+    p = nn.Parameter(torch.randn(3, device="cuda"))
+    p.grad = torch.randn_like(p)
+    optimizer = ProjectedAdamW([p])
+    with pytest.raises(RuntimeError, match=r"capturable must be True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

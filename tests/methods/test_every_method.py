@@ -147,8 +147,8 @@ def test_states_of_other_methods_are_refused(name):
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(ValueError, match=r"name must be a method, got 'keplora'. Nearest names: keeplora"):
         create("keplora", Net())
-    with pytest.raises(ValueError, match=r"method 'keeplora' do not include 'rank_'.* Nearest names: r"):
-        create("keeplora", Net(), {"rank_": 3})
+    with pytest.raises(ValueError, match=r"method 'keeplora' do not include 'alfa'.* Nearest names: alpha"):
+        create("keeplora", Net(), {"alfa": 3})
     with pytest.raises(ValueError, match="do not include 'lr'"):
         create("zero-shot", Net(), {"lr": 1})
 

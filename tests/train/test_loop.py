@@ -72,6 +72,16 @@ def test_a_run_repeats_itself_and_resumes_exactly(tmp_path, workload, label):
     assert numbers(run_one(config, workload, label, 3, folder=folder)) == numbers(straight)
 
 
+def test_trained_a_stays_confined_in_a_run(workload):
+    settings = {**KEEP, "train_a": True}
+    config = config_of(methods=["keeplora"], method={"keeplora": settings})
+    record = run_one(config, workload, "keeplora", 3)
+    plain = run_one(config_of(), workload, "keeplora", 3)
+    assert all(certificate["leak"] <= 1e-6 for certificate in record.certificates)
+    assert record.trainable[0] > plain.trainable[0]
+    assert record.loss != plain.loss
+
+
 def test_a_run_that_draws_noise_resumes_exactly(tmp_path):
     config, noisy = config_of(), tiny_workload.noisy("cpu")
     torch.manual_seed(5)
