@@ -43,7 +43,7 @@ def projected_adamw(
         step: number of this step, from 1 (bias correction): one for all, or one tensor per parameter. Tensors are
             float32 without dimensions, on the CPU or on the device of ``a``; there only the device reads them, so that
             a captured CUDA graph follows their values.
-        lr: learning rate, one number or one per parameter (the depth scale goes here).
+        lr: learning rate, one number or one per parameter.
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
         check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
