@@ -65,7 +65,11 @@ def test_every_defect_is_caught(planted):
     results = each(planted.caught, numbers)
     for i, result in zip(numbers, results, strict=True):
         print(f"{planted.mutations[i]} | {' | '.join(result) if result else 'NOT CAUGHT'}")
-    missed = [str(planted.mutations[i]) for i, result in zip(numbers, results, strict=True) if result is None]
+    missed = []
+    for i, result in zip(numbers, results, strict=True):
+        reached = any(planted.reaches(program, i) for program in planted.programs)
+        if result is None:
+            missed.append(f"{planted.mutations[i]}{'' if reached else ' (no program comes here)'}")
     assert not missed, f"{len(missed)} of {len(numbers)} defects go unnoticed:\n" + "\n".join(missed)
 
 
