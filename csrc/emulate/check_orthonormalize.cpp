@@ -17,6 +17,7 @@ enum class Kind {
   kDependent,  // a zero column, a repeated one, one inside Q, a combination of others
   kSteep,      // each column differs from the one before by less and less
   kTwice,      // every column twice
+  kUncertain,  // a direction that two columns tell badly, and later columns mostly along it
   kEdge,       // one column inside Q but for a part just above the limit: to be kept, by less than rounding
   kNan,
 };
@@ -49,6 +50,12 @@ struct Problem {
         row[c] = row[c - 1] + static_cast<T>(std::pow(10, -c)) * row[c];
       for (int c = 1; c < s.l && s.kind == Kind::kTwice; c += 2)
         row[c] = row[c - 1];
+      if (s.kind == Kind::kUncertain) {
+        const T direction = row[1];
+        row[1] = row[0] + static_cast<T>(1e-4) * direction;
+        for (int c = 2; c < s.l; ++c)
+          row[c] += direction;
+      }
       if (s.kind == Kind::kEdge) {
         const T limit = 32 * std::numeric_limits<T>::epsilon();
         q[i] = i == 0;
@@ -177,6 +184,7 @@ int main() {
                                      {40, 9, 10, Kind::kDependent},
                                      {30, 12, 3, Kind::kSteep},
                                      {21, 6, 0, Kind::kTwice},
+                                     {40, 5, 0, Kind::kUncertain},
                                      {3, 1, 1, Kind::kEdge},
                                      {9, 3, 2, Kind::kNan},
                                      {25, 18, 4, Kind::kNormal, true}};

@@ -108,7 +108,7 @@ __device__ Decided factor(const double* gram, const double* lengths, int n, int 
 
     const double square = 1 - inside;     // of what is left of the column
     const double error = noise * growth;  // of `square`, from the Gram matrix
-    if (lengths && kept > 0) {
+    if (lengths) {  // the first kept column passes: nothing is taken out of it, and its limit is below 1
       if (square + error <= limit) continue;
       if (!(16 * error < square && growth + inherited < kLost)) break;
     }

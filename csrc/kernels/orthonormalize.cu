@@ -127,9 +127,9 @@ __device__ void replace(const Entry<T>& entry, const Progress& at, int tile, con
                      : with_q ? entry.products
                               : entry.products + static_cast<int64_t>(entry.k) * entry.pitch;
     const int depth = applies ? panel.count : with_q ? entry.k : at.rank;
-    if (part > 0) __syncthreads();  // the tiles of Q have been used
     sum.add_product(left, row, Matrix<T, false>{right, entry.pitch, applies ? at.kept : panel.count}, 0, 0,
                     depth, shared.tiles.left, shared.tiles.right);
+    __syncthreads();  // the tiles have been used
   }
   const T* x = at.phase == Phase::kSubtract0 ? entry.y : entry.z;
   sum.for_each([&](int r, int c, T value) {
