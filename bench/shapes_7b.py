@@ -31,11 +31,11 @@ FILE = Path(__file__).parent / "results" / "cpu" / "shapes_7b.json"
 def matrix(out: int, d: int, power: float, seed: int) -> Tensor:
     """A random matrix whose singular values fall about as ``i^-power``.
 
-    A Gaussian matrix with scaled columns, turned by reflections: an exact spectrum would take a QR factorisation of
-    every matrix, which costs more than what is measured.
+    A Gaussian matrix with scaled columns in random order, turned by reflections: an exact spectrum would take a QR
+    factorisation of every matrix, which costs more than what is measured.
     """
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.arange(1, d + 1) ** -power
+    scale = (1 + torch.randperm(d, generator=generator)) ** -power
     x = torch.randn(out, d, generator=generator) * scale
     for _ in range(2):
         v = torch.randn(d, generator=generator)
@@ -47,12 +47,12 @@ def matrix(out: int, d: int, power: float, seed: int) -> Tensor:
 def second_moment(d: int, power: float, seed: int) -> Tensor:
     """A second moment with eigenvalues ``i^-2 power``, turned in the same way."""
     generator = torch.Generator().manual_seed(seed)
-    c = torch.diag(torch.arange(1, d + 1) ** (-2 * power))
+    c = torch.diag((1 + torch.randperm(d, generator=generator)) ** (-2 * power))
     for _ in range(2):
         v = torch.randn(d, generator=generator)
         v /= v.norm()
         w = 2 * (c @ v)
-        w -= (v @ w) * v
+        w -= (v @ w) * v  # so that one update of rank 2 turns both sides
         c -= torch.outer(v, w) + torch.outer(w, v)
     return c
 
