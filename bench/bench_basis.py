@@ -62,5 +62,6 @@ def cases() -> Iterator[Case]:
             setup=lambda device, d=d, k=k, gpu=gpu, cpu=cpu: features(
                 d, k, *(cpu if device.type == "cpu" else gpu), device
             ),
+            small=lambda device, d=d, k=k: features(d // 4, k // 4, 1, d, device),
             providers={"keeplora": ours, "two SVDs (public code)": public, "gram + float32 eigh": gram_and_eigh},
         )
