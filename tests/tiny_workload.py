@@ -85,7 +85,7 @@ def slow(device: str) -> ClassificationWorkload:
     plain = made.accuracy
 
     def accuracy(*args: object) -> float:
-        time.sleep(0.05)
+        time.sleep(0.2)
         return plain(*args)  # type: ignore[arg-type]
 
     made.accuracy = accuracy  # type: ignore[method-assign]

@@ -71,10 +71,12 @@ def _reference(out: Tensor, energy: Tensor, x: Tensor) -> None:
     for rows in torch.split(x, _ROWS) if short else (x,):
         if short and x.is_cuda:
             torch.addmm(out, rows.T, rows, out_dtype=torch.float32, out=out)
+            energies = torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype).double().square()
         else:
             rows = rows.to(out.dtype)
             out.addmm_(rows.T, rows)
-        energy += torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype).double().square().sum()
+            energies = torch.linalg.vecdot(rows, rows)
+        energy += energies.sum(dtype=torch.float64)
 
 
 def _fake(out: Tensor, energy: Tensor, x: Tensor) -> None:
