@@ -70,7 +70,7 @@ struct Matrix {
     for (int i = threadIdx.x; i < kHeight * kWidth / kStep; i += kProductThreads) {
       const int row = i / (kWidth / kStep), column = i % (kWidth / kStep) * kStep;
       const int valid = row < height ? max(0, min(kStep, width - column)) : 0;
-      const S* from = valid > 0 ? corner + row * pitch + column : data;
+      const S* from = valid == 0 ? data : corner + row * pitch + column;
       S* to = tile + row * tile_pitch + column;
       if constexpr (kStep * sizeof(S) >= 4)
         copy_async<kStep * sizeof(S)>(to, from, valid * static_cast<int>(sizeof(S)));
@@ -100,7 +100,7 @@ template <int kLeftLines, int kRightLines, typename Left, typename Right, typena
 __device__ void stream_tiles(const Left& left, int row, const Right& right, int column, int from, int to,
                              SL* left_tiles, SR* right_tiles, Use&& use) {
   constexpr int kLeft = Left::template kTile<kLeftLines>, kRight = Right::template kTile<kRightLines>;
-  const int steps = ceil_div(max(0, to - from), kDepth);
+  const int steps = ceil_div(to - from, kDepth);
   const auto fetch = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages, depth = from + step * kDepth;
