@@ -140,8 +140,9 @@ def test_ctrl_c_stops_the_workers_and_the_folder_resumes(tmp_path):
     command = [sys.executable, "-m", "keeplora", "run", str(slow), "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen(
-        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for background jobs
+    )  # fmt: skip
     state = out / "runs" / "keeplora" / "seed-0" / "state" / "state.json"
     deadline = time.monotonic() + 120
     while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
