@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,9 +117,9 @@ class LoraHost(nn.Module):
         self.merged_ahead = {}
         self._masters: dict[str, Tensor] = {}
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """The layer as it was before it was taken over, around the same parameters."""
-        raise NotImplementedError
 
     def add_slot(self, slot: str, parameter: str, rows: Rows) -> None:
         weight = getattr(self, parameter, None)
