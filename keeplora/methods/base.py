@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora.lora import unwrap
+
 from .capacity import Capacity
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -37,11 +39,21 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = True
     """False for methods that never take an optimizer step (zero-shot)."""
+    joint: ClassVar[bool] = False
+    """True for upper bounds that train on the data of all tasks so far, not on the present one's alone."""
+    merges: ClassVar[bool] = True
+    """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
 
     model: nn.Module
 
     progress: bool | None = None
     """Whether passes over data and layers draw bars on stderr; None: if that is a terminal."""
+
+    validate: Callable[[], float] | None = None
+    """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.
+
+    Set by the training loop before :meth:`before_task`, for methods that choose something in :meth:`after_task`.
+    """
 
     @abstractmethod
     def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
@@ -69,6 +81,21 @@ class Method(ABC):
     def capacity(self) -> Capacity | None:
         """The room that is left for more tasks, of methods that protect a subspace."""
         return None
+
+    def merge(self) -> nn.Module:
+        """Give the model back with its ordinary layers, all that was learned in its weights; returns ``model``.
+
+        The method cannot be used afterwards.
+
+        Raises:
+            RuntimeError: a task is open, or the method computes what ordinary layers cannot (:attr:`merges`).
+        """
+        if not self.merges:
+            raise RuntimeError(
+                f"merge: what {self.name!r} learned must fit into the model's weights, and does not: it computes more "
+                "than the pretrained model in every forward. Keep using method.model."
+            )
+        return unwrap(self.model)
 
     @abstractmethod
     def state(self) -> State:

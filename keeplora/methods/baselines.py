@@ -1,4 +1,4 @@
-"""The baselines every method is held against: zero-shot, full fine-tuning, sequential LoRA."""
+"""The baselines every method is held against: zero-shot, full fine-tuning, joint training, sequential LoRA."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from keeplora.integrations import find_targets
-from keeplora.lora import LoraAdapter, LoraSlot, select_targets, wrap
+from keeplora.lora import LoraAdapter, wrap
 
+from .adapted import AdaptedMethod
 from .base import LossFn, Method, State, freeze, parameter_state
 from .state import StateError
 
-__all__ = ["FullFineTuning", "LoraConfig", "NoConfig", "SequentialLora", "ZeroShot"]
+__all__ = ["FullFineTuning", "JointTraining", "LoraConfig", "NoConfig", "SequentialLora", "ZeroShot"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,24 @@ class FullFineTuning(Method):
 
     def load_state(self, state: State) -> None:
         _check_method(self, state)
+        mine = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        wrong = [name for name in {**mine, **state.tensors} if mine.get(name) != _shape(state, name)]
+        if wrong:
+            raise StateError(
+                f"load_state: state must have the tensors of this model, got {len(wrong)} others (first: {wrong[0]})"
+            )
         self.model.load_state_dict(state.tensors)
+
+
+class JointTraining(FullFineTuning):
+    """The upper bound: every parameter is trained, on the data of all tasks so far at once.
+
+    Task i goes on from the model of task i − 1, with the steps of i + 1 tasks on their shuffled batches. No continual
+    learner may look at earlier data again: what it misses of this is its price.
+    """
+
+    name: ClassVar[str] = "joint"
+    joint: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -93,9 +111,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"LoraConfig: r must be an int of at least 1, got {self.r!r}")
+            raise ValueError(f"{type(self).__name__}: r must be an int of at least 1, got {self.r!r}")
         if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"LoraConfig: alpha must be a positive number, got {self.alpha!r}")
+            raise ValueError(f"{type(self).__name__}: alpha must be a positive number, got {self.alpha!r}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
@@ -104,7 +122,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-class SequentialLora(Method):
+class SequentialLora(AdaptedMethod):
     r"""Plain LoRA on one task after the other: a new adapter per task, merged after it.
 
     .. math:: y = x W^\top + \tfrac{\alpha}{r}\,(x A^\top) B^\top
@@ -113,59 +131,40 @@ class SequentialLora(Method):
     """
 
     name: ClassVar[str] = "lora"
+    config: LoraConfig
 
-    def __init__(self, model: nn.Module, config: LoraConfig | None = None):
-        self.model = model
+    def __init__(self, model: nn.Module, config: LoraConfig | None = None, **options: Any):
         self.config = config or LoraConfig()
-        targets = find_targets(model)
-        chosen = {target.name for target in select_targets(targets, self.config.target_modules)}
-        self.slots: list[LoraSlot] = [slot for slot in wrap(model, targets) if slot.name in chosen]
-        self.tasks_learned = 0
+        super().__init__(model, self.config, **options)
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        if any(slot.adapter is not None for slot in self.slots):
-            raise RuntimeError("before_task: the previous task must be closed first. Call after_task(loader).")
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
-        freeze(self.model)
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        self.attach(self.fresh_adapters())
+
+    def fresh_adapters(self) -> list[LoraAdapter | None]:
+        """An untrained adapter for every slot: its numbers follow from the seed and the number of tasks learned."""
         for slot in self.slots:
             out, width = slot.weight.shape
             if self.config.r > min(out, width):
                 raise ValueError(
                     f"before_task: r must be at most {min(out, width)}, got {self.config.r} [{slot.name}]. Lower r."
                 )
+        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
+        adapters: list[LoraAdapter | None] = []
         for slot in self.slots:
             out, width = slot.weight.shape
             a = torch.empty(self.config.r, width)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            slot.attach(LoraAdapter(a, torch.zeros(out, self.config.r), self.config.scaling, train_a=True))
+            adapters.append(LoraAdapter(a, torch.zeros(out, self.config.r), self.config.scaling, train_a=True))
+        return adapters
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [p for slot in self.slots if slot.adapter is not None for p in (slot.adapter.A, slot.adapter.B)]
-
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
-        for slot in self.slots:
-            slot.check_finite("after_task")
-        if any(slot.adapter is None for slot in self.slots):
-            raise RuntimeError("after_task: a task must be open, got none. Call before_task(loader, loss_fn) first.")
-        for slot in self.slots:
-            slot.merge()
-        self.tasks_learned += 1
-
-    def state(self) -> State:
-        if any(slot.adapter is not None for slot in self.slots):
-            raise RuntimeError("state: the open task must be closed first. Call after_task(loader).")
-        tensors = {f"{slot.name}.weight": slot.exact_weight.detach().cpu().clone() for slot in self.slots}
-        return State(tensors, {"method": self.name, "tasks_learned": self.tasks_learned})
-
-    def load_state(self, state: State) -> None:
-        _check_method(self, state)
-        if set(state.tensors) != {f"{slot.name}.weight" for slot in self.slots}:
-            raise StateError("load_state: state must have the targets of this model, got others")
-        for slot in self.slots:
-            slot.host.set_exact_weight(slot.slot, state.tensors[f"{slot.name}.weight"].to(slot.weight.device))
-        self.tasks_learned = state.meta["tasks_learned"]
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        self.merge_adapters()
 
 
 def _check_method(method: Method, state: State) -> None:
     if state.meta.get("method") != method.name:
         raise StateError(f"load_state: state must be of method {method.name!r}, got {state.meta.get('method')!r}")
+
+
+def _shape(state: State, name: str) -> torch.Size | None:
+    return state.tensors[name].shape if name in state.tensors else None

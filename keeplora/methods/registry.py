@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .base import Method
-from .baselines import FullFineTuning, LoraConfig, NoConfig, SequentialLora, ZeroShot
+from .baselines import FullFineTuning, JointTraining, LoraConfig, NoConfig, SequentialLora, ZeroShot
 from .config import KeepLoraConfig
 from .keeplora import KeepLora
 
@@ -30,6 +30,7 @@ class Registered:
 METHODS: dict[str, Registered] = {
     "zero-shot": Registered(ZeroShot, NoConfig, summary="the pretrained model, never trained"),
     "full": Registered(FullFineTuning, NoConfig, summary="full fine-tuning, task after task"),
+    "joint": Registered(JointTraining, NoConfig, summary="upper bound: all tasks so far at once"),
     "lora": Registered(SequentialLora, LoraConfig, summary="plain LoRA, task after task"),
     "keeplora": Registered(
         KeepLora, KeepLoraConfig, {"depth_scale": 1.0}, "LoRA in the residual subspace (arXiv:2601.19659)"

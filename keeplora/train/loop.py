@@ -9,7 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from keeplora.lora.passes import evaluating
 from keeplora.methods import METHODS, create
 from keeplora.methods.base import Method
+from keeplora.train.batches import First, Union
 from keeplora.train.checkpoint import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener, silent
@@ -31,20 +34,6 @@ from keeplora.train.workload import Batches, Workload
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a batch is NaN or infinite; the message names the batch."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The first ``length`` batches of a pass."""
-
-    whole: Batches
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.whole), self.length)
 
 
 def run_one(
@@ -134,6 +123,7 @@ class _Run:
         certificate, loss = None, 0.0
         if self.method.trains:
             started = time.perf_counter()
+            self.method.validate = partial(self.validate, task)
             with self.notes(task):
                 self.method.before_task(self.part(task, "before"), self.loss_fn)
             parameters = self.method.trainable_parameters()
@@ -175,7 +165,8 @@ class _Run:
         """Take the optimizer steps of one task; returns the mean loss of the last tenth of them."""
         config = self.config
         first = self.batches(task, epoch=0)
-        total = config.steps if config.steps is not None else (config.epochs or 1) * len(first)
+        rounds = task + 1 if self.method.joint else 1  # a joint method takes the steps of all its tasks
+        total = rounds * config.steps if config.steps is not None else (config.epochs or 1) * len(first)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
         optimizer = self.method.optimizer(lr=self.settings.learning_rate, weight_decay=decay, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.settings.learning_rate, total_steps=total)
@@ -229,13 +220,26 @@ class _Run:
     def part(self, task: int, purpose: str) -> Batches:
         """The batches a method sees before or after a task."""
         whole = self._sized(task, purpose)
-        return _Part(whole, max(1, round(len(whole) * self.config.switch_fraction)))
+        return First(whole, max(1, round(len(whole) * self.config.switch_fraction)))
 
     def _sized(self, task: int, purpose: str) -> Batches:
+        if self.method.joint:
+            seed = derive_seed(self.seed, task, f"{purpose} joint")
+            return Union([self._one(t, purpose) for t in range(task + 1)], seed)
+        return self._one(task, purpose)
+
+    def _one(self, task: int, purpose: str) -> Batches:
         batches = self.workload.batches(task, self.config.batch_size, derive_seed(self.seed, task, purpose))
         if len(batches) == 0:
             raise ValueError(f"run_one: task {self.names[task]!r} must have training data, got none")
         return batches
+
+    def validate(self, task: int) -> float:
+        """Mean accuracy of the model on the validation splits of the tasks up to ``task``."""
+        size = self.config.evaluation_batch_size
+        with evaluating(self.model), torch.no_grad(), self.autocast():
+            found = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
+        return math.fsum(found) / len(found)
 
     def evaluate(self) -> tuple[list[float], float | None]:
         """Accuracy on every task and on the witness."""

@@ -138,6 +138,23 @@ def test_batches_of_one_and_rank_one(name):
     learn(method, [(torch.randn(1, 4, WIDTH), torch.tensor([2]))])
 
 
+def test_a_merged_model_is_made_of_plain_layers_and_computes_the_same(name):
+    method, x = make(name), torch.randn(2, 4, WIDTH)
+    learn(method, task(0))
+    learned = method.model(x)
+    if not method.merges:
+        with pytest.raises(RuntimeError, match="computes more than the pretrained model"):
+            method.merge()
+        return
+    kinds = [type(module) for module in Net().modules()]
+    model = method.merge()
+    assert model is method.model
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert set(model.state_dict()) == set(Net().state_dict())
+    torch.testing.assert_close(model(x), learned, rtol=1e-5, atol=1e-6)
+
+
 def test_states_of_other_methods_are_refused(name):
     method = make(name)
     with pytest.raises(ValueError, match="state must be of method"):

@@ -1,0 +1,225 @@
+"""What methods share that adapt chosen weights: slots, the order of calls, weights and memory as state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.integrations import find_targets
+from keeplora.lora import LoraAdapter, LoraSlot, Target, merge_ahead, select_targets, unwrap, wrap
+
+from .base import LossFn, Method, State, freeze
+from .state import StateError
+from .verify import fingerprint
+
+__all__ = ["AdaptedMethod", "stored"]
+
+
+class _Config(Protocol):
+    @property
+    def target_modules(self) -> tuple[str, ...] | str: ...
+
+
+class AdaptedMethod(Method):
+    """A method that adapts the weights its config names in ``target_modules``.
+
+    A subclass gives :meth:`open_task` and :meth:`close_task`, and, if it remembers anything between tasks but the
+    merged weights, :meth:`memory_state` and :meth:`recall`. It is called only when a task may be opened or closed.
+
+    Args:
+        model: Any model with linear layers. Those that are adapted are replaced in place by ones that can hold
+            adapters, until :meth:`merge`; it stays the same object.
+        config: Settings, ``target_modules`` among them.
+        targets: The weights to choose from, instead of what :func:`keeplora.integrations.find_targets` finds.
+        progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
+
+    Raises:
+        ValueError: ``target_modules`` matches nothing; a weight is shared by two layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: _Config,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ):
+        self.model, self.progress = model, progress
+        chosen = select_targets(find_targets(model) if targets is None else targets, config.target_modules)
+        self.check_targets(model, chosen)
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.slots: list[LoraSlot] = wrap(model, chosen)
+        self._hooks = merge_ahead(model)
+        self._loss_fn: LossFn | None = None
+        self.tasks_learned = 0
+        self.training_task = False
+        self._given_back = False
+
+    # ------------------------------------------------------------------ what a method is
+
+    def check_targets(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        """Refuse a model the method cannot handle, before anything of it is replaced."""
+
+    @abstractmethod
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Make what is trained. The model must not change its function, nor anything change on an error."""
+
+    @abstractmethod
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
+        """Take in what was trained; returns the report. Whatever may fail comes before anything is changed."""
+
+    def memory_state(self) -> State:
+        """What is remembered between tasks: tensors by name, and JSON values."""
+        return State()
+
+    def recall(self, state: State) -> Any:
+        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
+
+        Nothing is changed here.
+        """
+
+    def remember(self, memory: Any) -> None:
+        """Go on with a memory from :meth:`recall`."""
+
+    # ------------------------------------------------------------------ the life of a task
+
+    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Open a task; on an error nothing has changed.
+
+        Raises:
+            RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
+        """
+        self._require("before_task", task=False)
+        if not callable(loss_fn):
+            raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+        self.open_task(loader, loss_fn)
+        self._loss_fn, self.training_task = loss_fn, True
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The open adapters' parameters that take gradients."""
+        self._require("trainable_parameters", task=True)
+        adapters = [slot.adapter for slot in self.slots if slot.adapter is not None]
+        return [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
+        """Close the open task; on an error nothing has changed.
+
+        Raises:
+            RuntimeError: no task is open.
+            ValueError: what was trained is not finite (the layer is named).
+        """
+        self._require("after_task", task=True)
+        forward = loss_fn or self._loss_fn
+        assert forward is not None
+        for slot in self.slots:
+            slot.check_finite("after_task")
+        report = self.close_task(loader, forward)
+        self.tasks_learned += 1
+        self.training_task = False
+        return report
+
+    def merge(self) -> nn.Module:
+        """Give the model back with its ordinary layers and its gradient flags of before; see :meth:`Method.merge`."""
+        self._require("merge", task=False)
+        if not self.merges:
+            return super().merge()
+        unwrap(self.model)
+        for hook in self._hooks:
+            hook.remove()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        self._given_back = True
+        return self.model
+
+    # ------------------------------------------------------------------ state
+
+    def state(self) -> State:
+        """The adapted weights and the method's memory, on the CPU.
+
+        Raises:
+            RuntimeError: a task is open.
+        """
+        self._require("state", task=False)
+        memory = self.memory_state()
+        tensors = {f"{slot.name}.weight": slot.exact_weight for slot in self.slots} | memory.tensors
+        meta = {
+            "method": self.name,
+            "targets": [slot.name for slot in self.slots],
+            "tasks_learned": self.tasks_learned,
+            "frozen": fingerprint(self.model, self.slots),
+            **memory.meta,
+        }
+        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
+
+    def load_state(self, state: State) -> None:
+        """Continue from ``state``. Everything is checked before anything changes.
+
+        Raises:
+            StateError: the state belongs to another method, another model or other targets, or is incomplete.
+        """
+        self._require("load_state", task=False)
+        meta = state.meta
+        if meta.get("method") != self.name:
+            raise StateError(f"load_state: state must be of method {self.name!r}, got {meta.get('method')!r}")
+        if meta.get("targets") != [slot.name for slot in self.slots] or not isinstance(meta.get("tasks_learned"), int):
+            raise StateError("load_state: state must have the targets of this model, got others")
+        if meta.get("frozen") != fingerprint(self.model, self.slots):
+            raise StateError(
+                "load_state: the model's other weights must be those the state was made with, got different ones. "
+                "Load the same pretrained weights first; only adapted weights are in the state."
+            )
+        weights = [stored(state, f"{slot.name}.weight", slot.weight.shape) for slot in self.slots]
+        memory = self.recall(state)
+        for slot, weight in zip(self.slots, weights, strict=True):
+            slot.host.set_exact_weight(slot.slot, weight.to(slot.weight.device))
+        self.tasks_learned = meta["tasks_learned"]
+        self.remember(memory)
+
+    # ------------------------------------------------------------------ parts
+
+    def attach(self, adapters: Sequence[LoraAdapter | None]) -> None:
+        """Freeze the model and put an adapter into every slot that gets one."""
+        freeze(self.model)
+        for slot, adapter in zip(self.slots, adapters, strict=True):
+            if adapter is not None:
+                slot.attach(adapter)
+
+    def merge_adapters(self) -> None:
+        """Add every open adapter to its weight."""
+        for slot in self.slots:
+            if slot.adapter is not None:
+                slot.merge()
+
+    def _require(self, function: str, *, task: bool) -> None:
+        if self._given_back:
+            raise RuntimeError(f"{function}: {self.name} has given its model back by merge(). Make a new one.")
+        if task and not self.training_task:
+            raise RuntimeError(f"{function}: a task must be open, got none. Call before_task(loader, loss_fn) first.")
+        if not task and self.training_task:
+            remedy = "Call after_task(loader)."
+            which = "previous" if function == "before_task" else "open"
+            raise RuntimeError(f"{function}: the {which} task must be closed first. {remedy}")
+
+
+def stored(state: State, name: str, shape: Sequence[int | None]) -> Tensor:
+    """The state's tensor ``name``; None in ``shape`` is any size.
+
+    Raises:
+        StateError: it is missing or of another shape.
+    """
+    tensor = state.tensors.get(name)
+    fits = (
+        tensor is not None
+        and tensor.dim() == len(shape)
+        and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
+    )
+    if tensor is None or not fits:
+        got = None if tensor is None else list(tensor.shape)
+        raise StateError(f"load_state: {name} must have shape {list(shape)}, got {got}")
+    return tensor
