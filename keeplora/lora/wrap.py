@@ -56,7 +56,7 @@ class LoraSlot:
     def check_finite(self, function: str) -> None:
         """Refuse an adapter that training has driven to NaN or Inf, before it reaches the weight."""
         adapter = self.adapter
-        if adapter is not None and not all(torch.isfinite(p).all() for p in (adapter.A, adapter.B)):
+        if adapter is not None and not all(torch.isfinite(p).all() for p in adapter.parameters()):
             raise ValueError(
                 f"{function}: trained adapters must be finite, got NaN or Inf [{self.name}]. "
                 "Go back to the last saved state and lower the learning rate."

@@ -2,26 +2,81 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.integrations import find_targets
-from keeplora.lora import LoraAdapter, LoraSlot, Target, merge_ahead, select_targets, unwrap, wrap
+from keeplora.integrations import find_targets, token_mask
+from keeplora.lora import (
+    FeatureStatistic,
+    LoraAdapter,
+    LoraSlot,
+    Target,
+    feature_statistics,
+    merge_ahead,
+    select_targets,
+    unwrap,
+    wrap,
+)
 
 from .base import LossFn, Method, State, freeze
+from .progress import for_all_layers, progress
 from .state import StateError
 from .verify import fingerprint
 
-__all__ = ["AdaptedMethod", "stored"]
+__all__ = ["AdaptedMethod", "AdapterConfig", "check_range", "stored", "warn_of_small_adapters"]
+
+T = TypeVar("T")
 
 
 class _Config(Protocol):
     @property
     def target_modules(self) -> tuple[str, ...] | str: ...
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), and which layers.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    target_modules: tuple[str, ...] | str = ("attn",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+            raise ValueError(f"{type(self).__name__}: r must be an int of at least 1, got {self.r!r}")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"{type(self).__name__}: alpha must be a positive number, got {self.alpha!r}")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+def check_range(config: Any, name: str, low: float, high: float, *, closed: bool = True) -> None:
+    """Refuse a setting outside [low, high], or [low, high) where not ``closed``.
+
+    Raises:
+        ValueError: the message names the config, the setting and its value.
+    """
+    value = getattr(config, name)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (low <= value <= high and (closed or value < high)):
+        bounds = f"[{low:g}, {high:g}{']' if closed and math.isfinite(high) else ')'}"
+        raise ValueError(f"{type(config).__name__}: {name} must lie in {bounds}, got {value!r}")
 
 
 class AdaptedMethod(Method):
@@ -183,6 +238,26 @@ class AdaptedMethod(Method):
 
     # ------------------------------------------------------------------ parts
 
+    def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
+        """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
+        with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
+            return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask)
+
+    def each_layer(self, compute: Callable[[int], T], what: str, *inputs: Sequence[Any]) -> list[T]:
+        """``compute(i)`` for every slot i, once for those whose entries of all ``inputs`` are the same objects.
+
+        Slots that read one tensor, as q, k and v do, share its statistic.
+        """
+        known: dict[tuple[int, ...], T] = {}
+
+        def result(i: int) -> T:
+            key = tuple(id(column[i]) for column in inputs) or (i,)
+            if key not in known:
+                known[key] = compute(i)
+            return known[key]
+
+        return for_all_layers(self.slots, lambda group: [result(i) for i in group], what, shown=self.progress)
+
     def attach(self, adapters: Sequence[LoraAdapter | None]) -> None:
         """Freeze the model and put an adapter into every slot that gets one."""
         freeze(self.model)
@@ -205,6 +280,19 @@ class AdaptedMethod(Method):
             remedy = "Call after_task(loader)."
             which = "previous" if function == "before_task" else "open"
             raise RuntimeError(f"{function}: the {which} task must be closed first. {remedy}")
+
+
+def warn_of_small_adapters(method: str, slots: Sequence[LoraSlot], ranks: Sequence[int], r: int) -> None:
+    """Name the layers whose adapters are smaller than r, or missing; as a warning of whoever called before_task."""
+    none = [slot.name for slot, rank in zip(slots, ranks, strict=True) if rank == 0]
+    small = [slot.name for slot, rank in zip(slots, ranks, strict=True) if 0 < rank < r]
+    for names, what in (
+        (none, "have no useful free direction left and do not adapt"),
+        (small, f"have fewer than r = {r} useful free directions and use those"),
+    ):
+        if names:
+            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            warnings.warn(f"{method}: {len(names)} of {len(slots)} layers {what}: {shown}.", UserWarning, stacklevel=4)
 
 
 def stored(state: State, name: str, shape: Sequence[int | None]) -> Tensor:

@@ -39,9 +39,9 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = True
     """False for methods that never take an optimizer step (zero-shot)."""
-    joint: ClassVar[bool] = False
+    joint: bool = False
     """True for upper bounds that train on the data of all tasks so far, not on the present one's alone."""
-    merges: ClassVar[bool] = True
+    merges: bool = True
     """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
 
     model: nn.Module

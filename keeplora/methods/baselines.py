@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keeplora.integrations import find_targets
 from keeplora.lora import LoraAdapter, wrap
 
-from .adapted import AdaptedMethod
+from .adapted import AdaptedMethod, AdapterConfig, check_range
 from .base import LossFn, Method, State, freeze, parameter_state
 from .state import StateError
 
@@ -96,30 +96,19 @@ class JointTraining(FullFineTuning):
     """
 
     name: ClassVar[str] = "joint"
-    joint: ClassVar[bool] = True
+    joint = True
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Settings of :class:`SequentialLora`: rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), layers."""
+class LoraConfig(AdapterConfig):
+    """Settings of :class:`SequentialLora`: those of every adapter, dropout of its inputs, and the seed of A."""
 
-    r: int = 16
-    alpha: float = 16.0
-    rslora: bool = False
-    target_modules: tuple[str, ...] | str = ("attn",)
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"{type(self).__name__}: r must be an int of at least 1, got {self.r!r}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"{type(self).__name__}: alpha must be a positive number, got {self.alpha!r}")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        super().__post_init__()
+        check_range(self, "dropout", 0.0, 1.0, closed=False)
 
 
 class SequentialLora(AdaptedMethod):
@@ -140,7 +129,7 @@ class SequentialLora(AdaptedMethod):
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         self.attach(self.fresh_adapters())
 
-    def fresh_adapters(self) -> list[LoraAdapter | None]:
+    def fresh_adapters(self) -> list[LoraAdapter]:
         """An untrained adapter for every slot: its numbers follow from the seed and the number of tasks learned."""
         for slot in self.slots:
             out, width = slot.weight.shape
@@ -149,13 +138,17 @@ class SequentialLora(AdaptedMethod):
                     f"before_task: r must be at most {min(out, width)}, got {self.config.r} [{slot.name}]. Lower r."
                 )
         generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
-        adapters: list[LoraAdapter | None] = []
+        adapters = []
         for slot in self.slots:
             out, width = slot.weight.shape
             a = torch.empty(self.config.r, width)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            adapters.append(LoraAdapter(a, torch.zeros(out, self.config.r), self.config.scaling, train_a=True))
+            adapters.append(self.adapter(a, torch.zeros(out, self.config.r)))
         return adapters
+
+    def adapter(self, a: Tensor, b: Tensor) -> LoraAdapter:
+        config = self.config
+        return LoraAdapter(a, b, config.scaling, train_a=True, dropout=config.dropout)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         self.merge_adapters()

@@ -12,7 +12,13 @@ from torch import nn
 from .base import Method
 from .baselines import FullFineTuning, JointTraining, LoraConfig, NoConfig, SequentialLora, ZeroShot
 from .config import KeepLoraConfig
+from .gpm import Gpm, GpmConfig
+from .inflora import InfLora, InfLoraConfig
 from .keeplora import KeepLora
+from .lines import Lines, LinesConfig
+from .loda import LoDa, LoDaConfig
+from .olora import OLora, OLoraConfig
+from .sdlora import SdLora, SdLoraConfig
 
 __all__ = ["METHODS", "Registered", "create"]
 
@@ -32,6 +38,12 @@ METHODS: dict[str, Registered] = {
     "full": Registered(FullFineTuning, NoConfig, summary="full fine-tuning, task after task"),
     "joint": Registered(JointTraining, NoConfig, summary="upper bound: all tasks so far at once"),
     "lora": Registered(SequentialLora, LoraConfig, summary="plain LoRA, task after task"),
+    "gpm": Registered(Gpm, GpmConfig, summary="full weights, gradients outside earlier tasks' features (ICLR 2021)"),
+    "inflora": Registered(InfLora, InfLoraConfig, summary="A along new inputs, outside old ones (arXiv:2404.00228)"),
+    "o-lora": Registered(OLora, OLoraConfig, summary="A pulled away from earlier tasks' A (arXiv:2310.14152)"),
+    "sd-lora": Registered(SdLora, SdLoraConfig, summary="old directions with new magnitudes (arXiv:2501.13198)"),
+    "loda": Registered(LoDa, LoDaConfig, summary="shared and isolated directions of inputs (arXiv:2603.00191)"),
+    "lines": Registered(Lines, LinesConfig, summary="another method, its changes scaled by depth (arXiv:2410.17146)"),
     "keeplora": Registered(
         KeepLora, KeepLoraConfig, {"depth_scale": 1.0}, "LoRA in the residual subspace (arXiv:2601.19659)"
     ),

@@ -11,6 +11,12 @@ from keeplora.methods import METHODS, State, create
 WIDTH = 8
 SMALL = {
     "lora": {"r": 2},
+    "gpm": {"feature_energy": 0.5},
+    "inflora": {"r": 2, "alpha": 2.0, "feature_energy": 0.5, "tasks": 40},
+    "o-lora": {"r": 2, "decay": 0.01},
+    "sd-lora": {"r": 2, "alpha": 2.0},
+    "loda": {"r": 2},
+    "lines": {"base": "lora", "settings": {"r": 2}, "alpha": 0.5},
     "keeplora": {"r": 2, "weight_energy": 0.1, "feature_energy": 0.3},
     "keeplora++": {"r": 2, "weight_energy": 0.1, "feature_energy": 0.3},
 }
@@ -36,6 +42,7 @@ def task(seed):
 
 
 def learn(method, data, steps=4):
+    torch.manual_seed(5)  # of dropout
     method.before_task(data, loss_fn)
     parameters = method.trainable_parameters()
     if method.trains:
@@ -53,6 +60,14 @@ def learn(method, data, steps=4):
 @pytest.fixture(params=sorted(METHODS))
 def name(request):
     return request.param
+
+
+def one_rank(name):
+    """The settings of SMALL with rank 1 where there is a rank."""
+    settings = dict(SMALL.get(name, {}))
+    if "settings" in settings:
+        return {**settings, "settings": {**settings["settings"], "r": 1}}
+    return {**settings, **({"r": 1} if "r" in settings else {})}
 
 
 def make(name, model=None):
@@ -134,7 +149,7 @@ def test_evaluation_does_not_change_state(name):
 
 
 def test_batches_of_one_and_rank_one(name):
-    method = create(name, Net(), {"r": 1} if name in SMALL else None)
+    method = create(name, Net(), one_rank(name))
     learn(method, [(torch.randn(1, 4, WIDTH), torch.tensor([2]))])
 
 

@@ -1,0 +1,235 @@
+"""InfLoRA: adapters along the new task's inputs, outside of earlier tasks' features; DualGPM as its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.lora import FeatureStatistic, LoraAdapter
+from keeplora.math.lowrank import extend_basis
+from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.precision import full_precision
+from keeplora.math.rank import fewest_directions
+
+from .adapted import AdaptedMethod, AdapterConfig, check_range, stored, warn_of_small_adapters
+from .base import LossFn, State
+from .capacity import Capacity, layer_capacity
+from .state import StateError
+
+__all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
+
+
+@dataclass(frozen=True)
+class InfLoraConfig(AdapterConfig):
+    """Settings of :class:`InfLora`, those of the public code on ImageNet-R.
+
+    Args:
+        feature_energy: Share of the feature energy that is protected after the first task.
+        final_energy: The share after ``tasks`` tasks; in between it grows in equal steps.
+        tasks: Tasks in the sequence.
+        statistic: What energy is measured in: ``"squared"`` in squared eigenvalues of the second moment C, as in the
+            public code, whose shares belong to it; ``"moment"`` in its eigenvalues, as in the paper.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+
+    r: int = 10
+    alpha: float = 10.0
+    feature_energy: float = 0.98
+    final_energy: float = 1.0
+    tasks: int = 10
+    statistic: Literal["squared", "moment"] = "squared"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "feature_energy", 0.0, 1.0)
+        check_range(self, "final_energy", 0.0, 1.0)
+        if isinstance(self.tasks, bool) or not isinstance(self.tasks, int) or self.tasks < 1:
+            raise ValueError(f"InfLoraConfig: tasks must be an int of at least 1, got {self.tasks!r}")
+        if self.statistic not in ("squared", "moment"):
+            raise ValueError(f'InfLoraConfig: statistic must be "squared" or "moment", got {self.statistic!r}')
+
+    def energy_after(self, task: int) -> float:
+        """The share that is protected after task 0, 1, …
+
+        Example:
+            >>> [round(InfLoraConfig(tasks=4).energy_after(t), 3) for t in (0, 1, 4, 9)]
+            [0.98, 0.985, 1.0, 1.0]
+        """
+        step = (self.final_energy - self.feature_energy) / self.tasks
+        return self.feature_energy + step * min(task, self.tasks)
+
+
+@dataclass(frozen=True)
+class DualBasis:
+    """A protected subspace, by a basis of itself or of its complement, whichever is smaller (DualGPM).
+
+    Attributes:
+        columns: ``[in, k]``, orthonormal, ``k <= in / 2``.
+        free: Whether they span what is free, rather than what is protected.
+    """
+
+    columns: Tensor
+    free: bool = False
+
+    @property
+    def protected(self) -> int:
+        """Directions that are protected."""
+        width, count = self.columns.shape
+        return width - count if self.free else count
+
+    def free_space(self) -> Tensor:
+        """An orthonormal basis of what is free, in float64."""
+        wide: Tensor = self.columns.double()
+        return wide if self.free else complement(wide)
+
+    def extended(self, moment: Tensor, energy: float) -> DualBasis:
+        r"""With the fewest more directions of ``moment`` protected that bring the captured share to ``energy``.
+
+        .. math:: \frac{\mathrm{tr}\,S - \mathrm{tr}(F^\top S F)}{\mathrm{tr}\,S} \ge \varepsilon
+
+        for F the basis of what stays free: the leading eigenvectors of ``FᵀSF`` leave it. Where more than half of all
+        directions are protected, the complement is kept from then on.
+
+        Args:
+            moment: S ``[in, in]``, symmetric positive semidefinite, float32 or float64.
+
+        Example:
+            >>> s = torch.diag(torch.tensor([6.0, 3.0, 1.0, 0.0]))
+            >>> one = DualBasis(torch.zeros(4, 0)).extended(s, 0.6)
+            >>> two = one.extended(s, 0.95)
+            >>> one.protected, one.free, two.protected, two.free, list(two.columns.shape)
+            (1, False, 3, True, [4, 1])
+        """
+        if not self.free:
+            (new,) = extend_basis([self.columns.to(moment)], [moment], energy)
+            width, count = new.q.shape
+            if 2 * count <= width:
+                return DualBasis(new.q)
+            return DualBasis(complement(new.q.double()).to(new.q.dtype), free=True)
+        space, wide = self.columns.double(), moment.double()
+        values, vectors = torch.linalg.eigh(space.T @ wide @ space)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        total = float(wide.diagonal().sum())
+        floor = torch.finfo(moment.dtype).eps * float(torch.linalg.matrix_norm(wide))
+        captured = max(total - float(values.sum()), 0.0)
+        count = fewest_directions(values, total, energy, captured=captured, floor=floor)
+        (left,) = reorthogonalize([(space @ vectors[:, count:]).to(self.columns.dtype)])
+        return DualBasis(left, free=True)
+
+
+class InfLora(AdaptedMethod):
+    r"""LoRA whose A is designed before each task, so that it cannot disturb earlier ones; B is trained.
+
+    .. math::
+        A &= \tfrac{1}{\sqrt 3}\, \text{top-}r \text{ eigenvectors of } P S P, \quad P = I - M M^\top, \quad B = 0 \\
+        y &= x W^\top + s\,(x A^\top) B^\top, \qquad W \leftarrow W + s\,B A \\
+        M &\leftarrow [M, \text{top of } S], \text{ energy } \varepsilon_t = \varepsilon_0 + (\varepsilon_T -
+              \varepsilon_0)\, t / T
+
+    S is the square of the second moment C of the layer's inputs (``statistic="moment"``: C itself), before the task for
+    A and after it for M. M is kept as a basis of the protected space until that passes half of all directions, of its
+    complement from then on (:class:`DualBasis`).
+
+    Source: Liang & Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", CVPR 2024,
+    arXiv:2404.00228. From the paper: design of A, DualGPM. From its public code (liangyanshuo/InfLoRA): the factor
+    1/√3, scale 1, thresholds and their ramp, and energies by singular values of C where the paper has those of the
+    inputs. Here otherwise: all chosen layers rather than k and v; one rank rule, where the code takes one direction
+    less after the first task, and takes protected directions for free ones when that task passes half already.
+
+    Warns:
+        UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
+    """
+
+    name: ClassVar[str] = "inflora"
+
+    def __init__(self, model: nn.Module, config: InfLoraConfig | None = None, **options: Any):
+        self.config = config or InfLoraConfig()
+        super().__init__(model, self.config, **options)
+        self.bases: list[DualBasis | None] = [None] * len(self.slots)  # None: nothing is protected yet
+        self.added: list[tuple[int, ...]] = [()] * len(self.slots)
+
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        statistics = self.features(loader, loss_fn)
+
+        def design(i: int) -> Tensor:
+            energy = self._energy(statistics[i])
+            space = self._basis(i).free_space()
+            values, vectors = torch.linalg.eigh(space.T @ energy.double() @ space)
+            floor = torch.finfo(energy.dtype).eps * float(torch.linalg.matrix_norm(energy))
+            count = min(self.config.r, int((values > floor).sum()))
+            a: Tensor = (space @ vectors.flip(1)[:, :count]).T / math.sqrt(3)
+            return a.to(energy.dtype)
+
+        with torch.no_grad(), full_precision(self.slots[0].weight.device):
+            designs = self.each_layer(design, "adapters", statistics, self.bases)
+        warn_of_small_adapters("InfLora", self.slots, [a.shape[0] for a in designs], self.config.r)
+        adapters = [
+            LoraAdapter(a, a.new_zeros(slot.weight.shape[0], len(a)), self.config.scaling) if len(a) else None
+            for slot, a in zip(self.slots, designs, strict=True)
+        ]
+        self.attach(adapters)
+
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        share = self.config.energy_after(self.tasks_learned)
+        statistics = self.features(loader, loss_fn)
+        with full_precision(self.slots[0].weight.device):
+            new = self.each_layer(
+                lambda i: self._basis(i).extended(self._energy(statistics[i]), share), "bases", statistics, self.bases
+            )
+        self.merge_adapters()
+        counts = [n.protected - self._basis(i).protected for i, n in enumerate(new)]
+        self.added = [(*before, count) for before, count in zip(self.added, counts, strict=True)]
+        self.bases = list(new)
+
+    def capacity(self) -> Capacity:
+        """What is protected, free and was added in every adapted weight."""
+        layers = (
+            layer_capacity(slot.target, slot.weight.shape[1], self._basis(i).protected, self.added[i], self.config.r)
+            for i, slot in enumerate(self.slots)
+        )
+        return Capacity(tuple(layers), self.tasks_learned)
+
+    def memory_state(self) -> State:
+        tensors = {f"{slot.name}.basis": b.columns for slot, b in zip(self.slots, self.bases, strict=True) if b}
+        return State(
+            tensors, {"free": [bool(b and b.free) for b in self.bases], "added": [list(c) for c in self.added]}
+        )
+
+    def recall(self, state: State) -> tuple[list[DualBasis | None], list[tuple[int, ...]]]:
+        added = [tuple(row) for row in state.meta.get("added", ())]
+        free = state.meta.get("free", ())
+        if len(added) != len(self.slots) or len(free) != len(self.slots):
+            raise StateError(f"load_state: added and free must have {len(self.slots)} entries, got others")
+        bases: list[DualBasis | None] = [None] * len(self.slots)
+        if state.meta["tasks_learned"]:
+            shapes: list[Sequence[int | None]] = [(slot.weight.shape[1], None) for slot in self.slots]
+            columns = [stored(state, f"{slot.name}.basis", s) for slot, s in zip(self.slots, shapes, strict=True)]
+            bases = [
+                DualBasis(q.to(slot.weight.device), free=f)
+                for slot, q, f in zip(self.slots, columns, free, strict=True)
+            ]
+        return bases, added
+
+    def remember(self, memory: tuple[list[DualBasis | None], list[tuple[int, ...]]]) -> None:
+        self.bases, self.added = memory
+
+    def _basis(self, i: int) -> DualBasis:
+        weight = self.slots[i].weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return self.bases[i] or DualBasis(weight.new_zeros(weight.shape[1], 0, dtype=dtype))
+
+    def _energy(self, statistic: FeatureStatistic) -> Tensor:
+        """S, of trace 1: C, or its square."""
+        moment = statistic.moment
+        assert isinstance(moment, Tensor)
+        wide = moment.double()
+        wide = wide @ wide if self.config.statistic == "squared" else wide
+        trace = wide.diagonal().sum()
+        return (wide / trace.clamp_min(torch.finfo(torch.float64).tiny)).to(moment.dtype)
