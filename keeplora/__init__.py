@@ -9,6 +9,10 @@ from keeplora.methods import (
     LayerCertificate,
     RetentionCertificate,
     StateError,
+    SubspaceState,
+    freeze_a,
+    initialize,
+    update_subspace,
 )
 
 __all__ = [
@@ -19,5 +23,9 @@ __all__ = [
     "LayerCertificate",
     "RetentionCertificate",
     "StateError",
+    "SubspaceState",
     "__version__",
+    "freeze_a",
+    "initialize",
+    "update_subspace",
 ]

@@ -2,6 +2,7 @@
 
 from .adapter import LoraAdapter, LoraHost
 from .attention import LoraAttention, attend
+from .borrowed import BorrowedLinear
 from .features import FeatureStatistic, TokenMask, feature_statistics
 from .gradients import mean_gradients, sketch_widths
 from .linear import LoraLinear
@@ -12,6 +13,7 @@ from .targets import Target, attention_targets, depth_positions, linear_targets,
 from .wrap import LoraSlot, register_host, unwrap, wrap
 
 __all__ = [
+    "BorrowedLinear",
     "Confinement",
     "FeatureStatistic",
     "LoraAdapter",

@@ -6,6 +6,8 @@ from .capacity import Capacity, LayerCapacity
 from .certificate import LayerCertificate, RetentionCertificate
 from .config import KeepLoraConfig
 from .keeplora import KeepLora
+from .peft import freeze_a, initialize, update_subspace
+from .peft_state import SubspaceState
 from .registry import METHODS, create
 from .state import StateError
 
@@ -24,6 +26,10 @@ __all__ = [
     "SequentialLora",
     "State",
     "StateError",
+    "SubspaceState",
     "ZeroShot",
     "create",
+    "freeze_a",
+    "initialize",
+    "update_subspace",
 ]

@@ -87,8 +87,8 @@ class RetentionCertificate:
         )
 
 
-def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension) -> LayerCertificate:
-    """Merge the slot's adapter and measure what that did.
+def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension, *, merge: bool = True) -> LayerCertificate:
+    """Merge the slot's adapter and measure what that did, or measure it only: then nothing is rounded.
 
     ``basis`` is what was protected while the adapter was trained, ``new`` what is protected from now on.
     """
@@ -98,17 +98,22 @@ def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension) -> LayerCer
         a, b, change = basis.new_zeros(0, width), basis.new_zeros(out, 0), None
     else:
         a, b = adapter.A.detach(), adapter.update().detach()
-        before = slot.weight.detach().to(torch.float64, copy=True)
-        slot.merge()
-        change = slot.weight.detach().double() - before
+        change = _merge(slot) if merge else None
     proof = certificate(a, b, basis, basis=new.q, delta=change)
     return LayerCertificate(
         name=slot.name,
         leak=proof.leak,
-        leak_after_rounding=proof.leak_after_rounding or 0.0,
+        leak_after_rounding=proof.leak if proof.leak_after_rounding is None else proof.leak_after_rounding,
         orthogonality=proof.orthogonality,
         captured=new.fraction,
         protected=proof.rank,
         added=new.added,
         free=proof.free,
     )
+
+
+def _merge(slot: LoraSlot) -> Tensor:
+    """Merge, and return the change that the stored weight made."""
+    before = slot.weight.detach().to(torch.float64, copy=True)
+    slot.merge()
+    return slot.weight.detach().double() - before

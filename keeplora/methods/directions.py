@@ -37,14 +37,18 @@ class TaskGradients:
         config: KeepLoraConfig,
         *,
         shown: bool | None,
+        ranks: Sequence[int] | None = None,
     ):
         self.model, self.slots, self.loader, self.loss_fn = model, slots, loader, loss_fn
         self.config, self.shown = config, shown
-        self.widths = sketch_widths(slots, config.r, kind=config.gradient_statistic, memory_budget=config.memory_budget)
+        self.ranks = [config.r] * len(slots) if ranks is None else list(ranks)
+        self.widths = sketch_widths(
+            slots, max(self.ranks), kind=config.gradient_statistic, memory_budget=config.memory_budget
+        )
         self.matrices = self._pass(self.widths, "gradients")
 
     def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
-        """The leading directions of every gradient outside ``bases``, at most r each."""
+        """The leading directions of every gradient outside ``bases``, at most r each, or at most its own rank."""
         frames = self._frames(bases)
         if any(frame is not None and frame.shape[1] for frame in frames):
             nothing = [slot.weight.new_zeros(slot.weight.shape[1], 0) for slot in self.slots]  # those known exactly
@@ -53,18 +57,20 @@ class TaskGradients:
             for i, frame in enumerate(frames):
                 if frame is not None:
                     self.matrices[i] = images[i]
-        r, seed = self.config.r, self.config.seed
+        ranks, seed = self.ranks, self.config.seed
 
         def compute(group: list[int]) -> list[TopDirections]:
             found: dict[int, TopDirections] = {}
             exact = [i for i in group if frames[i] is None]
-            tops = top_directions([self.matrices[i] for i in exact], [bases[i] for i in exact], r, seed=seed)
+            tops = top_directions(
+                [self.matrices[i] for i in exact], [bases[i] for i in exact], [ranks[i] for i in exact], seed=seed
+            )
             found.update(zip(exact, tops, strict=True))
             for i in group:
                 frame = frames[i]
                 if frame is not None:
                     image = self.matrices[i] if frame.shape[1] else frame.new_zeros(self.slots[i].weight.shape[0], 0)
-                    (found[i],) = directions_within([image], [frame], r)
+                    (found[i],) = directions_within([image], [frame], ranks[i])
             return [found[i] for i in group]
 
         with full_precision(self.slots[0].weight.device):

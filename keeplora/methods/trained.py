@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from keeplora.lora import LoraSlot
 from keeplora.ops.project_rows import project_rows
 
-__all__ = ["bases_of_a", "restore_confinement"]
+__all__ = ["LEAK", "bases_of_a", "leak_of_rows", "restore_confinement"]
 
 LEAK = 1e-6
 """The most of a row of A, relative to the row, that may lie inside the basis."""
@@ -33,7 +33,7 @@ def restore_confinement(function: str, slots: Sequence[LoraSlot], bases: Sequenc
     confined = bases_of_a(slots, bases)
     if not confined:
         return
-    leaks = torch.stack([_leak(a.detach().double(), q.double()).cpu() for a, q in confined.items()]).tolist()
+    leaks = torch.stack([leak_of_rows(a.detach().double(), q.double()).cpu() for a, q in confined.items()]).tolist()
     astray = {a: q for (a, q), leak in zip(confined.items(), leaks, strict=True) if leak > LEAK}
     if not astray:
         return
@@ -50,7 +50,7 @@ def restore_confinement(function: str, slots: Sequence[LoraSlot], bases: Sequenc
     )
 
 
-def _leak(a: Tensor, q: Tensor) -> Tensor:
+def leak_of_rows(a: Tensor, q: Tensor) -> Tensor:
     """The largest leak of a row: B may weigh the rows as it likes."""
     length = torch.linalg.vector_norm(a, dim=1)
     inside = torch.linalg.vector_norm(a @ q, dim=1)
