@@ -17,7 +17,7 @@ from keeplora.lora import LoraHost, LoraSlot
 
 from .peft import check_plain_lora
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_TENSORS", "Update", "checkpoint", "has_attention", "layers_of", "read", "split"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_TENSORS", "Update", "checkpoint", "layers_of", "read", "split"]
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -54,11 +54,6 @@ class Update:
             return Update(a, b)
         dense = (b.double() @ a.double()).to(a.dtype)
         return Update(dense, torch.eye(out)) if out <= width else Update(torch.eye(width), dense)
-
-
-def has_attention(slots: Iterable[LoraSlot]) -> bool:
-    """Whether an update would be on ``nn.MultiheadAttention``, where stock PEFT applies that of out_proj twice."""
-    return any(isinstance(slot.host, nn.MultiheadAttention) for slot in slots)
 
 
 def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str, Update]) -> dict[str, Update]:
@@ -119,7 +114,7 @@ def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str
     ranks = {name: update.rank for name, update in named.items()}
     alphas = {name: update.scaling * update.rank for name, update in named.items()}
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    config = LoraConfig(
+    config: Any = LoraConfig(
         r=r,
         lora_alpha=alpha,
         rank_pattern={f"^{name}": rank for name, rank in ranks.items() if rank != r},
@@ -127,8 +122,8 @@ def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str
         target_modules=_names(model, sorted(named)),
         inference_mode=True,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
-    ).to_dict()
-    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    )
+    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Update]:

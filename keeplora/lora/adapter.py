@@ -106,6 +106,8 @@ class LoraHost(nn.Module):
     to_merge: set[str]
     """Weights that a forward since the last :func:`merge_ahead` had to merge by itself."""
     merged_ahead: dict[str, Ahead]
+    learned: dict[str, list[tuple[Tensor, Tensor]] | None]
+    """A and ``c (B − B₀)`` of every adapter that was merged into a slot, on the CPU; None where some are unknown."""
 
     def _init_host(self) -> None:
         self.adapters = nn.ModuleDict()
@@ -115,6 +117,7 @@ class LoraHost(nn.Module):
         self.forward_mode = "auto"
         self.to_merge = set()
         self.merged_ahead = {}
+        self.learned = {}
         self._masters: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -182,6 +185,10 @@ class LoraHost(nn.Module):
                 scale=[adapter.scaling],
             )
         self.set_exact_weight(slot, merged)
+        learned = self.learned.setdefault(slot, [])
+        if learned is not None:
+            b = adapter.update().detach() * adapter.scaling
+            learned.append((adapter.A.detach().to("cpu", copy=True), b.cpu()))
         self.detach_adapter(slot)
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
-"""The adapters a task starts with, and what is said where they are smaller than asked for."""
+"""The adapters a task starts with, what is kept of them, and what is said where they are smaller than asked for."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from keeplora.lora import LoraAdapter, LoraSlot, Target
 from keeplora.math.lowrank import TopDirections
 
+from .base import freeze
 from .config import KeepLoraConfig
 
-__all__ = ["adapter_tensors", "check_ranks", "new_adapter", "stored_adapter", "warn_of_small_ranks"]
+__all__ = ["Protected", "adapter_tensors", "attach", "check_ranks", "new_adapter", "restore", "warn_of_small_ranks"]
 
 _NAMED = 3  # layers, in a warning
+
+
+@dataclass
+class Protected:
+    """What is remembered of one slot between tasks."""
+
+    basis: Tensor
+    added: tuple[int, ...] = ()  # by task
 
 
 def check_ranks(model: nn.Module, targets: Sequence[Target], r: int) -> None:
@@ -41,24 +51,36 @@ def new_adapter(slot: LoraSlot, found: TopDirections, scaling: float, config: Ke
     return LoraAdapter(found.a, b, scaling, train_a=config.train_a, dropout=config.dropout, origin=b)
 
 
+def attach(model: nn.Module, slots: Sequence[LoraSlot], adapters: Sequence[LoraAdapter | None]) -> None:
+    """Freeze the model and put an adapter into every slot that gets one."""
+    freeze(model)
+    for slot, adapter in zip(slots, adapters, strict=True):
+        if adapter is not None:
+            slot.attach(adapter)
+
+
 def adapter_tensors(slot: LoraSlot) -> dict[str, Tensor]:
-    """What a state holds of the slot's adapter; nothing where there is none."""
-    adapter = slot.adapter
-    if adapter is None:
-        return {}
-    parts = {"A": adapter.A, "B": adapter.B, "origin": adapter.origin}
-    return {f"{slot.name}.{key}": tensor for key, tensor in parts.items() if tensor is not None}
+    """What a state holds of the slot's open adapter, and of those that were merged."""
+    tensors: dict[str, Tensor | None] = {}
+    if slot.adapter is not None:
+        tensors |= {"A": slot.adapter.A, "B": slot.adapter.B, "origin": slot.adapter.origin}
+    learned = slot.host.learned.get(slot.slot, [])
+    if learned is not None:
+        out, width = slot.weight.shape
+        tensors["learned.A"] = torch.cat([a for a, _ in learned]) if learned else torch.zeros(0, width)
+        tensors["learned.B"] = torch.cat([b for _, b in learned], dim=1) if learned else torch.zeros(out, 0)
+    return {f"{slot.name}.{key}": tensor for key, tensor in tensors.items() if tensor is not None}
 
 
-def stored_adapter(
-    slot: LoraSlot, tensors: Mapping[str, Tensor], scaling: float, config: KeepLoraConfig
-) -> LoraAdapter | None:
-    """The slot's adapter from :func:`adapter_tensors`; None where there was none."""
-    if f"{slot.name}.A" not in tensors:
-        return None
-    a, b = (tensors[f"{slot.name}.{key}"] for key in ("A", "B"))
-    origin = tensors.get(f"{slot.name}.origin")
-    return LoraAdapter(a, b, scaling, train_a=config.train_a, dropout=config.dropout, origin=origin)
+def restore(slot: LoraSlot, tensors: Mapping[str, Tensor], scaling: float, config: KeepLoraConfig) -> None:
+    """Bring the slot back to what :func:`adapter_tensors` was given."""
+    slot.detach()
+    a, b = (tensors.get(f"{slot.name}.learned.{key}") for key in "AB")
+    slot.host.learned[slot.slot] = None if a is None or b is None else [(a, b)] if len(a) else []
+    if f"{slot.name}.A" in tensors:
+        a, b = (tensors[f"{slot.name}.{key}"] for key in "AB")
+        origin = tensors.get(f"{slot.name}.origin")
+        slot.attach(LoraAdapter(a, b, scaling, train_a=config.train_a, dropout=config.dropout, origin=origin))
 
 
 def warn_of_small_ranks(

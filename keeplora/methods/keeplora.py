@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,12 +27,13 @@ from keeplora.lora import (
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.precision import full_precision
 
-from .adapters import adapter_tensors, check_ranks, new_adapter, stored_adapter, warn_of_small_ranks
+from .adapters import Protected, adapter_tensors, attach, check_ranks, new_adapter, restore, warn_of_small_ranks
 from .base import LossFn, Method, State, freeze
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
+from .peft_exchange import PeftExchange
 from .pretrained import weight_bases
 from .progress import for_all_layers, progress
 from .state import StateError, read_state, write_state
@@ -45,15 +45,7 @@ __all__ = ["KeepLora"]
 T = TypeVar("T")
 
 
-@dataclass
-class _Protected:
-    """What is remembered of one slot between tasks."""
-
-    basis: Tensor
-    added: tuple[int, ...] = ()  # by task
-
-
-class KeepLora(Method):
+class KeepLora(PeftExchange, Method):
     r"""Continual learning by LoRA in the subspace that neither the pretrained weights nor earlier tasks use.
 
     For every adapted weight W ``[out, in]`` with protected orthonormal basis Q ``[in, k]``:
@@ -120,7 +112,7 @@ class KeepLora(Method):
             self.config.scaling * depth_factor(self.config.depth_scale_of(t.tower), *positions[t.name])
             for t in self.targets
         ]
-        self._protected: list[_Protected] | None = None
+        self._protected: list[Protected] | None = None
         self._loss_fn: LossFn | None = None
         self.tasks_learned = 0
         self.training_task = False
@@ -155,19 +147,14 @@ class KeepLora(Method):
             raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
         gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
         with full_precision(self.slots[0].weight.device):
-            protected = self._protected or [
-                _Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)
-            ]
+            protected = self._protected_or_weights()
         bases = [p.basis for p in protected]
         directions = gradients.directions(bases)
         adapters = [
             new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
         ]
         warn_of_small_ranks(self.slots, bases, directions, self.config.r)
-        freeze(self.model)
-        for slot, adapter in zip(self.slots, adapters, strict=True):
-            if adapter is not None:
-                slot.attach(adapter)
+        attach(self.model, self.slots, adapters)
         self._protected, self._loss_fn, self.training_task = protected, loss_fn, True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -243,7 +230,7 @@ class KeepLora(Method):
             layers = self._for_all_layers(
                 lambda group: [merge_and_certify(self.slots[i], old[i].basis, new[i]) for i in group], "merge"
             )
-        self._protected = [_Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
+        self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
         result = RetentionCertificate(self.tasks_learned, tuple(layers))
         self.tasks_learned += 1
         self.training_task = False
@@ -257,7 +244,7 @@ class KeepLora(Method):
         A sequence of :class:`keeplora.LayerCapacity` that prints as a table. What ``weight_energy`` protects is known
         once :meth:`before_task` ran; until then everything counts as free.
         """
-        protected = self._protected or [_Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
+        protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
         layers = (
             layer_capacity(slot.target, slot.weight.shape[1], p.basis.shape[1], p.added, self.config.r)
             for slot, p in zip(self.slots, protected, strict=True)
@@ -328,11 +315,8 @@ class KeepLora(Method):
             device = slot.weight.device
             slot.host.set_exact_weight(slot.slot, state.tensors[f"{slot.name}.weight"].to(device))
             if added is not None:
-                protected.append(_Protected(state.tensors[f"{slot.name}.basis"].to(device), added[i]))
-            slot.detach()
-            adapter = stored_adapter(slot, state.tensors, self._scalings[i], self.config)
-            if adapter is not None:
-                slot.attach(adapter)
+                protected.append(Protected(state.tensors[f"{slot.name}.basis"].to(device), added[i]))
+            restore(slot, state.tensors, self._scalings[i], self.config)
         self._protected = protected or None
         self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
         if self.training_task:
@@ -376,6 +360,10 @@ class KeepLora(Method):
 
     def _for_all_layers(self, compute: Callable[[list[int]], Iterable[T]], what: str) -> list[T]:
         return for_all_layers(self.slots, compute, what, shown=self.progress)
+
+    def _protected_or_weights(self) -> list[Protected]:
+        """What is protected; before the first task what the pretrained weights know."""
+        return self._protected or [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
 
     def _release(self) -> None:
         unwrap(self.model)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keeplora.integrations import token_mask
 from keeplora.integrations.peft import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
+from keeplora.integrations.peft_checkpoint import Update
 from keeplora.lora import LoraAdapter, LoraSlot, Target, depth_positions, feature_statistics
 from keeplora.math.lowrank import Extension, TopDirections, extend_basis
 from keeplora.math.precision import full_precision
@@ -22,7 +23,7 @@ from .base import LossFn
 from .certificate import LayerCertificate, RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
-from .peft_state import Learned, SubspaceState, fingerprint, keep_master, true_weight
+from .peft_state import SubspaceState, fingerprint, keep_master, true_weight
 from .pretrained import weight_bases
 from .progress import for_all_layers, progress
 from .trained import LEAK, leak_of_rows
@@ -137,6 +138,7 @@ def initialize(
     state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
     state.added = state.added or {layer.name: () for layer in layers}
     state.alphas = {layer.name: layer.alpha for layer in layers}
+    state.ranks = {layer.name: layer.rank for layer in layers}
     state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
     return state
 
@@ -360,15 +362,15 @@ def _extended(
 
 def _close(
     slot: LoraSlot, layer: PeftLayer, basis: Tensor, new: Extension, state: SubspaceState, *, merge: bool
-) -> tuple[LayerCertificate, Learned]:
+) -> tuple[LayerCertificate, Update]:
     """The layer's certificate and its update, which is in the weight afterwards if ``merge``."""
-    a, b = layer.a.to(basis.dtype), layer.b.to(basis.dtype)
+    a, b = layer.a.to(basis.dtype), layer.b.to(basis.dtype) * layer.scaling  # as restore() merges it, bit for bit
     weight = layer.base.weight
-    slot.attach(LoraAdapter(a, b, layer.scaling))
+    slot.attach(LoraAdapter(a, b, 1.0))
     if merge:
         slot.host.set_exact_weight(slot.slot, true_weight(state.masters, slot.name, weight))
     proof = merge_and_certify(slot, basis, new, merge=merge)
     if merge:
         keep_master(state.masters, slot.name, weight, slot.exact_weight)
         layer.b.zero_()
-    return proof, Learned(a.detach().cpu(), (b.detach() * layer.scaling).cpu())
+    return proof, Update(a.detach().to("cpu", copy=True), b.detach().cpu())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keeplora._version import __version__
 from keeplora.integrations.peft import PeftAdapter, PeftLayer, find_adapter
+from keeplora.integrations.peft_checkpoint import Update
 from keeplora.lora import Target
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
@@ -20,19 +21,12 @@ from keeplora.ops.merge_weights import merge_weights
 from .base import LossFn, State
 from .capacity import Capacity, layer_capacity
 from .config import KeepLoraConfig
+from .peft_exchange import write_peft
 from .state import StateError, read_state, write_state
 
-__all__ = ["Learned", "SubspaceState", "fingerprint", "keep_master", "true_weight"]
+__all__ = ["SubspaceState", "fingerprint", "keep_master", "true_weight"]
 
 METHOD = "keeplora-peft"
-
-
-@dataclass(frozen=True)
-class Learned:
-    """One task's update of one layer, ``B A`` with the scaling in B, float32 on the CPU."""
-
-    a: Tensor
-    b: Tensor
 
 
 @dataclass
@@ -62,11 +56,13 @@ class SubspaceState:
     targets: tuple[Target, ...] = ()
     bases: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    learned: list[dict[str, Learned]] = field(default_factory=list)
+    learned: list[dict[str, Update]] = field(default_factory=list)
+    """By task and layer what was merged, with the scaling in B, on the CPU."""
     tasks_learned: int = 0
     open_adapter: str | None = None
     kept: tuple[str, ...] = ()
     also_train: tuple[str, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     pretrained: str = ""
     current: str = ""
@@ -80,7 +76,7 @@ class SubspaceState:
         layers = (
             layer_capacity(
                 target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
-                self.added[target.name], self.config.r,
+                self.added[target.name], self.ranks[target.name],
             )
             for target in self.targets
         )  # fmt: skip
@@ -102,6 +98,7 @@ class SubspaceState:
             "open_adapter": self.open_adapter,
             "kept": list(self.kept),
             "also_train": list(self.also_train),
+            "ranks": self.ranks,
             "alphas": self.alphas,
             "pretrained": self.pretrained,
             "current": self.current,
@@ -130,13 +127,14 @@ class SubspaceState:
                 bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
                 added={name: tuple(counts) for name, counts in meta["added"].items()},
                 learned=[
-                    {n: Learned(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
+                    {n: Update(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
                     for task, names in enumerate(meta["learned"])
                 ],
                 tasks_learned=meta["tasks_learned"],
                 open_adapter=meta["open_adapter"],
                 kept=tuple(meta["kept"]),
                 also_train=tuple(meta["also_train"]),
+                ranks=meta["ranks"],
                 alphas=meta["alphas"],
                 pretrained=meta["pretrained"],
                 current=meta["current"],
@@ -173,6 +171,26 @@ class SubspaceState:
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
 
+    def export_peft(self, path: str | os.PathLike[str], model: Any) -> None:
+        """Write everything that was merged as one adapter for the pretrained model, of the tasks' ranks together.
+
+        As :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task, and those that were kept, are PEFT's own
+        to save.
+
+        Args:
+            path: A folder; an adapter in it is replaced, other files stay.
+            model: The ``PeftModel`` or the model it was made of, for its layers' names.
+
+        Raises:
+            ValueError: nothing was merged.
+        """
+        layers = {}
+        for target in self.targets:
+            parts = [task[target.name] for task in self.learned if target.name in task]
+            if parts:
+                layers[target.name] = Update.total(parts, parts[0].b.shape[0], parts[0].a.shape[1])
+        write_peft(path, model.get_base_model() if hasattr(model, "get_base_model") else model, layers)
+
     def adapter_of(self, function: str, model: Any, name: str | None) -> PeftAdapter:
         """The adapter in ``model``, with the layers this state knows."""
         adapter = find_adapter(function, model, name, targets=self.targets, kept=self.kept)
@@ -198,7 +216,7 @@ class SubspaceState:
             "protects belongs to another model. Let update_subspace merge, and take adapters out with model.unload()."
         )
 
-    def _merge(self, layer: PeftLayer, update: Learned) -> None:
+    def _merge(self, layer: PeftLayer, update: Update) -> None:
         weight = layer.base.weight
         a, b = update.a.to(weight.device), update.b.to(weight.device)
         (exact,) = merge_weights([true_weight(self.masters, layer.name, weight)], [a], [b], scale=1.0)

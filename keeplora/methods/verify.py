@@ -52,6 +52,9 @@ def check_state(state: State, method: str, model: nn.Module, slots: Sequence[Lor
             shapes |= {"A": [rank, width], "B": [out, rank]}
         if f"{slot.name}.origin" in state.tensors:
             shapes["origin"] = [out, rank]
+        if f"{slot.name}.learned.A" in state.tensors:
+            learned = _size(state, f"{slot.name}.learned.A", 0)
+            shapes |= {"learned.A": [learned, width], "learned.B": [out, learned]}
         for key, shape in shapes.items():
             tensor = state.tensors.get(f"{slot.name}.{key}")
             if tensor is None or list(tensor.shape) != shape:
