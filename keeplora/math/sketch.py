@@ -52,26 +52,35 @@ def row_space(
     Source: Musco & Musco, "Randomized block Krylov methods", 2015, algorithm 2; the probe is that of Halko,
     Martinsson & Tropp, 2011.
     """
-    z = g.mT @ gaussian(g.shape[1], width, seed, g)
-    taken = list(q)
-    blocks: list[Tensor] = []
+    held = [basis.shape[1] for basis in q]
+    # Every basis with room for the blocks to come: joining them anew in every step would copy it each time.
+    frames = [basis.new_empty(count + (steps + 1) * width, basis.shape[0]).T for basis, count in zip(q, held, strict=True)]
+    for frame, basis, count in zip(frames, q, held, strict=True):
+        frame[:, :count] = basis
     images: list[Tensor] = []
-    found: list[float] = []
-    for _ in range(steps + 1):
-        columns, _ = orthonormalize(list(z), taken)
-        blocks.append(torch.stack(columns))
-        images.append(g @ blocks[-1])
-        if enough is not None:
-            found.append(_leading_energy(torch.cat(images, dim=2), enough[0]))
-            if len(found) > 2 and _expected_gain(found[-3:]) <= enough[1] * found[-1]:
+    energies: list[float] = []
+    image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
+    for step in range(steps + 1):
+        first, last = step * width, (step + 1) * width
+        z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
+        columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
+        for frame, k, block in zip(frames, held, columns, strict=True):
+            frame[:, k + first : k + last] = block
+        image = g @ torch.stack(columns)
+        images.append(image)
+        if enough is not None and step >= 2:
+            energies = _leading_energies(torch.cat(images, dim=2), enough[0], width)
+            if _expected_gain(energies) <= enough[1] * energies[-1]:
                 break
-        taken = [torch.cat(pair, dim=1) for pair in zip(taken, columns, strict=True)]
-        z = g.mT @ images[-1]
-    return torch.cat(blocks, dim=2), torch.cat(images, dim=2)
+    v = torch.stack([frame[:, k : k + last] for frame, k in zip(frames, held, strict=True)])
+    return v, torch.cat(images, dim=2)
 
 
-def _leading_energy(image: Tensor, count: int) -> float:
-    return float(torch.linalg.eigvalsh(image.mT @ image)[:, -count:].sum())
+def _leading_energies(image: Tensor, count: int, width: int) -> list[float]:
+    """The energy that ``count`` directions can hold inside all blocks, and inside all but the last one and two."""
+    gram = (image.mT @ image)[0]
+    sizes = [len(gram) - 2 * width, len(gram) - width, len(gram)]
+    return [float(torch.linalg.eigvalsh(gram[:n, :n])[-count:].sum()) for n in sizes]
 
 
 def _expected_gain(energies: list[float]) -> float:

@@ -15,6 +15,8 @@ __all__ = ["orthonormalize"]
 # A column is kept when what is left of it exceeds this many eps of its own length: below that, what is left
 # is the rounding of the column's own entries and of the subtraction, not a direction the caller meant.
 KEPT_EPS = 32
+# Where this much of every column is left, one projection left no more of q in it than the last one takes out.
+ENOUGH_LEFT = 1e-3
 
 
 def orthonormalize(
@@ -83,14 +85,16 @@ def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    d, width = y.shape
-    smallest = KEPT_EPS * torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y, dim=0)
-    left = _without(_without(y, q), q)
-    if 0 < width <= d - q.shape[1]:  # else some are dependent, and what rounding leaves of them can look like more
-        z, r = torch.linalg.qr(left)
-        if bool((r.diagonal().abs() > smallest).all()):
-            return _polish(z, q), torch.tensor(width, device=y.device)
-    return _column_by_column(left, q, smallest)
+    width, smallest, left = y.shape[1], KEPT_EPS * torch.finfo(y.dtype).eps, y
+    length = torch.linalg.vector_norm(y, dim=0)
+    for least in (ENOUGH_LEFT, smallest):
+        left = _without(left, q)
+        # With more columns some are dependent, and what rounding leaves of them can look like more.
+        if 0 < width <= y.shape[0] - q.shape[1]:
+            z, r = torch.linalg.qr(left)
+            if bool((r.diagonal().abs() > least * length).all()):
+                return _polish(z, q), torch.tensor(width, device=y.device)
+    return _column_by_column(left, q, smallest * length)
 
 
 def _without(y: Tensor, q: Tensor) -> Tensor:
