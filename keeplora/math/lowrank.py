@@ -11,7 +11,7 @@ from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each
-from keeplora.math.sketch import leading_eigenvectors, row_space
+from keeplora.math.sketch import leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.orthonormalize import orthonormalize
 
@@ -126,7 +126,7 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
                 f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
                 f"{image.dtype} for {list(v.shape)} {v.dtype}."
             )
-        a, s, b = _triples(image[None], v[None], min(rank, *image.shape))
+        a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
         level = NOISE * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
         r = int((s[0] > level).sum())
         result.append(TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r]))))
@@ -147,11 +147,12 @@ def _top(
     rank = max(wanted[i] for i in group)
     if width:
         enough = None if batched(all_g[group[0]]) else (rank, ENOUGH)
-        v, image = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
+        v, image, turn = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
     else:
         v = _whole_row_space(g, padded(all_q, group), bases)
         image = g @ v
-    a, s, b = _triples(image, v, rank)
+        turn = right_spectrum(image).vectors
+    a, s, b = _triples(image, v, turn, rank)
     host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], s], dim=1).tolist()
     for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
         level = NOISE * torch.finfo(g.dtype).eps * norm
@@ -166,13 +167,13 @@ def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
     return torch.stack(orthonormalize(list(g.mT), bases)[0])
 
 
-def _triples(image: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples of ``(G V) Vᵀ`` in float64: ``(a [n, r, in], s [n, r], b [n, out, r])``."""
-    image = image.double()
-    turn = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(2)[:, :, :rank]
+def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of ``(G V) Vᵀ`` in float64, ``turn`` being the right singular vectors of ``G V``:
+    ``(a [n, r, in], s [n, r], b [n, out, r])``."""
+    turn = turn[:, :, :rank]
     # The squared problem gives directions; lengths and left vectors come from their images, so that b is
     # orthonormal also where singular values are small.
-    b, r = torch.linalg.qr(image @ turn)
+    b, r = torch.linalg.qr(image.double() @ turn)
     s = r.diagonal(dim1=1, dim2=2)
     return (v.double() @ turn).mT, s.abs(), b * s.sign()[:, None, :]
 

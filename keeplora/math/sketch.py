@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
 
-__all__ = ["gaussian", "leading_eigenvectors", "row_space"]
+__all__ = ["gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
 
 
 def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
 
 def row_space(
     g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: tuple[int, float] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
     .. math:: \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
@@ -47,18 +48,21 @@ def row_space(
             their energy. It looks at numbers after every step: for single layers on a CPU.
 
     Returns:
-        ``(V [n, in, (s + 1)·width], G V)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
+        ``(V [n, in, (s + 1)·width], G V, T)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
+        ``T`` are the right singular vectors of ``G V``, leading ones first, in float64.
 
     Source: Musco & Musco, "Randomized block Krylov methods", 2015, algorithm 2; the probe is that of Halko,
     Martinsson & Tropp, 2011.
     """
     held = [basis.shape[1] for basis in q]
     # Every basis with room for the blocks to come: joining them anew in every step would copy it each time.
-    frames = [basis.new_empty(count + (steps + 1) * width, basis.shape[0]).T for basis, count in zip(q, held, strict=True)]
+    frames = [
+        basis.new_empty(count + (steps + 1) * width, basis.shape[0]).T for basis, count in zip(q, held, strict=True)
+    ]
     for frame, basis, count in zip(frames, q, held, strict=True):
         frame[:, :count] = basis
     images: list[Tensor] = []
-    energies: list[float] = []
+    spectrum: RightSpectrum | None = None
     image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
     for step in range(steps + 1):
         first, last = step * width, (step + 1) * width
@@ -69,18 +73,38 @@ def row_space(
         image = g @ torch.stack(columns)
         images.append(image)
         if enough is not None and step >= 2:
-            energies = _leading_energies(torch.cat(images, dim=2), enough[0], width)
+            spectrum = right_spectrum(torch.cat(images, dim=2))
+            energies = _leading_energies(spectrum, enough[0], width)
             if _expected_gain(energies) <= enough[1] * energies[-1]:
                 break
-    v = torch.stack([frame[:, k : k + last] for frame, k in zip(frames, held, strict=True)])
-    return v, torch.cat(images, dim=2)
+    image = torch.cat(images, dim=2)
+    v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
+    return v, image, (spectrum or right_spectrum(image)).vectors
 
 
-def _leading_energies(image: Tensor, count: int, width: int) -> list[float]:
-    """The energy that ``count`` directions can hold inside all blocks, and inside all but the last one and two."""
-    gram = (image.mT @ image)[0]
-    sizes = [len(gram) - 2 * width, len(gram) - width, len(gram)]
-    return [float(torch.linalg.eigvalsh(gram[:n, :n])[-count:].sum()) for n in sizes]
+@dataclass(frozen=True)
+class RightSpectrum:
+    """``gram = MᵀM [n, columns, columns]``, its eigenvalues ``[n, columns]``, falling, and eigenvectors, in float64."""
+
+    gram: Tensor
+    values: Tensor
+    vectors: Tensor
+
+
+def right_spectrum(m: Tensor) -> RightSpectrum:
+    """Of ``M [n, rows, columns]``: squared singular values and right singular vectors."""
+    wide = m.double()
+    gram = wide.mT @ wide
+    values, vectors = torch.linalg.eigh(gram)
+    return RightSpectrum(gram, values.flip(1), vectors.flip(2))
+
+
+def _leading_energies(found: RightSpectrum, count: int, width: int) -> list[float]:
+    """The energy that ``count`` directions can hold inside all blocks but the last two, all but the last, and all."""
+    gram, sizes = found.gram[0], [found.gram.shape[1] - 2 * width, found.gram.shape[1] - width]
+    parts = [gram[:n, :n] for n in sizes]
+    less = [float((m.diagonal() if len(m) <= count else torch.linalg.eigvalsh(m)[-count:]).sum()) for m in parts]
+    return [*less, float(found.values[0, :count].sum())]
 
 
 def _expected_gain(energies: list[float]) -> float:
