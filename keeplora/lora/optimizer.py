@@ -196,7 +196,8 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
     parameters is taken out. For AdamW there is :class:`ProjectedAdamW`, which does all of it in one launch.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``; a step with a closure is fine.
+        optimizer: Any ``torch.optim.Optimizer``, or a wrapper that holds one as ``optimizer`` (Accelerate's,
+            Lightning's); a step with a closure is fine.
         bases: ``Q [in, k]`` with orthonormal columns by parameter ``A [r, in]``, with its dtype (float32 or float64)
             and device. The parameters must belong to the optimizer.
 
@@ -215,6 +216,8 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
         >>> a.detach()
         tensor([[0.0000, 0.9000]])
     """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner  # Accelerate and Lightning hand out wrappers; steps and hooks are those of the one inside
     _check_known("confine", bases, optimizer)
     kinds: dict[Any, dict[nn.Parameter, Tensor]] = {}
     for parameter, basis in bases.items():

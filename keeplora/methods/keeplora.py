@@ -297,7 +297,7 @@ class KeepLora(PeftExchange, Method):
             "added": [p.added[-1] if p.added else 0 for p in self._protected] if self._protected else None,
             "added_by_task": [list(p.added) for p in self._protected] if self._protected else None,
             "frozen": fingerprint(self.model, self.slots),
-            "versions": {"keeplora": __version__, "torch": torch.__version__},
+            "versions": {"keeplora": __version__, "torch": str(torch.__version__)},
         }
         return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
 
