@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
-from .forward import Ahead, ForwardMode, Part, factored_linear, merge_is_cheaper, merged_linear
+from .forward import Ahead, ForwardMode, Part, compute_dtype, factored_linear, merge_is_cheaper, merged_linear
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer", "Tap"]
 
@@ -103,8 +103,8 @@ class LoraHost(nn.Module):
     observer: Observer | None
     tap: Tap | None
     forward_mode: ForwardMode
-    to_merge: set[str]
-    """Weights that a forward since the last :func:`merge_ahead` had to merge by itself."""
+    to_merge: dict[str, torch.dtype]
+    """Weights that the running forward had to merge by itself, and the dtype it multiplied in."""
     merged_ahead: dict[str, Ahead]
     learned: dict[str, list[tuple[Tensor, Tensor]] | None]
     """A and ``c (B − B₀)`` of every adapter that was merged into a slot, on the CPU; None where some are unknown."""
@@ -115,7 +115,7 @@ class LoraHost(nn.Module):
         self.observer = None
         self.tap = None
         self.forward_mode = "auto"
-        self.to_merge = set()
+        self.to_merge = {}
         self.merged_ahead = {}
         self.learned = {}
         self._masters: dict[str, Tensor] = {}
@@ -236,8 +236,14 @@ class LoraHost(nn.Module):
         return found
 
     def _merges(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> bool:
-        """Whether to multiply with the merged weight. Not where W, b or A are trained: their gradients need x."""
+        """Whether to multiply with the merged weight.
+
+        Not where W, b or A are trained, whose gradients need x, nor inside torch.func's transforms, which have to see
+        every step.
+        """
         if self.forward_mode == "factored" or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        if torch._C._are_functorch_transforms_active():
             return False
         if any(part.adapter.A.requires_grad or part.adapter.dropout for part in parts):
             return False
@@ -247,9 +253,10 @@ class LoraHost(nn.Module):
         ahead = self.merged_ahead.pop(parameter, None)
         if ahead is not None and ahead.is_current(weight, parts):
             return ahead.merged
+        dtype = compute_dtype(weight)
         if parameter and torch.is_grad_enabled():
-            self.to_merge.add(parameter)
-        return Ahead.of([(weight, parts)])[0].merged
+            self.to_merge[parameter] = dtype
+        return Ahead.of([(weight, parts)], dtype)[0].merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

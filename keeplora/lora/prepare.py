@@ -24,7 +24,9 @@ class _MergeAhead:
 
     def __init__(self, hosts: Sequence[LoraHost]):
         self.hosts = list(hosts)
-        self.known: list[tuple[LoraHost, str]] = []
+        # Which weights to form, and in which dtype, by the dtype they would be formed in from outside of the forward:
+        # autocast may be entered inside of it, as Accelerate does.
+        self.known: dict[tuple[LoraHost, str, torch.dtype], torch.dtype] = {}
 
     def begin(self, _model: nn.Module, _args: Any) -> None:
         # Without gradients a merged weight need not outlive its layer's call; in a compiled graph layers are on their
@@ -32,28 +34,31 @@ class _MergeAhead:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         jobs: dict[torch.dtype, list[tuple[LoraHost, str, Tensor, list[Part]]]] = {}
-        for host, parameter in self.known:
+        for (host, parameter, outside), inside in self.known.items():
             weight, parts = host.merge_job(parameter)
-            if parts:
-                jobs.setdefault(compute_dtype(weight), []).append((host, parameter, weight, parts))
-        for group in jobs.values():
-            for (host, parameter, *_), ahead in zip(group, Ahead.of([job[2:] for job in group]), strict=True):
+            if parts and compute_dtype(weight) == outside:
+                jobs.setdefault(inside, []).append((host, parameter, weight, parts))
+        for dtype, group in jobs.items():
+            for (host, parameter, *_), ahead in zip(group, Ahead.of([job[2:] for job in group], dtype), strict=True):
                 host.merged_ahead[parameter] = ahead
 
     def end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         """Forget what was not used, and learn which layers had to merge on their own."""
-        unused = {(host, name) for host in self.hosts for name in host.merged_ahead}
-        self.known = [job for job in self.known if job not in unused]
         for host in self.hosts:
+            for parameter in host.merged_ahead:
+                self.known.pop((host, parameter, compute_dtype(host.merge_job(parameter)[0])), None)
+            for parameter, inside in host.to_merge.items():
+                self.known[host, parameter, compute_dtype(host.merge_job(parameter)[0])] = inside
             host.merged_ahead.clear()
-            self.known += [(host, name) for name in sorted(host.to_merge) if (host, name) not in self.known]
             host.to_merge.clear()
 
 
 def merge_ahead(model: nn.Module) -> list[RemovableHandle]:
     """Let every forward of ``model`` form its layers' merged weights in one call of the op; returns the hooks' handles.
 
-    Only layers that merged on their own in an earlier forward take part, so the first one forms nothing ahead.
+    Only layers that merged on their own in an earlier forward take part, so the first one forms nothing ahead. A change
+    between the start of a forward and a layer's turn in it is noticed by torch's version counters; one through
+    ``.data`` that happens just there leaves no trace and counts from the next forward on.
 
     Example:
         >>> from keeplora.lora import linear_targets, merge_ahead, wrap

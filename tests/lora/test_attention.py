@@ -24,7 +24,7 @@ class Holder(nn.Module):
 
 
 def adapted(subset, **kwargs):
-    holder = Holder(**kwargs)
+    holder = Holder(**kwargs).requires_grad_(False)
     all_targets = attention_targets("attn", holder.attn, 0, "model")
     slots = wrap(holder, [t for t in all_targets if t.name.split(".")[-1] in subset] or all_targets)
     for slot in slots:
@@ -35,18 +35,25 @@ def adapted(subset, **kwargs):
     return holder, slots
 
 
-def exact(holder, query, key, value, mask=None):
-    """softmax(QKᵀ/√d + mask)V from weights gathered one by one, in float64. Shares no code with the layer."""
+def adapters_of(holder):
+    [*own] = holder.attn.out_proj.adapters.values()
+    return dict(holder.attn.adapters.items()) | dict(zip(["out_proj"], own, strict=False))
+
+
+def exact(holder, query, key, value, mask=None, factors=None):
+    """softmax(QKᵀ/√d + mask)V from weights gathered one by one, in float64. Shares no code with the layer.
+
+    ``factors`` stand in for the adapters' B, so that autograd can differentiate with respect to them in float64.
+    """
     attention = holder.attn
     if attention.in_proj_weight is not None:
         weights = dict(zip(NAMES, attention.in_proj_weight.detach().double().split(WIDTH), strict=False))
     else:
         weights = {n: getattr(attention, f"{n}_weight").detach().double() for n in NAMES[:3]}
     weights["out_proj"] = attention.out_proj.weight.detach().double()
-    [*own] = attention.out_proj.adapters.values()
-    adapters = dict(attention.adapters.items()) | dict(zip(["out_proj"], own, strict=False))
-    for name, adapter in adapters.items():
-        weights[name] = weights[name] + SCALE * adapter.B.detach().double() @ adapter.A.detach().double()
+    for name, adapter in adapters_of(holder).items():
+        b = adapter.B.detach().double() if factors is None else factors[name]
+        weights[name] = weights[name] + SCALE * b @ adapter.A.detach().double()
     bias = [b.double() for b in attention.in_proj_bias.detach().split(WIDTH)]
     q, k, v = (
         (x.double() @ weights[n].T + b).view(*x.shape[:2], HEADS, -1)
@@ -76,27 +83,44 @@ def test_self_attention_matches_float64(subset, need_weights):
         assert_rounded(weights.detach(), probabilities.mean(1), terms=terms(7), what="weights")
 
 
+def check_gradients(mode, holder, inputs, mask=None, **options):
+    """Of every B and of every input, against autograd through the float64 definition."""
+    holder.attn.forward_mode = holder.attn.out_proj.forward_mode = mode
+    leaves = {id(x): x.clone().requires_grad_() for x in inputs}  # self-attention: one tensor three times
+    y, _ = holder.attn(*(leaves[id(x)] for x in inputs), need_weights=False, **options)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    doubles = {id(x): x.double().requires_grad_() for x in inputs}
+    factors = {name: adapter.B.detach().double().requires_grad_() for name, adapter in adapters_of(holder).items()}
+    exact(holder, *(doubles[id(x)] for x in inputs), mask, factors)[0].backward(dy.double())
+    chain = 4 * terms(inputs[1].shape[1])  # forward and back: twice as long
+    for name, adapter in adapters_of(holder).items():
+        assert_rounded(adapter.B.grad, factors[name].grad, terms=chain, what=name)
+    for x in inputs:
+        assert_rounded(leaves[id(x)].grad, doubles[id(x)].grad, terms=chain, what="dx")
+
+
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(s) or "none")
-def test_gradients_match_float64(subset):
-    holder, slots = adapted(subset, batch_first=True)
-    x = torch.randn(2, 5, WIDTH)
-    adapters = [slot.adapter for slot in slots if slot.adapter is not None]
-    if not adapters:
-        return
-    holder.attn(x, x, x, need_weights=False)[0].square().sum().backward()
-    got = [adapter.B.grad.clone() for adapter in adapters]
-    step = 1e-6
-    for adapter, gradient in zip(adapters, got, strict=True):  # central differences of the float64 definition
-        index = (3, 2)
-        values = []
-        for sign in (1, -1):
-            shifted = adapter.B.detach().double().clone()
-            shifted[index] += sign * step
-            original, adapter.B.data = adapter.B.data, shifted
-            values.append(exact(holder, x, x, x)[0].square().sum().item())
-            adapter.B.data = original
-        difference = (values[0] - values[1]) / (2 * step)
-        assert gradient[index].item() == pytest.approx(difference, rel=1e-3, abs=1e-4 * gradient.abs().max().item())
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_gradients_match_float64(subset, mode):
+    holder, _ = adapted(subset, batch_first=True)
+    x = torch.randn(2, 30, WIDTH)
+    check_gradients(mode, holder, (x, x, x))
+
+
+@pytest.mark.parametrize("subset", [("q_proj",), ("k_proj", "out_proj"), NAMES], ids="+".join)
+@pytest.mark.parametrize("widths", [{}, {"kdim": 10, "vdim": 6}], ids=["fused", "other widths"])
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_gradients_of_masked_cross_attention_match_float64(subset, widths, mode):
+    holder, _ = adapted(subset, batch_first=True, **widths)
+    query, key = torch.randn(2, 30, WIDTH), torch.randn(2, 30, widths.get("kdim", WIDTH))
+    value = torch.randn(2, 30, widths.get("vdim", WIDTH))
+    padding = torch.zeros(2, 30, dtype=torch.bool)
+    padding[1, 20:] = True
+    causal = torch.ones(30, 30, dtype=torch.bool).triu(1)
+    mask = torch.zeros(2, 1, 30, 30, dtype=torch.float64)
+    mask.masked_fill_(causal | padding[:, None, None], float("-inf"))
+    check_gradients(mode, holder, (query, key, value), mask, key_padding_mask=padding, attn_mask=causal)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -142,9 +142,52 @@ def test_autocast_merges_in_its_dtype(calls):
         with torch.autocast("cpu", torch.bfloat16):
             assert model(x).dtype == torch.bfloat16
         assert calls == expected
+    for expected in ([1, 1, 1], [3]):  # another dtype around it: learned beside the first
+        calls.clear()
+        assert model(x).dtype == torch.float32
+        assert calls == expected
     calls.clear()
-    assert model(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
     assert calls == [3]
+
+
+def test_autocast_inside_of_the_forward_merges_once(calls):
+    """As Accelerate does: it replaces model.forward, which the hooks run around."""
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    for expected in ([1, 1, 1], [3], [3]):
+        calls.clear()
+        assert model(x).dtype == torch.bfloat16
+        assert calls == expected
+
+
+def test_functional_call_with_parameters_of_its_own():
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    before = step(model, x)[0]
+    other = make()
+    for _ in range(2):
+        got = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
+        assert torch.equal(got, other(x))
+    assert torch.equal(model(x), before)
+
+
+def test_a_compiled_model_gives_the_same(calls):
+    model, x = make(), torch.randn(20, WIDTH)
+    merge_ahead(model)
+    expected = step(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = None
+        for a, b in zip(step(compiled, x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        model[1].adapters["weight"].B.mul_(2)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(model(x), expected[0])
 
 
 def test_a_copy_has_its_own_and_handles_remove(calls):
