@@ -80,12 +80,13 @@ class PeftLayer:
 
     def dequantizer(self) -> Callable[[], Tensor] | None:
         """What gives the weight in floating point; None for a weight that is."""
-        if not _quantised(self.base.weight):
+        base = self.base
+        if not _quantised(base.weight):
             return None
         from peft.utils.integrations import dequantize_module_weight
 
         def weight() -> Tensor:
-            dense: Tensor = dequantize_module_weight(self.base)
+            dense: Tensor = dequantize_module_weight(base)
             return dense
 
         return weight

@@ -159,11 +159,18 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
         )
     found = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
-    if not found or target.parameter not in own._parameters:
+    if not found or "forward" in module.__dict__ or target.parameter not in own._parameters:
         raise TypeError(
             f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, got "
             f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
             "targets; layers with a forward or a parametrization of their own cannot be replaced."
+        )
+    weight = own._parameters[target.parameter]
+    if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
+        raise TypeError(
+            f"wrap: adapted weights must be floating point, got {type(weight).__module__}.{type(weight).__name__} in "
+            f"{weight.dtype} [{target.name}]: a quantised weight cannot be merged into without rounding what is "
+            "protected. Use keeplora.initialize on a PeftModel, which keeps an adapter per task."
         )
     if _hooked(module):
         raise RuntimeError(

@@ -153,7 +153,7 @@ class SubspaceState:
             StateError: the base weights are neither the pretrained ones nor those after the last merge.
             RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
         """
-        adapter = self.adapter_of("restore", model, self.open_adapter)
+        adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
         found = fingerprint(adapter.layers)
         if found == self.pretrained:
             for updates in self.learned:
@@ -193,7 +193,8 @@ class SubspaceState:
 
     def adapter_of(self, function: str, model: Any, name: str | None) -> PeftAdapter:
         """The adapter in ``model``, with the layers this state knows."""
-        adapter = find_adapter(function, model, name, targets=self.targets, kept=self.kept)
+        kept = [other for other in self.kept if other != name]
+        adapter = find_adapter(function, model, name, targets=self.targets, kept=kept)
         missing = {target.name for target in self.targets} - {layer.name for layer in adapter.layers}
         if missing:
             raise ValueError(

@@ -1,0 +1,101 @@
+"""Quantised base weights: PEFT's factored layers do the products, keeplora reads the weights in floating point."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from stock_peft import CONFIG, WIDTH, adapter_layers, logits, lora, loss_fn, net, stock, task, train
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import keeplora
+from keeplora.lora import linear_targets, wrap
+
+
+def int8():
+    model = net()
+    quantize_(model.blocks, Int8WeightOnlyConfig())
+    return model
+
+
+def adapted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it could not merge: nor are we to
+        return stock(model)
+
+
+def test_bases_are_those_of_the_weight_that_is_multiplied_with():
+    model = adapted(int8())
+    before = logits(model)
+    state = keeplora.initialize(model, task(1), loss_fn, config=CONFIG)
+    assert torch.equal(logits(model), before)
+    for path, layer in adapter_layers(model).items():
+        # The weight by its products: those of unit vectors.
+        weight = layer.base_layer(torch.eye(layer.in_features)).detach().T - layer.base_layer.bias[:, None].detach()
+        _, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        k = int(((s**2).cumsum(0) / (s**2).sum() < 0.3).sum()) + 1
+        q = state.bases[path.removeprefix("base_model.model.")].double()
+        assert q.shape[1] == k
+        assert (q - vh[:k].T @ (vh[:k] @ q)).norm() <= 1e-5
+        a = layer.lora_A["default"].weight.detach().double()
+        assert torch.linalg.vector_norm(a, dim=1) == pytest.approx(torch.ones(4), rel=1e-6)
+        assert (a @ q).abs().max() <= 1e-6
+
+
+def test_tasks_follow_each_other_as_adapters_and_resume(tmp_path):
+    model = adapted(int8())
+    state = keeplora.initialize(model, task(1), loss_fn, config=CONFIG)
+    train(model, task(1))
+    with pytest.raises(TypeError, match=r"must not be quantised to be merged into, got 4 .* Pass merge=False"):
+        keeplora.update_subspace(model, task(1), state)
+    certificate = keeplora.update_subspace(model, task(1), state, merge=False)
+    assert certificate.leak <= 1e-6
+    protected = {name: q.double() for name, q in state.bases.items()}
+    model.save_pretrained(tmp_path)
+    state.save(tmp_path)
+
+    def second(model, state):
+        model.add_adapter("second", lora())
+        model.base_model.set_adapter(["default", "second"])
+        keeplora.initialize(model, task(2), loss_fn, state)
+        train(model, task(2))
+        assert keeplora.update_subspace(model, task(2), state, merge=False).leak <= 1e-6
+        return logits(model)
+
+    expected = second(model, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = PeftModel.from_pretrained(int8(), tmp_path)
+    again = keeplora.SubspaceState.load(tmp_path)
+    again.restore(resumed)
+    assert torch.equal(second(resumed, again), expected)
+    for path, layer in adapter_layers(model, "second").items():
+        b, a = (layer.get_submodule(f"lora_{f}.second").weight.detach().double() for f in "BA")
+        q = protected[path.removeprefix("base_model.model.")]
+        assert (b @ a).norm() > 0
+        assert (b @ (a @ q)).norm() <= 1e-6 * (b @ a).norm()
+
+
+def test_weights_that_nobody_can_read_are_refused():
+    class Packed(nn.Linear):
+        """Two numbers to a byte, in a format of its own."""
+
+        def __init__(self, width, out):
+            super().__init__(width, out)
+            self.weight = nn.Parameter(torch.zeros(out, width // 2, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x):
+            return x.new_zeros(*x.shape[:-1], self.out_features) + self.bias
+
+    model = net()
+    model.blocks[0].up = Packed(WIDTH, 2 * WIDTH)
+    with pytest.raises(TypeError, match=r"of bitsandbytes or of torchao, got .* in torch\.uint8 .* at blocks\.0\.up"):
+        keeplora.initialize(adapted(model), task(1), loss_fn, config=CONFIG)
+
+
+def test_a_keeper_merges_and_so_refuses_them():
+    model = int8()
+    with pytest.raises(TypeError, match=r"adapted weights must be floating point, got torchao.* keeplora\.initialize"):
+        wrap(model, linear_targets(model))
+    assert type(model.blocks[0].up) is nn.Linear
