@@ -25,7 +25,8 @@ from keeplora.lora import (
     wrap,
 )
 
-from .base import LossFn, Method, State, freeze
+from .adapters import attach, check_ranks
+from .base import LossFn, Method, State
 from .progress import for_all_layers, progress
 from .state import StateError
 from .verify import fingerprint
@@ -93,7 +94,8 @@ class AdaptedMethod(Method):
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
-        ValueError: ``target_modules`` matches nothing; a weight is shared by two layers.
+        ValueError: ``target_modules`` matches nothing; r is larger than a layer's width; a weight is shared by two
+            layers.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class AdaptedMethod(Method):
     ):
         self.model, self.progress = model, progress
         chosen = select_targets(find_targets(model) if targets is None else targets, config.target_modules)
+        if isinstance(config, AdapterConfig):
+            check_ranks(model, chosen, config.r, method=type(self).__name__)
         self.check_targets(model, chosen)
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.slots: list[LoraSlot] = wrap(model, chosen)
@@ -260,10 +264,7 @@ class AdaptedMethod(Method):
 
     def attach(self, adapters: Sequence[LoraAdapter | None]) -> None:
         """Freeze the model and put an adapter into every slot that gets one."""
-        freeze(self.model)
-        for slot, adapter in zip(self.slots, adapters, strict=True):
-            if adapter is not None:
-                slot.attach(adapter)
+        attach(self.model, self.slots, adapters)
 
     def merge_adapters(self) -> None:
         """Add every open adapter to its weight."""

@@ -28,7 +28,7 @@ class Protected:
     added: tuple[int, ...] = ()  # by task
 
 
-def check_ranks(model: nn.Module, targets: Sequence[Target], r: int) -> None:
+def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, *, method: str = "KeepLora") -> None:
     """Refuse a rank that is larger than a layer's width."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:
@@ -36,7 +36,7 @@ def check_ranks(model: nn.Module, targets: Sequence[Target], r: int) -> None:
         width = r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
         if r > width:
             raise ValueError(
-                f"KeepLora: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
+                f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
             )
 
 

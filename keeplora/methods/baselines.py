@@ -131,12 +131,6 @@ class SequentialLora(AdaptedMethod):
 
     def fresh_adapters(self) -> list[LoraAdapter]:
         """An untrained adapter for every slot: its numbers follow from the seed and the number of tasks learned."""
-        for slot in self.slots:
-            out, width = slot.weight.shape
-            if self.config.r > min(out, width):
-                raise ValueError(
-                    f"before_task: r must be at most {min(out, width)}, got {self.config.r} [{slot.name}]. Lower r."
-                )
         generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
         adapters = []
         for slot in self.slots:

@@ -129,6 +129,8 @@ class Gpm(AdaptedMethod):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter in self._weights():
+            parameter.grad = None  # or it would be added to the next task's
         freeze(self.model)
 
     def capacity(self) -> Capacity:

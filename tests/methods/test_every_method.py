@@ -1,6 +1,7 @@
 """The contract every registered method keeps. A new method is covered the moment it is registered."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -153,6 +154,105 @@ def test_batches_of_one_and_rank_one(name):
     learn(method, [(torch.randn(1, 4, WIDTH), torch.tensor([2]))])
 
 
+def test_a_task_of_one_class(name):
+    method, data = make(name), [(x, torch.zeros_like(y)) for x, y in task(0)]
+    learn(method, data)
+    assert all(torch.isfinite(p).all() for p in method.model.parameters())
+
+
+def same(one, other):
+    return one.meta == other.meta and all(torch.equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
+
+
+class Breaking:
+    """A task's batches, until the data is gone."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        yield from self.data[:-1]
+        raise OSError("the data is gone")
+
+
+def test_a_task_that_cannot_be_opened_changes_nothing(name):
+    method = make(name)
+    learn(method, task(0))
+    before, kinds = method.state(), [type(module) for module in method.model.modules()]
+    try:
+        method.before_task(Breaking(task(1)), loss_fn)
+    except OSError:
+        assert same(method.state(), before)
+        assert [type(module) for module in method.model.modules()] == kinds
+        learn(method, task(1))  # and it can be tried again
+
+
+def test_a_task_that_cannot_be_closed_stays_open(name):
+    method, x = make(name), torch.randn(2, 4, WIDTH)
+    method.before_task(task(0), loss_fn)
+    if method.trains:
+        torch.manual_seed(5)
+        loss_fn(method.model, task(0)[0]).backward()
+        torch.optim.SGD(method.trainable_parameters(), lr=0.1).step()
+    method.model.eval()
+    learned = method.model(x)
+    try:
+        method.after_task(Breaking(task(0)))
+    except OSError:
+        assert torch.equal(method.model(x), learned)
+        method.after_task(task(0))
+
+
+def test_what_training_has_driven_to_nan_is_refused(name):
+    method = make(name)
+    method.before_task(task(0), loss_fn)
+    if name in NEVER_CHECKED:
+        pytest.skip(NEVER_CHECKED[name])
+    with torch.no_grad():
+        method.trainable_parameters()[0].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="must be finite, got NaN or Inf"):
+        method.after_task(task(0))
+
+
+NEVER_CHECKED = {
+    "zero-shot": "it trains nothing",
+    "full": "the model itself is what was trained: there is nothing to keep it out of",
+    "joint": "the model itself is what was trained: there is nothing to keep it out of",
+}
+
+
+def test_damaged_states_are_refused_before_anything_changes(name):
+    method = make(name)
+    learn(method, task(0))
+    state, fresh = method.state(), make(name, Net())
+    before = fresh.state()
+    for broken in sorted(state.tensors):
+        tensors = {k: v for k, v in state.tensors.items() if k != broken}
+        for damaged in (tensors, {**tensors, broken: torch.zeros(3, 1, 2)}):
+            with pytest.raises(ValueError, match="load_state: "):
+                fresh.load_state(State(damaged, copy.deepcopy(state.meta)))
+        assert same(fresh.state(), before)
+
+
+def test_a_model_without_linear_layers_is_refused_by_what_adapts_them(name):
+    config = METHODS[name].config
+    if name == "lines" or not any(f.name == "target_modules" for f in dataclasses.fields(config)):
+        pytest.skip("it has no layers to choose")
+    with pytest.raises(ValueError, match="select_targets: targets must not be empty, got a model without any linear"):
+        make(name, nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten()))
+
+
+def test_a_rank_that_no_layer_can_hold_is_refused_before_any_training(name):
+    settings = dict(SMALL.get(name, {}))
+    if "r" not in settings:
+        pytest.skip("it has no rank")
+    with pytest.raises(ValueError, match=r"r must be at most .*8.* Lower r"):
+        create(name, Net(), {**settings, "r": WIDTH + 1})
+
+
 def test_a_merged_model_is_made_of_plain_layers_and_computes_the_same(name):
     method, x = make(name), torch.randn(2, 4, WIDTH)
     learn(method, task(0))
@@ -191,12 +291,23 @@ def test_lora_refuses_bad_settings(settings):
         create("lora", Net(), settings)
 
 
-def test_lora_refuses_calls_out_of_order():
-    method = make("lora")
+def test_calls_out_of_order_are_refused(name):
+    method = make(name)
+    if not method.trains or name in ("full", "joint"):
+        pytest.skip("every order is fine")
     with pytest.raises(RuntimeError, match="after_task: a task must be open"):
-        method.after_task([])
+        method.after_task(task(0))
+    with pytest.raises(RuntimeError, match="trainable_parameters: a task must be open"):
+        method.trainable_parameters()
+    method.before_task(task(0), loss_fn)
+    with pytest.raises(RuntimeError, match="previous task must be closed first"):
+        method.before_task(task(0), loss_fn)
+    with pytest.raises(RuntimeError, match="merge: "):
+        method.merge()
+
+
+def test_lora_refuses_to_save_an_open_task():
+    method = make("lora")
     method.before_task([], loss_fn)
     with pytest.raises(RuntimeError, match="state: the open task must be closed first"):
         method.state()
-    with pytest.raises(RuntimeError, match="previous task must be closed first"):
-        method.before_task([], loss_fn)
