@@ -88,6 +88,7 @@ class KeepLora(PeftExchange, Method):
     """
 
     name: ClassVar[str] = "keeplora"
+    config_type: ClassVar[type[KeepLoraConfig]] = KeepLoraConfig
 
     def __init__(
         self,
@@ -347,7 +348,7 @@ class KeepLora(PeftExchange, Method):
             raise StateError(
                 f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, got {state.meta.get('method')!r}"
             )
-        keeper = cls(model, KeepLoraConfig(**state.meta["config"]), targets=targets, progress=progress)
+        keeper = cls(model, cls.config_type(**state.meta["config"]), targets=targets, progress=progress)
         try:
             check_state(state, cls.name, model, keeper.slots)
         except StateError:

@@ -12,9 +12,13 @@ from torch import nn
 from .base import Method
 from .baselines import FullFineTuning, JointTraining, LoraConfig, NoConfig, SequentialLora, ZeroShot
 from .config import KeepLoraConfig
+from .dac import Dac, DacConfig
+from .duallora import DualLora, DualLoraConfig
 from .gpm import Gpm, GpmConfig
+from .hdsd import Hdsd, HdsdConfig
 from .inflora import InfLora, InfLoraConfig
 from .keeplora import KeepLora
+from .keeplora_cls import KeepLoraCls, KeepLoraClsConfig
 from .lines import Lines, LinesConfig
 from .loda import LoDa, LoDaConfig
 from .olora import OLora, OLoraConfig
@@ -48,6 +52,14 @@ METHODS: dict[str, Registered] = {
         KeepLora, KeepLoraConfig, {"depth_scale": 1.0}, "LoRA in the residual subspace (arXiv:2601.19659)"
     ),
     "keeplora++": Registered(KeepLora, KeepLoraConfig, {}, "KeepLoRA with depth-scaled updates (arXiv:2606.16256)"),
+    "keeplora++cls": Registered(
+        KeepLoraCls, KeepLoraClsConfig, {}, "KeepLoRA++ with a classifier on image features per task"
+    ),
+    "dac": Registered(Dac, DacConfig, {}, "a pool of rank-1 experts, routed by class tokens (arXiv:2601.22828)"),
+    "duallora": Registered(
+        DualLora, DualLoraConfig, {}, "orthogonal and residual adapters, a dynamic memory (arXiv:2411.00623)"
+    ),
+    "hdsd": Registered(Hdsd, HdsdConfig, {}, "updates scaled by subspace and relative change (after arXiv:2605.07512)"),
 }
 
 

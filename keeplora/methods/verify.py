@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module, slots: Sequence[LoraSlot]) -> str:
     adapted = {id(getattr(slot.host, slot.host.slots[slot.slot][0])) for slot in slots}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if id(parameter) in adapted or ".adapters." in f".{name}":
+        if id(parameter) in adapted or {"adapters", "keeplora_head"} & set(name.split(".")):
             continue
         values = parameter.detach().flatten()
         values = values[:: max(1, values.numel() // 64)][:64].double().cpu()

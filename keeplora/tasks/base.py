@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, NamedTuple, Protocol, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keeplora.integrations.class_head import ImageTextModel, adjusted_logits, class_head
+
 MEAN, STD = 0.5, 0.3
 SplitName = Literal["train", "validation", "test"]
-
-
-class ImageTextModel(Protocol):
-    """What a task asks of a model: both towers of a CLIP and its temperature (as `open_clip.model.CLIP` has them)."""
-
-    logit_scale: Tensor
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -169,7 +161,8 @@ def loader(
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of exp(logit_scale) · ⟨image, text of each class⟩, averaged over the batch: a scalar.
 
-    Images are normalised here. All classes' texts are encoded in every step, so the text tower is trained too.
+    Images are normalised here. All classes' texts are encoded in every step, so the text tower is trained too. Where a
+    method has put a head on the model, its say is part of the logits.
 
     Example:
         >>> from keeplora.tasks.embedded import load_model, load_tasks
@@ -181,12 +174,16 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     clip = cast(ImageTextModel, model)
     images = clip.encode_image(normalize(batch.images), normalize=True)
     texts = clip.encode_text(batch.tokens, normalize=True)
-    return F.cross_entropy(clip.logit_scale.exp() * images @ texts.T, batch.labels)
+    logits = clip.logit_scale.exp() * images @ texts.T
+    return F.cross_entropy(adjusted_logits(model, logits, images, batch.tokens), batch.labels)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_size: int = 256) -> float:
     """Percentage of a split's images whose nearest class text is their own, in evaluation mode.
+
+    Where a method has put a head on the model, the class with the largest logit counts. The head is told the prompts of
+    the task's classes and nothing else: as in MTIL, which classes are to choose from is known, and no more.
 
     The model's training mode is restored, also after an error. Data moves to the device of the model's parameters.
 
@@ -203,11 +200,14 @@ def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_s
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        texts = clip.encode_text(task.tokens.to(device), normalize=True)
+        tokens = task.tokens.to(device)
+        texts = clip.encode_text(tokens, normalize=True)
         right = 0
         for start in range(0, len(part), batch_size):
-            images = normalize(part.images[start : start + batch_size].to(device))
-            scores = clip.encode_image(images, normalize=True) @ texts.T
+            images = clip.encode_image(normalize(part.images[start : start + batch_size].to(device)), normalize=True)
+            scores = images @ texts.T
+            if class_head(model) is not None:  # which the temperature is for: it changes no order among the texts
+                scores = adjusted_logits(model, clip.logit_scale.exp() * scores, images, tokens)
             right += int((scores.argmax(1).cpu() == part.labels[start : start + batch_size].cpu()).sum())
     finally:
         for module, training in modes.items():
