@@ -111,7 +111,7 @@ class DualLora(AdaptedMethod):
     """
 
     name: ClassVar[str] = "duallora"
-    merges: ClassVar[bool] = False
+    merges = False
     config: DualLoraConfig
 
     def __init__(

@@ -75,7 +75,7 @@ class KeepLoraCls(KeepLora):
     """
 
     name: ClassVar[str] = "keeplora++cls"
-    merges: ClassVar[bool] = False
+    merges = False
     config_type: ClassVar[type[KeepLoraConfig]] = KeepLoraClsConfig
 
     def __init__(
