@@ -16,7 +16,7 @@ from keeplora.math.sketch import gaussian
 from keeplora.ops.gram import gram
 
 from .adapter import LoraHost
-from .passes import evaluating, observing
+from .passes import ALONE, Peers, evaluating, observing
 from .wrap import LoraSlot
 
 __all__ = ["FeatureKind", "FeatureStatistic", "TokenMask", "feature_statistics"]
@@ -50,6 +50,7 @@ def feature_statistics(
     token_mask: TokenMask | None = None,
     sketch_share: float = 0.25,
     seed: int = 0,
+    peers: Peers = ALONE,
 ) -> list[FeatureStatistic]:
     r"""Second moment of each slot's inputs over one pass of the data, adapters included, without gradients.
 
@@ -67,6 +68,8 @@ def feature_statistics(
         token_mask: Which tokens count (padding should not).
         sketch_share: ``w`` as a fraction of ``in``, in (0, 1]; it must exceed the share of directions to be protected.
         seed: Of Ω.
+        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+            statistics of all data. A process may have no batch.
 
     Raises:
         ValueError: the loader is empty or no token counted; an input is NaN or Inf, or its width changes
@@ -78,16 +81,18 @@ def feature_statistics(
         raise ValueError(f"feature_statistics: sketch_share must lie in (0, 1], got {sketch_share}")
     collector = _Collector(slots, kind, token_mask, sketch_share, seed)
     batches = 0
-    with evaluating(model), observing(list(collector.by_host), collector.observe):
+    with peers.together(), evaluating(model), observing(list(collector.by_host), collector.observe):
         for batch in loader:
             forward(model, batch)
             collector.end_batch(batches)
             batches += 1
+    batches = sum(peers.gather(batches))
     if batches == 0:
         raise ValueError(
             "feature_statistics: loader must yield at least one batch, got none. "
             "A generator can be used once: pass a loader that can be iterated again."
         )
+    collector.add_up(peers)
     return collector.result(batches)
 
 
@@ -114,6 +119,20 @@ class _Sum:
     part: Tensor
     tokens: int = 0
     energy: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A sum without its numbers: what processes tell each other before they add theirs up."""
+
+    kind: tuple[int, torch.dtype]  # columns and dtype: the same wherever the statistic is
+    rows: int
+    tokens: int
+    energy: float
+
+
+def _described(total: _Sum) -> _Described:
+    return _Described((total.part.shape[1], total.part.dtype), len(total.part), total.tokens, total.energy)
 
 
 class _Collector:
@@ -198,6 +217,34 @@ class _Collector:
                 )
             total.energy += energy
         self.batch.clear()
+
+    def add_up(self, peers: Peers) -> None:
+        """Sums over all processes, by the names of the slots that share one: elsewhere others may have come first, or
+        shared an input that was separate here."""
+        own = {tuple(sorted(slot.name for slot in slots)): total for slots, total in self.sums.items()}
+        everyone = peers.gather({names: _described(total) for names, total in own.items()})
+        if len(everyone) == 1:
+            return
+        by_name = {slot.name: slot for slot in self.slots}
+        self.sums = {}
+        for names in sorted(set().union(*everyone)):
+            theirs = [described[names] for described in everyone if names in described]
+            if any(names[0] not in by_name or found.kind != theirs[0].kind for found in theirs):
+                raise ValueError(
+                    f"feature_statistics: every process must gather the same statistics, got "
+                    f"{' and '.join(sorted({str(found.kind) for found in theirs}))} [{names[0]}]. Give all processes "
+                    "the same model and settings."
+                )
+            rows = max(found.rows for found in theirs)  # of slot_mean: as many as the longest batch of any process
+            width, dtype = theirs[0].kind
+            part = by_name[names[0]].weight.new_zeros(rows, width, dtype=dtype)
+            if names in own:
+                mine = own.pop(names).part
+                part[: len(mine)] = mine
+                del mine
+            peers.add(part)
+            tokens, energy = sum(found.tokens for found in theirs), sum(found.energy for found in theirs)
+            self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, tokens, energy)
 
     def result(self, batches: int) -> list[FeatureStatistic]:
         if self.kind == "slot_mean":

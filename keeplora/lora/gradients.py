@@ -13,7 +13,7 @@ from keeplora.math.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
 from .adapter import LoraHost
-from .passes import evaluating, frozen, tapping
+from .passes import ALONE, Peers, evaluating, frozen, tapping
 from .wrap import LoraSlot
 
 __all__ = ["mean_gradients", "sketch_widths"]
@@ -68,6 +68,7 @@ def mean_gradients(
     *,
     keep: Sequence[int | Tensor | None] | None = None,
     seed: int = 0,
+    peers: Peers = ALONE,
 ) -> list[Tensor]:
     r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
@@ -83,6 +84,8 @@ def mean_gradients(
         keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
             with no columns leaves the slot out. None for G everywhere.
         seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
+        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+            mean over the batches of all. A process may have no batch.
 
     Raises:
         ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named).
@@ -93,7 +96,8 @@ def mean_gradients(
     """
     statistics = _Gradients(slots, keep or [None] * len(slots), seed)
     batches = 0
-    with evaluating(model), frozen(model), tapping(statistics.hosts, statistics.tap), torch.enable_grad():
+    tapped = tapping(statistics.hosts, statistics.tap)
+    with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
         for index, batch in enumerate(loader):
             loss = loss_fn(model, batch)
             _check_loss("mean_gradients", loss, index)
@@ -104,11 +108,13 @@ def mean_gradients(
             # Not autograd.grad: reentrant checkpointing knows backward() only. Nothing but the taps' anchor wants one.
             loss.backward()  # type: ignore[no-untyped-call]
             batches += 1
+    batches = sum(peers.gather(batches))
     if batches == 0:
         raise ValueError(
             "mean_gradients: loader must yield at least one batch, got none. "
             "A generator can be used once: pass a loader that can be iterated again."
         )
+    statistics.add_up(peers)
     return statistics.mean(batches)
 
 
@@ -187,6 +193,16 @@ class _Gradients:
                     f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
                 )
 
+    def add_up(self, peers: Peers) -> None:
+        """Sums over all processes, by the slots' names: layers may come in another order elsewhere."""
+        sums = {slot.name: self.sums[slot.host, slot.slot] for slot in self.slots}
+        mine = {name: (list(total.shape), str(total.dtype)) for name, total in sums.items()}
+        everyone = peers.gather((mine, self.touched))
+        check_alike("mean_gradients", [theirs for theirs, _ in everyone])
+        self.touched = any(touched for _, touched in everyone)
+        for name in sorted(sums):
+            peers.add(sums[name])
+
     def mean(self, batches: int) -> list[Tensor]:
         if not self.touched:
             raise RuntimeError(_NO_GRADIENT)
@@ -215,6 +231,18 @@ class _Tap(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.add(x, dy)
         return dy, None, None, None
+
+
+def check_alike(function: str, described: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to add up what has other names, shapes or dtypes in some processes; raises in all of them."""
+    first = described[0]
+    for rank, other in enumerate(described):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{function}: every process must adapt the same layers, got {other.get(name)} on rank {rank} for "
+                    f"{first.get(name)} on rank 0 [{name}]. Give all processes the same model and settings."
+                )
 
 
 def _check_loss(function: str, loss: Any, index: int) -> None:

@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import LoraHost, Observer, Tap
 
-__all__ = ["evaluating", "first_batches", "frozen", "observing", "tapping"]
+__all__ = ["ALONE", "Peers", "evaluating", "first_batches", "frozen", "observing", "tapping"]
+
+
+T = TypeVar("T")
+
+
+class Peers(Protocol):
+    """The processes that run the same pass, each over its own share of the data."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all get through, or in which all raise."""
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, in one order everywhere."""
+
+    def add(self, tensor: Tensor) -> None:
+        """Add up ``tensor`` over all processes, in place."""
+
+
+class _Alone:
+    """No other process."""
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def add(self, tensor: Tensor) -> None:
+        pass
+
+
+ALONE: Peers = _Alone()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.integrations import find_targets, token_mask
 from keeplora.lora import (
     FeatureStatistic,
@@ -153,10 +154,11 @@ class AdaptedMethod(Method):
         Raises:
             RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
         """
-        self._require("before_task", task=False)
-        if not callable(loss_fn):
-            raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
-        self.open_task(loader, loss_fn)
+        with processes().together():
+            self._require("before_task", task=False)
+            if not callable(loss_fn):
+                raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+            self.open_task(loader, loss_fn)
         self._loss_fn, self.training_task = loss_fn, True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -173,12 +175,13 @@ class AdaptedMethod(Method):
             RuntimeError: no task is open.
             ValueError: what was trained is not finite (the layer is named).
         """
-        self._require("after_task", task=True)
-        forward = loss_fn or self._loss_fn
-        assert forward is not None
-        for slot in self.slots:
-            slot.check_finite("after_task")
-        report = self.close_task(loader, forward)
+        with processes().together():
+            self._require("after_task", task=True)
+            forward = loss_fn or self._loss_fn
+            assert forward is not None
+            for slot in self.slots:
+                slot.check_finite("after_task")
+            report = self.close_task(loader, forward)
         self.tasks_learned += 1
         self.training_task = False
         return report
@@ -245,7 +248,7 @@ class AdaptedMethod(Method):
     def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
         """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
         with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
-            return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask)
+            return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
 
     def each_layer(self, compute: Callable[[int], T], what: str, *inputs: Sequence[Any]) -> list[T]:
         """``compute(i)`` for every slot i, once for those whose entries of all ``inputs`` are the same objects.

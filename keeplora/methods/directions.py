@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, first_batches, mean_gradients, sketch_widths
 from keeplora.math.lowrank import TopDirections, directions_within, top_directions
 from keeplora.math.orthonormal import reorthogonalize
@@ -42,9 +43,11 @@ class TaskGradients:
         self.model, self.slots, self.loader, self.loss_fn = model, slots, loader, loss_fn
         self.config, self.shown = config, shown
         self.ranks = [config.r] * len(slots) if ranks is None else list(ranks)
-        self.widths = sketch_widths(
+        widths = sketch_widths(
             slots, max(self.ranks), kind=config.gradient_statistic, memory_budget=config.memory_budget
         )
+        # Free memory may differ between processes: where one has to sketch, all do.
+        self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
         self.matrices = self._pass(self.widths, "gradients")
 
     def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
@@ -88,4 +91,6 @@ class TaskGradients:
     def _pass(self, keep: Sequence[int | Tensor | None], what: str) -> list[Tensor]:
         batches = first_batches(self.loader, self.config.data_fraction)
         with progress(batches, what, "batch", shown=self.shown) as counted, torch.enable_grad():
-            return mean_gradients(self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed)
+            return mean_gradients(
+                self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed, peers=processes()
+            )

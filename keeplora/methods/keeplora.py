@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from keeplora._version import __version__
-from keeplora.integrations import find_targets, token_mask
+from keeplora.distributed import processes
+from keeplora.integrations import find_targets
 from keeplora.lora import (
     Confinement,
     LoraSlot,
@@ -18,13 +19,11 @@ from keeplora.lora import (
     Target,
     confine,
     depth_positions,
-    feature_statistics,
     merge_ahead,
     select_targets,
     unwrap,
     wrap,
 )
-from keeplora.math.lowrank import extend_basis
 from keeplora.math.precision import full_precision
 
 from .adapters import Protected, adapter_tensors, attach, check_ranks, new_adapter, restore, warn_of_small_ranks
@@ -33,9 +32,10 @@ from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
+from .learned import extended_bases
 from .peft_exchange import PeftExchange
 from .pretrained import weight_bases
-from .progress import for_all_layers, progress
+from .progress import for_all_layers
 from .state import StateError, read_state, write_state
 from .trained import bases_of_a, restore_confinement
 from .verify import added_by_task, check_state, fingerprint
@@ -139,21 +139,23 @@ class KeepLora(PeftExchange, Method):
         Warns:
             UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
         """
-        self._require_open_model()
-        if self.training_task:
-            raise RuntimeError(
-                "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
-            )
-        if not callable(loss_fn):
-            raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
-        gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
-        with full_precision(self.slots[0].weight.device):
-            protected = self._protected_or_weights()
-        bases = [p.basis for p in protected]
-        directions = gradients.directions(bases)
-        adapters = [
-            new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
-        ]
+        with processes().together():
+            self._require_open_model()
+            if self.training_task:
+                raise RuntimeError(
+                    "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
+                )
+            if not callable(loss_fn):
+                raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+            self._require_same_weights("before_task")
+            gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
+            with full_precision(self.slots[0].weight.device):
+                protected = self._protected_or_weights()
+            bases = [p.basis for p in protected]
+            directions = gradients.directions(bases)
+            adapters = [
+                new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
+            ]
         warn_of_small_ranks(self.slots, bases, directions, self.config.r)
         attach(self.model, self.slots, adapters)
         self._protected, self._loss_fn, self.training_task = protected, loss_fn, True
@@ -206,28 +208,21 @@ class KeepLora(PeftExchange, Method):
             UserWarning: a trained A had left its free space (the optimizer did not keep it there); it is projected
                 back before anything else.
         """
-        self._require_task("after_task")
-        forward = loss_fn or self._loss_fn
-        if forward is None:
-            raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
-        for slot in self.slots:
-            slot.check_finite("after_task")
-        assert self._protected is not None
-        old = self._protected
-        restore_confinement("after_task", self.slots, [p.basis for p in old])
-        energies = [self.config.feature_energy_of(t.tower) for t in self.targets]
-        with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
-            statistics = feature_statistics(
-                self.model, self.slots, batches, forward, kind=self.config.feature_statistic, token_mask=mask,
-                sketch_share=self.config.sketch_share, seed=self.config.seed,
-            )  # fmt: skip
-        with full_precision(self.slots[0].weight.device):
-            new = self._for_all_layers(
-                lambda group: extend_basis(
-                    [old[i].basis for i in group], [statistics[i].moment for i in group], [energies[i] for i in group]
-                ),
-                "bases",
+        with processes().together():
+            self._require_task("after_task")
+            forward = loss_fn or self._loss_fn
+            if forward is None:
+                raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
+            assert self._protected is not None
+            old = self._protected
+            for slot in self.slots:
+                slot.check_finite("after_task")
+            self._require_same_weights("after_task")
+            restore_confinement("after_task", self.slots, [p.basis for p in old])
+            new = extended_bases(
+                self.model, self.slots, loader, forward, self.config, [p.basis for p in old], shown=self.progress
             )
+        with full_precision(self.slots[0].weight.device):
             layers = self._for_all_layers(
                 lambda group: [merge_and_certify(self.slots[i], old[i].basis, new[i]) for i in group], "merge"
             )
@@ -365,6 +360,13 @@ class KeepLora(PeftExchange, Method):
     def _protected_or_weights(self) -> list[Protected]:
         """What is protected; before the first task what the pretrained weights know."""
         return self._protected or [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
+
+    def _require_same_weights(self, function: str) -> None:
+        """All processes must learn one task with one model."""
+        held = {slot.name: slot.weight.detach() for slot in self.slots}
+        for slot in self.slots:
+            held |= adapter_tensors(slot)
+        processes().require_same(function, held)
 
     def _release(self) -> None:
         unwrap(self.model)

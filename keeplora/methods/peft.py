@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keeplora.integrations import token_mask
+from keeplora.distributed import together
 from keeplora.integrations.peft import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
 from keeplora.integrations.peft_checkpoint import Update
-from keeplora.lora import LoraAdapter, LoraSlot, Target, depth_positions, feature_statistics
-from keeplora.math.lowrank import Extension, TopDirections, extend_basis
+from keeplora.lora import LoraAdapter, LoraSlot, Target, depth_positions
+from keeplora.math.lowrank import Extension, TopDirections
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
 
@@ -23,14 +23,15 @@ from .base import LossFn
 from .certificate import LayerCertificate, RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
+from .learned import extended_bases
 from .peft_state import SubspaceState, fingerprint, keep_master, true_weight
 from .pretrained import weight_bases
-from .progress import for_all_layers, progress
 from .trained import LEAK, leak_of_rows
 
 __all__ = ["freeze_a", "initialize", "update_subspace"]
 
 
+@together
 def initialize(
     model: Any,
     loader: Iterable[Any],
@@ -143,6 +144,7 @@ def initialize(
     return state
 
 
+@together
 @torch.no_grad()
 def update_subspace(
     model: Any,
@@ -205,7 +207,7 @@ def update_subspace(
     with borrow(adapter) as slots:
         _check_finite(layers)
         _restore_confinement(layers, bases)
-        new = _extended(model, slots, loader, forward, state, bases, progress)
+        new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
         proofs = [
             _close(slot, layer, basis, extension, state, merge=merge)
             for slot, layer, basis, extension in zip(slots, layers, bases, new, strict=True)
@@ -328,36 +330,6 @@ def _restore_confinement(layers: Sequence[PeftLayer], bases: Sequence[Tensor]) -
         UserWarning,
         stacklevel=4,
     )
-
-
-def _extended(
-    model: Any,
-    slots: Sequence[LoraSlot],
-    loader: Iterable[Any],
-    forward: LossFn,
-    state: SubspaceState,
-    bases: Sequence[Tensor],
-    shown: bool | None,
-) -> list[Extension]:
-    """The bases with the directions of the task's features."""
-    config = state.config
-    energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
-    with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
-        statistics = feature_statistics(
-            model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
-            sketch_share=config.sketch_share, seed=config.seed,
-        )  # fmt: skip
-    with full_precision(slots[0].weight.device):
-        return for_all_layers(
-            slots,
-            lambda group: extend_basis(
-                [bases[i] for i in group],
-                [statistics[i].moment for i in group],
-                [energies[i] for i in group],
-            ),
-            "bases",
-            shown=shown,
-        )
 
 
 def _close(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from keeplora.distributed import processes
 from keeplora.lora import LoraSlot
 from keeplora.math.batch import same_kind
 
@@ -22,7 +23,7 @@ def progress(items: Iterable[T], what: str, unit: str, *, shown: bool | None) ->
     """``items``, counted while they are taken; the remaining time is told where they have a length.
 
     Args:
-        shown: True or False; None shows the bar if stderr is a terminal.
+        shown: True or False; None shows the bar if stderr is a terminal, of several processes in the first.
     """
     with _bar(what, unit, shown, items) as bar:
         yield bar
@@ -53,6 +54,8 @@ def for_all_layers(
 
 
 def _bar(what: str, unit: str, shown: bool | None, items: Iterable[Any] | None, total: int | None = None) -> tqdm[Any]:
+    if shown is None and processes().rank > 0:
+        shown = False  # one bar is enough
     return tqdm(
         items, desc=what, unit=unit, total=total, leave=False, dynamic_ncols=True,
         disable=None if shown is None else not shown, delay=0 if shown else PATIENCE,

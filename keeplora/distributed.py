@@ -1,0 +1,128 @@
+"""Several processes on one task, each with its share of the data: sums over all of them, errors that reach all.
+
+The only module that imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["PeerError", "Processes", "processes", "together"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class PeerError(RuntimeError):
+    """Another process failed; the message says which one, and of what."""
+
+
+class Processes:
+    """The processes of torch.distributed's default group, or this one alone where there is no group.
+
+    Every process makes the same calls in the same order. What one gives to :meth:`gather` or :meth:`add` takes a
+    failure of another into account: whoever fails inside :meth:`together` says so where the others wait next.
+
+    Attributes:
+        rank: This process. size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        grouped = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if grouped else 0
+        self.size = dist.get_world_size() if grouped else 1
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all processes get through, or in which all raise: the one that failed its own error.
+
+        Raises:
+            PeerError: another process failed.
+        """
+        try:
+            yield
+        except PeerError:
+            raise  # all know
+        except Exception as error:
+            if not vars(error).get("told_peers"):
+                vars(error)["told_peers"] = True
+                self._exchange(None, f"{type(error).__name__}: {error}")
+            raise
+        self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, by rank; small Python objects.
+
+        Raises:
+            PeerError: another process failed.
+        """
+        replies = self._exchange(value, None)
+        failed = {rank: error for rank, (_, error) in enumerate(replies) if error is not None}
+        if failed:
+            rank, error = next(iter(failed.items()))
+            raise PeerError(f"process {rank} of {self.size} failed, so this one (rank {self.rank}) stops: {error}")
+        return [reply for reply, _ in replies]
+
+    def add(self, tensor: Tensor) -> None:
+        """Add up ``tensor`` over all processes, in place. Shape and dtype must be the same everywhere."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def require_same(self, function: str, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse tensors that differ between processes, by their sums in float64.
+
+        Raises:
+            ValueError: a tensor differs (it is named), or some processes have others.
+        """
+        if self.size == 1:
+            return
+        found = [tensor.detach() for tensor in tensors.values()]
+        sums = [torch.stack([t.sum(dtype=torch.float64), t.abs().sum(dtype=torch.float64)]) for t in found]
+        mine = dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
+        for rank, theirs in enumerate(self.gather(mine)):
+            if theirs != mine:
+                name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "")
+                raise ValueError(
+                    f"{function}: every process must hold the same weights, got others on rank {rank} than on rank "
+                    f"{self.rank} [{name}]. Start from the same weights and train under DistributedDataParallel."
+                )
+
+    def _exchange(self, value: Any, error: str | None) -> list[Any]:
+        if self.size == 1:
+            return [(value, error)]
+        replies: list[Any] = [None] * self.size
+        dist.all_gather_object(replies, (value, error))
+        return replies
+
+
+def processes() -> Processes:
+    """Those that share a task now.
+
+    Example:
+        >>> processes().gather("alone")
+        ['alone']
+    """
+    return Processes()
+
+
+def together(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, whose error in one process is an error in all of them: :meth:`Processes.together` around a call.
+
+    Example:
+        >>> together(len)("ab")
+        2
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        with processes().together():
+            return function(*args, **kwargs)
+
+    return guarded

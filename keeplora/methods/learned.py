@@ -1,0 +1,46 @@
+"""What a task puts into the bases: the directions its inputs use beyond those that are protected already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from keeplora.distributed import processes
+from keeplora.integrations import token_mask
+from keeplora.lora import LoraSlot, feature_statistics
+from keeplora.math.lowrank import Extension, extend_basis
+from keeplora.math.precision import full_precision
+
+from .base import LossFn
+from .config import KeepLoraConfig
+from .progress import for_all_layers, progress
+
+__all__ = ["extended_bases"]
+
+
+def extended_bases(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    forward: LossFn,
+    config: KeepLoraConfig,
+    bases: Sequence[Tensor],
+    *,
+    shown: bool | None,
+) -> list[Extension]:
+    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for."""
+    energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
+    with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
+        statistics = feature_statistics(
+            model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
+            sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
+        )  # fmt: skip
+
+    def compute(group: list[int]) -> list[Extension]:
+        moments = [statistics[i].moment for i in group]
+        return extend_basis([bases[i] for i in group], moments, [energies[i] for i in group])
+
+    with full_precision(slots[0].weight.device):
+        return for_all_layers(slots, compute, "bases", shown=shown)
