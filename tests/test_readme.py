@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from keeplora.methods import METHODS
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -18,7 +20,12 @@ def blocks():
 @pytest.mark.parametrize("code", list(blocks()))
 def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "<block>", "exec"), {"__name__": "__example__"})
+    methods = dict(METHODS)
+    try:
+        exec(compile(code, "<block>", "exec"), {"__name__": "__example__"})
+    finally:  # a page may register a method of its own
+        METHODS.clear()
+        METHODS.update(methods)
 
 
 def test_the_readme_shows_both_commands_and_an_example():
