@@ -305,7 +305,7 @@ def _check_layer(function: str, path: str, module: Any, name: str) -> None:
         if factor.dtype not in (torch.float32, torch.float64) or factor.is_meta:
             raise TypeError(
                 f"{function}: adapters must be float32, got {factor.dtype} on {factor.device} [{path}]: in half "
-                "precision A reaches back into what is protected (2e-3 of its length in bfloat16). "
+                "precision A reaches back into what is protected (1e-3 of its length in bfloat16). "
                 "Keep PEFT's autocast_adapter_dtype=True and low_cpu_mem_usage=False."
             )
 
