@@ -12,6 +12,7 @@ _EXAMPLES = """examples:
   keeplora demo --methods lora keeplora++ --seeds 1
   keeplora run quick                              a shipped configuration
   keeplora run my.toml --out runs/mine            your own; see keeplora/train/configs/demo.toml
+  keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
   keeplora info                                   versions, kernels, methods, benchmarks
 
 Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
@@ -77,6 +78,28 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     return 0
 
 
+def _compare(parsed: argparse.Namespace) -> int:
+    from keeplora.report.comparison import report_comparison
+    from keeplora.report.info import check_machine
+    from keeplora.train.benchmark import run_benchmark
+    from keeplora.train.compare import comparison
+    from keeplora.train.estimate import announcement
+
+    chosen = comparison(
+        parsed.benchmark,
+        budget=parsed.budget,
+        methods=parsed.methods,
+        seeds=parsed.seeds,
+        out=parsed.out,
+        workers=parsed.workers,
+    )
+    check_machine(chosen.config)
+    print(announcement(chosen.config, chosen.workload), file=sys.stderr)
+    records = run_benchmark(chosen.config, workload=chosen.workload)
+    print(report_comparison(chosen.config, records, chosen.notes()))
+    return 0
+
+
 def _info(parsed: argparse.Namespace) -> int:
     from keeplora.report.info import describe
 
@@ -116,6 +139,25 @@ def _parser() -> argparse.ArgumentParser:
     _shared(run, default_out="as in CONFIG")
     run.set_defaults(command=_run)
 
+    compare = commands.add_parser(
+        "compare",
+        help="compare all methods, each with the settings its own validation chose",
+        description="Runs every method and seed, or continues, and writes the table (table.md, summary.json, "
+        "metrics.csv) and charts. Prints an estimate of the time first.",
+        epilog="examples:\n  keeplora compare --methods all --seeds 3\n  keeplora compare --budget small\n"
+        "  keeplora compare --methods ablations --benchmark minilm\n  keeplora compare --methods lora inflora keeplora",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _shared(compare, default_out="runs/compare-BENCHMARK-BUDGET", methods="all")
+    compare.add_argument(
+        "--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: the budget's)"
+    )
+    compare.add_argument("--budget", default="full", metavar="small|full", help="small: 10 minutes on 2 cores")
+    compare.add_argument(
+        "--benchmark", default="embedded", metavar="NAME", help="embedded (default), minilm, or a TOML file like theirs"
+    )
+    compare.set_defaults(command=_compare)
+
     info = commands.add_parser(
         "info", help="show versions, compiled kernels, methods and benchmarks", description="What is installed here."
     )
@@ -123,10 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared(parser: argparse.ArgumentParser, *, default_out: str) -> None:
+def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str | None = None) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
     parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, e.g. lora keeplora++")
+    only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help=only, default=None if methods is None else [methods]
+    )
 
 
 def _positive(text: str) -> int:

@@ -42,6 +42,9 @@ class KeepLoraConfig:
             numbers are too many; or ``"slot_mean"`` as in the public CLIP code (for parity runs).
         sketch_share: Columns of the features' sketch as a share of the layer's width; more than the share of
             directions that ``feature_energy`` will protect.
+        directions: Where an adapter's A comes from: ``"gradient"``, the leading directions of the task's gradient in
+            free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
+            what the gradient is worth.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
         forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
@@ -77,6 +80,7 @@ class KeepLoraConfig:
     weight_side: Literal["input", "output"] = "input"
     feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
     sketch_share: float = 0.25
+    directions: Literal["gradient", "random"] = "gradient"
     init_b: Literal["zero", "gradient"] = "zero"
     forward: Literal["auto", "merged", "factored"] = "auto"
     dropout: float = 0.0
@@ -105,6 +109,7 @@ class KeepLoraConfig:
         choices = {
             "weight_side": ("input", "output"),
             "feature_statistic": ("second_moment", "slot_mean", "sketch"),
+            "directions": ("gradient", "random"),
             "init_b": ("zero", "gradient"),
             "forward": ("auto", "merged", "factored"),
             "gradient_statistic": ("auto", "exact", "sketch"),
@@ -114,7 +119,11 @@ class KeepLoraConfig:
                 raise ValueError(
                     f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-
+        if self.directions == "random" and self.init_b == "gradient":
+            raise ValueError(
+                'KeepLoraConfig: init_b must be "zero" with directions="random", got "gradient": '
+                "without a gradient pass there is none to start B from"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"KeepLoraConfig: dropout must lie in [0, 1), got {self.dropout}")
         if self.dropout and self.forward == "merged":

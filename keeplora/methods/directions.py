@@ -1,4 +1,4 @@
-"""Where a task wants to go: the passes over its data, exact or sketched, and the directions they give."""
+"""Where a task wants to go: the passes over its data, exact or sketched, and the directions they give; or chance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,48 @@ from .base import LossFn
 from .config import KeepLoraConfig
 from .progress import for_all_layers, progress
 
-__all__ = ["TaskGradients"]
+__all__ = ["RandomDirections", "TaskGradients", "direction_finder"]
+
+
+def direction_finder(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    loss_fn: LossFn,
+    config: KeepLoraConfig,
+    task: int,
+    shown: bool | None = None,
+) -> TaskGradients | RandomDirections:
+    """What ``config.directions`` asks for; the passes over the data, if any, are made here."""
+    if config.directions == "random":
+        return RandomDirections(slots, config, task)
+    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown)
+
+
+class RandomDirections:
+    r"""Directions of free space that know nothing of the task: the control of gradient initialisation.
+
+    .. math:: A = \mathrm{orth}\big((I - Q Q^\top)\,Z\big)^\top, \quad Z_{ij} \sim \mathcal N(0, 1)
+
+    so that the span of A is uniformly distributed in the complement of Q; the same for the same seed and task.
+    """
+
+    def __init__(self, slots: Sequence[LoraSlot], config: KeepLoraConfig, task: int):
+        self.slots, self.r = slots, config.r
+        self.seed = int(config.seed) * 1009 + task
+
+    def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
+        """r directions outside of every basis, fewer where less is free; ``s`` is 1."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = []
+        with full_precision(self.slots[0].weight.device):
+            for slot, q in zip(self.slots, bases, strict=True):
+                r = min(self.r, q.shape[0] - q.shape[1])
+                drawn = torch.randn(q.shape[0], r, generator=generator).to(q.device)
+                (columns,) = reorthogonalize([drawn], [q]) if r else [drawn]
+                nothing = q.new_zeros(slot.weight.shape[0], columns.shape[1])
+                found.append(TopDirections(columns.T.contiguous(), q.new_ones(columns.shape[1]), nothing))
+        return found
 
 
 class TaskGradients:

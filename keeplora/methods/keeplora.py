@@ -31,7 +31,7 @@ from .base import LossFn, Method, State, freeze
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
-from .directions import TaskGradients
+from .directions import direction_finder
 from .learned import extended_bases
 from .peft_exchange import PeftExchange
 from .pretrained import weight_bases
@@ -148,11 +148,13 @@ class KeepLora(PeftExchange, Method):
             if not callable(loss_fn):
                 raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
             self._require_same_weights("before_task")
-            gradients = TaskGradients(self.model, self.slots, loader, loss_fn, self.config, shown=self.progress)
+            found = direction_finder(
+                self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress
+            )
             with full_precision(self.slots[0].weight.device):
                 protected = self._protected_or_weights()
             bases = [p.basis for p in protected]
-            directions = gradients.directions(bases)
+            directions = found.directions(bases)
             adapters = [
                 new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
             ]

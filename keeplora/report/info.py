@@ -14,6 +14,7 @@ from keeplora.methods import METHODS
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
 from keeplora.train.catalog import BENCHMARKS
+from keeplora.train.compare import shipped_comparisons
 from keeplora.train.config import ConfigError, RunConfig, shipped_configs
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
@@ -27,8 +28,10 @@ def check_machine(config: RunConfig) -> None:
     needed = {"matplotlib": "matplotlib"}
     if config.tensorboard:
         needed["tensorboard"] = "tensorboard"
-    if config.benchmark in BENCHMARKS:
+    if config.benchmark.startswith("embedded"):
         needed["open_clip"] = "open_clip_torch"
+    if config.benchmark.startswith("minilm"):
+        needed["transformers"] = "transformers"
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         raise ConfigError(
@@ -57,6 +60,7 @@ def describe() -> str:
         "",
         "benchmarks  " + ", ".join(BENCHMARKS) + ", or your own as package.module:function",
         "configs     " + ", ".join(shipped_configs()),
+        "comparisons " + ", ".join(shipped_comparisons()),
     ]
     return "\n".join(lines)
 

@@ -18,7 +18,10 @@ from keeplora.train.checkpoint import RunRecord
 Array = NDArray[np.float64]
 
 _COLOURS = {"full": "#8c8c8c", "lora": "#e07b28", "keeplora": "#3b78c3", "keeplora++": "#14866d"}
-_SPARE = ("#9657a8", "#c23b5a", "#7a6a2f", "#2aa3b5", "#5b5fc7", "#a0522d")
+_SPARE = (
+    "#9657a8", "#c23b5a", "#7a6a2f", "#2aa3b5", "#5b5fc7", "#a0522d", "#4f8f2f", "#d0679d", "#b8860b", "#35607d",
+    "#8b1e3f", "#6d8f8a", "#c46f5c", "#3f3f8f", "#98a33a", "#7b4b94",
+)  # fmt: skip
 _BARS = (("last", "Last", "all tasks, at the end"), ("avg", "Avg", "all tasks, at all times"),
          ("transfer", "Transfer", "tasks not yet learned"))  # fmt: skip
 
@@ -66,7 +69,7 @@ def _curves(
     axes.axhline(start, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.04 * (high - low))
-    _end_labels(axes, [*ends, (start, "zero-shot")], float(x[-1]), palette)
+    end_labels(axes, [*ends, (start, "zero-shot")], float(x[-1]), palette)
     axes.set_xlim(-0.2, len(tasks) + 0.1)
     axes.set_xticks(x, ["start", *(f"+ {name}" for name in tasks)], rotation=35, ha="right")
     axes.set_title("Mean accuracy over all tasks, after each task", loc="left", fontsize=11.5, color=INK)
@@ -74,7 +77,9 @@ def _curves(
     plain(axes)
 
 
-def _end_labels(axes: Axes, ends: list[tuple[float, str]], x: float, palette: Mapping[str, str]) -> None:
+def end_labels(
+    axes: Axes, ends: list[tuple[float, str]], x: float, palette: Mapping[str, str], *, signed: bool = False
+) -> None:
     """Names at the right end of their lines, pushed apart where lines end close together."""
     low, high = axes.get_ylim()
     gap = 0.05 * (high - low)
@@ -87,8 +92,9 @@ def _end_labels(axes: Axes, ends: list[tuple[float, str]], x: float, palette: Ma
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
     for place, (value, label) in zip(places, ends, strict=True):
+        number = f"{value:+.1f}" if signed else f"{value:.1f}"
         axes.annotate(
-            f"{label}  {value:.1f}", (x, value), xytext=(x + 0.25, place), textcoords="data", va="center",
+            f"{label}  {number}", (x, value), xytext=(x + 0.25, place), textcoords="data", va="center",
             fontsize=10, fontweight="bold", color=palette.get(label, INK), annotation_clip=False,
         )  # fmt: skip
 
@@ -139,7 +145,7 @@ def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
             dark = matrix[i, j] > 55
             axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=9.5,
                       color="white" if dark else INK, fontweight="bold" if i == j else "normal")  # fmt: skip
-    _staircase(axes, len(tasks))
+    staircase(axes, len(tasks))
     axes.set_xticks(range(columns), names, rotation=35, ha="right")
     axes.set_yticks(range(rows), [f"after {name}" for name in tasks])
     axes.set_title(f"{label}: accuracy on each task (%)", loc="left", fontsize=12, fontweight="bold", color=INK)
@@ -152,7 +158,8 @@ def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
     save(figure, path)
 
 
-def _staircase(axes: Axes, tasks: int) -> None:
+def staircase(axes: Axes, tasks: int) -> None:
+    """The line between tasks that are learned (below) and those that are not."""
     xs, ys = [-0.5], [-0.5]
     for i in range(tasks):
         xs += [i + 0.5, i + 0.5]

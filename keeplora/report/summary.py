@@ -33,7 +33,8 @@ def run_values(record: RunRecord) -> dict[str, float]:
     """Metrics (percent) and costs of one run.
 
     ``train_seconds`` are the optimizer steps, ``switch_seconds`` what the method does before and after a task;
-    both summed over tasks. ``trainable_parameters`` is the largest number during a task.
+    both summed over tasks. ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean
+    over all steps, ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
     """
     values = continual_metrics(100 * np.asarray(record.accuracy, dtype=np.float64)).as_dict()
     if record.witness:
@@ -46,7 +47,16 @@ def run_values(record: RunRecord) -> dict[str, float]:
         "evaluate_seconds": sum(record.evaluate_seconds),
         "peak_bytes": record.peak_bytes,
         "trainable_parameters": max(record.trainable, default=0),
+        "seconds_per_step": sum(record.train_seconds) / max(record.steps, 1),
+        **_overhead(record),
     }
+
+
+def _overhead(record: RunRecord) -> dict[str, float]:
+    if not record.inference_seconds:
+        return {}
+    ours, plain = record.inference_seconds
+    return {"inference_overhead": 100 * (ours / plain - 1)}
 
 
 def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def write_summary(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, 
     summary = summarize(config, records)
     rows = [{"method": record.label, "seed": record.seed, **run_values(record)} for record in records]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    _write_csv(out / "metrics.csv", columns, [[row.get(column, "") for column in columns] for row in rows])
+    write_csv(out / "metrics.csv", columns, [[row.get(column, "") for column in columns] for row in rows])
     for record in records:
         write_matrix(run_folder(out, record.label, record.seed) / "accuracy.csv", record)
     write_json(out / "summary.json", summary)
@@ -136,19 +146,31 @@ def write_matrix(path: Path, record: RunRecord) -> None:
     for i, row in enumerate(record.accuracy):
         values = [*row, *([record.witness[i]] if record.witness else [])]
         rows.append([record.tasks[i], *(f"{100 * value:.4f}" for value in values)])
-    _write_csv(path, header, rows)
+    write_csv(path, header, rows)
 
 
 def _over_seeds(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {name: mean_std([run[name] for run in runs]) for name in runs[0]}
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    return {name: mean_std([run[name] for run in runs]) for name in shared}
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table as CSV, whole or not at all."""
+
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             writer.writerows(rows)
+
+    write_atomic(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
 
     write_atomic(path, write)
 

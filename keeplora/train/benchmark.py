@@ -36,23 +36,31 @@ class WorkerError(RuntimeError):
     """A run failed in its process; the message holds its traceback."""
 
 
-def run_benchmark(config: RunConfig, *, console: Listener | None = None) -> list[RunRecord]:
+def run_benchmark(
+    config: RunConfig, *, console: Listener | None = None, workload: Workload | None = None
+) -> list[RunRecord]:
     """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
 
     Results land in ``config.out`` (see :mod:`keeplora.train.checkpoint`). Finished pairs are read back, pairs
-    that were interrupted continue. With ``config.workers = 0`` everything runs in this process.
+    that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
+    loaded already need not be loaded again.
 
     Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``WorkerError``
     when a run fails; ``KeyboardInterrupt`` after Ctrl-C, when the workers have stopped and the folder can be
     resumed.
     """
-    workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+    if workload is None:
+        workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
     check_methods(config, workload)
     claim_folder(config, workload.fingerprint())
     shown = Console(len(workload.tasks) * len(config.pairs())) if console is None else None
     listener: Listener = console if console is not None else shown  # type: ignore[assignment]
     try:
-        waiting = _unfinished(config, listener)
+        waiting = unfinished(config)
+        tasks = len(workload.tasks)
+        for label, seed in config.pairs():
+            if (label, seed) not in waiting:
+                listener(Event("done", label, seed, tasks, tasks, text="already finished"))
         if config.workers == 0:
             for label, seed in waiting:
                 run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
@@ -97,16 +105,13 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             raise ConfigError(f"check_methods: the settings of {label} must suit {entry.method}: {error}") from error
 
 
-def _unfinished(config: RunConfig, listener: Listener) -> list[tuple[str, int]]:
-    waiting = []
-    for label, seed in config.pairs():
-        record = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
-        if record is None:
-            waiting.append((label, seed))
-        else:
-            tasks = len(record.tasks)
-            listener(Event("done", label, seed, tasks, tasks, text="already finished"))
-    return waiting
+def unfinished(config: RunConfig) -> list[tuple[str, int]]:
+    """The (label, seed) of ``config`` that have no result in its folder yet, in the order they run."""
+    return [
+        (label, seed)
+        for label, seed in config.pairs()
+        if load_result(run_folder(config.out, label, seed), config.identity(label, seed)) is None
+    ]
 
 
 @dataclass
@@ -245,4 +250,4 @@ def _spawning(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-__all__ = ["WorkerError", "check_methods", "read_records", "run_benchmark"]
+__all__ = ["WorkerError", "check_methods", "read_records", "run_benchmark", "unfinished"]

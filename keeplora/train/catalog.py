@@ -13,10 +13,15 @@ def load_workload(name: str, device: str = "cpu") -> Workload:
     """The benchmark called ``name``: one of :data:`BENCHMARKS`, or ``"package.module:function"``.
 
     A function outside the package is called with the device and returns a :class:`Workload`.
-    Raises :class:`~keeplora.train.config.ConfigError` for a name that leads nowhere.
+    Raises :class:`~keeplora.train.config.ConfigError` for a name that leads nowhere, or a package that is missing.
     """
     if name in BENCHMARKS:
-        return BENCHMARKS[name](device)
+        try:
+            return BENCHMARKS[name](device)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"load_workload: benchmark {name!r} must have what it needs installed: {error}"
+            ) from error
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise ConfigError(
@@ -39,5 +44,28 @@ def _embedded(device: str) -> Workload:
     return embedded_workload(device)
 
 
-BENCHMARKS: dict[str, Callable[[str], Workload]] = {"embedded": _embedded}
+def _embedded_small(device: str) -> Workload:
+    from keeplora.train.classification import embedded_workload
+
+    return embedded_workload(device, small=True)
+
+
+def _minilm(device: str) -> Workload:
+    from keeplora.train.text import minilm_workload  # here, because it needs transformers
+
+    return minilm_workload(device)
+
+
+def _minilm_small(device: str) -> Workload:
+    from keeplora.train.text import minilm_workload
+
+    return minilm_workload(device, small=True)
+
+
+BENCHMARKS: dict[str, Callable[[str], Workload]] = {
+    "embedded": _embedded,
+    "embedded-small": _embedded_small,
+    "minilm": _minilm,
+    "minilm-small": _minilm_small,
+}
 """Benchmarks by name; each is built for a device."""

@@ -22,7 +22,9 @@ CONFIG_FILE = "config.json"
 class RunRecord:
     """What is measured in one run of one method with one seed. Accuracies are fractions.
 
-    ``accuracy[i][j]`` is task j after task i; ``witness[i]`` the task that is never trained.
+    ``accuracy[i][j]`` is task j after task i; ``witness[i]`` the task that is never trained. ``inference_seconds`` are
+    those of one evaluation at the end of the run and of the same by the untouched pretrained model; empty in results
+    of 0.1's first runs, which did not measure them.
     """
 
     label: str
@@ -37,6 +39,7 @@ class RunRecord:
     certificates: list[dict[str, Any] | None] = field(default_factory=list)
     capacity: list[dict[str, Any]] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
+    inference_seconds: list[float] = field(default_factory=list)
     steps: int = 0
     peak_bytes: int = 0
 

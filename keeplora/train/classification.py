@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -70,16 +71,32 @@ class ClassificationWorkload:
         return accuracy(model, chosen, cast(SplitName, split), batch_size=batch_size) / 100
 
 
-def embedded_workload(device: str) -> ClassificationWorkload:
-    """The tasks and the model that are shipped with the package."""
+_SMALL_TASKS, _SMALL_IMAGES = 4, 200
+
+
+def embedded_workload(device: str, *, small: bool = False) -> ClassificationWorkload:
+    """The tasks and the model that are shipped with the package.
+
+    ``small``: the first four tasks, validation and test splits of at most 200 images; for a look within minutes.
+    """
     from keeplora.tasks.embedded import load_model, load_tasks
 
     tasks, witness = load_tasks()
+    if small:
+        tasks, witness = [_small(task) for task in tasks[:_SMALL_TASKS]], _small(witness)
     return ClassificationWorkload(tasks, witness, load_model, device=device)
 
 
 def _bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _small(task: Task) -> Task:
+    def thinned(split: Split) -> Split:
+        every = -(-len(split) // _SMALL_IMAGES)
+        return Split(split.images[::every], split.labels[::every])
+
+    return replace(task, validation=thinned(task.validation), test=thinned(task.test))
 
 
 def _moved(task: Task, device: str) -> Task:

@@ -27,6 +27,7 @@ from keeplora.train.batches import First, Union
 from keeplora.train.checkpoint import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener, silent
+from keeplora.train.inference import fastest
 from keeplora.train.memory import peak_bytes, reset_peak
 from keeplora.train.scalars import Scalars, open_scalars
 from keeplora.train.workload import Batches, Workload
@@ -106,6 +107,7 @@ class _Run:
         capacity = self.method.capacity()
         if capacity is not None:
             self.record.capacity = capacity.to_dict()["layers"]
+        self.record.inference_seconds = self.inference()
         if self.folder is not None:
             save_result(self.folder, self.record, identity, keep_state=self.config.keep_states)
         self.tell("done", len(self.names), text=self.summary())
@@ -252,6 +254,18 @@ class _Run:
             if self.workload.witness is None:
                 return row, None
             return row, self.workload.accuracy(self.model, None, split, size)
+
+    def inference(self) -> list[float]:
+        """Seconds of one evaluation by the model as it stands, and by the pretrained one before any method had it."""
+        task = None if self.workload.witness is not None else 0
+        split, size = self.config.evaluate_on, self.config.evaluation_batch_size
+        plain = self.workload.model().to(self.config.device).eval()
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            return fastest(
+                [partial(self.workload.accuracy, model, task, split, size) for model in (self.model, plain)],
+                self.config.device,
+            )
 
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         with self.autocast():

@@ -1,0 +1,139 @@
+"""The report of a comparison: one table of all methods, as text, Markdown, CSV and JSON, and its charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keeplora.report.capacity import tightest_run
+from keeplora.report.summary import group, write_csv, write_summary, write_text
+from keeplora.train.checkpoint import RunRecord
+from keeplora.train.config import RunConfig
+
+
+class Column(NamedTuple):
+    """A column of the table: a value of the summary, its title, and how to print it."""
+
+    key: str
+    title: str
+    digits: int = 1
+    factor: float = 1.0
+    spread: bool = True
+
+
+COLUMNS = (
+    Column("transfer", "Transfer"),
+    Column("avg", "Avg"),
+    Column("last", "Last"),
+    Column("forgetting", "Forgetting"),
+    Column("trainable_parameters", "trained", digits=0, spread=False),
+    Column("seconds_per_step", "ms/step", digits=0, factor=1000.0, spread=False),
+    Column("switch_seconds", "switch s", spread=False),
+    Column("peak_bytes", "peak MB", digits=0, factor=1e-6, spread=False),
+    Column("inference_overhead", "inference %", digits=0, spread=False),
+)
+"""What the table shows; accuracies in percent, mean ± std over seeds."""
+
+
+def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Sequence[str] = ()) -> str:
+    """Write every file of the comparison into ``config.out``; returns the table, the notes and where the files are.
+
+    table.md and comparison.csv (a line for every method), summary.json, metrics.csv (a line for every run), an
+    accuracy.csv per run, and the charts: last-transfer.png, forgetting.png, matrices.png and an accuracy-<method>.png
+    each, capacity.png for the methods that protect a subspace.
+    """
+    from keeplora.report.comparison_plots import (  # needs matplotlib
+        plot_forgetting,
+        plot_last_against_transfer,
+        plot_matrices,
+        plot_protected,
+    )
+    from keeplora.report.plots import plot_matrix
+
+    out = Path(config.out)
+    summary = write_summary(config, records)
+    rows = table_rows(summary)
+    write_csv(out / "comparison.csv", *csv_rows(summary))
+    markdown = "\n".join([markdown_table(rows), "", caption(summary), *(f"\n{note}" for note in notes), ""])
+    write_text(out / "table.md", markdown)
+
+    runs = group(config, records)
+    charts = [out / "matrices.png"]
+    plot_matrices(charts[0], runs)
+    for label, label_records in runs.items():
+        plot_matrix(out / f"accuracy-{label}.png", label, label_records)
+    if summary["methods"]:
+        charts += [out / "last-transfer.png", out / "forgetting.png"]
+        plot_last_against_transfer(charts[1], summary)
+        plot_forgetting(charts[2], summary, runs)
+    tightest = {label: found[1] for label, records in runs.items() if (found := tightest_run(records)) is not None}
+    if plot_protected(out / "capacity.png", tightest):
+        charts.append(out / "capacity.png")
+    lines = [caption(summary), text_table(rows), "", *notes]
+    return "\n".join([*lines, "charts: " + ", ".join(map(str, charts)), f"numbers: {out / 'table.md'}, summary.json, "
+                      "comparison.csv, metrics.csv"])  # fmt: skip
+
+
+def caption(summary: Mapping[str, Any]) -> str:
+    """What the numbers are."""
+    seeds = len(summary["seeds"])
+    spread = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"{summary['benchmark']}: {len(summary['tasks'])} tasks, {spread}, accuracy on {summary['split']} in percent; "
+        "switch s: all task switches together; inference %: one evaluation against the untouched model's"
+    )
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Titles, zero-shot, then every method; an empty cell where nothing was measured."""
+    methods = summary["methods"]
+    shown = [
+        column
+        for column in COLUMNS
+        if any(column.key in values for values in (summary["zero_shot"], *methods.values()))
+    ]
+    header = ["method", *(column.title for column in shown)]
+    body = [
+        [label, *(_cell(values.get(column.key), column) for column in shown)]
+        for label, values in {"zero-shot": summary["zero_shot"], **methods}.items()
+    ]
+    return [header, *body]
+
+
+def _cell(value: Mapping[str, float] | None, column: Column) -> str:
+    if value is None:
+        return ""
+    mean, std = (column.factor * value[name] for name in ("mean", "std"))
+    text = f"{mean:,.{column.digits}f}" if column.key != "inference_overhead" else f"{mean:+.{column.digits}f}"
+    return f"{text} ± {std:.{column.digits}f}" if column.spread and std else text
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows for a terminal: names to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def csv_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Header and a line for every method: mean and std of every value, in the units of summary.json."""
+    everything = {"zero-shot": summary["zero_shot"], **summary["methods"]}
+    keys = list(dict.fromkeys(key for values in everything.values() for key in values))
+    header = ["method", *(f"{key}_{part}" for key in keys for part in ("mean", "std"))]
+    rows = [
+        [label, *(values[key][part] if key in values else "" for key in keys for part in ("mean", "std"))]
+        for label, values in everything.items()
+    ]
+    return header, rows
