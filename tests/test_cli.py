@@ -34,11 +34,11 @@ def tiny(tmp_path):
 def test_help_shows_commands_and_examples():
     answer = keeplora("--help")
     assert answer.returncode == 0
-    for word in ("demo", "run", "info", "examples:", "Ctrl-C"):
+    for word in ("demo", "run", "compare", "info", "examples:", "Ctrl-C"):
         assert word in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "info"])
+@pytest.mark.parametrize("command", ["demo", "run", "compare", "info"])
 def test_help_of_every_command(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
@@ -149,5 +149,15 @@ def test_a_defect_is_not_disguised_as_bad_input(monkeypatch):
 def test_info_names_what_is_there(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for name in (*METHODS, *shipped_configs(), "embedded", "torch", "CUDA", "project_rows", "extension"):
+    for name in (
+        *METHODS,
+        *shipped_configs(),
+        "embedded",
+        "minilm",
+        "comparisons",
+        "torch",
+        "CUDA",
+        "project_rows",
+        "extension",
+    ):
         assert name in shown

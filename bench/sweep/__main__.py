@@ -1,6 +1,10 @@
 """Find every method's settings on the VALIDATION splits of the embedded benchmark; the test splits are never read.
 
     python -m bench.sweep --methods full lora keeplora keeplora++ --out build/sweep
+    python -m bench.sweep --comparison embedded --out build/sweep-compare
+
+The second form chooses the learning rates of `keeplora compare` (bench/sweep/rates.toml, results in compare.jsonl): one
+seed, on the first tasks of the benchmark (its small form) with the full budget's training of each.
 
 The rule, one for every method: best Last, less five points for every point of Transfer lost beyond three under
 zero-shot. Full fine-tuning is there to show what the tasks allow, so it is chosen by Last alone. The seeds (100, 101)
@@ -17,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,15 @@ from bench.sweep.search import Settings, as_method, candidates, label_of, ranked
 from keeplora.report.summary import run_values
 from keeplora.train.benchmark import run_benchmark
 from keeplora.train.catalog import load_workload
+from keeplora.train.checkpoint import load_result, run_folder
+from keeplora.train.compare import comparison
 from keeplora.train.config import RunConfig, fingerprint, load_config
+from keeplora.train.console import Console
+from keeplora.train.events import Event
 
 HERE = Path(__file__).parent
+REFERENCES = ("full", "joint")
+"""Methods that show what the tasks allow: chosen by Last alone."""
 
 
 class Sweep:
@@ -73,9 +84,16 @@ class Sweep:
                 method={label: as_method(m, s) for label, (m, s) in chosen.items()},
                 seeds=(seed,),
             )
-            for record in run_benchmark(config):
-                if record.label in chosen:
-                    self.add(record.label, *chosen[record.label], seed, run_values(record))
+            run_benchmark(config, console=partial(self.hear, config, chosen, Console(0)))
+
+    def hear(self, config: RunConfig, chosen: dict[str, tuple[str, Settings]], console: Console, event: Event) -> None:
+        """Show an event; the row of a run that is done is written at once, a sweep may be stopped at any time."""
+        console(event)
+        if event.kind == "done" and event.label in chosen:
+            seed = event.seed
+            record = load_result(run_folder(config.out, event.label, seed), config.identity(event.label, seed))
+            assert record is not None
+            self.add(event.label, *chosen[event.label], seed, run_values(record))
 
     def add(self, label: str, method: str, settings: Settings, seed: int, values: dict[str, float]) -> None:
         row = {
@@ -148,19 +166,49 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
+def small_benchmark(name: str) -> RunConfig:
+    """A comparison's full training of every task, on its small benchmark."""
+    small = comparison(name, budget="small").config
+    return replace(comparison(name, budget="full").config, benchmark=small.benchmark)
+
+
+def grid_of_rates(base: RunConfig, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """A grid whose stages try one learning rate of every method each, around the comparison's other settings."""
+    return {
+        "finalists": 1,
+        **{
+            method: {
+                "start": dict(base.of(method).settings),
+                "stages": [{"try": [{"learning_rate": rate}]} for rate in tried],
+                "reference": method in REFERENCES,
+            }
+            for method, tried in rates.items()
+        },
+    }
+
+
 def main() -> None:
     grid = tomllib.loads((HERE / "grid.toml").read_text(encoding="utf-8"))
-    known = [name for name, entry in grid.items() if isinstance(entry, dict)]
+    rates = tomllib.loads((HERE / "rates.toml").read_text(encoding="utf-8"))
+    known = sorted({*(name for name, entry in grid.items() if isinstance(entry, dict)), *rates["embedded"]})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="NAME")
+    parser.add_argument("--comparison", choices=list(rates), help="choose learning rates for keeplora compare")
     parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
+    parser.add_argument("--results", type=Path, help="default: results.jsonl or compare.jsonl here")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 100 101; with --comparison 100")
     parser.add_argument("--config", default="demo", help="configuration that gives benchmark, epochs, batch size, …")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--workers", type=int, default=2)
     parsed = parser.parse_args()
-    base = load_config(parsed.config)
+    if parsed.comparison:
+        parsed.seeds, parsed.results = parsed.seeds or [100], parsed.results or HERE / "compare.jsonl"
+        base = small_benchmark(parsed.comparison)
+        grid = grid_of_rates(base, rates[parsed.comparison])
+    else:
+        parsed.seeds, parsed.results = parsed.seeds or [100, 101], parsed.results or HERE / "results.jsonl"
+        base = load_config(parsed.config)
+    parsed.methods = parsed.methods or [name for name, entry in grid.items() if isinstance(entry, dict)]
     taken = sorted(set(parsed.seeds) & set(base.seeds))
     if taken:
         parser.error(f"--seeds must not be those the configuration is evaluated with, got {taken}")

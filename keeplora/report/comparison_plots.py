@@ -18,6 +18,7 @@ from keeplora.report.style import GRID, INK, SOFT, plain, save
 from keeplora.train.checkpoint import RunRecord
 
 _MARKERS = "osD^vPX"
+_ORDER = {part: place for place, part in enumerate("qkvo")}
 
 
 def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
@@ -64,6 +65,8 @@ def _name_points(
     frame = axes.get_window_extent()
     scale = figure.dpi / 72
     taken = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in places]
+    x, y = places[0]  # the lines of zero-shot
+    taken += [(frame.x0, y - scale, frame.x1, y + scale), (x - scale, frame.y0, x + scale, frame.y1)]
     for (x, y), (_, _, label) in sorted(zip(places, points, strict=True), key=lambda item: -item[0][1]):
         width, height = 6.0 * len(label) * scale, 12 * scale
         best, cost = (0.0, 0.0, 0.0), float("inf")
@@ -172,7 +175,7 @@ def plot_protected(path: Path, capacities: Mapping[str, Capacity]) -> bool:
     labels = list(capacities)
     layers = sorted(
         {(layer.tower, layer.depth, _part(layer.name)) for capacity in capacities.values() for layer in capacity},
-        key=lambda layer: (layer[0] != "vision", *layer),
+        key=lambda layer: (layer[0] != "vision", *layer[:2], _ORDER.get(layer[2], len(_ORDER)), layer[2]),
     )
     share = np.full((len(labels), len(layers)), np.nan)
     for row, capacity in enumerate(capacities.values()):

@@ -39,9 +39,9 @@ class RunRecord:
     certificates: list[dict[str, Any] | None] = field(default_factory=list)
     capacity: list[dict[str, Any]] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
-    inference_seconds: list[float] = field(default_factory=list)
     steps: int = 0
     peak_bytes: int = 0
+    inference_seconds: list[float] = field(default_factory=list)
 
     @property
     def finished_tasks(self) -> int:
