@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser(
         "compare",
-        help="compare all methods, each with the settings its own validation chose",
+        help="compare all methods, each with settings of its own",
         description="Runs every method and seed, or continues, and writes the table (table.md, summary.json, "
         "metrics.csv) and charts. Prints an estimate of the time first.",
         epilog="examples:\n  keeplora compare --methods all --seeds 3\n  keeplora compare --budget small\n"

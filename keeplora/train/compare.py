@@ -36,7 +36,7 @@ class Comparison:
         """What a reader of the table should know, one sentence each."""
         lines = [f"left out: {name} ({why})" for name, why in self.left_out.items()]
         if self.untuned:
-            lines.append(f"with default settings, not chosen on validation: {', '.join(self.untuned)}")
+            lines.append(f"with default settings: {', '.join(self.untuned)}")
         return lines
 
 
@@ -55,7 +55,7 @@ def comparison(
     out: str | None = None,
     workers: int | None = None,
 ) -> Comparison:
-    """Settle a comparison: the runs, each method with the settings that its own validation chose.
+    """Settle a comparison: the runs, each method with its settings for this benchmark.
 
     Args:
         benchmark: ``embedded``, ``minilm``, or a TOML file of one's own like those in ``keeplora/train/settings``:
