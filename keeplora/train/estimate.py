@@ -71,7 +71,8 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
                 workload.accuracy(model.eval(), task, config.evaluate_on, config.evaluation_batch_size)
         evaluation = time.perf_counter() - started
     steps = config.steps if config.steps is not None else (config.epochs or 1) * len(batches)
-    switch = 2 * max(1, round(len(batches) * config.switch_fraction))
+    seen = max(1, round(len(batches) * config.switch_fraction))
+    switch = seen + seen / 3  # a pass with gradients before the task, one without after it
     tasks = len(workload.tasks)
     total = 0.0
     for label, _ in pairs:

@@ -65,9 +65,8 @@ def test_every_setting_of_the_grid_is_accepted_by_its_method():
 def test_every_rate_is_for_a_method_and_the_shipped_choice_is_among_the_tried(name):
     """A choice at the edge of what was tried may be extended by hand; one that nobody tried is a mistake."""
     rates = tomllib.loads(GRID.with_name("rates.toml").read_text(encoding="utf-8"))[name]
-    sections = tomllib.loads((GRID.parents[2] / "keeplora" / "train" / "settings" / f"{name}.toml").read_text())[
-        "method"
-    ]
+    shipped = GRID.parents[2] / "keeplora" / "train" / "settings" / f"{name}.toml"
+    sections = tomllib.loads(shipped.read_text(encoding="utf-8"))["method"]
     assert set(rates) <= set(METHODS)
     for method, tried in rates.items():
         assert len(set(tried)) == len(tried) >= 3
