@@ -1,5 +1,11 @@
-"""Every Python block of the README and of the documentation pages runs as printed."""
+"""Every Python block of the README and of the documentation pages runs, page by page and from top to bottom.
 
+A block that cannot run here, because it downloads weights or needs a GPU, says so to the reader in its first line:
+``# not run in CI: …``. It must compile, and it must contain the line that is the reason.
+"""
+
+import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,23 +15,62 @@ from keeplora.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = "# not run in CI: "
+REASONS = ("pretrained=", "from_pretrained(", "cuda", "load_dataset(", "hf_hub_download(")
 
 
-def blocks():
-    for page in PAGES:
-        for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)):
-            yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{i}")
+def fences(text):
+    """(language as written, line, code) of every fenced block."""
+    for match in re.finditer(r"^( *)```([^\n`]*)\n(.*?)^\1```", text, re.M | re.S):
+        yield match[2].strip(), text[: match.start()].count("\n") + 2, match[3]
 
 
-@pytest.mark.parametrize("code", list(blocks()))
-def test_python_block_runs(code, tmp_path, monkeypatch):
+def blocks(page):
+    return [(line, code) for language, line, code in fences(page.read_text()) if language == "python"]
+
+
+def named(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    methods = dict(METHODS)
+    methods, names = dict(METHODS), {"__name__": "__example__"}
     try:
-        exec(compile(code, "<block>", "exec"), {"__name__": "__example__"})
+        for line, code in blocks(page):
+            compiled = compile("\n" * (line - 1) + code, str(page), "exec")  # errors name the page's line
+            if not code.startswith(NOT_RUN):
+                exec(compiled, names)
     finally:  # a page may register a method of its own
         METHODS.clear()
         METHODS.update(methods)
+
+
+def test_blocks_that_are_not_run_have_their_reason_in_them():
+    for page in PAGES:
+        for line, code in blocks(page):
+            if NOT_RUN in code:
+                assert code.startswith(NOT_RUN), f"{page}:{line}: the remark must be the block's first line"
+                statements = ast.unparse(ast.parse(code))
+                assert any(reason in statements for reason in REASONS), f"{page}:{line}: nothing here needs {REASONS}"
+
+
+def test_code_is_in_fences_that_are_run():
+    """A block in ``py`` or ``Python``, or a fence with a typing error, would never be looked at."""
+    for page in PAGES:
+        for language, line, code in fences(page.read_text()):
+            assert language in ("", "python", "sh", "toml", "json"), f"{page}:{line}: unknown language {language!r}"
+            if language == "":
+                assert not re.search(r"^(import|from) \w+", code, re.M), f"{page}:{line}: Python without a language"
+
+
+def test_commands_in_the_documentation_name_modules_that_exist():
+    pattern = r"\b(?:python -m |`)((?:examples|bench)(?:\.\w+)+)"
+    modules = {name for page in PAGES for name in re.findall(pattern, page.read_text())}
+    assert "examples.plain_pytorch" in modules
+    for name in modules - {"bench.NOTES", "bench.gpu.sh"}:
+        assert importlib.util.find_spec(name), name
 
 
 def test_the_readme_shows_both_commands_and_an_example():
@@ -33,3 +78,19 @@ def test_the_readme_shows_both_commands_and_an_example():
     assert "make demo" in readme
     assert "make test" in readme
     assert "```python" in readme
+
+
+@pytest.mark.parametrize(
+    ("text", "test"),
+    [
+        ("```python\nx = 1  # not run in CI: no reason\n```\n", test_blocks_that_are_not_run_have_their_reason_in_them),
+        ("```python\n# not run in CI: laziness\nx = 1\n```\n", test_blocks_that_are_not_run_have_their_reason_in_them),
+        ("```\nimport torch\n```\n", test_code_is_in_fences_that_are_run),
+        ("```py\nx = 1\n```\n", test_code_is_in_fences_that_are_run),
+    ],
+)
+def test_a_page_that_escapes_is_noticed(text, test, tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.setitem(globals(), "PAGES", [tmp_path / "page.md"])
+    with pytest.raises(AssertionError):
+        test()

@@ -61,6 +61,7 @@ METHODS: dict[str, Registered] = {
     ),
     "hdsd": Registered(Hdsd, HdsdConfig, {}, "updates scaled by subspace and relative change (after arXiv:2605.07512)"),
 }
+"""Every method that :func:`create` knows, by name; more may be added."""
 
 
 def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Method:
