@@ -84,7 +84,12 @@ def restore(slot: LoraSlot, tensors: Mapping[str, Tensor], scaling: float, confi
 
 
 def warn_of_small_ranks(
-    slots: Sequence[LoraSlot], bases: Sequence[Tensor], directions: Sequence[TopDirections], r: int
+    slots: Sequence[LoraSlot],
+    bases: Sequence[Tensor],
+    directions: Sequence[TopDirections],
+    r: int,
+    *,
+    stacklevel: int = 3,
 ) -> None:
     """Name the layers whose adapters are smaller than r, or missing; as a warning of the caller's caller."""
     full = [s.name for s, q in zip(slots, bases, strict=True) if q.shape[0] == q.shape[1]]
@@ -101,5 +106,5 @@ def warn_of_small_ranks(
                 f"KeepLora: {len(names)} of {len(slots)} layers {what}: {shown}. "
                 "Lower weight_energy or feature_energy for more room.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )

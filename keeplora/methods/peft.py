@@ -131,7 +131,13 @@ def initialize(
         directions = gradients.directions(bases)
         for rank in sorted(set(ranks)):
             same = [i for i, other in enumerate(ranks) if other == rank]
-            warn_of_small_ranks([slots[i] for i in same], [bases[i] for i in same], [directions[i] for i in same], rank)
+            warn_of_small_ranks(
+                [slots[i] for i in same],
+                [bases[i] for i in same],
+                [directions[i] for i in same],
+                rank,
+                stacklevel=4,  # past the wrapper of together
+            )
     for layer, found in zip(layers, directions, strict=True):
         _start(layer, found)
     adapter.set_alphas(_scaled_alphas(adapter, state))
@@ -328,7 +334,7 @@ def _restore_confinement(layers: Sequence[PeftLayer], bases: Sequence[Tensor]) -
         "which changes what was learned. PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call "
         "keeplora.freeze_a(model) after those.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,  # past the wrappers of no_grad and together
     )
 
 

@@ -211,9 +211,10 @@ def test_a_trained_a_is_found_and_brought_back():
         logits(model)
     assert layer(model, NAMES[0]).lora_A["default"].weight.requires_grad  # PEFT has unfrozen it
     train(model, task(1))
-    with pytest.warns(UserWarning, match=r"4 of 4 A were trained and had left .* call keeplora\.freeze_a"):
+    with pytest.warns(UserWarning, match=r"4 of 4 A were trained and had left .* call keeplora\.freeze_a") as caught:
         certificate = keeplora.update_subspace(model, task(1), state)
     assert certificate.leak <= 1e-6
+    assert {warning.filename for warning in caught} == {__file__}
     start(model, task(2), state)
     model.set_adapter("default")
     keeplora.freeze_a(model)
@@ -237,8 +238,9 @@ def test_other_adapters_and_mixed_ranks_and_alphas_are_left_as_they_are():
 def test_little_room_gives_smaller_ranks_and_says_so():
     model = stock()
     config = keeplora.KeepLoraConfig(weight_energy=0.999, feature_energy=0.4)
-    with pytest.warns(UserWarning, match=r"have fewer than r = 4 useful|have no free direction left"):
+    with pytest.warns(UserWarning, match=r"have fewer than r = 4 useful|have no free direction left") as caught:
         state = keeplora.initialize(model, task(1), loss_fn, config=config)
+    assert {warning.filename for warning in caught} == {__file__}
     train(model, task(1))
     assert keeplora.update_subspace(model, task(1), state).leak <= 1e-6
 

@@ -202,6 +202,15 @@ def test_attention_comes_back_as_it_was(tmp_path):
     assert again.after_task(task(1), loss_fn).leak <= 1e-6
 
 
+def test_rows_that_are_no_target_are_not_dropped(tmp_path):
+    keeper = KeepLora(attention(), KeepLoraConfig(**{**SMALL.to_dict(), "target_modules": ["q_proj", "k_proj"]}))
+    learn(keeper, task(1), close=False)
+    keeper.export_peft(tmp_path)
+    narrow = KeepLora(attention(), KeepLoraConfig(**{**SMALL.to_dict(), "target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match=r"cover what the checkpoint changes, got rows of attn that are no target"):
+        narrow.import_peft(tmp_path)
+
+
 def test_open_clip_towers_come_back(tmp_path):
     def model():
         torch.manual_seed(0)
