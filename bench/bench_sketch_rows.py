@@ -17,7 +17,11 @@ GPU_SIZES = [
     ("qkv of ViT-B/16, batch 64", 12608, 768, 2304, 64),
     ("mlp of ViT-B/16, batch 64", 12608, 768, 3072, 64),
 ]
-CPU_SIZES = [("d 1024", 512, 1024, 1024, 64), ("qkv of ViT-B/16, batch 4", 788, 768, 2304, 64)]
+CPU_SIZES = [
+    ("d 4096", 1024, 4096, 4096, 256),
+    ("d 1024", 512, 1024, 1024, 64),
+    ("qkv of ViT-B/16, batch 4", 788, 768, 2304, 64),
+]
 
 
 def inputs(tokens: int, d_in: int, d_out: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
@@ -72,4 +76,11 @@ def cases() -> Iterator[Case]:
                     "signs made in every call": signs_anew,
                 },
                 flops=2 * width * tokens * (d_in + d_out),
+                kept={
+                    "keeplora": 4 * width * d_in,
+                    "full gradient": 4 * d_out * d_in,
+                    "full gradient, float32 out": 4 * d_out * d_in,
+                    "stored signs": 4 * width * d_in + dtype.itemsize * width * d_out,
+                    "signs made in every call": 4 * width * d_in,
+                },
             )

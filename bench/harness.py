@@ -7,7 +7,7 @@ and the 20th and 80th percentiles are reported. CPU: one thread, wall clock. CUD
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Case:
     bytes: int = 0  # compulsory memory traffic; 0 where arithmetic bounds the time
     flops: int = 0  # useful arithmetic; 0 where memory bounds the time
     small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
+    kept: dict[str, int] = field(default_factory=dict)  # bytes of what a provider adds to, which is among its inputs
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
     peak_bytes: int
     bytes: int
     flops: int
+    kept_bytes: int = 0  # of what it adds to, beside ``peak_bytes``
 
 
 def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[Row]:
@@ -57,7 +59,10 @@ def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[
         ordered = sorted(measured)
         low, high = ordered[len(ordered) // 5], ordered[min(len(ordered) - 1, 4 * len(ordered) // 5)]
         median = statistics.median(ordered)
-        yield Row(case.id, case.name, name, median, low, high, repeats, peaks[name], case.bytes, case.flops)
+        yield Row(
+            case.id, case.name, name, median, low, high, repeats, peaks[name], case.bytes, case.flops,
+            case.kept.get(name, 0),
+        )  # fmt: skip
 
 
 def _once_on_cpu(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

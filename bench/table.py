@@ -12,7 +12,7 @@ def text(rows: Sequence[Row]) -> str:
     lines = [f"\n{rows[0].id}  {rows[0].case}  ({rows[0].repeats} repeats)"]
     for row in rows:
         line = f"  {row.provider:<50} {row.median_s * 1e3:11.3f} ms  [{row.p20_s * 1e3:.3f} .. {row.p80_s * 1e3:.3f}]"
-        line += f"  {row.median_s / rows[0].median_s:7.2f}x  {row.peak_bytes / 2**20:9.1f} MiB"
+        line += f"  {row.median_s / rows[0].median_s:7.2f}x  {_memory(row)}"
         lines.append("  ".join([line, *_rates(row)]))
     return "\n".join(lines)
 
@@ -38,12 +38,17 @@ def markdown(result: dict[str, Any]) -> str:
             ratio = row.median_s / measured[0].median_s
             lines.append(
                 f"| {row.provider} | {row.median_s * 1e3:.3f} ms | {row.p20_s * 1e3:.3f} to {row.p80_s * 1e3:.3f} ms "
-                f"| {ratio:.2f} | {row.peak_bytes / 2**20:.1f} MiB | {', '.join(_rates(row))} |"
+                f"| {ratio:.2f} | {_memory(row).strip()} | {', '.join(_rates(row))} |"
             )
     for missing in result.get("not_measured", ()):
         why = f"needs {missing['needs']}" if missing["needs"] else missing["error"]
         lines += ["", f"**{missing['id']}** {missing['case']}: not measured, {why}"]
     return "\n".join([*lines, ""])
+
+
+def _memory(row: Row) -> str:
+    held = f" + {row.kept_bytes / 2**20:.1f}" if row.kept_bytes else ""
+    return f"{row.peak_bytes / 2**20:9.1f}{held} MiB"
 
 
 def _rates(row: Row) -> list[str]:

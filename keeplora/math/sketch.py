@@ -1,6 +1,7 @@
 """Seeded randomized range finding: the row space of G P, and leading eigenvectors of large second moments."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,9 +122,11 @@ def _expected_gain(energies: list[float]) -> float:
 # float32 (measured, d = 1024 and 2048).
 FIRST_WIDTH = 128
 OVERSAMPLE = 1.25
-BUDGET = 8.0
+BUDGET = 10.0
 ROUNDING = 1e-6  # of the total: float32 products cannot tell energies closer than this apart
 SAFETY = 4.0
+GROWTH = 1e8  # of the first column of a block beside its last, in a filter: float32 tells both apart afterwards
+MOST_STEPS = 8  # of a filter
 
 
 def leading_eigenvectors(
@@ -173,18 +176,52 @@ def leading_eigenvectors(
             theta, turn = values.flip(0).clamp_min(0), turn.flip(1).to(c.dtype)
             v, moved = v @ turn, moved @ turn
             count, reached = _wanted(theta, total, threshold, captured, floor)
-            if not reached or OVERSAMPLE * count > width:
-                break
-            lacking = need - floor - float(theta[: count - 1].sum())
-            gain = SAFETY * _gain(v, moved, theta, count)
-            if gain < lacking or gain < ROUNDING * total:
-                return v[:, :count], theta[:count]
-            v = moved
-        if not reached:  # further directions hold no more than those well inside the block
-            count = width + int((need - float(theta.sum())) / float(theta[3 * width // 4].clamp_min(floor)))
+            wide = reached and OVERSAMPLE * count <= width
+            if not wide and (step > 2 or width > d // 8):
+                break  # a narrow block is looked at once more: how its energies fall says how wide it must be
+            if wide:
+                lacking = need - floor - float(theta[: count - 1].sum())
+                gain = SAFETY * _gain(v, moved, theta, count)
+                if gain < lacking or gain < ROUNDING * total:
+                    return v[:, :count], theta[:count]
+            cut, degree = float(theta[-1]), _degree(theta, count)
+            left -= 2 * (degree - 1) * width / d
+            v = _filtered(c, q, v, moved, cut, degree)
+        if not reached:
+            count = width + _expected_beyond(theta, need - float(theta.sum()), d)
         width = int(1.1 * OVERSAMPLE * count) + 32
         v = moved
     return None
+
+
+def _degree(theta: Tensor, count: int) -> int:
+    """Of the filter: as high as leaves float32 room for what the first column grows by beside the last wanted one."""
+    bottom = theta[-1].clamp_min(float(theta[0]) * GROWTH**-0.5)
+    first, last = (torch.acosh((2 * theta[i] / bottom - 1).clamp_min(1)) for i in (0, count - 1))
+    return max(1, min(MOST_STEPS, int(math.log(GROWTH) / max(float(first - last), 1e-9))))
+
+
+def _filtered(c: Tensor, q: Tensor, v: Tensor, moved: Tensor, cut: float, degree: int) -> Tensor:
+    """``T_m(2 P C P / cut − I) V``: Chebyshev's polynomial stays within 1 up to ``cut`` and grows fastest beyond.
+
+    ``moved`` is ``P C V``. Degree 1 is a step of plain iteration.
+    """
+    if degree == 1 or cut <= 0:
+        return moved
+    before, now = v, moved * (2 / cut) - v
+    for _ in range(degree - 1):
+        before, now = now, (4 / cut) * project((c @ now).mT, q).mT - 2 * now - before
+    return now
+
+
+def _expected_beyond(theta: Tensor, missing: float, d: int) -> int:
+    """How many directions beyond the block hold ``missing`` if energies go on falling as the power of their position
+    that they fall by from a quarter to half of it; nearer to its end they have not converged."""
+    width = theta.shape[0]
+    quarter, half = theta[[width // 4, width // 2]].clamp_min(torch.finfo(theta.dtype).tiny).tolist()
+    beyond = torch.arange(width, d, dtype=theta.dtype, device=theta.device) / (width // 2)
+    reach = (half * beyond ** math.log2(half / quarter)).cumsum(0)
+    return int((reach < missing).sum())
 
 
 def _cost(share: float) -> float:

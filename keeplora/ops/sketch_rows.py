@@ -89,12 +89,17 @@ def random_signs(
         10.0
     """
     _check_signs("random_signs", rows, seed)
+    return _signs(rows, 0, cols, seed, device, dtype).contiguous()
+
+
+def _signs(rows: int, first: int, last: int, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Columns ``first … last − 1``; ``first`` is a multiple of 32."""
     i = torch.arange(rows, device=device)[:, None]
-    word = torch.arange((cols + 31) // 32, device=device)[None, :]
+    word = torch.arange(first // 32, (last + 31) // 32, device=device)[None, :]
     state = _mix(_mix(torch.full_like(i, seed & _MASK)) ^ (seed >> 32))
     bits = _mix(_mix(state ^ i) ^ word)
-    unpacked = (bits[:, :, None] >> torch.arange(32, device=device)) & 1
-    return (1 - 2 * unpacked).reshape(rows, -1)[:, :cols].to(dtype).contiguous()
+    unpacked = (bits[:, :, None] >> torch.arange(32, device=device)).bitwise_and_(1).mul_(-2).add_(1)
+    return unpacked.reshape(rows, -1)[:, : last - first].to(dtype)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -113,10 +118,17 @@ def _check_signs(op: str, width: int, seed: int) -> None:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}.")
 
 
+_COLUMNS = 512  # of Ψ at a time: all of it would take more memory than the sketch
+
+
 def _reference(out: Tensor, x: Tensor, delta: Tensor, seed: int) -> None:
-    width = out.shape[0]
-    psi = random_signs(width, delta.shape[1], seed=seed, device=x.device, dtype=out.dtype)
-    out.addmm_(psi @ delta.to(out.dtype).T, x.to(out.dtype), alpha=width**-0.5)
+    width, cols = out.shape[0], delta.shape[1]
+    mixed = out.new_zeros(width, len(x))
+    for first in range(0, cols, _COLUMNS):
+        last = min(cols, first + _COLUMNS)
+        psi = _signs(width, first, last, seed, x.device, out.dtype)
+        mixed.addmm_(psi, delta[:, first:last].to(out.dtype).T)
+    out.addmm_(mixed, x.to(out.dtype), alpha=width**-0.5)
 
 
 def _fake(out: Tensor, x: Tensor, delta: Tensor, seed: int) -> None:

@@ -197,3 +197,11 @@ def test_feature_statistics_refuse(wrapped, data, kwargs, message):
     with pytest.raises(ValueError, match=message):
         feature_statistics(model, slots, data, loss_fn, **kwargs)
     assert all(slot.host.observer is None for slot in slots)
+
+
+def test_a_width_that_changes_names_its_layer():
+    model = nn.Sequential(nn.Linear(WIDTH, 2))
+    slots = wrap(model, linear_targets(model))
+    data = [torch.randn(3, WIDTH), torch.randn(3, WIDTH + 1)]
+    with pytest.raises(ValueError, match=rf"must have the layer's {WIDTH} columns, got {WIDTH + 1} \[0\]"):
+        feature_statistics(model, slots, data, lambda model, batch: model(batch))

@@ -197,3 +197,19 @@ def test_images_are_the_gradient_in_a_frame(wrapped):
         exact, frames, mean_gradients(model, slots, data, loss_fn, keep=frames), strict=True
     ):
         assert_rounded(image, gradient.double() @ frame.double(), terms=1000**2, what="image")
+
+
+def test_gradients_of_an_accumulation_under_way_are_left_alone(wrapped):
+    model, slots = wrapped
+    loss_fn(model, batches(1)[0]).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    mean_gradients(model, slots, batches(), loss_fn)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer():
+    model = nn.Sequential(nn.Linear(WIDTH, 2, bias=False))
+    slots = wrap(model, linear_targets(model))
+    with pytest.raises(ValueError, match=r"gradients must be finite, got NaN or Inf \[0\]"):
+        # The root of zero: a finite loss with an infinite slope.
+        mean_gradients(model, slots, [torch.zeros(3, WIDTH)], lambda m, x: (m(x) + 0 * x.sum()).square().sum().sqrt())

@@ -6,6 +6,8 @@ from torch import nn
 
 from bench.harness import recorded_bytes
 from keeplora.lora import feature_statistics, linear_targets, mean_gradients, sketch_widths, wrap
+from keeplora.lora.features import _Collector
+from keeplora.lora.passes import observing
 
 BLOCKS, WIDTH, HIDDEN, RANK = 48, 128, 512, 12  # what one layer or batch needs meanwhile is small beside all sums
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(HIDDEN, WIDTH), (WIDTH, HIDDEN)]  # of a block's weights
@@ -60,3 +62,24 @@ def test_second_moments(passing):
     documented = BLOCKS * 4 * (3 * WIDTH**2 + HIDDEN**2)  # of the inputs of: q, k and v; out; the two layers of the mlp
     assert held == pytest.approx(documented, rel=0.1)
     assert peak == pytest.approx(documented, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "slot_mean"])
+def test_other_feature_statistics(kind):
+    """A sketch holds w columns of the moment, slot_mean the longest batch, until the pass is over."""
+    share, tokens, layers = 0.25, 256, 16
+    model = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(layers)))
+    slots, data = wrap(model, linear_targets(model)), [torch.randn(tokens, HIDDEN) for _ in range(2)]
+
+    def gather():
+        collector = _Collector(slots, kind, None, share, 0)
+        with torch.no_grad(), observing(list(collector.by_host), collector.observe):
+            for index, batch in enumerate(data):
+                model(batch)
+                collector.end_batch(index)
+        return collector
+
+    gather()
+    _, kept = recorded_bytes(gather)
+    documented = layers * 4 * HIDDEN * (tokens if kind == "slot_mean" else round(share * HIDDEN))
+    assert kept == pytest.approx(documented, rel=0.1)
