@@ -94,7 +94,7 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
                 f"class_tokens: attention must take [samples, tokens, width], got batch_first=False at {path!r}. "
                 "Make the model with batch_first=True."
             )
-    clip = next((module for module in model.modules() if open_clip.is_open_clip(module)), None)
+    clip = next((module for module in model.modules() if open_clip.owns(module)), None)
     if clip is None:
         return ClassTokens({}), []
     text = getattr(clip, "text", clip)

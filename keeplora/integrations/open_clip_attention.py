@@ -13,7 +13,7 @@ from keeplora.lora import LoraHost, LoraLinear, Target, attend
 if TYPE_CHECKING:
     from open_clip.transformer import Attention
 
-__all__ = ["attention_host", "attention_targets"]
+__all__ = ["attention_host", "attention_targets", "take_over"]
 
 
 def attention_targets(path: str, module: nn.Module, depth: int, tower: str) -> list[Target]:
@@ -54,7 +54,7 @@ def attention_host() -> type[LoraHost]:
 
         def __init__(self, base: Attention):
             nn.Module.__init__(self)
-            _take_over(self, base)
+            take_over(self, base)
             self._init_host()
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def attention_host() -> type[LoraHost]:
             """An :class:`open_clip.transformer.Attention` around the same parameters, without adapters."""
             layer = Attention.__new__(Attention)
             nn.Module.__init__(layer)
-            _take_over(layer, self)
+            take_over(layer, self)
             for name in self.__dict__.keys() - Attention(2, 1).__dict__.keys():
                 layer.__dict__.pop(name, None)
             layer._modules.pop("adapters", None)
@@ -91,7 +91,7 @@ def attention_host() -> type[LoraHost]:
     return LoraOpenClipAttention
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
+def take_over(new: nn.Module, old: nn.Module) -> None:
     """The parameters, buffers, children and settings of ``old``: the same objects."""
     for name, value in old.__dict__.items():
         new.__dict__[name] = value.copy() if name in ("_parameters", "_buffers", "_modules") else value

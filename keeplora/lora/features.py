@@ -16,7 +16,7 @@ from keeplora.math.sketch import gaussian
 from keeplora.ops.gram import gram
 
 from .adapter import LoraHost
-from .passes import ALONE, Peers, evaluating, observing
+from .passes import ALONE, Peers, evaluating, naming_batch, observing
 from .wrap import LoraSlot
 
 __all__ = ["FeatureKind", "FeatureStatistic", "TokenMask", "feature_statistics"]
@@ -83,7 +83,8 @@ def feature_statistics(
     batches = 0
     with peers.together(), evaluating(model), observing(list(collector.by_host), collector.observe):
         for batch in loader:
-            forward(model, batch)
+            with naming_batch("feature_statistics", batches, batch):
+                forward(model, batch)
             collector.end_batch(batches)
             batches += 1
     batches = sum(peers.gather(batches))

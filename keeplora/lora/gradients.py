@@ -13,7 +13,7 @@ from keeplora.math.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
 from .adapter import LoraHost
-from .passes import ALONE, Peers, evaluating, frozen, tapping
+from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping
 from .wrap import LoraSlot
 
 __all__ = ["mean_gradients", "sketch_widths"]
@@ -99,7 +99,8 @@ def mean_gradients(
     tapped = tapping(statistics.hosts, statistics.tap)
     with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
         for index, batch in enumerate(loader):
-            loss = loss_fn(model, batch)
+            with naming_batch("mean_gradients", index, batch):
+                loss = loss_fn(model, batch)
             _check_loss("mean_gradients", loss, index)
             if index == 0:
                 statistics.check_called(model, batch, loss_fn)

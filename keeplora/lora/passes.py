@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import LoraHost, Observer, Tap
 
-__all__ = ["ALONE", "Peers", "evaluating", "first_batches", "frozen", "observing", "tapping"]
+__all__ = ["ALONE", "Peers", "evaluating", "first_batches", "frozen", "naming_batch", "observing", "tapping"]
 
 
 T = TypeVar("T")
@@ -92,6 +92,46 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def naming_batch(function: str, index: int, batch: Any) -> Iterator[None]:
+    """Add to an error of the user's loss function which batch it was given, and what that looked like."""
+    try:
+        yield
+    except Exception as error:
+        note = f"{function}: loss_fn(model, batch) failed on batch {index}, which is {_described(batch)}."
+        misread = isinstance(error, TypeError | LookupError | AttributeError | ValueError)
+        if misread and not _is_ours(error):
+            note += " Let loss_fn read batches as the loader yields them, or let the loader yield what loss_fn reads."
+        error.add_note(note)
+        raise
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a layer or a mask of ours raised it, with a message that needs no more."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return raised_in.startswith(("keeplora.lora.", "keeplora.integrations."))
+
+
+def _described(batch: Any, depth: int = 0) -> str:
+    """Type and parts of a batch: ``a tuple of (Tensor [4, 3], Tensor [4])``."""
+    if isinstance(batch, Tensor):
+        return f"Tensor {list(batch.shape)}"
+    kind = type(batch).__name__
+    article = "" if depth else "an " if kind[0] in "aeiouAEIOU" else "a "
+    if isinstance(batch, Mapping) and depth < 2:
+        parts = ", ".join(
+            f"{key!r}: {_described(value, depth + 1)}" for key, value in itertools.islice(batch.items(), 8)
+        )
+        return f"{article}{kind} with {{{parts}}}"
+    if isinstance(batch, tuple | list) and depth < 2:
+        parts = ", ".join(_described(value, depth + 1) for value in batch[:8])
+        return f"{article}{kind} of ({parts})"
+    return f"{article}{kind}"
 
 
 def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:

@@ -75,7 +75,8 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
 
     A name matches a target if it is a run of whole dotted components of the target's name: ``attn`` takes
     q, k, v and out_proj of every block, ``q_proj`` every query, ``visual.transformer`` one tower,
-    ``resblocks.0.attn.q_proj`` one matrix per tower. ``"all-linear"`` takes everything.
+    ``resblocks.0.attn.q_proj`` one matrix per tower. ``"attn"`` alone also stands for what other libraries call their
+    attention: ``self_attn``, ``attention``, ``SelfAttention``. ``"all-linear"`` takes everything.
 
     Raises:
         ValueError: a name matches nothing (the nearest names are offered), or ``targets`` is empty.
@@ -83,8 +84,8 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     wanted = [names] if isinstance(names, str) else list(names)
     if not targets:
         raise ValueError(
-            "select_targets: targets must not be empty, got a model without any linear layer. "
-            "Pass targets=[...] naming the weights to adapt."
+            "select_targets: targets must not be empty, got a model without any linear layer: adapters need an "
+            "nn.Linear or nn.MultiheadAttention. Replace layers of one's own by those, or adapt another model."
         )
     if not wanted:
         raise ValueError(
@@ -96,7 +97,8 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     dotted = [f".{target.name}." for target in targets]
     chosen: set[int] = set()
     for name in wanted:
-        hits = [i for i, full in enumerate(dotted) if f".{name}." in full]
+        known_as = _ATTENTION if name == "attn" else (name,)
+        hits = [i for i, full in enumerate(dotted) if any(f".{alias}." in full for alias in known_as)]
         if not hits:
             known = sorted({part for target in targets for part in _suffixes(target.name)})
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
@@ -106,6 +108,9 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
             )
         chosen.update(hits)
     return [target for i, target in enumerate(targets) if i in chosen]
+
+
+_ATTENTION = ("attn", "self_attn", "attention", "SelfAttention")
 
 
 def _suffixes(name: str) -> list[str]:

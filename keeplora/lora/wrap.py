@@ -73,8 +73,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         ValueError: a target names no layer of the model, names come twice, a layer is shared by two places, or
             an adapted weight is shared with another layer (tied weights: one update would change both).
         TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own.
-        RuntimeError: the model is wrapped already, a layer carries hooks (they would be lost), or torch's encoder
-            layers would bypass the adapters in inference.
+        RuntimeError: the model is wrapped already, a layer carries hooks or a forward set on it (they would be lost),
+            or torch's encoder layers would bypass the adapters in inference.
 
     Example:
         >>> from keeplora.lora import linear_targets, unwrap, wrap
@@ -88,17 +88,16 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
         hosts[path] = kind(model.get_submodule(path))
-        if kind is LoraAttention:
-            out = getattr(hosts[path], "out_proj")  # noqa: B009
-            assert isinstance(out, LoraLinear)
-            hosts[f"{path}.out_proj"] = out
+        hosts |= {
+            f"{path}.{name}": child for name, child in hosts[path].named_children() if isinstance(child, LoraHost)
+        }
     slots = []
     for target in targets:
         host = hosts[target.module]
         slot = target.name.rsplit(".", 1)[-1] if target.rows or isinstance(host, LoraAttention) else "weight"
         host.add_slot(slot, target.parameter, target.rows)
         slots.append(LoraSlot(target, host, slot))
-    for path in replacements:
+    for path in sorted(replacements, key=len):  # an attention before what stands in it
         _replace(model, path, hosts[path])
     return slots
 
@@ -106,11 +105,19 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
 _Kind = type[LoraHost]
 
 _KINDS: dict[type[nn.Module], _Kind] = {nn.MultiheadAttention: LoraAttention, nn.Linear: LoraLinear}
+_READ_BY: dict[str, type[nn.Module]] = {"out_proj": nn.MultiheadAttention}
 
 
-def register_host(plain: type[nn.Module], host: type[LoraHost]) -> None:
-    """Let :func:`wrap` replace modules of type ``plain`` by ``host(module)``, and ``unwrap`` by its ``plain()``."""
+def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | None = None) -> None:
+    """Let :func:`wrap` replace modules of type ``plain`` by ``host(module)``, and ``unwrap`` by its ``plain()``.
+
+    Args:
+        reads: The name of a child whose weight ``plain`` reads without calling it: to adapt the child, ``plain`` is
+            replaced, by a host with a child of that name that is a host too.
+    """
     _KINDS[plain] = host
+    if reads is not None:
+        _READ_BY[reads] = plain
 
 
 def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
@@ -132,8 +139,8 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
         if path not in modules:
             raise ValueError(f"wrap: targets must name modules of the model, got {path!r} [{target.name}]")
         parent, _, leaf = path.rpartition(".")
-        if leaf == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention):
-            path = parent  # MultiheadAttention reads out_proj's weight without calling it
+        if leaf in _READ_BY and isinstance(modules.get(parent), _READ_BY[leaf]):
+            path = parent  # it reads the weight without calling the layer
         if len(places[id(modules[path])]) > 1:
             raise ValueError(
                 f"wrap: a layer must have one place in the model, got {' and '.join(places[id(modules[path])])} "
@@ -157,9 +164,16 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
             "Call unwrap(model), or keep using the object that wrapped it."
         )
+    forward = module.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        raise RuntimeError(
+            f"wrap: layers must run the forward of their class, got one set on the layer itself at {path!r}, as "
+            "accelerate's device_map does. Load the model without device_map and move it to its device, or call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+        )
     found = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
-    if not found or "forward" in module.__dict__ or target.parameter not in own._parameters:
+    if not found or target.parameter not in own._parameters:
         raise TypeError(
             f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, got "
             f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
@@ -212,8 +226,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if hooked:
         raise RuntimeError(f"unwrap: layers must not carry hooks, got some at {hooked[0]!r}. Remove them first.")
     for path, host in hosts.items():
-        parent, _, leaf = path.rpartition(".")
-        if leaf == "out_proj" and parent in hosts:
+        if path.rpartition(".")[0] in hosts:
             continue  # goes with its attention
         _replace(model, path, host.plain())
     return model

@@ -25,8 +25,10 @@ class KeepLoraConfig:
         r: Rank of every adapter; less where less free space is left.
         alpha: LoRA's alpha; the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
         rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
-        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn``, ``q_proj``,
-            ``mlp.c_fc``, or ``"all-linear"``.
+        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn`` (also where it is
+            called ``self_attn`` or ``attention``), ``q_proj``, ``mlp.c_fc``, or ``"all-linear"``.
+        towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
+            vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
             towers not named get 1. The default scales vision and language and leaves text alone, as the public
             code does. Under Adam the update's size follows λ, under SGD λ².
@@ -74,6 +76,7 @@ class KeepLoraConfig:
     alpha: float = 1.0
     rslora: bool = False
     target_modules: tuple[str, ...] | str = ("attn",)
+    towers: tuple[str, ...] | None = None
     depth_scale: PerTower = field(default_factory=lambda: dict(_DEFAULTS["depth_scale"]))
     weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
     feature_energy: PerTower = 0.95
@@ -104,6 +107,12 @@ class KeepLoraConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
             if not all(isinstance(name, str) for name in self.target_modules):
                 raise TypeError(f"KeepLoraConfig: target_modules must be names, got {self.target_modules!r}")
+        if self.towers is not None:
+            object.__setattr__(self, "towers", (self.towers,) if isinstance(self.towers, str) else tuple(self.towers))
+            if not self.towers or not all(isinstance(name, str) for name in self.towers):
+                raise ValueError(
+                    f"KeepLoraConfig: towers must name at least one tower, or be None, got {self.towers!r}"
+                )
         for name in ("depth_scale", "weight_energy", "feature_energy"):
             self._check_fractions(name, getattr(self, name))
         choices = {
@@ -188,8 +197,7 @@ class KeepLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``KeepLoraConfig(**config.to_dict())`` gives it back."""
         plain = asdict(self)
-        if isinstance(self.target_modules, tuple):
-            plain["target_modules"] = list(self.target_modules)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
 
 

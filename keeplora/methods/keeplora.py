@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from keeplora._version import __version__
 from keeplora.distributed import processes
-from keeplora.integrations import find_targets
 from keeplora.lora import (
     Confinement,
     LoraSlot,
@@ -20,16 +19,16 @@ from keeplora.lora import (
     confine,
     depth_positions,
     merge_ahead,
-    select_targets,
     unwrap,
     wrap,
 )
 from keeplora.math.precision import full_precision
 
-from .adapters import Protected, adapter_tensors, attach, check_ranks, new_adapter, restore, warn_of_small_ranks
+from .adapters import Protected, adapter_tensors, attach, new_adapter, restore, warn_of_small_ranks
 from .base import LossFn, Method, State, freeze
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
+from .choice import chosen_targets, warn_of_neighbours
 from .config import KeepLoraConfig, depth_factor
 from .directions import direction_finder
 from .learned import extended_bases
@@ -60,8 +59,8 @@ class KeepLora(PeftExchange, Method):
     inputs in span(Q) are mapped as before, up to rounding; :meth:`after_task` returns the proof in numbers.
 
     Args:
-        model: Any model with linear layers; open_clip's towers, blocks and padding are known. Its layers are
-            replaced in place by ones that can hold adapters; it stays the same object.
+        model: Any model with linear layers; towers, blocks and padding of open_clip's and transformers' are known. Its
+            layers are replaced in place by ones that can hold adapters; it stays the same object.
         config: Settings; :class:`KeepLoraConfig` () is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
         targets: The weights to choose from, instead of what :func:`keeplora.integrations.find_targets` finds.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
@@ -100,9 +99,7 @@ class KeepLora(PeftExchange, Method):
     ):
         self.model, self.progress = model, progress
         self.config = config or KeepLoraConfig()
-        self.targets = select_targets(find_targets(model) if targets is None else targets, self.config.target_modules)
-        self.config.check_towers({target.tower for target in self.targets})
-        check_ranks(model, self.targets, self.config.r)
+        self.targets = chosen_targets(model, self.config, targets)
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.slots: list[LoraSlot] = wrap(model, self.targets)
         for slot in self.slots:
@@ -208,7 +205,7 @@ class KeepLora(PeftExchange, Method):
 
         Warns:
             UserWarning: a trained A had left its free space (the optimizer did not keep it there); it is projected
-                back before anything else.
+                back before anything else. Or parameters besides the adapters' were left to train.
         """
         with processes().together():
             self._require_task("after_task")
@@ -220,6 +217,7 @@ class KeepLora(PeftExchange, Method):
             for slot in self.slots:
                 slot.check_finite("after_task")
             self._require_same_weights("after_task")
+            warn_of_neighbours("after_task", self.model, self.trainable_parameters())
             restore_confinement("after_task", self.slots, [p.basis for p in old])
             new = extended_bases(
                 self.model, self.slots, loader, forward, self.config, [p.basis for p in old], shown=self.progress
