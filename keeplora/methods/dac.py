@@ -146,7 +146,7 @@ class Dac(AdaptedMethod):
         """The weighted AGO loss; None in the first task."""
         if not self.training_task or not self.tasks_learned or not self.config.ago_weight:
             return None
-        leading = [pool.B[:, most_used(pool.counts, self.config.counts[1])] for pool in self._pools()]
+        leading = [pool.B[:, most_used(pool.counts, self.config.counts[1]).to(pool.B.device)] for pool in self._pools()]
         return self.config.ago_weight * ago_loss(self.past, leading)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:

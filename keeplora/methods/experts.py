@@ -32,8 +32,6 @@ class ExpertPool(LoraAdapter):
         tokens: Where the class tokens are. tower: Which of its towers the layer belongs to.
     """
 
-    counts: Tensor
-
     def __init__(
         self,
         a: Tensor,
@@ -49,7 +47,7 @@ class ExpertPool(LoraAdapter):
         super().__init__(a, b, scaling, train_a=True, dropout=dropout)
         self.router = nn.Parameter(router.detach().clone())
         self.router_bias = nn.Parameter(router.new_zeros(len(router)))
-        self.register_buffer("counts", torch.zeros(len(router), dtype=torch.int64, device=router.device))
+        self.counts = torch.zeros(len(router), dtype=torch.int64)  # no buffer: DistributedDataParallel would share it
         self.active, self.tokens, self.tower = active, tokens, tower
 
     def gates(self, x: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class ExpertPool(LoraAdapter):
             likely = F.linear(samples, self.router, self.router_bias).softmax(-1)
         count = votes(likely.detach(), self.active)
         if self.training and torch.is_grad_enabled():
-            self.counts += count
+            self.counts = self.counts.to(count.device) + count
         chosen = torch.zeros_like(likely[0]).index_fill_(0, most_used(count, self.active), 1.0)
         mean = likely.mean(0)
         return chosen + mean - mean.detach()
@@ -74,7 +72,7 @@ class ExpertPool(LoraAdapter):
 
     def strongest(self, count: int) -> LoraAdapter:
         """A plain adapter of the ``count`` experts with the most votes so far."""
-        kept = most_used(self.counts, count)
+        kept = most_used(self.counts, count).to(self.A.device)
         return LoraAdapter(self.A.detach()[kept], self.B.detach()[:, kept], self.scaling)
 
 
