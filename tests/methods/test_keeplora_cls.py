@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from keeplora.methods import State, create
+from keeplora.methods.classifiers import CosineClassifiers
 from keeplora.methods.keeplora_cls import KeepLoraCls, KeepLoraClsConfig
 from keeplora.tasks.base import Batch, accuracy, classification_loss, loader, normalize
 from tests.close import assert_rounded
@@ -97,6 +98,15 @@ def test_classes_are_known_in_any_order_and_across_tasks(learned):
     with torch.no_grad():
         separate = torch.cat([logits(keeper.model, images, task.tokens) for task in tasks[:2]], dim=1)
         torch.testing.assert_close(logits(keeper.model, images, union[order]), separate[:, order])
+
+
+def test_of_two_tasks_with_the_same_prompts_the_later_counts():
+    head, tokens = CosineClassifiers(2.0), torch.tensor([[1, 2], [3, 4]])
+    weights = [torch.randn(2, 5) for _ in range(2)]
+    for weight in weights:
+        head.add(weight, tokens)
+    assert torch.equal(head.rows(tokens), weights[1])
+    assert torch.equal(head.rows(tokens.flip(0)), weights[1].flip(0))
 
 
 def test_evaluation_uses_the_classifiers_and_batches_of_one_agree(learned):
