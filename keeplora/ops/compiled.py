@@ -1,11 +1,22 @@
 """Loads the compiled libraries: keeplora._C always, the CUDA kernels where torch has CUDA."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from keeplora import _C
-from keeplora._C import build_info
+try:
+    from keeplora import _C
+    from keeplora._C import build_info
+except ImportError as error:
+    if find_spec("keeplora._C") is not None:
+        raise
+    # Where Python is started in a checkout, the checkout comes before the installed package.
+    raise ImportError(
+        f"keeplora: the compiled extension must lie in {Path(__file__).parents[1]}, got none. If that is a checkout "
+        "and keeplora is installed, start Python in another folder; to run from the checkout, install it with "
+        "pip install -e."
+    ) from error
 
 __all__ = ["build_info"]
 
