@@ -123,6 +123,11 @@ def test_the_memory_switches_past_half_and_protects_the_same_space_either_way(wi
     assert seen == {False, True}
 
 
+def test_the_protected_share_grows_from_the_first_task_on():
+    config = InfLoraConfig(**{**SETTINGS, "feature_energy": 0.9, "final_energy": 1.0, "tasks": 4})
+    assert [config.energy_after(t) for t in range(6)] == pytest.approx([0.9, 0.925, 0.95, 0.975, 1.0, 1.0])
+
+
 def test_full_memory_leaves_nothing_to_adapt_and_says_so():
     everything = {"feature_energy": 1.0, "final_energy": 1.0, "statistic": "moment"}
     method, data = InfLora(net(), InfLoraConfig(**{**SETTINGS, **everything})), task(0)

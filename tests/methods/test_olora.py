@@ -34,6 +34,13 @@ def test_the_penalty_is_that_of_all_earlier_tasks_and_all_layers():
             expected += 0.3 * (np.sqrt((a**2).sum()) + np.sqrt((b**2).sum()))
         assert method.penalty().item() == pytest.approx(expected, rel=1e-5)
         train(method, task(t))
+        lengths = [(np.linalg.norm(s.adapter.A.detach()), np.linalg.norm(s.adapter.B.detach())) for s in method.slots]
+        leaning = sum(
+            np.abs(one @ slot.adapter.A.detach().double().numpy().T).sum()
+            for slot, past in zip(method.slots, learned, strict=True)
+            for one in past
+        )
+        assert method.penalty().item() == pytest.approx(0.7 * leaning + 0.3 * np.sum(lengths), rel=1e-5)
         for slot, past in zip(method.slots, learned, strict=True):
             past.append(slot.adapter.A.detach().double().numpy())
         method.after_task(task(t))
