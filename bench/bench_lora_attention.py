@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Case
+from bench.harness import Case, cpu_has_bfloat16
 from keeplora.lora import LoraAdapter, attention_targets, merge_ahead, wrap
 
 RANK, WIDTH, HEADS = 16, 768, 12
 GPU = ("ViT-B/16, batch 64", 64, 197)
 CPU = ("ViT-B/16, batch 8", 8, 197)
+CPU_EMULATED = ("ViT-B/16, batch 1, bfloat16 without instructions for it", 1, 197)
 
 
 class Block(nn.Module):
@@ -50,6 +51,7 @@ def setup(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> 
     models["peft"] = get_peft_model(Block(copy.deepcopy(base)), config)
     for name, parameter in models["peft"].named_parameters():
         parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
+    models["peft_compiled"] = torch.compile(copy.deepcopy(models["peft"]))
     return x, grad, models
 
 
@@ -62,8 +64,9 @@ def run_model(name: str) -> Callable[[Tensor, Tensor, dict[str, Any]], None]:
 
 
 def cases() -> Iterator[Case]:
-    label, batch, tokens = GPU if torch.cuda.is_available() else CPU
     for dtype in (torch.float32, torch.bfloat16):
+        emulated = dtype == torch.bfloat16 and not cpu_has_bfloat16()
+        label, batch, tokens = GPU if torch.cuda.is_available() else CPU_EMULATED if emulated else CPU
         yield Case(
             id="B6",
             name=f"attention with LoRA fwd+bwd / {label}, {tokens} tokens, q k v o r {RANK} / {str(dtype)[6:]}",
@@ -73,5 +76,7 @@ def cases() -> Iterator[Case]:
                 "frozen": run_model("frozen"),
                 "frozen nn.MultiheadAttention": run_model("plain"),
                 "PEFT": run_model("peft"),
+                "PEFT, torch.compile": run_model("peft_compiled"),
             },
+            small=partial(setup, 1, 5, dtype),
         )

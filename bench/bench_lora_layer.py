@@ -66,6 +66,7 @@ def setup(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.
         return model
 
     models = {"frozen": frozen, "keeplora": holder, "peft": peft(), "peft_same": peft(autocast_adapter_dtype=False)}
+    models["peft_compiled"] = torch.compile(peft(autocast_adapter_dtype=False))
     models["hand"] = (frozen, a, b.requires_grad_())
     return x, grad, models
 
@@ -96,6 +97,7 @@ def cases() -> Iterator[Case]:
             }
             if dtype != torch.float32:
                 providers["PEFT, adapters in the base's dtype"] = run_model("peft_same")
+            providers["PEFT, adapters in the base's dtype, torch.compile"] = run_model("peft_compiled")
             size = dtype.itemsize
             yield Case(
                 id="B6",
@@ -104,4 +106,5 @@ def cases() -> Iterator[Case]:
                 providers=providers,
                 bytes=size * (2 * tokens * (d_in + d_out) + 2 * d_in * d_out),
                 flops=4 * tokens * d_in * d_out,
+                small=lambda device, d=dtype: setup(32, 24, 24, d, device),
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Case
+from bench.harness import Case, cpu_has_bfloat16
 from keeplora.integrations import find_targets
 from keeplora.lora import LoraAdapter, LoraHost, merge_ahead, select_targets, wrap
 
@@ -31,11 +31,13 @@ def clip_model(vision: dict[str, Any], text: dict[str, Any]) -> nn.Module:
     return CLIP(config["embed_dim"], {**config["vision_cfg"], **vision}, {**config["text_cfg"], **text})
 
 
-def step(model: nn.Module, trained: list[nn.Parameter], images: Tensor, tokens: Tensor, optimizer: Any) -> None:
-    """Forward, backward and an optimizer step of the contrastive loss, in bfloat16 autocast."""
+def step(
+    model: nn.Module, trained: list[nn.Parameter], images: Tensor, tokens: Tensor, optimizer: Any, autocast: bool
+) -> None:
+    """Forward, backward and an optimizer step of the contrastive loss, in bfloat16 autocast if ``autocast``."""
     for parameter in trained:
         parameter.grad = None
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         image, text, scale = model(images, tokens)
         logits = scale * image @ text.T
         loss = nn.functional.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
@@ -44,7 +46,9 @@ def step(model: nn.Module, trained: list[nn.Parameter], images: Tensor, tokens: 
         optimizer.step()
 
 
-def setup(batch: int, vision: dict[str, Any], text: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
+def setup(
+    batch: int, vision: dict[str, Any], text: dict[str, Any], autocast: bool, device: torch.device
+) -> tuple[Any, ...]:
     """One model per provider, all with the same weights; in the frozen one the first block's input wants a gradient."""
     from peft import LoraConfig, get_peft_model
 
@@ -69,6 +73,7 @@ def setup(batch: int, vision: dict[str, Any], text: dict[str, Any], device: torc
     peft = get_peft_model(copy.deepcopy(base), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["attn"]))
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
+    peft_compiled = torch.compile(copy.deepcopy(peft))
     # A frozen model's step: a gradient down to the first block's input, and nothing to update.
     plain = copy.deepcopy(base)
     frozen = copy.deepcopy(base)
@@ -77,13 +82,14 @@ def setup(batch: int, vision: dict[str, Any], text: dict[str, Any], device: torc
         model.visual.class_embedding.requires_grad_(True)  # type: ignore[union-attr]
         model.positional_embedding.requires_grad_(True)  # type: ignore[union-attr]
     models: dict[str, Any] = {
-        "ours": ours("auto"), "factored": ours("factored"), "peft": peft, "frozen": frozen, "plain": plain,
+        "ours": ours("auto"), "factored": ours("factored"), "peft": peft, "peft_compiled": peft_compiled,
+        "frozen": frozen, "plain": plain,
     }  # fmt: skip
     ready = {}
     for name, model in models.items():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = None if name in ("frozen", "plain") else torch.optim.AdamW(trained, lr=1e-4)
-        ready[name] = partial(step, model, trained, images, tokens, optimizer)
+        ready[name] = partial(step, model, trained, images, tokens, optimizer, autocast)
     return (ready,)
 
 
@@ -93,15 +99,21 @@ def provider(name: str) -> Callable[[dict[str, Any]], None]:
 
 def cases() -> Iterator[Case]:
     label, batch, vision, text = GPU if torch.cuda.is_available() else CPU
+    autocast = torch.cuda.is_available() or cpu_has_bfloat16()
     yield Case(
         id="B8",
-        name=f"training step / {label}, LoRA q k v o r {RANK} of both towers, bf16 autocast",
-        setup=partial(setup, batch, vision, text),
+        name=f"training step / {label}, LoRA q k v o r {RANK} of both towers, "
+        + ("bf16 autocast" if autocast else "float32 (a CPU without bfloat16 instructions)"),
+        setup=partial(setup, batch, vision, text, autocast),
         providers={
             "keeplora": provider("ours"),
             "frozen model": provider("frozen"),
             "frozen model, nn.MultiheadAttention": provider("plain"),
             "PEFT": provider("peft"),
+            "PEFT, torch.compile": provider("peft_compiled"),
             "keeplora, factored (as the public code's layers)": provider("factored"),
         },
+        small=partial(
+            setup, 2, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}, {"layers": 1}, autocast
+        ),
     )

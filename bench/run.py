@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Case, run
+from bench.harness import Case, keep_freed_memory, run
 from bench.table import markdown, text
 
 KERNELS = {"B4", "B5", "B6", "B7"}  # the benchmarks of the ops; the others measure what is built from them
@@ -95,6 +95,7 @@ def main() -> None:
         parser.error("--device cuda: torch sees no GPU here")
     if device.type == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()
 
     cases = list(all_cases())
     try:

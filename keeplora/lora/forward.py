@@ -186,5 +186,5 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
 
 def _grad_b(dy: Tensor, t: Tensor, adapter: LoraAdapter) -> Tensor:
     """``c dyᵀ t [out, r]`` in the dtype of B. As ``(tᵀ dy)ᵀ``, which keeps the gemm's inner loop long on a CPU."""
-    product = _flat(t).T.contiguous() @ _flat(dy)
+    product = _flat(t).T @ _flat(dy)
     return product.to(adapter.B.dtype).mul_(adapter.scaling).T.contiguous()

@@ -75,8 +75,8 @@ def _reference(
     merged = []
     for weight, down, up, factor in zip(w, a, b, scale, strict=True):
         acc = wide(weight.dtype, down.dtype, up.dtype)
-        total = weight.to(acc, copy=True, memory_format=torch.contiguous_format)  # in place: half of addmm's time
-        merged.append(total.addmm_(up.to(acc), down.to(acc), alpha=factor).to(dtype or weight.dtype))
+        total = torch.addmm(weight.to(acc), up.to(acc), down.to(acc), alpha=factor)
+        merged.append(total.to(dtype or weight.dtype))
     return merged
 
 
