@@ -119,7 +119,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "threads": config.threads,
         "workers": config.workers,
         "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
-        "precision": config.precision,
+        "precision": config.computes_in,
         "peak_bytes": KINDS[config.device],
         "platform": platform.platform(),
         "git_commit": _git_commit(),

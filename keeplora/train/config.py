@@ -14,8 +14,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ZERO_SHOT = "zero-shot"
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 SPLITS = ("test", "validation")
 
 
@@ -45,6 +47,8 @@ class RunConfig:
     Exactly one of ``epochs`` and ``steps`` is given. ``switch_fraction`` is the share of a task's training
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
+    ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
+    a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
     """
 
     benchmark: str
@@ -57,7 +61,7 @@ class RunConfig:
     evaluation_batch_size: int = 256
     threads: int = 1
     workers: int = 2
-    precision: str = "bf16"
+    precision: str = "auto"
     device: str = "cpu"
     weight_decay: float = 0.01
     switch_fraction: float = 1.0
@@ -82,15 +86,23 @@ class RunConfig:
         """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
         return [(label, seed) for seed in self.seeds for label in self.labels()]
 
+    @property
+    def computes_in(self) -> str:
+        """``bf16`` or ``fp32``: the precision, decided for the device of this machine where it is "auto"."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if self.device != "cpu" or _multiplies_bf16() else "fp32"
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        result: dict[str, Any] = json.loads(json.dumps({**asdict(self), "precision": self.computes_in}))
         return result
 
     def identity(self, label: str, seed: int) -> dict[str, Any]:
         """The settings that decide the numbers of one run; results are reused only where they agree."""
         chosen = asdict(self.of(label))
         shared = {name: getattr(self, name) for name in _SHARED}
+        shared["precision"] = self.computes_in
         result: dict[str, Any] = json.loads(json.dumps({**shared, "method": chosen, "seed": seed}))
         return result
 
@@ -114,6 +126,10 @@ _SHARED = (
     "benchmark", "epochs", "steps", "batch_size", "evaluation_batch_size", "threads", "precision", "device",
     "weight_decay", "switch_fraction", "evaluate_on",
 )  # fmt: skip
+
+
+def _multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fingerprint(value: Mapping[str, Any]) -> str:

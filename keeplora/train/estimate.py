@@ -57,7 +57,7 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
     batches = workload.batches(0, config.batch_size, 0)
     parts = iter(batches)
     torch.set_num_threads(config.threads)
-    with torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.precision == "bf16"), sdpa_kernel(
+    with torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.computes_in == "bf16"), sdpa_kernel(
         [SDPBackend.MATH]
     ):  # fmt: skip
         step = 0.0

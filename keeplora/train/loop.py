@@ -282,7 +282,7 @@ class _Run:
         with ExitStack() as stack:
             if device == "cpu":
                 stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-            enabled = self.config.precision == "bf16"
+            enabled = self.config.computes_in == "bf16"
             stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=enabled))
             yield
 

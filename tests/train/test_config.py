@@ -52,7 +52,7 @@ def test_values_from_toml(tmp_path):
         ({"seeds": 3}, "seeds must be a list, got 3"),
         ({"methods": []}, "at least one method"),
         ({"methods": ["../x"]}, "methods must be names"),
-        ({"precision": "fp16"}, "precision must be one of bf16, fp32, got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of auto, bf16, fp32, got 'fp16'"),
         ({"evaluate_on": "train"}, "evaluate_on must be one of test, validation"),
         ({"switch_fraction": 0.0}, r"switch_fraction must lie in \(0, 1\]"),
         ({"weight_decay": float("nan")}, "weight_decay must be >= 0, got nan"),
@@ -117,7 +117,19 @@ def test_identity_follows_what_decides_numbers():
     first = fingerprint(config.identity("lora", 0))
     assert first == fingerprint(override(config, workers=0, out="other").identity("lora", 0))
     assert first != fingerprint(config.identity("lora", 1))
-    assert first != fingerprint(override(config, precision="fp32").identity("lora", 0))
+    other = "fp32" if config.computes_in == "bf16" else "bf16"
+    assert first != fingerprint(override(config, precision=other).identity("lora", 0))
+    assert first == fingerprint(override(config, precision=config.computes_in).identity("lora", 0))
+
+
+@pytest.mark.parametrize(("native", "computes_in"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_decided_by_the_device_and_recorded(monkeypatch, native, computes_in):
+    monkeypatch.setattr("keeplora.train.config._multiplies_bf16", lambda: native)
+    config = parse_config(GOOD)
+    assert (config.precision, config.computes_in) == ("auto", computes_in)
+    assert config.as_dict()["precision"] == config.identity("lora", 0)["precision"] == computes_in
+    assert override(config, device="cuda").computes_in == "bf16"
+    assert override(config, precision="fp32", device="cuda").computes_in == "fp32"
 
 
 def test_override_leaves_what_is_none():
