@@ -16,6 +16,7 @@ from .family import Family
 __all__ = ["FAMILIES", "Family", "find_targets", "token_mask"]
 
 FAMILIES: tuple[Family, ...] = (open_clip, transformers)
+"""The families that are known, asked in this order."""
 
 
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
