@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.integrations.class_head import ClassHead
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.precision import full_precision
@@ -101,6 +102,22 @@ class ImageFeatures:
     def __init__(self) -> None:
         self.moment: Tensor | None = None
         self.prompts: dict[tuple[int, ...], Tensor] = {}
+
+    def add_up(self) -> None:
+        """Of several processes, each with its share of the data: what all of them observed.
+
+        Raises:
+            ValueError: some have observed images and others none.
+        """
+        peers = processes()
+        seen = peers.gather(list(self.prompts))
+        if any(seen) and not all(seen):
+            raise ValueError("after_task: every process must have a batch of the task, got some without one")
+        if self.moment is None:
+            return
+        peers.add(self.moment)
+        device = self.moment.device
+        self.prompts = {prompt: torch.tensor(prompt, device=device) for theirs in seen for prompt in theirs}
 
     @torch.no_grad()
     def observe(self, images: Tensor, tokens: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.integrations.class_tokens import class_tokens
 from keeplora.lora import Target
 
@@ -80,7 +81,8 @@ class Dac(AdaptedMethod):
     the task the ``merged`` experts with the most votes of all batches are merged, the others dropped: evaluation costs
     nothing and needs no task identity. While a task is open, ``eval()`` routes as training does, without counting, so a
     sample's output depends on its batch. The AGO loss keeps what new critical experts write orthogonal to what earlier
-    tasks' merged ones do: averaged over the weights, for the ``merged`` experts that lead at the time.
+    tasks' merged ones do: averaged over the weights, for the ``merged`` experts that lead at the time. Of several
+    processes each routes its own batches; what is merged has the most votes of all.
 
     Args:
         model: Any model with linear layers and samples along the first dimension of their inputs.
@@ -150,6 +152,9 @@ class Dac(AdaptedMethod):
         return self.config.ago_weight * ago_loss(self.past, leading)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        for pool in self._pools():
+            pool.counts = pool.counts.to(pool.router.device)
+            processes().add(pool.counts)
         kept = [pool.strongest(self.config.counts[1]) for pool in self._pools()]
         for slot, adapter in zip(self.slots, kept, strict=True):
             slot.detach()

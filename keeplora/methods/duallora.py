@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.integrations.class_head import is_image_text_model, put_class_head
 from keeplora.integrations.class_tokens import class_tokens
 from keeplora.lora import FeatureStatistic, LoraSlot, Target, feature_statistics
@@ -256,7 +257,12 @@ class DualLora(AdaptedMethod):
             if self.head is not None and features is not None:
                 stack.enter_context(observed(self.head, features.observe))
             batches = stack.enter_context(progress(loader, "class tokens", "batch", shown=self.progress))
-            return feature_statistics(self.model, self.slots, batches, loss_fn, token_mask=self.tokens.mask)
+            found = feature_statistics(
+                self.model, self.slots, batches, loss_fn, token_mask=self.tokens.mask, peers=processes()
+            )
+        if features is not None:
+            features.add_up()
+        return found
 
     def _residual_bases(self, statistics: Sequence[FeatureStatistic]) -> list[tuple[Tensor, float]]:
         """Ψ and the share of the class tokens' energy in it, of every slot."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from keeplora.distributed import processes
 from keeplora.integrations.class_head import is_image_text_model, put_class_head
 from keeplora.lora import Target
 
@@ -99,9 +100,17 @@ class KeepLoraCls(KeepLora):
     def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         """As :meth:`KeepLora.before_task`; the same pass gives the classifier's start.
 
+        Raises:
+            RuntimeError: there are several processes; each would start at the means of its own images.
+
         Warns:
             UserWarning: the pass had no image of a class; its classifier starts at the class's text.
         """
+        if processes().size > 1:
+            raise RuntimeError(
+                f"KeepLoraCls: class means are taken in one process, got {processes().size}. "
+                "Train in one process, or use keeplora++."
+            )
         if not callable(loss_fn):
             raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
         means = ClassMeans()

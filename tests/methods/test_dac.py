@@ -156,6 +156,18 @@ def test_the_most_used_experts_are_merged_and_the_others_dropped():
     assert torch.equal(method.past[1], pool.B.detach()[:, sorted(leading)])
 
 
+def test_what_is_merged_has_the_most_votes_of_all_processes(monkeypatch):
+    class Other:
+        def add(self, counts):
+            counts += torch.tensor([0, 0, 0, 0, 10**6, 10**6])
+
+    method = trained(Dac(net(), CONFIG), task(0))
+    pool = method.slots[0].adapter
+    monkeypatch.setattr("keeplora.methods.dac.processes", Other)
+    method.after_task(task(0))
+    assert torch.equal(method.past[0], pool.B.detach()[:, 4:])
+
+
 def test_the_penalty_is_of_the_leading_experts_and_what_was_merged():
     method = trained(Dac(net(), CONFIG), task(0))
     assert method.penalty() is None

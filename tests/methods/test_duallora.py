@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from keeplora.integrations.class_tokens import ClassTokens
-from keeplora.methods.calibration import KnownTask, TaskCalibration
+from keeplora.methods.calibration import ImageFeatures, KnownTask, TaskCalibration
 from keeplora.methods.duallora import DualLora, DualLoraConfig
 from keeplora.methods.residual import DualAdapter, ResidualAdapter
 from keeplora.tasks.base import Batch, accuracy, classification_loss, loader, normalize
@@ -338,6 +338,28 @@ def test_a_clip_state_is_restored_bitwise(learned):
     assert all(slot.adapter is None for slot in fresh.slots)
     with pytest.raises(ValueError, match="must hold the shares"):
         fresh.load_state(type(state)(state.tensors, {**state.meta, "shares": None}))
+
+
+def test_image_features_of_several_processes_are_added_up(monkeypatch):
+    class Other:
+        """Another process with the same images and one more class."""
+
+        prompts = ((0, 1), (0, 2))
+
+        def gather(self, mine):
+            return [mine, list(self.prompts)]
+
+        def add(self, moment):
+            moment *= 2
+
+    monkeypatch.setattr("keeplora.methods.calibration.processes", Other)
+    features, images = ImageFeatures(), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="every process must have a batch"):
+        features.add_up()
+    features.observe(images, torch.tensor([[0, 1]]))
+    features.add_up()
+    torch.testing.assert_close(features.moment, 2 * images.double().T @ images.double())
+    assert [row.tolist() for row in features.prompts.values()] == [[0, 1], [0, 2]]
 
 
 @pytest.mark.parametrize(

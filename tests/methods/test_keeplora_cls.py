@@ -1,6 +1,7 @@
 """KeepLoRA++cls: classifiers that start at class means and take part where their classes are scored."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import tiny_workload
@@ -187,6 +188,14 @@ def test_losses_and_batches_without_what_is_needed_are_refused_before_training()
     assert not keeper.training_task
     assert not len(keeper.head.tasks)
     assert all(slot.adapter is None for slot in keeper.slots)
+
+
+def test_several_processes_are_refused_before_anything_changes(monkeypatch):
+    keeper, task = KeepLoraCls(tiny_workload.model(), CONFIG), tiny_workload.task(0)
+    monkeypatch.setattr("keeplora.methods.keeplora_cls.processes", lambda: SimpleNamespace(size=2))
+    with pytest.raises(RuntimeError, match="class means are taken in one process, got 2"):
+        keeper.before_task(data(task), classification_loss)
+    assert not keeper.training_task
 
 
 def test_a_classifier_that_is_not_finite_is_refused():
