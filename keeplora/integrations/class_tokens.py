@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from keeplora.lora import LoraSlot
 
-from . import open_clip
+from . import open_clip, transformers
 
 __all__ = ["ClassTokens", "class_tokens"]
 
@@ -76,10 +76,13 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
     """Where the class tokens of ``model`` are, and the handles of the hooks that follow its texts.
 
     Of open_clip's models: the class token of an image tower, or the mean of its tokens where it pools otherwise; the
-    token a text tower pools, which is the end of the text, since it is the only one that has seen all others. Of models
-    that are not known: the first token of each sample.
+    token a text tower pools, which is the end of the text, since it is the only one that has seen all others. Of
+    transformers' encoders: the class token, or the mean of the tokens of images without one. Of models that are not
+    known: the first token of each sample.
 
     Raises:
+        ValueError: a model of transformers with a language model or a text tower beside its images, which reads a text
+            at another token than its first.
         ValueError: an attention layer takes ``[tokens, samples, width]``: samples could not be told from tokens.
 
     Example:
@@ -96,7 +99,8 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
             )
     clip = next((module for module in model.modules() if open_clip.owns(module)), None)
     if clip is None:
-        return ClassTokens({}), []
+        known = next((module for module in model.modules() if transformers.owns(module)), None)
+        return ClassTokens({} if known is None else _encoder_places(known)), []
     text = getattr(clip, "text", clip)
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
     if getattr(text, "cls_emb", None) is not None:  # CoCa appends one, and pools it whatever it is told
@@ -120,3 +124,15 @@ def _has_class_token(clip: nn.Module) -> bool:
     if trunk is not None:
         return getattr(trunk, "global_pool", None) == "token"
     return getattr(visual, "pool_type", None) == "tok"
+
+
+def _encoder_places(model: nn.Module) -> dict[str, Place]:
+    towers = {target.tower for target in transformers.find_targets(model)}
+    if towers & {"language", "text"}:
+        raise ValueError(
+            f"class_tokens: model must be open_clip's, or an encoder whose samples have a class token, got "
+            f"{type(model).__name__}, which reads a text at another token than its first. Use a method without class "
+            "tokens: keeplora++, inflora, gpm."
+        )
+    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    return {"vision": "first" if "class_embedding" in names or "cls_token" in names else "mean"}

@@ -3,10 +3,12 @@
 import open_clip as clip
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from keeplora.integrations.class_tokens import ClassTokens, class_tokens
 from keeplora.lora import LoraSlot, linear_targets, wrap
+from tests.integrations.families import VISION, model_of
 from tests.integrations.test_open_clip import batch, tiny
 
 
@@ -79,3 +81,18 @@ def test_texts_that_are_not_those_embedded_are_refused():
 def test_attention_that_takes_tokens_first_is_refused():
     with pytest.raises(ValueError, match="batch_first=False at '0'"):
         class_tokens(nn.Sequential(nn.MultiheadAttention(4, 2)))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "llava", "llama"])
+def test_models_that_read_texts_at_another_token_are_refused(name):
+    with pytest.raises(ValueError, match="reads a text at another token than its first"):
+        class_tokens(model_of(name))
+
+
+@pytest.mark.parametrize(("cls", "first"), [(tf.ViTModel, True), (tf.SiglipVisionModel, False)])
+def test_encoders_of_images_are_read_at_their_class_token_or_their_mean(cls, first):
+    sizes = {k: v for k, v in VISION.items() if k != "projection_dim"}
+    tokens, handles = class_tokens(cls(cls.config_class(**sizes)))
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(tokens.of("vision", x), x[:, 0] if first else x.mean(1))
+    assert handles == []
