@@ -51,7 +51,6 @@ def setup(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> 
     models["peft"] = get_peft_model(Block(copy.deepcopy(base)), config)
     for name, parameter in models["peft"].named_parameters():
         parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
-    models["peft_compiled"] = torch.compile(copy.deepcopy(models["peft"]))
     return x, grad, models
 
 
@@ -76,7 +75,7 @@ def cases() -> Iterator[Case]:
                 "frozen": run_model("frozen"),
                 "frozen nn.MultiheadAttention": run_model("plain"),
                 "PEFT": run_model("peft"),
-                "PEFT, torch.compile": run_model("peft_compiled"),
+                # not torch.compile of it: "Encountered a set_ on a graph input", PEFT 0.21 with torch 2.15
             },
             small=partial(setup, 1, 5, dtype),
         )

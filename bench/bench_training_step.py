@@ -73,7 +73,6 @@ def setup(
     peft = get_peft_model(copy.deepcopy(base), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["attn"]))
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
-    peft_compiled = torch.compile(copy.deepcopy(peft))
     # A frozen model's step: a gradient down to the first block's input, and nothing to update.
     plain = copy.deepcopy(base)
     frozen = copy.deepcopy(base)
@@ -82,8 +81,7 @@ def setup(
         model.visual.class_embedding.requires_grad_(True)  # type: ignore[union-attr]
         model.positional_embedding.requires_grad_(True)  # type: ignore[union-attr]
     models: dict[str, Any] = {
-        "ours": ours("auto"), "factored": ours("factored"), "peft": peft, "peft_compiled": peft_compiled,
-        "frozen": frozen, "plain": plain,
+        "ours": ours("auto"), "factored": ours("factored"), "peft": peft, "frozen": frozen, "plain": plain,
     }  # fmt: skip
     ready = {}
     for name, model in models.items():
@@ -110,7 +108,7 @@ def cases() -> Iterator[Case]:
             "frozen model": provider("frozen"),
             "frozen model, nn.MultiheadAttention": provider("plain"),
             "PEFT": provider("peft"),
-            "PEFT, torch.compile": provider("peft_compiled"),
+            # not torch.compile of it: "Encountered a set_ on a graph input", from PEFT's attention (0.21, torch 2.15)
             "keeplora, factored (as the public code's layers)": provider("factored"),
         },
         small=partial(
