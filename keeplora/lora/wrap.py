@@ -67,10 +67,11 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     """Replace the layers that own ``targets`` by layers that can hold adapters; one slot per target, in order.
 
     Nothing is computed differently until an adapter is attached. Parameters stay the same objects under the
-    same state-dict names. Either all layers are replaced or, on an error, none.
+    same state-dict names. A layer that stands in several places of the model is one layer, with one adapter, in all of
+    them; targets name one of the places. Either all layers are replaced or, on an error, none.
 
     Raises:
-        ValueError: a target names no layer of the model, names come twice, a layer is shared by two places, or
+        ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
             an adapted weight is shared with another layer (tied weights: one update would change both).
         TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own.
         RuntimeError: the model is wrapped already, a layer carries hooks or a forward set on it (they would be lost),
@@ -85,6 +86,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         Linear(in_features=4, out_features=8, bias=True)
     """
     replacements = _plan(model, targets)
+    places = _places(model)
+    everywhere = {path: places[id(model.get_submodule(path))] for path in replacements}
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
         hosts[path] = kind(model.get_submodule(path))
@@ -98,7 +101,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         host.add_slot(slot, target.parameter, target.rows)
         slots.append(LoraSlot(target, host, slot))
     for path in sorted(replacements, key=len):  # an attention before what stands in it
-        _replace(model, path, hosts[path])
+        for place in everywhere[path]:
+            _replace(model, place, hosts[path])
     return slots
 
 
@@ -123,13 +127,12 @@ def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | 
 def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
     """Which module is to be replaced by what; raises before anything changes."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        places.setdefault(id(module), []).append(path)
     owners: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(path)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     plan: dict[str, _Kind] = {}
+    place_of: dict[int, str] = {}
     names: set[str] = set()
     for target in targets:
         if target.name in names:
@@ -141,10 +144,10 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
         parent, _, leaf = path.rpartition(".")
         if leaf in _READ_BY and isinstance(modules.get(parent), _READ_BY[leaf]):
             path = parent  # it reads the weight without calling the layer
-        if len(places[id(modules[path])]) > 1:
+        if place_of.setdefault(id(modules[path]), path) != path:
             raise ValueError(
-                f"wrap: a layer must have one place in the model, got {' and '.join(places[id(modules[path])])} "
-                "sharing one. Adapt neither, or untie them."
+                f"wrap: a layer that stands in several places must be named by one of them, got "
+                f"{place_of[id(modules[path])]} and {path}, which are one layer. Leave one name out of the targets."
             )
         plan[path] = _kind(modules[path], path, target)
         shared = owners.get(id(getattr(modules[target.module], target.parameter)), [])
@@ -155,6 +158,14 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
             )
     _check_fast_path(modules, plan)
     return plan
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every path of every module: a layer may stand in several places."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return places
 
 
 def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
@@ -225,10 +236,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     hooked = [path for path, host in hosts.items() if _hooked(host)]
     if hooked:
         raise RuntimeError(f"unwrap: layers must not carry hooks, got some at {hooked[0]!r}. Remove them first.")
+    places = _places(model)
     for path, host in hosts.items():
         if path.rpartition(".")[0] in hosts:
             continue  # goes with its attention
-        _replace(model, path, host.plain())
+        plain = host.plain()
+        for place in places[id(host)]:
+            _replace(model, place, plain)
     return model
 
 

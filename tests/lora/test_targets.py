@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from keeplora.lora import Target, depth_positions, linear_targets, select_targets, wrap
+from keeplora.lora import (
+    Target,
+    depth_positions,
+    feature_statistics,
+    linear_targets,
+    mean_gradients,
+    select_targets,
+    unwrap,
+    wrap,
+)
 
 
 def tower():
@@ -73,7 +82,7 @@ def test_wrap_refuses_what_it_cannot_do_and_changes_nothing():
         return Target(path, path, parameter, None, 0, "model")
 
     cases = [
-        (nn.Sequential(shared, shared), [target("0")], ValueError, "one place in the model, got 0 and 1"),
+        (nn.Sequential(shared, shared), [target("0"), target("1")], ValueError, "got 0 and 1, which are one layer"),
         (tied, [target("0"), target("1")], ValueError, "shared by 0.weight and 1.weight"),
         (hooked, [target("0")], RuntimeError, "must not carry hooks"),
         (plain, [target("0"), target("1")], TypeError, "got torch.nn.modules.activation.ReLU"),
@@ -88,6 +97,40 @@ def test_wrap_refuses_what_it_cannot_do_and_changes_nothing():
     wrap(plain, [target("0")])
     with pytest.raises(RuntimeError, match="wrapped already"):
         wrap(plain, [target("0")])
+
+
+def test_a_layer_in_several_places_is_one_layer_in_all_of_them():
+    shared, attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.ModuleList([shared, attention]), nn.ModuleList([attention, shared])
+
+        def forward(self, x):
+            x = self.a[1](*[self.a[0](x)] * 3, need_weights=False)[0]
+            return self.b[1](self.b[0](x, x, x, need_weights=False)[0].tanh())
+
+    model, x = Twice().double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    expected = model(x)
+    weights = [shared.weight, attention.in_proj_weight, attention.out_proj.weight]
+    exact = torch.autograd.grad(expected.square().mean(), weights)
+    slots = wrap(model, linear_targets(model))
+    assert [slot.name for slot in slots] == ["a.0", "a.1.q_proj", "a.1.k_proj", "a.1.v_proj", "a.1.out_proj"]
+    assert model.a[0] is model.b[1] is slots[0].host
+    assert model.a[1] is model.b[0] is slots[1].host
+    torch.testing.assert_close(model(x), expected)
+    found = mean_gradients(model, slots, [x], lambda model, x: model(x).square().mean())
+    for wanted, got in zip(exact, [found[0], torch.cat(found[1:4]), found[4]], strict=True):
+        torch.testing.assert_close(got, wanted)
+    features = feature_statistics(model, slots, [x], lambda model, x: model(x))
+    assert features[0].tokens == 2 * x.shape[0] * x.shape[1]
+    unwrap(model)
+    assert type(model.a[0]) is nn.Linear
+    assert model.a[0] is model.b[1]
+    assert type(model.a[1]) is nn.MultiheadAttention
+    assert model.a[1] is model.b[0]
+    assert torch.equal(model(x), expected)
 
 
 def test_wrapped_model_still_loads_the_plain_checkpoint():
