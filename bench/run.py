@@ -85,6 +85,7 @@ def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("ids", nargs="*", metavar="ID", help="B1 ... B10, kernels or systems; all when none is given")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of those, the cases with this in their names")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the rows as a table in Markdown here")
@@ -102,7 +103,10 @@ def main() -> None:
         ids = chosen_ids(options.ids, {case.id for case in cases})
     except ValueError as error:
         parser.error(str(error))
-    chosen = sorted((case for case in cases if case.id in ids), key=lambda case: int(case.id[1:]))
+    chosen = [case for case in cases if case.id in ids and options.only in case.name]
+    if not chosen:
+        parser.error(f"--only: some case of {', '.join(sorted(ids))} must have it in its name, got {options.only!r}")
+    chosen.sort(key=lambda case: int(case.id[1:]))
     failed = False
     for result in measure(chosen, device, options.seconds):
         # After every case: a run that is cut short keeps what it has.

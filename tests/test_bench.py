@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import run
 from bench.run import all_cases
 
 CASES = list(all_cases())
@@ -20,3 +21,17 @@ def test_every_provider_runs(case):
 
 def test_the_baseline_has_its_benchmarks():
     assert {"B2", "B3", "B4", "B6"} <= {case.id for case in CASES}
+
+
+def test_only_chooses_cases_by_their_names(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(run, "measure", lambda cases, *_: iter(asked.append([case.name for case in cases]) or []))
+    monkeypatch.setattr("sys.argv", ["bench.run", "B3", "--only", "top_directions"])
+    with pytest.raises(SystemExit, match="0"):
+        run.main()
+    assert asked[0]
+    assert all("top_directions" in name for name in asked[0])
+    monkeypatch.setattr("sys.argv", ["bench.run", "B3", "--only", "merge_weights"])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert "some case of B3 must have it in its name, got 'merge_weights'" in capsys.readouterr().err
