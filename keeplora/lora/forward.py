@@ -91,13 +91,14 @@ class Ahead:
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
         factors = [_stack(weight, parts) for weight, parts in jobs]
-        merged = merge_weights(
-            [weight.detach() for weight, _ in jobs],
-            [a.detach() for a, _, _ in factors],
-            [b.detach() for _, b, _ in factors],
-            scale=[scale for _, _, scale in factors],
-            dtype=dtype,
-        )
+        with torch.autocast(jobs[0][0].device.type, enabled=False):  # it would round the factors before their product
+            merged = merge_weights(
+                [weight.detach() for weight, _ in jobs],
+                [a.detach() for a, _, _ in factors],
+                [b.detach() for _, b, _ in factors],
+                scale=[scale for _, _, scale in factors],
+                dtype=dtype,
+            )
         return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(merged, jobs, strict=True)]
 
     def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:

@@ -34,7 +34,7 @@ def config_of(out, **changes):
 
 
 def numbers(records):
-    timing = ("train_seconds", "switch_seconds", "evaluate_seconds", "peak_bytes")
+    timing = ("train_seconds", "switch_seconds", "evaluate_seconds", "inference_seconds", "peak_bytes")
     return [{k: v for k, v in dataclasses.asdict(record).items() if k not in timing} for record in records]
 
 
@@ -104,7 +104,7 @@ def test_other_data_in_the_same_folder_is_refused(tmp_path):
         ({"method": {"lora": {"rank": 3}}}, "settings of lora must suit lora: .* 'rank'"),
         ({"method": {"lora": {"r": 0}}}, "settings of lora must suit lora: LoraConfig: r must be"),
         ({"method": {"keeplora": {"r": 33}}}, "r must be at most the layer's width"),
-        ({"benchmark": "embeded"}, "benchmark must be one of embedded .* Did you mean 'embedded'"),
+        ({"benchmark": "embeded"}, "benchmark must be one of embedded.* Did you mean 'embedded'"),
         ({"benchmark": "tiny_workload:nothing"}, "must be importable"),
         ({"benchmark": "builtins:str"}, "must return a Workload, got str"),
     ],

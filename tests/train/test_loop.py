@@ -42,7 +42,7 @@ def workload():
 def numbers(record: RunRecord):
     """All that must repeat: not the seconds and bytes."""
     plain = dataclasses.asdict(record)
-    for name in ("train_seconds", "switch_seconds", "evaluate_seconds", "peak_bytes"):
+    for name in ("train_seconds", "switch_seconds", "evaluate_seconds", "inference_seconds", "peak_bytes"):
         del plain[name]
     return plain
 

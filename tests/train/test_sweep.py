@@ -11,6 +11,7 @@ from bench.sweep.__main__ import Sweep, grid_of_rates
 from bench.sweep.search import as_method, candidates, label_of, ranked, score
 from keeplora.methods import METHODS, create
 from keeplora.train.config import load_config, parse_config
+from keeplora.train.loop import NonFiniteLossError
 
 GRID = Path(__file__).parents[2] / "bench" / "sweep" / "grid.toml"
 
@@ -90,8 +91,8 @@ def test_rows_are_written_as_runs_finish_and_not_repeated(tmp_path):
                          "workers": 0, "tensorboard": False, "out": str(tmp_path / "out")})  # fmt: skip
     file = tmp_path / "rows.jsonl"
     sweep = Sweep(base, file)
-    wanted = [("lora", settings, 100), ("lora", {**settings, "r": 4000}, 100)]
-    with pytest.raises(ValueError, match="4000"):
+    wanted = [("lora", settings, 100), ("lora", {**settings, "learning_rate": 1e30}, 100)]
+    with pytest.raises(NonFiniteLossError):
         sweep.run(wanted)
     assert [json.loads(line)["settings"] for line in file.read_text().splitlines()] == [settings]
     again = Sweep(base, file)
