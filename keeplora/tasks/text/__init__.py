@@ -109,7 +109,7 @@ def read_tasks() -> list[dict[str, Any]]:
     Example:
         >>> task = read_tasks()[0]
         >>> task["name"], task["classes"][0], task["train"][0][0]
-        ('animals', 'bird', 'North American wild goose having dark plumage in summer but white in winter')
+        ('animals', 'bird', 'the largest moa; about 12 feet high')
     """
     tasks: list[dict[str, Any]] = json.loads((DATA / "tasks.json").read_text(encoding="utf8"))
     return tasks
