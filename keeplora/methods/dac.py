@@ -14,7 +14,7 @@ from keeplora.distributed import processes
 from keeplora.integrations.class_tokens import class_tokens
 from keeplora.lora import Target
 
-from .adapted import AdaptedMethod, stored
+from .adapted import AdaptedMethod, check_range, stored
 from .base import LossFn, State
 from .baselines import LoraConfig
 from .experts import ExpertPool, ago_loss, most_used
@@ -58,10 +58,8 @@ class DacConfig(LoraConfig):
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and 1 <= value <= self.r):
                 raise ValueError(f"DacConfig: {name} must be an int from 1 to r = {self.r}, got {value!r}")
-        if not 0 <= self.ago_weight < float("inf"):
-            raise ValueError(f"DacConfig: ago_weight must not be negative, got {self.ago_weight!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"DacConfig: dropout must lie in [0, 1), got {self.dropout!r}")
+        check_range(self, "ago_weight", 0.0, float("inf"), closed=False)
+        check_range(self, "dropout", 0.0, 1.0, closed=False)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
 from keeplora.math.subspace import project
 
-from .adapted import AdaptedMethod, stored
+from .adapted import AdaptedMethod, check_range, stored
 from .base import LossFn, State
 from .baselines import LoraConfig
 from .calibration import ImageFeatures, KnownTask, TaskCalibration
@@ -61,8 +61,7 @@ class DualLoraConfig(LoraConfig):
         super().__post_init__()
         if not 0 < self.feature_energy <= 1:
             raise ValueError(f"DualLoraConfig: feature_energy must lie in (0, 1], got {self.feature_energy!r}")
-        if not 0 <= self.calibration < float("inf"):
-            raise ValueError(f"DualLoraConfig: calibration must not be negative, got {self.calibration!r}")
+        check_range(self, "calibration", 0.0, float("inf"), closed=False)
 
 
 class DualLora(AdaptedMethod):

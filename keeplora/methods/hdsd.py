@@ -14,7 +14,7 @@ from keeplora.lora import LoraAdapter, Target
 from keeplora.math.lowrank import weight_basis
 from keeplora.math.precision import full_precision
 
-from .adapted import stored
+from .adapted import check_range, stored
 from .base import LossFn, State
 from .baselines import LoraConfig, SequentialLora
 from .progress import for_all_layers
@@ -49,11 +49,9 @@ class HdsdConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.general_energy <= 1:
-            raise ValueError(f"HdsdConfig: general_energy must lie in [0, 1], got {self.general_energy!r}")
+        check_range(self, "general_energy", 0.0, 1.0)
         for name in ("general_scale", "task_scale", "threshold"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"HdsdConfig: {name} must not be negative, got {getattr(self, name)!r}")
+            check_range(self, name, 0.0, float("inf"), closed=False)
         if self.general_scale == self.task_scale == 0:
             raise ValueError("HdsdConfig: general_scale and task_scale must not both be 0: nothing could be learned")
 

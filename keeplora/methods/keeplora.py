@@ -26,14 +26,13 @@ from keeplora.math.precision import full_precision
 
 from .adapters import Protected, adapter_tensors, attach, new_adapter, restore, warn_of_small_ranks
 from .base import LossFn, Method, State, freeze
+from .bases import extended_bases, weight_bases
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
 from .choice import chosen_targets, warn_of_neighbours
 from .config import KeepLoraConfig, depth_factor
 from .directions import direction_finder
-from .learned import extended_bases
 from .peft_exchange import PeftExchange
-from .pretrained import weight_bases
 from .progress import for_all_layers
 from .state import StateError, read_state, write_state
 from .trained import bases_of_a, restore_confinement

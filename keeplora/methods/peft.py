@@ -20,12 +20,11 @@ from keeplora.ops.project_rows import project_rows
 
 from .adapters import warn_of_small_ranks
 from .base import LossFn
+from .bases import extended_bases, weight_bases
 from .certificate import LayerCertificate, RetentionCertificate, merge_and_certify
 from .config import KeepLoraConfig, depth_factor
 from .directions import TaskGradients
-from .learned import extended_bases
 from .peft_state import SubspaceState, fingerprint, keep_master, true_weight
-from .pretrained import weight_bases
 from .trained import LEAK, leak_of_rows
 
 __all__ = ["freeze_a", "initialize", "update_subspace"]

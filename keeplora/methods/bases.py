@@ -1,4 +1,4 @@
-"""What a task puts into the bases: the directions its inputs use beyond those that are protected already."""
+"""What is protected: directions that pretraining put into the weights, and those that tasks' inputs use."""
 
 from __future__ import annotations
 
@@ -10,14 +10,27 @@ from torch import Tensor, nn
 from keeplora.distributed import processes
 from keeplora.integrations import token_mask
 from keeplora.lora import LoraSlot, feature_statistics
-from keeplora.math.lowrank import Extension, extend_basis
+from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.precision import full_precision
 
 from .base import LossFn
 from .config import KeepLoraConfig
 from .progress import for_all_layers, progress
 
-__all__ = ["extended_bases"]
+__all__ = ["extended_bases", "weight_bases"]
+
+
+def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
+    """The leading singular vectors of every slot's weight, as many as ``weight_energy`` of its tower asks for."""
+
+    def compute(group: list[int]) -> list[Tensor]:
+        return weight_basis(
+            [slots[i].exact_weight.detach() for i in group],
+            [config.weight_energy_of(slots[i].target.tower) for i in group],
+            side=config.weight_side,
+        )
+
+    return for_all_layers(slots, compute, "weights", shown=shown)
 
 
 def extended_bases(
