@@ -149,7 +149,10 @@ def _reaching(text: nn.Module, ids: Tensor) -> Tensor | None:
     """``[batch, tokens]``, True where a token can reach the text embedding; None if all can."""
     pad = getattr(text, "pad_id", 0)
     if getattr(text, "cls_emb", None) is not None:  # CoCa's class token stands behind the text
-        return torch.cat([ids != pad, ids.new_ones(len(ids), 1, dtype=torch.bool)], 1)
+        keep, one = ids != pad, ids.new_ones(len(ids), 1, dtype=torch.bool)
+        if not getattr(text, "correct_cls_mask", False):  # published weights: one place off
+            keep = torch.cat([one, keep[:, :-1]], 1)
+        return torch.cat([keep, one], 1)
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
     if getattr(text, "attn_mask", None) is None:  # bidirectional
         if not getattr(text, "use_pad_mask", False):
