@@ -362,10 +362,14 @@ class KeepLora(PeftExchange, Method):
 
     def _require_same_weights(self, function: str) -> None:
         """All processes must learn one task with one model."""
+        peers = processes()
+        if peers.size == 1:
+            return
         held = {slot.name: slot.weight.detach() for slot in self.slots}
         for slot in self.slots:
-            held |= adapter_tensors(slot)
-        processes().require_same(function, held)
+            if slot.adapter is not None:
+                held |= {f"{slot.name}.{name}": p.detach() for name, p in slot.adapter.named_parameters()}
+        peers.require_same(function, held)
 
     def _release(self) -> None:
         unwrap(self.model)
