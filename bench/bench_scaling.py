@@ -3,14 +3,18 @@
 How the measured growth compares with the counted one: ``python -m bench.plot_scaling FILE`` on what bench.run wrote.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.harness import Case
+from bench.team import Team
+from keeplora.distributed import processes
 from keeplora.lora import feature_statistics, linear_targets, mean_gradients, unwrap, wrap
 from keeplora.math.batch import ALONE, BATCH_BYTES
 from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
@@ -19,7 +23,8 @@ RANK = 16
 THRESHOLD = 0.99
 BATCH = 1024  # tokens
 PROBE = 2048  # width of the products that show what the machine can do
-# What grows, and what stays as it is meanwhile. Ranks of processes are missing: the passes run in one process.
+SHARED = 1 << 16  # tokens that processes share out among themselves
+# What grows, and what stays as it is meanwhile.
 GPU: dict[str, tuple[int, ...]] = {
     "layers": (12, 24, 48, 96, 224),
     "width": (512, 1024, 2048, 4096, 8192),
@@ -27,8 +32,9 @@ GPU: dict[str, tuple[int, ...]] = {
 }
 CPU: dict[str, tuple[int, ...]] = {
     "layers": (12, 24, 48, 96, 224),
-    "width": (128, 256, 512, 1024, 2048),
-    "tokens": (1 << 10, 1 << 12, 1 << 14, 1 << 16),
+    "width": (256, 512, 1024, 2048, 4096, 8192),
+    "tokens": (1 << 10, 1 << 13, 1 << 16, 1 << 20),
+    "processes": (1, 2, 4, 8),  # a group on one GPU would only queue
 }
 FIXED = {"cpu": {"layers": 4, "width": 256}, "cuda": {"layers": 12, "width": 768}}
 
@@ -42,18 +48,25 @@ class Count:
 
 
 def sizes(axis: str, value: int, kind: str) -> tuple[int, int, int]:
-    """Layers, width and tokens of one point."""
+    """Layers, width and tokens of one point; the tokens of all processes."""
     if axis == "tokens":
         return 1, FIXED[kind]["width"], value
+    if axis == "processes":
+        return 1, FIXED[kind]["width"], SHARED
     if axis == "width":
         return 1, value, 0
     return value, FIXED[kind]["width"], 0
 
 
-def count(axis: str, value: int, kind: str) -> Count:
-    """What the parts of a switch need, from their formulas."""
+def count(axis: str, value: int, kind: str, cores: int = 1) -> Count:
+    """What a point needs; of several processes, what the busiest core and one process do."""
     layers, d, tokens = sizes(axis, value, kind)
-    if axis == "tokens":
+    return need(layers, d, tokens // (min(value, cores) if axis == "processes" else 1), kind)
+
+
+def need(layers: int, d: int, tokens: int, kind: str) -> Count:
+    """What the passes need, or without tokens the decompositions, from their formulas."""
+    if tokens:
         # Forward and gradient, forward and second moment: four products. Both d x d sums, and what a batch needs.
         return Count(8 * tokens * d * d, 2 * 4 * d * d + 4 * 4 * BATCH * d)
     free = d - protected(d)
@@ -99,11 +112,25 @@ def passes(model: nn.Module, data: list[Tensor]) -> Any:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).square().mean()
 
-    slots = wrap(model, linear_targets(model))
+    slots, peers = wrap(model, linear_targets(model)), processes()
     try:
-        return mean_gradients(model, slots, data, loss), feature_statistics(model, slots, data, loss)
+        return (
+            mean_gradients(model, slots, data, loss, peers=peers),
+            feature_statistics(model, slots, data, loss, peers=peers),
+        )
     finally:
         unwrap(model)
+
+
+def sizes_of(first: Any, second: list[Tensor], *_: Any) -> tuple[int, int, int]:
+    """Layers, width and tokens of a call's arguments."""
+    d = second[0].shape[1]
+    return (1, d, len(second) * BATCH) if isinstance(first, nn.Module) else (len(second), d, 0)
+
+
+def team(size: int, tokens: int, d: int) -> tuple[Team]:
+    """Processes that share out the tokens."""
+    return (Team(size, partial(pass_inputs, tokens // size, d, torch.device("cpu")), passes),)
 
 
 def products(flops: int, device: torch.device) -> None:
@@ -119,24 +146,34 @@ def cases() -> Iterator[Case]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     for axis, values in (GPU if kind == "cuda" else CPU).items():
         for value in values:
-            layers, d, tokens = sizes(axis, value, kind)
-            need = count(axis, value, kind)
-            what = f"statistics, width {d}" if tokens else "top_directions and extend_basis"
-            held = f", width {d}" if axis == "layers" else ""
+            yield case(axis, value, kind)
 
-            def setup(device: torch.device, layers: int = layers, d: int = d, tokens: int = tokens) -> tuple[Any, ...]:
-                return pass_inputs(tokens, d, device) if tokens else finalize_inputs(layers, d, device)
 
-            def ceiling(*arguments: Any, flops: int = need.flops, kind: str = kind) -> None:
-                products(flops, torch.device(kind))
-
-            yield Case(
-                id="B10",
-                name=f"scaling / {what}{held} / {axis} = {value}",
-                setup=setup,
-                providers={
-                    "keeplora": passes if tokens else finalize,
-                    "ceiling: products with the counted arithmetic": ceiling,
-                },
-                flops=need.flops,
-            )
+def case(axis: str, value: int, kind: str) -> Case:
+    """One point of an axis."""
+    layers, d, tokens = sizes(axis, value, kind)
+    flops = count(axis, value, kind, os.cpu_count() or 1).flops
+    what = f"statistics, width {d}" if tokens else "top_directions and extend_basis"
+    held = f", width {d}" if axis == "layers" else f", {tokens} tokens" if axis == "processes" else ""
+    name, against = f"scaling / {what}{held} / {axis} = {value}", "ceiling: products with the counted arithmetic"
+    if axis == "processes":
+        return Case(
+            id="B10",
+            name=name,
+            setup=lambda device: team(value, tokens, d),
+            small=lambda device: team(min(value, 2), 2 * BATCH, 32),
+            providers={"keeplora": Team.call, against: lambda _: products(flops, torch.device(kind))},
+            elsewhere={"keeplora": Team.peak_bytes},
+            flops=flops,
+        )
+    return Case(
+        id="B10",
+        name=name,
+        setup=lambda device: pass_inputs(tokens, d, device) if tokens else finalize_inputs(layers, d, device),
+        small=lambda device: pass_inputs(BATCH, 32, device) if tokens else finalize_inputs(min(layers, 2), 32, device),
+        providers={
+            "keeplora": passes if tokens else finalize,
+            against: lambda *given: products(need(*sizes_of(*given), kind).flops, torch.device(kind)),
+        },
+        flops=flops,
+    )

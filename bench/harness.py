@@ -27,6 +27,8 @@ class Case:
     flops: int = 0  # useful arithmetic; 0 where memory bounds the time
     small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of what a provider adds to, which is among its inputs
+    # How to measure the memory of a provider that works in other processes.
+    elsewhere: dict[str, Callable[..., int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[
     """Measure every provider of ``case``, in about ``seconds`` (at least three repeats whatever they take)."""
     arguments = case.setup(device)
     once = _once_on_cuda(device) if device.type == "cuda" else _once_on_cpu
-    peaks = {name: _peak_bytes(call, arguments, device) for name, call in case.providers.items()}  # warms up, too
+    peaks = {  # warms up, too
+        name: case.elsewhere[name](*arguments) if name in case.elsewhere else _peak_bytes(call, arguments, device)
+        for name, call in case.providers.items()
+    }
     took = {name: once(call, arguments) for name, call in case.providers.items()}
     repeats = int(min(100, max(3, seconds / sum(took.values()))))
     times: dict[str, list[float]] = {name: [] for name in case.providers}

@@ -46,13 +46,13 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def curves(result: dict[str, Any]) -> list[Curve]:
     """The measured curves among the rows that bench.run wrote."""
-    kind = "cuda" if "gpu" in result["machine"] else "cpu"
+    kind, cores = "cuda" if "gpu" in result["machine"] else "cpu", result["machine"]["cores"]
     found: dict[str, Curve] = {}
     for row in result["rows"]:
         if row["id"] != "B10" or row["provider"] != "keeplora":
             continue
         axis, _, value = row["case"].rpartition(" / ")[2].partition(" = ")
-        need = count(axis, int(value), kind)
+        need = count(axis, int(value), kind, cores)
         curve = found.setdefault(axis, Curve(axis, [], [], [], [], []))
         curve.sizes.append(int(value))
         curve.seconds.append(row["median_s"])

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": commit(Path(__file__).parent),
         "torch": torch.__version__,
         "cpu": cpu,
+        "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
