@@ -123,6 +123,7 @@ def _expected_gain(energies: list[float]) -> float:
 FIRST_WIDTH = 128
 OVERSAMPLE = 1.25
 BUDGET = 10.0
+LEAST_STEPS = 5  # a width that leaves the budget room for fewer is not begun: three before the first look, and filters
 ROUNDING = 1e-6  # of the total: float32 products cannot tell energies closer than this apart
 SAFETY = 4.0
 GROWTH = 1e8  # of the first column of a block beside its last, in a filter: float32 tells both apart afterwards
@@ -160,7 +161,7 @@ def leading_eigenvectors(
     least = (need / float(torch.linalg.matrix_norm(c))) ** 2
     width = max(FIRST_WIDTH, int(OVERSAMPLE * least) + 16)
     v = gaussian(d, 0, seed, c)
-    while 3 * _cost(width / d) <= left and width <= d - q.shape[1]:
+    while LEAST_STEPS * _cost(width / d) <= left and width <= d - q.shape[1]:
         fresh = gaussian(d, width - v.shape[1], seed + width, c)
         v = torch.cat([v, project(fresh.mT, q).mT], dim=1)
         for step in itertools.count():
