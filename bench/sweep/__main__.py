@@ -173,13 +173,19 @@ def small_benchmark(name: str) -> RunConfig:
 
 
 def grid_of_rates(base: RunConfig, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """A grid whose stages try one learning rate of every method each, around the comparison's other settings."""
+    """A grid over every method's learning rate, around the comparison's other settings.
+
+    Two rates three times apart, three times more and less than the better one, then 0.6 and 1.7 times the best.
+    """
     return {
         "finalists": 1,
         **{
             method: {
                 "start": dict(base.of(method).settings),
-                "stages": [{"try": [{"learning_rate": rate}]} for rate in tried],
+                "stages": [
+                    *({"try": [{"learning_rate": rate}]} for rate in tried),
+                    *({"scale": {"learning_rate": factors}} for factors in ([0.3333, 3.333], [0.6, 1.7])),
+                ],
                 "reference": method in REFERENCES,
             }
             for method, tried in rates.items()

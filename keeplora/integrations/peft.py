@@ -86,7 +86,9 @@ class PeftLayer:
         from peft.utils.integrations import dequantize_module_weight
 
         def weight() -> Tensor:
+            held = base.weight
             dense: Tensor = dequantize_module_weight(base)
+            base.weight = held  # on a CPU, PEFT 0.21 puts a copy there, and one of bitsandbytes' int8 has no scales
             return dense
 
         return weight

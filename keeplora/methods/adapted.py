@@ -27,7 +27,7 @@ from keeplora.lora import (
 )
 
 from .adapters import attach, check_ranks
-from .base import LossFn, Method, State
+from .base import LossFn, Method, State, require_loss_fn
 from .progress import for_all_layers, progress
 from .state import StateError
 from .verify import fingerprint
@@ -156,8 +156,7 @@ class AdaptedMethod(Method):
         """
         with processes().together():
             self._require("before_task", task=False)
-            if not callable(loss_fn):
-                raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+            require_loss_fn(loss_fn)
             self.open_task(loader, loss_fn)
         self._loss_fn, self.training_task = loss_fn, True
 

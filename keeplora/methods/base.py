@@ -18,6 +18,15 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
 
 
+def require_loss_fn(loss_fn: object) -> None:
+    """Refuse what is no function, before anything changes; the two arguments of before_task are easily swapped."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"before_task: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
+            "Call before_task(loader, loss_fn)."
+        )
+
+
 @dataclass
 class State:
     """All a method needs to go on later: ``tensors`` by name, and ``meta`` that fits JSON."""

@@ -25,7 +25,7 @@ from keeplora.lora import (
 from keeplora.math.precision import full_precision
 
 from .adapters import Protected, adapter_tensors, attach, new_adapter, restore, warn_of_small_ranks
-from .base import LossFn, Method, State, freeze
+from .base import LossFn, Method, State, freeze, require_loss_fn
 from .bases import extended_bases, weight_bases
 from .capacity import Capacity, layer_capacity
 from .certificate import RetentionCertificate, merge_and_certify
@@ -141,8 +141,7 @@ class KeepLora(PeftExchange, Method):
                 raise RuntimeError(
                     "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
                 )
-            if not callable(loss_fn):
-                raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+            require_loss_fn(loss_fn)
             self._require_same_weights("before_task")
             found = direction_finder(
                 self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress

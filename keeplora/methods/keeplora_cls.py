@@ -14,7 +14,7 @@ from keeplora.distributed import processes
 from keeplora.integrations.class_head import is_image_text_model, put_class_head
 from keeplora.lora import Target
 
-from .base import LossFn, Method, State
+from .base import LossFn, Method, State, require_loss_fn
 from .certificate import RetentionCertificate
 from .classifiers import ClassMeans, CosineClassifiers, observed
 from .config import KeepLoraConfig
@@ -111,8 +111,7 @@ class KeepLoraCls(KeepLora):
                 f"KeepLoraCls: class means are taken in one process, got {processes().size}. "
                 "Train in one process, or use keeplora++."
             )
-        if not callable(loss_fn):
-            raise TypeError(f"before_task: loss_fn must be a function of (model, batch), got {loss_fn!r}")
+        require_loss_fn(loss_fn)
         means = ClassMeans()
         with observed(self.head, means.observe):
             super().before_task(loader, means.of_loss(loss_fn))

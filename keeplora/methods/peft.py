@@ -70,7 +70,8 @@ def initialize(
         ``state``, or the new one.
 
     Raises:
-        TypeError: no PeftModel; a layer that is not linear, or PEFT's MultiheadAttention; adapters in half precision.
+        TypeError: no PeftModel; ``state`` or ``config`` of another kind; a layer that is not linear, or PEFT's
+            MultiheadAttention; adapters in half precision.
         ValueError: DoRA, biases, an initialisation that changed the base weights, any other field of ``LoraConfig``
             beyond plain LoRA; trainable parameters beside the adapter; an empty loader; tied weights.
         RuntimeError: a task is open, the adapter is not fresh, several adapters are active, one is merged, or the base
@@ -100,6 +101,7 @@ def initialize(
         >>> keeplora.update_subspace(peft_model, task, state).leak < 1e-6
         True
     """
+    _require_kinds(state, config)
     if state is None:
         adapter = find_adapter("initialize", model, adapter_name, targets=targets)
         state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
@@ -192,6 +194,10 @@ def update_subspace(
         UserWarning: A was trained and left its free space (PEFT unfreezes it in ``set_adapter``, ``disable_adapter``
             and ``is_trainable=True``); it is projected back before anything else.
     """
+    if not isinstance(state, SubspaceState):
+        raise TypeError(
+            f"update_subspace: state must be the SubspaceState that initialize returned, got {type(state).__name__}."
+        )
     if state.open_adapter is None:
         raise RuntimeError("update_subspace: a task must be open, got none. Call initialize(...) first.")
     forward = loss_fn or state.loss_fn
@@ -246,6 +252,16 @@ def freeze_a(model: Any, adapter_name: str | None = None) -> None:
         TypeError, ValueError, RuntimeError: as :func:`initialize`.
     """
     find_adapter("freeze_a", model, adapter_name).freeze()
+
+
+def _require_kinds(state: object, config: object) -> None:
+    if state is not None and not isinstance(state, SubspaceState):
+        raise TypeError(
+            f"initialize: state must be a SubspaceState or None, got {type(state).__name__}. "
+            "Settings of a new state are given as config=."
+        )
+    if config is not None and not isinstance(config, KeepLoraConfig):
+        raise TypeError(f"initialize: config must be a KeepLoraConfig or None, got {type(config).__name__}.")
 
 
 def _with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLoraConfig:

@@ -284,3 +284,13 @@ def test_calls_out_of_order():
     state, _ = learn(model, 1)
     with pytest.raises(RuntimeError, match="update_subspace: a task must be open"):
         keeplora.update_subspace(model, task(1), state)
+
+
+def test_arguments_of_another_kind_are_named():
+    model = stock(net())
+    with pytest.raises(TypeError, match=r"initialize: state must be a SubspaceState .* got KeepLoraConfig.* config="):
+        keeplora.initialize(model, task(1), loss_fn, CONFIG)
+    with pytest.raises(TypeError, match=r"initialize: config must be a KeepLoraConfig or None, got dict"):
+        keeplora.initialize(model, task(1), loss_fn, config={"r": 2})
+    with pytest.raises(TypeError, match=r"update_subspace: state must be the SubspaceState .* got NoneType"):
+        keeplora.update_subspace(model, task(1), None)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -13,10 +14,35 @@ import keeplora
 from keeplora.lora import linear_targets, wrap
 
 
-def int8():
+def torchao_int8():
     model = net()
     quantize_(model.blocks, Int8WeightOnlyConfig())
     return model
+
+
+def of_bitsandbytes(make, flag):
+    model = net()
+    for block in model.blocks:
+        for name, dense in list(block.named_children()):
+            if isinstance(dense, nn.Linear):
+                layer = make(dense.in_features, dense.out_features)
+                layer.load_state_dict(dense.state_dict())
+                setattr(block, name, layer)
+    setattr(model, flag, True)  # as transformers marks its models for PEFT
+    return model.to("cpu")  # where bitsandbytes quantises
+
+
+def bnb_int8():
+    return of_bitsandbytes(lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False), "is_loaded_in_8bit")
+
+
+def bnb_nf4():
+    return of_bitsandbytes(
+        lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.float32, quant_type="nf4"), "is_loaded_in_4bit"
+    )
+
+
+KINDS = pytest.mark.parametrize("quantised", [torchao_int8, bnb_int8, bnb_nf4])
 
 
 def adapted(model):
@@ -25,8 +51,9 @@ def adapted(model):
         return stock(model)
 
 
-def test_bases_are_those_of_the_weight_that_is_multiplied_with():
-    model = adapted(int8())
+@KINDS
+def test_bases_are_those_of_the_weight_that_is_multiplied_with(quantised):
+    model = adapted(quantised())
     before = logits(model)
     state = keeplora.initialize(model, task(1), loss_fn, config=CONFIG)
     assert torch.equal(logits(model), before)
@@ -43,8 +70,9 @@ def test_bases_are_those_of_the_weight_that_is_multiplied_with():
         assert (a @ q).abs().max() <= 1e-6
 
 
-def test_tasks_follow_each_other_as_adapters_and_resume(tmp_path):
-    model = adapted(int8())
+@KINDS
+def test_tasks_follow_each_other_as_adapters_and_resume(quantised, tmp_path):
+    model = adapted(quantised())
     state = keeplora.initialize(model, task(1), loss_fn, config=CONFIG)
     train(model, task(1))
     with pytest.raises(TypeError, match=r"must not be quantised to be merged into, got 4 .* Pass merge=False"):
@@ -56,6 +84,7 @@ def test_tasks_follow_each_other_as_adapters_and_resume(tmp_path):
     state.save(tmp_path)
 
     def second(model, state):
+        model.train()  # bitsandbytes' int8 products round their inputs in eval() alone
         model.add_adapter("second", lora())
         model.base_model.set_adapter(["default", "second"])
         keeplora.initialize(model, task(2), loss_fn, state)
@@ -66,7 +95,7 @@ def test_tasks_follow_each_other_as_adapters_and_resume(tmp_path):
     expected = second(model, state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resumed = PeftModel.from_pretrained(int8(), tmp_path)
+        resumed = PeftModel.from_pretrained(quantised(), tmp_path)
     again = keeplora.SubspaceState.load(tmp_path)
     again.restore(resumed)
     assert torch.equal(second(resumed, again), expected)
@@ -95,7 +124,7 @@ def test_weights_that_nobody_can_read_are_refused():
 
 
 def test_a_keeper_merges_and_so_refuses_them():
-    model = int8()
+    model = torchao_int8()
     with pytest.raises(TypeError, match=r"adapted weights must be floating point, got torchao.* keeplora\.initialize"):
         wrap(model, linear_targets(model))
     assert type(model.blocks[0].up) is nn.Linear
