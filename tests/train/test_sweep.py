@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.sweep.__main__ import Sweep, grid_of_rates
+from bench.sweep.__main__ import REFERENCES, Sweep, grid_of_rates, small_benchmark
 from bench.sweep.search import as_method, candidates, label_of, ranked, score
 from keeplora.methods import METHODS, create
 from keeplora.train.config import load_config, parse_config
@@ -63,21 +63,34 @@ def test_every_setting_of_the_grid_is_accepted_by_its_method():
 
 
 @pytest.mark.parametrize("name", ["embedded", "minilm"])
-def test_every_rate_is_for_a_method_and_the_shipped_choice_is_among_the_tried(name):
-    """A choice at the edge of what was tried may be extended by hand; one that nobody tried is a mistake."""
+def test_every_rate_is_for_a_method_with_settings(name):
     rates = tomllib.loads(GRID.with_name("rates.toml").read_text(encoding="utf-8"))[name]
     shipped = GRID.parents[2] / "keeplora" / "train" / "settings" / f"{name}.toml"
     sections = tomllib.loads(shipped.read_text(encoding="utf-8"))["method"]
     assert set(rates) <= set(METHODS)
     for method, tried in rates.items():
-        assert len(set(tried)) == len(tried) >= 3
-        assert sections[method]["learning_rate"] in tried, method
+        assert len(set(tried)) == len(tried) == 2
+        assert sections[method]["learning_rate"] > 0
+
+
+def test_the_shipped_rates_are_the_choice_of_the_rule():
+    """Every run of the search is in the repository: whoever changes a rate without one fails here."""
+    rows = [json.loads(line) for line in GRID.with_name("compare.jsonl").read_text(encoding="utf-8").splitlines()]
+    base = small_benchmark("embedded")
+    [zero_shot] = {row["transfer"] for row in rows if row["method"] == "zero-shot"}
+    assert len({row["shared"] for row in rows}) == 1
+    for method in {row["method"] for row in rows} - {"zero-shot"}:
+        floor = 0.0 if method in REFERENCES else zero_shot
+        chosen = ranked([row for row in rows if row["method"] == method], [100], floor)[0][0]
+        entry = base.of(method)
+        assert chosen == {**entry.settings, "learning_rate": entry.learning_rate}, method
 
 
 def test_rates_become_stages_of_one_rate_for_every_method():
     base = load_config("demo")
     grid = grid_of_rates(base, {"lora": [1e-3, 3e-3], "full": [1e-4, 3e-4]})
     assert grid["lora"]["stages"][1] == {"try": [{"learning_rate": 3e-3}]}
+    assert [set(stage) for stage in grid["lora"]["stages"]] == [{"try"}, {"try"}, {"scale"}, {"scale"}]
     assert grid["lora"]["start"] == dict(base.of("lora").settings)
     assert grid["full"]["reference"]
     assert not grid["lora"]["reference"]
