@@ -9,6 +9,8 @@ import pytest
 
 from bench.sweep.__main__ import REFERENCES, Sweep, grid_of_rates, small_benchmark
 from bench.sweep.search import as_method, candidates, label_of, ranked, score
+from bench.sweep.settings import BASE, CHANGES, costs
+from bench.sweep.variants import VARIANTS
 from keeplora.methods import METHODS, create
 from keeplora.train.config import load_config, parse_config
 from keeplora.train.loop import NonFiniteLossError
@@ -84,6 +86,25 @@ def test_the_shipped_rates_are_the_choice_of_the_rule():
         chosen = ranked([row for row in rows if row["method"] == method], [100], floor)[0][0]
         entry = base.of(method)
         assert chosen == {**entry.settings, "learning_rate": entry.learning_rate}, method
+
+
+def test_variants_and_single_changes_are_settings_of_their_methods():
+    base = small_benchmark("embedded")
+    for method, changes in VARIANTS.items():
+        for change in changes:
+            METHODS[method].config(**{**base.of(method).settings, **change})
+    for change in CHANGES:
+        METHODS["keeplora"].config(**as_method("keeplora", BASE | change).settings)
+
+
+def test_costs_are_of_every_part_of_a_task():
+    import tiny_workload
+
+    base = replace(load_config("demo"), benchmark="tiny_workload:workload", batch_size=16)
+    settings = {"learning_rate": 1e-2, "r": 2, "target_modules": ["v_proj"]}
+    found = costs(base, tiny_workload.workload("cpu"), settings, steps=2)
+    assert set(found) == {"step_s", "before_s", "after_s"}
+    assert min(found.values()) > 0
 
 
 def test_rates_become_stages_of_one_rate_for_every_method():
