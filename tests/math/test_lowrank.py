@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from keeplora.math import batch
-from keeplora.math.lowrank import Extension, extend_basis, weight_basis
+from keeplora.math.lowrank import Extension, extend_basis, top_directions, weight_basis
 from tests.math.spectra import (
     SPECTRA,
     away_from_ties,
@@ -225,3 +225,37 @@ BROKEN = EYE.clone().index_put_((torch.tensor(1), torch.tensor(2)), torch.tensor
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("what", ["directions", "extension", "weights"])
+def test_host_reads_do_not_grow_with_the_layers_of_a_shape(what, monkeypatch):
+    """On a GPU every number that Python reads waits for all that was launched before it."""
+    monkeypatch.setattr(batch, "batched", lambda tensor: True)  # as on a GPU
+    rng = np.random.default_rng(0)
+    reads = 0
+
+    def counted(method):
+        def read(*args):
+            nonlocal reads
+            reads += 1
+            return method(*args)
+
+        return read
+
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+
+    def of(layers):
+        nonlocal reads
+        c = [tensor(moment(24, "power", seed=i)) for i in range(layers)]
+        q = [tensor(orthonormal(24, 4, rng)) for _ in range(layers)]
+        reads = 0
+        calls = {
+            "directions": lambda: top_directions(c, q, 3),
+            "extension": lambda: extend_basis(q, c, 0.9),
+            "weights": lambda: weight_basis(c, 0.6),
+        }
+        calls[what]()
+        return reads
+
+    assert 0 < of(2) == of(9)
