@@ -163,7 +163,7 @@ def case(axis: str, value: int, kind: str) -> Case:
             setup=lambda device: team(value, tokens, d),
             small=lambda device: team(min(value, 2), 2 * BATCH, 32),
             providers={"keeplora": Team.call, against: lambda _: products(flops, torch.device(kind))},
-            elsewhere={"keeplora": Team.peak_bytes},
+            memory={"keeplora": Team.peak_bytes},
             flops=flops,
         )
     return Case(

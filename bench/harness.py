@@ -27,8 +27,9 @@ class Case:
     flops: int = 0  # useful arithmetic; 0 where memory bounds the time
     small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of what a provider adds to, which is among its inputs
-    # How to measure the memory of a provider that works in other processes.
-    elsewhere: dict[str, Callable[..., int]] = field(default_factory=dict)
+    memory: dict[str, Callable[..., int]] = field(
+        default_factory=dict
+    )  # peak bytes of what works in other processes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[
     arguments = case.setup(device)
     once = _once_on_cuda(device) if device.type == "cuda" else _once_on_cpu
     peaks = {  # warms up, too
-        name: case.elsewhere[name](*arguments) if name in case.elsewhere else _peak_bytes(call, arguments, device)
+        name: case.memory[name](*arguments) if name in case.memory else _peak_bytes(call, arguments, device)
         for name, call in case.providers.items()
     }
     took = {name: once(call, arguments) for name, call in case.providers.items()}

@@ -70,3 +70,16 @@ def score(means: Mapping[str, float], zero_shot: float) -> float:
     (70.0, 67.0)
     """
     return means["last"] - PENALTY * max(0.0, zero_shot - ALLOWANCE - means["transfer"])
+
+
+TABLE = "| Transfer | Avg | Last | Learn |\n|---|---|---|---|---|"
+
+
+def cells(change: Settings, row: Row, unchanged: str) -> str:
+    """A change and what it did, as a line of a table under :data:`TABLE`.
+
+    >>> cells({"r": 4}, {"transfer": 45.41, "avg": 57.67, "last": 64.43, "learn": 66.71}, "base")
+    '| r 4 | 45.4 | 57.7 | 64.4 | 66.7 |'
+    """
+    what = ", ".join(f"{name} {value}" for name, value in change.items()) or unchanged
+    return " | ".join([f"| {what}", *(f"{row[name]:.1f}" for name in ("transfer", "avg", "last", "learn"))]) + " |"

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.run import machine
 from bench.sweep.__main__ import HERE, Sweep
-from bench.sweep.search import as_method, label_of
+from bench.sweep.search import TABLE, as_method, cells, label_of
 from keeplora.methods import create
 from keeplora.train.batches import First
 from keeplora.train.catalog import load_workload
@@ -50,6 +50,9 @@ CHANGES: list[dict[str, Any]] = [
     {"gradient_statistic": "sketch"},
     {"feature_statistic": "sketch", "sketch_share": 0.5},
     {"dropout": 0.1},
+    {"towers": ["vision"], "weight_energy": 0.85},
+    {"towers": ["text"], "weight_energy": 0.85},
+    {"rslora": True},
 ]
 
 
@@ -113,11 +116,9 @@ def main() -> None:
     for settings in wanted:  # one by one: each row is written when it is there
         sweep.run([("keeplora", settings, SEED)])
     rows = {row["label"]: row for row in sweep.rows if row["seed"] == SEED}
-    print("| | Transfer | Avg | Last | Learn |\n|---|---|---|---|---|")
+    print(f"| {TABLE}")
     for change, settings in zip(CHANGES, wanted, strict=True):
-        row = rows[label_of("keeplora", settings)]
-        figures = " | ".join(f"{row[name]:.1f}" for name in ("transfer", "avg", "last", "learn"))
-        print(f"| {', '.join(f'{name} {value}' for name, value in change.items()) or 'base'} | {figures} |")
+        print(cells(change, rows[label_of("keeplora", settings)], "base"))
 
 
 if __name__ == "__main__":

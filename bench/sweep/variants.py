@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.sweep.__main__ import HERE, Sweep, small_benchmark
-from bench.sweep.search import Settings, label_of
+from bench.sweep.search import TABLE, Settings, cells, label_of
 
 SEED = 100
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -40,12 +40,10 @@ def main() -> None:
         wanted += [(method, chosen | change, SEED) for change in ({}, *changes)]
     sweep.run(wanted)
     rows = {row["label"]: row for row in sweep.rows}
-    print("| method | | Transfer | Avg | Last | Learn |\n|---|---|---|---|---|---|")
+    print(f"| method | {TABLE}---|")
     changes = [change for many in VARIANTS.values() for change in ({}, *many)]
     for (method, settings, _), change in zip(wanted, changes, strict=True):
-        row = rows[label_of(method, settings)]
-        figures = " | ".join(f"{row[name]:.1f}" for name in ("transfer", "avg", "last", "learn"))
-        print(f"| {method} | {', '.join(f'{n} {v}' for n, v in change.items()) or 'as compared'} | {figures} |")
+        print(f"| {method} {cells(change, rows[label_of(method, settings)], 'as compared')}")
 
 
 if __name__ == "__main__":
