@@ -27,9 +27,7 @@ class Case:
     flops: int = 0  # useful arithmetic; 0 where memory bounds the time
     small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of what a provider adds to, which is among its inputs
-    memory: dict[str, Callable[..., int]] = field(
-        default_factory=dict
-    )  # peak bytes of what works in other processes
+    memory: dict[str, Callable[..., int]] = field(default_factory=dict)  # peak bytes of what works in other processes
 
 
 @dataclass(frozen=True)
