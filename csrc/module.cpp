@@ -31,6 +31,7 @@ py::dict build_info() {
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
   info["archs"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_ARCHS));
   info["kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_KERNELS));
+  info["cpu_kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_CPU_KERNELS));
   return info;
 }
 
@@ -41,5 +42,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "torch: version built with; torch_target: oldest version it loads under; cuda: toolkit version or "
         "None; "
-        "archs: GPU architectures; kernels: ops with a compiled CUDA kernel.");
+        "archs: GPU architectures; kernels: ops with a compiled CUDA kernel; cpu_kernels: those with one for "
+        "the CPU.");
 }

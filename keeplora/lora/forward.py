@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keeplora.ops.merge_weights import merge_weights
+from keeplora.ops.thin_matmul import thin_matmul
 
 if TYPE_CHECKING:
     from .adapter import LoraAdapter
@@ -178,14 +179,21 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _narrow(x: Tensor, a: Tensor) -> Tensor:
-    """``x Aᵀ [..., r]``, where r is small: in float32 on a CPU oneDNN takes 0.6 of the time of F.linear's gemm."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling() or not torch._C._has_mkldnn:
+    """``x Aᵀ [..., r]``, where r is small."""
+    if not _is_thin(x):
         return F.linear(x, a)
-    t: Tensor = torch.ops.mkldnn._linear_pointwise(x, a, None, "none", [], "")
-    return t
+    return thin_matmul(_flat(x), a).view(*x.shape[:-1], a.shape[0])
 
 
 def _grad_b(dy: Tensor, t: Tensor, adapter: LoraAdapter) -> Tensor:
-    """``c dyᵀ t [out, r]`` in the dtype of B. As ``(tᵀ dy)ᵀ``, which keeps the gemm's inner loop long on a CPU."""
-    product = _flat(t).T @ _flat(dy)
-    return product.to(adapter.B.dtype).mul_(adapter.scaling).T.contiguous()
+    """``c dyᵀ t [out, r]`` in the dtype of B."""
+    dy, t = _flat(dy), _flat(t)
+    if _is_thin(dy):
+        return thin_matmul(dy.T, t.T, scale=adapter.scaling).to(adapter.B.dtype)
+    # As (tᵀ dy)ᵀ, which keeps the gemm's inner loop long on a CPU.
+    return (t.T @ dy).to(adapter.B.dtype).mul_(adapter.scaling).T.contiguous()
+
+
+def _is_thin(x: Tensor) -> bool:
+    """Whether the op has a kernel for it that is faster than a gemm; a compiler does better by seeing the product."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()

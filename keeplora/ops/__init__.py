@@ -8,6 +8,7 @@ from .orthonormalize import orthonormalize
 from .project_rows import project_rows
 from .projected_adamw import projected_adamw
 from .sketch_rows import random_signs, sketch_rows
+from .thin_matmul import thin_matmul
 
 __all__ = [
     "build_info",
@@ -19,4 +20,5 @@ __all__ = [
     "projected_adamw",
     "random_signs",
     "sketch_rows",
+    "thin_matmul",
 ]

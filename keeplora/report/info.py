@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -45,7 +46,7 @@ def check_machine(config: RunConfig) -> None:
 def describe() -> str:
     """A text of a few lines, for people and for bug reports."""
     built = build_info()
-    compiled = set(built["kernels"] or ())
+    kernels = {"CPU": built["cpu_kernels"] or (), "CUDA": built["kernels"] or ()}
     lines = [
         f"keeplora {__version__} on Python {platform.python_version()}, {platform.platform()}",
         "",
@@ -53,7 +54,7 @@ def describe() -> str:
         f"CPU         {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         f"CUDA        {_cuda()}",
         f"extension   built with torch {built['torch']} for torch >= {built['torch_target']}, {_cuda_kernels(built)}",
-        "ops         " + ", ".join(f"{name} ({'CUDA kernel' if name in compiled else 'reference'})" for name in OPS),
+        "ops         " + ", ".join(f"{name} ({_kernels(kernels, name)})" for name in OPS),
         "",
         "methods",
         *(f"  {name:<{max(map(len, METHODS))}}  {entry.summary}" for name, entry in METHODS.items()),
@@ -63,6 +64,10 @@ def describe() -> str:
         "comparisons " + ", ".join(shipped_comparisons()),
     ]
     return "\n".join(lines)
+
+
+def _kernels(kernels: Mapping[str, Collection[str]], op: str) -> str:
+    return " and ".join(f"{device} kernel" for device in kernels if op in kernels[device]) or "reference"
 
 
 def _version(name: str) -> str:

@@ -34,6 +34,7 @@ CALLS = {
     "lora_grad_b": {"x": ones(5, 4), "dy": ones(5, 3), "a": [ones(2, 4)], "rows": [(0, 3)], "scale": 1.0},
     "orthonormalize": {"y": [ones(4, 1)], "q": [eye(4, 2)]},
     "sketch_rows": {"x": ones(5, 4), "delta": ones(5, 3), "width": 2, "seed": 0, "out": ones(2, 4)},
+    "thin_matmul": {"x": ones(5, 4), "a": ones(2, 4), "scale": 1.0},
     "gram": {"x": ones(5, 4), "out": ones(4, 4), "energy": ones(dtype=torch.float64)},
 }
 NUMBERS = ("scale", "lr", "eps", "weight_decay")

@@ -1,0 +1,92 @@
+"""thin_matmul: products with a factor of few rows, as LoRA has them (kernel: csrc/bind/cpu/thin_matmul.cpp)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import float_list, matrix, wide
+from .declare import declare
+
+__all__ = ["thin_matmul"]
+
+
+def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
+    r"""Product of a long matrix with the transpose of one of few rows.
+
+    .. math:: y = c\, x\, a^T
+
+    LoRA's ``x Aᵀ`` is ``thin_matmul(x, A)``, and the gradient of B is ``thin_matmul(dy.T, t.T, scale=c)``. On a CPU
+    ``x`` is read once, from where it lies, if one of its strides is 1 (else it is copied); on a GPU it is torch's
+    product. The sums of float16 and bfloat16 inputs are formed in float32.
+
+    Args:
+        x: ``[n, k]``, any floating dtype.
+        a: ``[r, k]``, any floating dtype.
+        scale: ``c``.
+
+    Returns:
+        ``[n, r]``; float32, float64 if an input is float64.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or ``scale`` is not finite.
+        TypeError: an argument is not a floating matrix.
+
+    Source: the two products of a LoRA layer with frozen weight, Hu et al., "LoRA", 2021, eq. 3, arXiv:2106.09685.
+
+    Example:
+        >>> x, a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1.0, -1.0]])
+        >>> thin_matmul(x, a, scale=2.0).T
+        tensor([[-2., -2., -2.]])
+    """
+    matrix("thin_matmul", "x", x)
+    matrix("thin_matmul", "a", a)
+    if a.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"thin_matmul: a must have as many columns as x, got {list(a.shape)} for {list(x.shape)}. "
+            "Both are multiplied along their columns; transpose the one that is not."
+        )
+    if a.device != x.device:
+        raise ValueError(f"thin_matmul: a must lie on the device of x, got {a.device} for {x.device}.")
+    [factor] = float_list("thin_matmul", "scale", scale, 1)
+    product: Tensor = _op.call(x, a, factor)
+    return product
+
+
+def _reference(x: Tensor, a: Tensor, scale: float) -> Tensor:
+    acc = wide(x.dtype, a.dtype)
+    return (x.to(acc) @ a.to(acc).T).mul_(scale)
+
+
+def _fake(x: Tensor, a: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape[0], a.shape[0], dtype=wide(x.dtype, a.dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, a, ctx.scale = inputs
+    ctx.save_for_backward(x, a)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, a = ctx.saved_tensors
+    need_x, need_a, _ = ctx.needs_input_grad
+    grad_x = (grad @ a.to(grad.dtype) * ctx.scale).to(x.dtype) if need_x else None
+    grad_a = _op.call(x.T, grad.T, ctx.scale).T.to(a.dtype) if need_a else None
+    return grad_x, grad_a, None
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    return [(make(7, 5), make(2, 5), 1.0), (make(5, 9).T, make(5, 17).T, -0.5), (make(0, 3), make(2, 3), 1.0)]
+
+
+_op = declare(
+    "thin_matmul(Tensor x, Tensor a, float scale) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    save=_save,
+    backward=_backward,
+)
