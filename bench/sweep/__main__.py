@@ -3,8 +3,9 @@
     python -m bench.sweep --methods full lora keeplora keeplora++ --out build/sweep
     python -m bench.sweep --comparison embedded --out build/sweep-compare
 
-The second form chooses the learning rates of `keeplora compare` (bench/sweep/rates.toml, results in compare.jsonl): one
-seed, on the first tasks of the benchmark (its small form) with the full budget's training of each.
+The second form chooses the learning rates of `keeplora compare` (bench/sweep/rates.toml, results in
+compare_NAME.jsonl): one seed, on the first tasks of the benchmark (its small form) with the full budget's training of
+each.
 
 The rule, one for every method: best Last, less five points for every point of Transfer lost beyond three under
 zero-shot. Full fine-tuning is there to show what the tasks allow, so it is chosen by Last alone. The seeds (100, 101)
@@ -201,14 +202,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=known, metavar="NAME")
     parser.add_argument("--comparison", choices=list(rates), help="choose learning rates for keeplora compare")
     parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
-    parser.add_argument("--results", type=Path, help="default: results.jsonl or compare.jsonl here")
+    parser.add_argument("--results", type=Path, help="default: results.jsonl or compare_NAME.jsonl here")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 100 101; with --comparison 100")
     parser.add_argument("--config", default="demo", help="configuration that gives benchmark, epochs, batch size, …")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--workers", type=int, default=2)
     parsed = parser.parse_args()
     if parsed.comparison:
-        parsed.seeds, parsed.results = parsed.seeds or [100], parsed.results or HERE / "compare.jsonl"
+        parsed.seeds = parsed.seeds or [100]
+        parsed.results = parsed.results or HERE / f"compare_{parsed.comparison}.jsonl"
         base = small_benchmark(parsed.comparison)
         grid = grid_of_rates(base, rates[parsed.comparison])
     else:

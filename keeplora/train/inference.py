@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_ROUNDS = 3
+_ROUNDS = 9
 
 
 def fastest(calls: Sequence[Callable[[], object]], device: str = "cpu", *, rounds: int = _ROUNDS) -> list[float]:

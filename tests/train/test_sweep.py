@@ -75,10 +75,12 @@ def test_every_rate_is_for_a_method_with_settings(name):
         assert sections[method]["learning_rate"] > 0
 
 
-def test_the_shipped_rates_are_the_choice_of_the_rule():
+@pytest.mark.parametrize("name", ["embedded", "minilm"])
+def test_the_shipped_rates_are_the_choice_of_the_rule(name):
     """Every run of the search is in the repository: whoever changes a rate without one fails here."""
-    rows = [json.loads(line) for line in GRID.with_name("compare.jsonl").read_text(encoding="utf-8").splitlines()]
-    base = small_benchmark("embedded")
+    lines = GRID.with_name(f"compare_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    base = small_benchmark(name)
     [zero_shot] = {row["transfer"] for row in rows if row["method"] == "zero-shot"}
     assert len({row["shared"] for row in rows}) == 1
     for method in {row["method"] for row in rows} - {"zero-shot"}:
