@@ -43,6 +43,8 @@ constexpr int64_t kBlockRows = 48;    // of x, which stay in the second cache fo
 constexpr int64_t kBlockDepth = 512;  // of the summed index
 
 template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);  // numbers that come from memory together
+template <typename T>
 constexpr int64_t kPanel = kColumns * kLanes<T>;
 
 // `a` as panels of kPanel rows, zeros after the last: panel p holds a[p·kPanel + j][k] at [k][j].
@@ -61,14 +63,23 @@ void pack_panels(const Matrix<T>& a, T* panels) {
 template <typename T, int N>
 KEEPLORA_INLINE void row_tile(const T* x, int64_t x_stride, const T* panel, int64_t depth, T* out) {
   Vector<T> sum[N][kColumns] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step_on = [&](int64_t k) {
     Vector<T> step[kColumns];
     for (int j = 0; j < kColumns; ++j)
       step[j] = vector_at(panel + k * kPanel<T> + j * kLanes<T>);
     for (int i = 0; i < N; ++i)
       for (int j = 0; j < kColumns; ++j)
         sum[i][j] += x[i * x_stride + k] * step[j];
+  };
+  int64_t k = 0;
+  for (; k + kLine<T> <= depth; k += kLine<T>) {
+    for (int i = 0; i < N; ++i)
+      __builtin_prefetch(x + (N + i) * x_stride + k);  // the next tile's
+    for (int64_t j = k; j < k + kLine<T>; ++j)
+      step_on(j);
   }
+  for (; k < depth; ++k)
+    step_on(k);
   for (int i = 0; i < N; ++i)
     for (int j = 0; j < kColumns; ++j)
       vector_at(out + i * kPanel<T> + j * kLanes<T>) += sum[i][j];
@@ -110,10 +121,10 @@ constexpr int64_t kBlockSum = 16;  // of the summed index
 template <typename T>
 constexpr int64_t kStrip = kVectors * kLanes<T>;
 
-// sums[kSteps][sums_stride] += a[k][a_stride]ᵀ x[k][x_stride] over `depth` of k.
+// sums[kSteps][kStrip] += a[k][a_stride]ᵀ x[k][x_stride] over `depth` of k.
 template <typename T>
 KEEPLORA_INLINE void column_tile(const T* x, int64_t x_stride, const T* a, int64_t a_stride, int64_t depth,
-                                 T* sums, int64_t sums_stride) {
+                                 T* sums) {
   Vector<T> sum[kSteps][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> part[kVectors];
@@ -125,7 +136,7 @@ KEEPLORA_INLINE void column_tile(const T* x, int64_t x_stride, const T* a, int64
   }
   for (int j = 0; j < kSteps; ++j)
     for (int v = 0; v < kVectors; ++v)
-      vector_at(sums + j * sums_stride + v * kLanes<T>) += sum[j][v];
+      vector_at(sums + j * kStrip<T> + v * kLanes<T>) += sum[j][v];
 }
 
 // Strips [begin, end) of kStrip rows each of the result [n][r]; `a` is packed as [columns][r padded].
@@ -133,9 +144,9 @@ template <typename T>
 KEEPLORA_INLINE void by_columns(const Matrix<T>& x, const T* a, int64_t r, T scale, T* result, int64_t begin,
                                 int64_t end) {
   constexpr int64_t strip = kStrip<T>;
-  const int64_t steps = padded(r, kSteps), rows = (end - begin) * strip;
-  Buffer<T> sums(steps * rows);
-  std::fill(sums.get(), sums.get() + steps * rows, T(0));
+  const int64_t steps = padded(r, kSteps), size = (end - begin) * steps * strip;
+  Buffer<T> sums(size);  // [strips][steps][strip]
+  std::fill(sums.get(), sums.get() + size, T(0));
   alignas(64) T edge[kBlockSum * strip] = {};
   for (int64_t first = 0; first < x.columns; first += kBlockSum) {
     const int64_t depth = std::min(kBlockSum, x.columns - first);
@@ -151,18 +162,20 @@ KEEPLORA_INLINE void by_columns(const Matrix<T>& x, const T* a, int64_t r, T sca
       } else {
         for (int64_t k = kBlockSum; k < std::min(2 * kBlockSum, x.columns - first);
              ++k) {  // the next block's
-          __builtin_prefetch(from + k * stride);
-          __builtin_prefetch(from + k * stride + strip - 1);
+          __builtin_prefetch(from + k * stride, 0, 2);
+          __builtin_prefetch(from + k * stride + strip - 1, 0, 2);
         }
       }
       for (int64_t j = 0; j < steps; j += kSteps)
         column_tile<T>(from, stride, a + first * steps + j, steps, depth,
-                       sums.get() + j * rows + (s - begin) * strip, rows);
+                       sums.get() + ((s - begin) * steps + j) * strip);
     }
   }
-  for (int64_t i = 0; i < std::min(rows, x.rows - begin * strip); ++i)
+  for (int64_t row = begin * strip; row < std::min(end * strip, x.rows); ++row) {
+    const T* from = sums.get() + (row / strip - begin) * steps * strip + row % strip;
     for (int64_t j = 0; j < r; ++j)
-      result[(begin * strip + i) * r + j] = scale * sums.get()[j * rows + i];
+      result[row * r + j] = scale * from[j * strip];
+  }
 }
 
 KEEPLORA_EVERY_CPU void run_by_rows(const Matrix<float>& x, const float* panels, int64_t r, float scale,
