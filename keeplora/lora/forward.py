@@ -10,6 +10,7 @@ layer's output; no second copy of the weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +57,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def _exact(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which would round factors before their product."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
     """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
     out, width = weight.shape
@@ -92,11 +99,11 @@ class Ahead:
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
         factors = [_stack(weight, parts) for weight, parts in jobs]
-        with torch.autocast(jobs[0][0].device.type, enabled=False):  # it would round the factors before their product
+        with _exact(jobs[0][0]):
             merged = merge_weights(
-                [weight.detach() for weight, _ in jobs],
-                [a.detach() for a, _, _ in factors],
-                [b.detach() for _, b, _ in factors],
+                [weight for weight, _ in jobs],
+                [a for a, _, _ in factors],
+                [b for _, b, _ in factors],
                 scale=[scale for _, _, scale in factors],
                 dtype=dtype,
             )
@@ -122,7 +129,7 @@ def merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequenc
     """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B."""
     x = x.to(merged.dtype) if torch.is_autocast_enabled(x.device.type) else x
     bias = None if bias is None else bias.to(merged.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _exact(x):
         y: Tensor = _Merged.apply(x, merged, bias, tuple(parts), *(part.adapter.B for part in parts))
     return y
 
@@ -175,7 +182,7 @@ class _Merged(torch.autograd.Function):
 
 def _flat(x: Tensor) -> Tensor:
     """``[tokens, width]``: matmul of three dimensions may expand the matrix to a batch of copies."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _narrow(x: Tensor, a: Tensor) -> Tensor:

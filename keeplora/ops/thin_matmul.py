@@ -17,8 +17,8 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
     .. math:: y = c\, x\, a^T
 
     LoRA's ``x Aᵀ`` is ``thin_matmul(x, A)``, and the gradient of B is ``thin_matmul(dy.T, t.T, scale=c)``. On a CPU
-    ``x`` is read once, from where it lies, if one of its strides is 1 (else it is copied); on a GPU it is torch's
-    product. The sums of float16 and bfloat16 inputs are formed in float32.
+    ``x`` is read once, from where it lies, if one of its strides is 1 (else it is copied); on a GPU, and where
+    gradients are wanted, it is torch's product. The sums of float16 and bfloat16 inputs are formed in float32.
 
     Args:
         x: ``[n, k]``, any floating dtype.
@@ -49,35 +49,24 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
     if a.device != x.device:
         raise ValueError(f"thin_matmul: a must lie on the device of x, got {a.device} for {x.device}.")
     [factor] = float_list("thin_matmul", "scale", scale, 1)
+    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
+        return _reference(x, a, factor)
     product: Tensor = _op.call(x, a, factor)
     return product
 
 
 def _reference(x: Tensor, a: Tensor, scale: float) -> Tensor:
     acc = wide(x.dtype, a.dtype)
-    return (x.to(acc) @ a.to(acc).T).mul_(scale)
+    return (x.to(acc) @ a.to(acc).T) * scale
 
 
 def _fake(x: Tensor, a: Tensor, scale: float) -> Tensor:
     return x.new_empty(x.shape[0], a.shape[0], dtype=wide(x.dtype, a.dtype))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, a, ctx.scale = inputs
-    ctx.save_for_backward(x, a)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, a = ctx.saved_tensors
-    need_x, need_a, _ = ctx.needs_input_grad
-    grad_x = (grad @ a.to(grad.dtype) * ctx.scale).to(x.dtype) if need_x else None
-    grad_a = _op.call(x.T, grad.T, ctx.scale).T.to(a.dtype) if need_a else None
-    return grad_x, grad_a, None
-
-
 def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     return [(make(7, 5), make(2, 5), 1.0), (make(5, 9).T, make(5, 17).T, -0.5), (make(0, 3), make(2, 3), 1.0)]
 
@@ -87,6 +76,4 @@ _op = declare(
     reference=_reference,
     fake=_fake,
     samples=_samples,
-    save=_save,
-    backward=_backward,
 )
