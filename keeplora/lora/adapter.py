@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
-from .forward import Ahead, ForwardMode, Part, compute_dtype, factored_linear, merge_is_cheaper, merged_linear
+from .forward import (
+    Ahead,
+    ForwardMode,
+    Part,
+    compute_dtype,
+    factored_linear,
+    merge_is_cheaper,
+    merged_linear,
+    merged_weights,
+)
 
 __all__ = ["LoraAdapter", "LoraHost", "Observer", "Tap"]
 
@@ -256,7 +265,7 @@ class LoraHost(nn.Module):
         dtype = compute_dtype(weight)
         if parameter and torch.is_grad_enabled():
             self.to_merge[parameter] = dtype
-        return Ahead.of([(weight, parts)], dtype)[0].merged
+        return merged_weights([(weight, parts)], dtype)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keeplora.ops.merge_weights import merge_weights
-from keeplora.ops.thin_matmul import thin_matmul
+from keeplora.ops.declare import OPS
 
 if TYPE_CHECKING:
     from .adapter import LoraAdapter
@@ -32,7 +31,11 @@ __all__ = [
     "factored_linear",
     "merge_is_cheaper",
     "merged_linear",
+    "merged_weights",
 ]
+
+# The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
+_merge, _thin_matmul = OPS["merge_weights"].call, OPS["thin_matmul"].call
 
 ForwardMode = Literal["auto", "merged", "factored"]
 
@@ -69,7 +72,6 @@ def merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
     return tokens * (out + width) >= out * width
 
 
-@torch.no_grad()
 def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
     """``(A [Σr, in], B [out, Σr], c)`` with ``c B A`` the sum of all updates, each in its rows."""
     if len(parts) == 1 and parts[0].rows is None:
@@ -87,6 +89,21 @@ def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float
     return a, b, 1.0
 
 
+@torch.no_grad()
+def merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Tensor]:
+    """The merged weight of every (weight, adapters), in one call of the op."""
+    factors = [_stack(weight, parts) for weight, parts in jobs]
+    with _exact(jobs[0][0]):
+        merged: list[Tensor] = _merge(
+            [weight for weight, _ in jobs],
+            [a for a, _, _ in factors],
+            [b for _, b, _ in factors],
+            [scale for _, _, scale in factors],
+            dtype,
+        )
+    return merged
+
+
 @dataclass(frozen=True)
 class Ahead:
     """A merged weight in the dtype its layer multiplies in, and what it was made from."""
@@ -95,19 +112,9 @@ class Ahead:
     stamp: tuple[Any, ...]
 
     @staticmethod
-    @torch.no_grad()
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
-        factors = [_stack(weight, parts) for weight, parts in jobs]
-        with _exact(jobs[0][0]):
-            merged = merge_weights(
-                [weight for weight, _ in jobs],
-                [a for a, _, _ in factors],
-                [b for _, b, _ in factors],
-                scale=[scale for _, _, scale in factors],
-                dtype=dtype,
-            )
-        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(merged, jobs, strict=True)]
+        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(merged_weights(jobs, dtype), jobs, strict=True)]
 
     def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:
         return self.merged.dtype == compute_dtype(weight) and self.stamp == _stamp(weight, parts)
@@ -189,14 +196,16 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
     """``x Aᵀ [..., r]``, where r is small."""
     if not _is_thin(x):
         return F.linear(x, a)
-    return thin_matmul(_flat(x), a).view(*x.shape[:-1], a.shape[0])
+    t: Tensor = _thin_matmul(_flat(x), a, 1.0)
+    return t.view(*x.shape[:-1], a.shape[0])
 
 
 def _grad_b(dy: Tensor, t: Tensor, adapter: LoraAdapter) -> Tensor:
     """``c dyᵀ t [out, r]`` in the dtype of B."""
     dy, t = _flat(dy), _flat(t)
     if _is_thin(dy):
-        return thin_matmul(dy.T, t.T, scale=adapter.scaling).to(adapter.B.dtype)
+        thin: Tensor = _thin_matmul(dy.T, t.T, adapter.scaling)
+        return thin.to(adapter.B.dtype)
     # As (tᵀ dy)ᵀ, which keeps the gemm's inner loop long on a CPU.
     return (t.T @ dy).to(adapter.B.dtype).mul_(adapter.scaling).T.contiguous()
 

@@ -38,7 +38,7 @@ def merge_weights(
         ValueError: lengths or shapes do not fit, or ``scale`` is not finite.
         TypeError: an argument is not a sequence of floating matrices, or ``dtype`` is not a floating dtype.
 
-    Differentiable in ``w``, ``a`` and ``b``.
+    Differentiable in ``w``, ``a`` and ``b``: where gradients are wanted it is torch's product.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, sec. 4.1, arXiv:2106.09685.
 
@@ -65,7 +65,10 @@ def merge_weights(
             )
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"merge_weights: dtype must be a floating dtype, got {dtype}.")
-    merged: list[Tensor] = _op.call(w, a, b, float_list("merge_weights", "scale", scale, len(w)), dtype)
+    scales = float_list("merge_weights", "scale", scale, len(w))
+    if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in (*w, *a, *b)):
+        return _reference(w, a, b, scales, dtype)
+    merged: list[Tensor] = _op.call(w, a, b, scales, dtype)
     return merged
 
 
@@ -86,31 +89,9 @@ def _fake(
     return [torch.empty_like(x, dtype=dtype or x.dtype, memory_format=torch.contiguous_format) for x in w]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    w, a, b, ctx.scale, _ = inputs
-    ctx.dtypes = [weight.dtype for weight in w]
-    ctx.save_for_backward(*a, *b)
-
-
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    n = len(grads)
-    a, b = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-    need_w, need_a, need_b = ctx.needs_input_grad[:3]
-    parts = list(zip(ctx.scale, grads, a, b, strict=True))
-    grad_w = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)] if any(need_w) else [None] * n
-    grad_a = [_product(c, up.T, g, down) for c, g, down, up in parts] if any(need_a) else [None] * n
-    grad_b = [_product(c, g, down.T, up) for c, g, down, up in parts] if any(need_b) else [None] * n
-    return grad_w, grad_a, grad_b, None, None
-
-
-def _product(factor: float, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    acc = wide(left.dtype, right.dtype)
-    return (factor * (left.to(acc) @ right.to(acc))).to(like.dtype)
-
-
 def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     return [
         ([make(4, 6)], [make(2, 6)], [make(4, 2)], [0.5], None),
@@ -129,6 +110,4 @@ _op = declare(
     reference=_reference,
     fake=_fake,
     samples=_samples,
-    save=_save,
-    backward=_backward,
 )

@@ -16,13 +16,13 @@ WIDTH = 8
 def calls(monkeypatch):
     """How many weights each call of the op merged."""
     sizes = []
-    original = forward.merge_weights
+    original = forward._merge
 
     def counting(w, *args, **kwargs):
         sizes.append(len(w))
         return original(w, *args, **kwargs)
 
-    monkeypatch.setattr(forward, "merge_weights", counting)
+    monkeypatch.setattr(forward, "_merge", counting)
     return sizes
 
 
