@@ -1,17 +1,16 @@
 // thin_matmul: c x aᵀ for a long x and an `a` of few rows, as LoRA has them.
 //
-// A gemm packs both factors before it multiplies, which for so few columns costs as much as the product. Here
-// x is read once, from where it lies. Two kernels, by the direction in which x is contiguous:
+// A gemm packs both factors before it multiplies, which for so few columns costs as much as the product.
+// Here x is read once, from where it lies. Two kernels, by the direction in which x is contiguous:
 //
-//  * along its rows (x Aᵀ of the forward pass): tiles of 6 rows of x by 2 vectors of results, `a` packed so
-//  that the 16
-//    numbers a step needs are neighbours.
+//  * along its rows (x Aᵀ of the forward pass): tiles of 6 rows of x by 2 vectors of results; `a` is packed
+//    so that the numbers of a step are neighbours.
 //  * along its columns (dyᵀ t of the backward pass): tiles of 3 vectors of results along x's columns by 4
-//  rows of `a`;
-//    16 of the summed index at a time: with more, rows that lie 2^n bytes apart push each other out of the
-//    first cache.
+//    rows of `a`, 16 of the summed index at a time: with more, rows that lie 2^n bytes apart push each
+//    other out of the first cache.
 //
 // Both tiles use 12 of 16 vector registers for sums. Every result is summed by one thread in one order.
+// What a prefetch asks for may lie beyond x: that is no access.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -35,6 +34,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "thin_matmul";
+
 // ---- x contiguous along its rows
 
 constexpr int kRows = 6;              // of x in a tile
@@ -153,15 +153,15 @@ KEEPLORA_INLINE void by_columns(const Matrix<T>& x, const T* a, int64_t r, T sca
     for (int64_t s = begin; s < end; ++s) {
       const T* from = x.data + first * x.column_stride + s * strip;
       int64_t stride = x.column_stride;
-      if (const int64_t left = x.rows - s * strip;
-          left < strip) {  // no reading beyond a strip that is not whole
+      const int64_t left = x.rows - s * strip;
+      if (left < strip) {  // nothing is read beyond a strip that is not whole
         for (int64_t k = 0; k < depth; ++k)
           std::copy(from + k * stride, from + k * stride + left, edge + k * strip);
         from = edge;
         stride = strip;
       } else {
-        for (int64_t k = kBlockSum; k < std::min(2 * kBlockSum, x.columns - first);
-             ++k) {  // the next block's
+        const int64_t next = std::min(kBlockSum, x.columns - first - depth);
+        for (int64_t k = depth; k < depth + next; ++k) {
           __builtin_prefetch(from + k * stride, 0, 2);
           __builtin_prefetch(from + k * stride + strip - 1, 0, 2);
         }
