@@ -44,20 +44,17 @@ def sources(*patterns: str) -> list[str]:
 
 cuda = toolkit()
 archs = os.getenv("KEEPLORA_CUDA_ARCHS", "80,90a,100").split(",") if cuda else []
-kernels = [Path(path).stem for path in sources("bind/cuda/*.cpp")] if cuda else []
-cpu_kernels = [Path(path).stem for path in sources("bind/cpu/*.cpp")]
-facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHS": ",".join(archs), "KERNELS": ",".join(kernels)}
-facts["CPU_KERNELS"] = ",".join(cpu_kernels)
-include = [str(Path("csrc").resolve()), pybind11.get_include()]
+ops = {room: ",".join(Path(path).stem for path in sources(f"bind/{room}/*.cpp")) for room in ("cpu", "cuda")}
+facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHS": ",".join(archs), "CPU": ops["cpu"], "KERNELS": ops["cuda"]}
 common = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # loads under torch 2.11 and later
 cxx = [*common, "-fvisibility=hidden", *(f"-DKEEPLORA_BUILT_{name}={value}" for name, value in facts.items())]
 codes = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in archs[-1:] if arch.isdigit()]
 nvcc = [*common, *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)]  # the last for newer GPUs, too
-files = sources("module.cpp", "bind/cpu/*.cpp")
-modules = [CppExtension("keeplora._C", files, include_dirs=include, extra_compile_args=[*cxx, "-ffp-contract=fast"])]
+host = {"include_dirs": [str(Path("csrc").resolve()), pybind11.get_include()], "extra_compile_args": cxx}
+modules = [CppExtension("keeplora._C", sources("module.cpp", "bind/cpu/*.cpp"), **host)]
 if cuda:
     files, flags = sources("bind/cuda/*.cpp", "kernels/*.cu"), {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
-    modules.append(CUDAExtension("keeplora._cuda", files, include_dirs=include, extra_compile_args=flags))
+    modules.append(CUDAExtension("keeplora._cuda", files, **{**host, "extra_compile_args": flags}))
     runtime = f":libcudart.so.{cuda.split('.')[0]}"  # in NVIDIA's wheels it has no other name
     modules[1].libraries = [runtime if library == "cudart" else library for library in modules[1].libraries]
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

@@ -30,8 +30,8 @@ py::dict build_info() {
   const std::string cuda = KEEPLORA_TEXT(KEEPLORA_BUILT_CUDA);
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
   info["archs"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_ARCHS));
-  info["kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_KERNELS));
-  info["cpu_kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_CPU_KERNELS));
+  info["kernels"] = split(cuda.empty() ? "" : KEEPLORA_TEXT(KEEPLORA_BUILT_KERNELS));
+  info["cpu_kernels"] = split(KEEPLORA_TEXT(KEEPLORA_BUILT_CPU));
   return info;
 }
 
