@@ -159,5 +159,7 @@ def test_info_names_what_is_there(capsys):
         "CUDA",
         "project_rows",
         "extension",
+        "thin_matmul (CPU kernel)",
+        "gram (reference)",
     ):
         assert name in shown

@@ -37,6 +37,7 @@ def check(x, a, scale):
 
 def test_there_is_a_kernel_for_the_cpu():
     assert "thin_matmul" in build_info()["cpu_kernels"]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("keeplora::thin_matmul", "CPU")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

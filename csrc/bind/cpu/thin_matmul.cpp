@@ -87,8 +87,8 @@ KEEPLORA_INLINE void row_tile(const T* x, int64_t x_stride, const T* panel, int6
 
 // Rows [begin, end) of the result [n][r].
 template <typename T>
-KEEPLORA_INLINE void by_rows(const Matrix<T>& x, const T* panels, int64_t r, T scale, T* result,
-                             int64_t begin, int64_t end) {
+KEEPLORA_EVERY_CPU void by_rows(const Matrix<T>& x, const T* panels, int64_t r, T scale, T* result,
+                                int64_t begin, int64_t end) {
   constexpr int64_t width = kPanel<T>;
   alignas(64) T out[kBlockRows * width];
   for (int64_t first = begin; first < end; first += kBlockRows) {
@@ -141,8 +141,8 @@ KEEPLORA_INLINE void column_tile(const T* x, int64_t x_stride, const T* a, int64
 
 // Strips [begin, end) of kStrip rows each of the result [n][r]; `a` is packed as [columns][r padded].
 template <typename T>
-KEEPLORA_INLINE void by_columns(const Matrix<T>& x, const T* a, int64_t r, T scale, T* result, int64_t begin,
-                                int64_t end) {
+KEEPLORA_EVERY_CPU void by_columns(const Matrix<T>& x, const T* a, int64_t r, T scale, T* result,
+                                   int64_t begin, int64_t end) {
   constexpr int64_t strip = kStrip<T>;
   const int64_t steps = padded(r, kSteps), size = (end - begin) * steps * strip;
   Buffer<T> sums(size);  // [strips][steps][strip]
@@ -178,23 +178,6 @@ KEEPLORA_INLINE void by_columns(const Matrix<T>& x, const T* a, int64_t r, T sca
   }
 }
 
-KEEPLORA_EVERY_CPU void run_by_rows(const Matrix<float>& x, const float* panels, int64_t r, float scale,
-                                    float* result, int64_t begin, int64_t end) {
-  by_rows(x, panels, r, scale, result, begin, end);
-}
-KEEPLORA_EVERY_CPU void run_by_rows(const Matrix<double>& x, const double* panels, int64_t r, double scale,
-                                    double* result, int64_t begin, int64_t end) {
-  by_rows(x, panels, r, scale, result, begin, end);
-}
-KEEPLORA_EVERY_CPU void run_by_columns(const Matrix<float>& x, const float* a, int64_t r, float scale,
-                                       float* result, int64_t begin, int64_t end) {
-  by_columns(x, a, r, scale, result, begin, end);
-}
-KEEPLORA_EVERY_CPU void run_by_columns(const Matrix<double>& x, const double* a, int64_t r, double scale,
-                                       double* result, int64_t begin, int64_t end) {
-  by_columns(x, a, r, scale, result, begin, end);
-}
-
 template <typename T>
 void multiply(const Matrix<T>& x, const Matrix<T>& a, T scale, T* result) {
   if (x.column_stride == 1) {
@@ -202,7 +185,7 @@ void multiply(const Matrix<T>& x, const Matrix<T>& a, T scale, T* result) {
     pack_panels(a, panels.get());
     const int64_t grain = std::max<int64_t>(1, cpu::kGrain / std::max<int64_t>(1, a.rows * x.columns));
     torch::stable::parallel_for(0, x.rows, padded(grain, kRows), [&](int64_t begin, int64_t end) {
-      run_by_rows(x, panels.get(), a.rows, scale, result, begin, end);
+      by_rows(x, panels.get(), a.rows, scale, result, begin, end);
     });
     return;
   }
@@ -212,10 +195,9 @@ void multiply(const Matrix<T>& x, const Matrix<T>& a, T scale, T* result) {
     for (int64_t j = 0; j < steps; ++j)
       packed.get()[k * steps + j] = j < a.rows ? a.data[j * a.row_stride + k * a.column_stride] : T(0);
   const int64_t grain = cpu::kGrain / std::max<int64_t>(1, a.rows * x.columns * kStrip<T>) + 1;
-  torch::stable::parallel_for(0, padded(x.rows, kStrip<T>) / kStrip<T>, grain,
-                              [&](int64_t begin, int64_t end) {
-                                run_by_columns(x, packed.get(), a.rows, scale, result, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, padded(x.rows, kStrip<T>) / kStrip<T>, grain,
+      [&](int64_t begin, int64_t end) { by_columns(x, packed.get(), a.rows, scale, result, begin, end); });
 }
 
 Tensor thin_matmul_cpu(Tensor x, Tensor a, double scale) {

@@ -5,10 +5,11 @@
 #include <memory>
 #include <new>
 
-// The function is compiled for three generations of x86 and the loader takes the newest the CPU has.
-// Elsewhere, and with other compilers, once: for the CPU the compiler was told of.
+// The function is compiled twice for x86, and the loader takes the second where the CPU has AVX and FMA. By
+// that feature and not by "arch=x86-64-v3", which GCC 11 does not know. Elsewhere, and with other compilers,
+// once: for the CPU the compiler was told of.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define KEEPLORA_EVERY_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define KEEPLORA_EVERY_CPU __attribute__((target_clones("default", "fma")))
 #else
 #define KEEPLORA_EVERY_CPU
 #endif
