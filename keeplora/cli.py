@@ -94,7 +94,7 @@ def _compare(parsed: argparse.Namespace) -> int:
         workers=parsed.workers,
     )
     check_machine(chosen.config)
-    print(announcement(chosen.config, chosen.workload), file=sys.stderr)
+    print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
     records = run_benchmark(chosen.config, workload=chosen.workload)
     print(report_comparison(chosen.config, records, chosen.notes()))
     return 0

@@ -8,7 +8,7 @@ from .config import KeepLoraConfig
 from .keeplora import KeepLora
 from .peft import freeze_a, initialize, update_subspace
 from .peft_state import SubspaceState
-from .registry import METHODS, create
+from .registry import METHODS, configure, create
 from .state import StateError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "StateError",
     "SubspaceState",
     "ZeroShot",
+    "configure",
     "create",
     "freeze_a",
     "initialize",

@@ -62,7 +62,8 @@ class Gpm(AdaptedMethod):
     formulas (eqs. 5 to 9). From its public code (sahagobinda/GPM): the thresholds, SGD without weight decay. Here
     otherwise: statistics of all tokens of the pass, where the code takes 125 samples; one rank rule, where the code
     takes one direction less after the first task; no biases and norms are trained, which the code does in the first
-    task; the gradient is projected as soon as autograd has it, so that any training loop keeps the promise.
+    task; the gradient is projected as soon as autograd has it, so that any training loop keeps the promise; a schedule
+    may add momentum (``keeplora.train``'s ``OneCycleLR`` does, 0.95 to 0.85), which stays in free space as gradients do.
 
     Example:
         >>> _ = torch.manual_seed(0)

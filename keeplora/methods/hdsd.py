@@ -137,7 +137,7 @@ class Hdsd(SequentialLora):
         config: :class:`HdsdConfig`.
 
     Raises:
-        ValueError: ``target_modules`` matches nothing; r is larger than a side of a weight.
+        ValueError: ``target_modules`` matches nothing; r is larger than a weight's width.
 
     Source: HDSD, arXiv:2605.07512, abstract only: general and task subspaces split by SVD, an adaptive threshold on
     relative parameter changes across tasks, a scale per subspace. Its feature modulation module, general fusion module
@@ -180,12 +180,12 @@ class Hdsd(SequentialLora):
         general, task = self.config.general_scale, self.config.task_scale
         self.attach(
             [
-                None if adapter is None else ModulatedAdapter(
+                ModulatedAdapter(
                     adapter.A, adapter.B, adapter.scaling, basis=basis.to(adapter.A), general=general, task=task
                 )
                 for adapter, basis in zip(plain, bases, strict=True)
             ]
-        )  # fmt: skip
+        )
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         kept, changes = [], []

@@ -67,7 +67,12 @@ class KeepLora(PeftExchange, Method):
     Raises:
         ValueError: ``target_modules`` matches nothing, or r is larger than a layer's width.
 
-    Source: KeepLoRA, arXiv:2601.19659 (ICLR 2026); KeepLoRA++, arXiv:2606.16256.
+    Source: KeepLoRA, arXiv:2601.19659 (ICLR 2026); KeepLoRA++, arXiv:2606.16256. From the papers: the formulas. From
+    their public code (MaolinLuo/KeepLoRA): the defaults, λ in the vision tower alone, one gradient pass and one feature
+    pass per task. Here otherwise: the weight basis is on the input side, where the CLIP code takes output vectors
+    (``weight_side="output"``); C is the second moment of all tokens, where that code averages inputs over batches
+    (``feature_statistic="slot_mean"``), with its own default for ε_f; one rank rule, the fewest directions that reach
+    the share; one statistic for all layers that read one tensor; gradients of the adapted weights alone.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -47,6 +47,11 @@ class KeepLoraClsConfig(KeepLoraConfig):
             raise ValueError(
                 f"KeepLoraClsConfig: classifier_scale must be a positive number, got {self.classifier_scale}"
             )
+        if self.directions != "gradient":
+            raise ValueError(
+                f"KeepLoraClsConfig: directions must be 'gradient', got {self.directions!r}: the classifiers start at "
+                "class means, which the gradient pass collects. Use keeplora++ for random directions."
+            )
 
 
 class KeepLoraCls(KeepLora):

@@ -213,9 +213,10 @@ class Lines(Method):
 
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
-        """Close the base method's task, scale what it changed; returns the base method's report.
+        """Close the base method's task, scale what it changed; returns the base method's report, of the whole change.
 
-        Where ``validate`` fails, the task is closed and not scaled.
+        Where ``validate`` fails, the task is closed and not scaled. What is scaled can no longer be written as the
+        factors that were trained: ``export_peft`` of the base method refuses it.
         """
         report = self.base.after_task(loader, loss_fn)
         changes = [
@@ -225,6 +226,9 @@ class Lines(Method):
         ]
         self._before = []
         self.alphas.append(self._chosen(changes))
+        if self.alphas[-1] != 1:
+            for slot in getattr(self.base, "slots", ()):
+                slot.host.learned[slot.slot] = None
         return report
 
     def _chosen(self, changes: Sequence[_Change]) -> float:
@@ -258,6 +262,9 @@ class Lines(Method):
         return self.base.merge()
 
     def state(self) -> State:
+        """The base method's, and the α that were chosen. RuntimeError while a task is open."""
+        if self._before:  # a copy of the model that only this process has
+            raise RuntimeError("state: the open task must be closed first. Call after_task(loader).")
         state = self.base.state()
         return State(state.tensors, {"method": self.name, "alphas": list(self.alphas), "base": state.meta})
 

@@ -24,7 +24,7 @@ from .loda import LoDa, LoDaConfig
 from .olora import OLora, OLoraConfig
 from .sdlora import SdLora, SdLoraConfig
 
-__all__ = ["METHODS", "Registered", "create"]
+__all__ = ["METHODS", "Registered", "configure", "create"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,17 @@ METHODS: dict[str, Registered] = {
 """Every method that :func:`create` knows, by name; more may be added."""
 
 
-def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Method:
-    """Make the method ``name`` around ``model``.
+def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """The configuration of the method ``name``: what can be said about settings before there is a model.
 
     Raises:
-        ValueError: no method of that name, or it does not have a setting (the nearest names are offered).
+        ValueError: no method of that name, or it does not have a setting (the nearest names are offered), or a value is
+            out of range.
+        TypeError: a value is of another type.
 
     Example:
-        >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
-        2
+        >>> configure("keeplora", {"r": 2}).depth_scale
+        1.0
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3) or sorted(METHODS)
@@ -86,4 +88,19 @@ def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = Non
                 f"create: settings of method {name!r} do not include {setting!r}. "
                 f"Nearest names: {', '.join(near) or 'it has no settings'}."
             )
-    return entry.build(model, entry.config(**{**entry.defaults, **(settings or {})}))
+    return entry.config(**{**entry.defaults, **(settings or {})})
+
+
+def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Method:
+    """Make the method ``name`` around ``model``.
+
+    Raises:
+        ValueError: as :func:`configure`, or the settings do not suit the model (a rank that no layer can hold).
+        TypeError: the model is not of a kind the method can handle.
+
+    Example:
+        >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
+        2
+    """
+    config = configure(name, settings)
+    return METHODS[name].build(model, config)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from keeplora.methods import METHODS, create
+from keeplora.methods import METHODS, configure, create
 from keeplora.train.catalog import load_workload
 from keeplora.train.checkpoint import RunRecord, claim_folder, load_result, run_folder
 from keeplora.train.config import ConfigError, RunConfig, suggest
@@ -83,8 +83,8 @@ def read_records(config: RunConfig) -> list[RunRecord]:
     return records
 
 
-def check_methods(config: RunConfig, workload: Workload) -> None:
-    """Raise ``ConfigError`` for a method that is not registered or refuses its settings, before anything runs."""
+def check_settings(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for a method that is not registered, or for settings that it does not have."""
     for label, entry in config.method.items():
         if entry.method not in METHODS:
             known = (*config.methods, *METHODS)
@@ -96,13 +96,32 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
         entry = config.of(label)
         if entry.method not in METHODS:
             raise ConfigError(
-                f"check_methods: methods must be known, got {entry.method!r}{suggest(entry.method, METHODS)}. "
-                f"Known: {', '.join(METHODS)}"
+                f"check_methods: methods must be known, got {entry.method!r}"
+                f"{suggest(entry.method, (*METHODS, *config.method))}. Known: {', '.join(METHODS)}"
             )
         try:
-            create(entry.method, workload.model(), dict(entry.settings))
+            configure(entry.method, entry.settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"check_methods: the settings of {label} must suit {entry.method}: {error}") from error
+
+
+def check_methods(config: RunConfig, workload: Workload) -> None:
+    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
+    check_settings(config)
+    for label in config.labels():
+        why = refusal(config, workload, label)
+        if why:
+            raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")
+
+
+def refusal(config: RunConfig, workload: Workload, label: str) -> str:
+    """Why the method of ``label`` cannot be made around this benchmark's model; empty where it can."""
+    entry = config.of(label)
+    try:
+        create(entry.method, workload.model(), dict(entry.settings))
+    except (TypeError, ValueError) as error:
+        return str(error).rstrip(".")
+    return ""
 
 
 def unfinished(config: RunConfig) -> list[tuple[str, int]]:

@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from keeplora.methods import METHODS, create
+from keeplora.methods import METHODS
+from keeplora.train.benchmark import check_settings, refusal
 from keeplora.train.catalog import load_workload
 from keeplora.train.config import ConfigError, RunConfig, override, parse_config, suggest
 from keeplora.train.workload import Workload
@@ -87,21 +88,12 @@ def comparison(
         workers=workers,
         seeds=None if seeds is None else tuple(range(seeds)),
     )
+    check_settings(config)  # a misspelled name is a mistake in a group, too; only the model's refusals are left out
     workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
     left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
     kept = tuple(label for label in config.methods if label not in left_out)
     untuned = tuple(label for label in kept if label not in sections and METHODS[label].config is not _NO_CONFIG)
     return Comparison(override(config, methods=kept), workload, left_out, untuned)
-
-
-def refusal(config: RunConfig, workload: Workload, label: str) -> str:
-    """Why the method of ``label`` cannot be made around this benchmark's model; empty where it can."""
-    entry = config.of(label)
-    try:
-        create(entry.method, workload.model(), dict(entry.settings))
-    except (TypeError, ValueError) as error:
-        return str(error).rstrip(".")
-    return ""
 
 
 _NO_CONFIG = METHODS["zero-shot"].config

@@ -213,3 +213,8 @@ def test_a_classifier_that_is_not_finite_is_refused():
 def test_bad_settings_are_refused(value, kind):
     with pytest.raises(kind, match="classifier_scale must be a"):
         KeepLoraClsConfig(classifier_scale=value)
+
+
+def test_random_directions_are_refused_because_no_pass_would_see_the_classes():
+    with pytest.raises(ValueError, match=r"directions must be 'gradient', got 'random'.* Use keeplora\+\+"):
+        KeepLoraClsConfig(directions="random")

@@ -192,3 +192,31 @@ def test_it_is_joint_where_its_base_is():
     assert Lines(net(), LinesConfig(base="joint")).joint
     assert not Lines(copy.deepcopy(net()), LinesConfig(base="full")).joint
     assert isinstance(Lines(net(), LinesConfig(base="full", alpha=0.5)).merge(), nn.Sequential)
+
+
+@pytest.mark.parametrize("base", ["full", "keeplora"])
+def test_an_open_task_has_no_state(base):
+    """It could not be scaled after loading: the weights of before the task would be lost."""
+    settings = {} if base == "full" else {**LORA["settings"], "weight_energy": 0.2, "feature_energy": 0.4}
+    lines = Lines(net(), LinesConfig(base=base, settings=settings, alpha=0.5))
+    lines.before_task(task(0), loss_fn)
+    with pytest.raises(RuntimeError, match=r"state: the open task must be closed first. Call after_task\(loader\)"):
+        lines.state()
+    train(lines, task(0))
+    lines.after_task(task(0))
+    assert lines.state().meta["alphas"] == [0.5]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_what_was_scaled_is_not_exported_as_trained(tmp_path, alpha):
+    settings = {**LORA["settings"], "weight_energy": 0.2, "feature_energy": 0.4}
+    lines = Lines(net(), LinesConfig(base="keeplora", settings=settings, alpha=alpha))
+    lines.before_task(task(0), loss_fn)
+    train(lines, task(0))
+    lines.after_task(task(0))
+    if alpha == 1:
+        lines.base.export_peft(tmp_path)
+        return
+    with pytest.raises(RuntimeError, match="updates that LiNeS has scaled"):
+        lines.base.export_peft(tmp_path)
+    assert not list(tmp_path.iterdir())

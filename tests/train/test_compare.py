@@ -81,7 +81,7 @@ def test_a_method_that_cannot_handle_the_model_is_left_out_of_a_group_and_refuse
     out = tmp_path / "out"
     assert cli.main(["compare", "--benchmark", tiny, "--methods", "too-wide", "--out", str(out)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "settings of too-wide must suit keeplora: " in errors[-1]
+    assert "too-wide must suit the benchmark's model and settings: " in errors[-1]
     assert not out.exists()
 
 
@@ -96,6 +96,12 @@ def test_a_method_that_cannot_handle_the_model_is_left_out_of_a_group_and_refuse
             ["--methods", "lora"],
             "settings of lora must suit lora: .* 'rank'",
         ),
+        (
+            ("r = 4\nlearning", "rank = 4\nlearning"),
+            ["--methods", "all"],
+            "settings of lora must suit lora: .* 'rank'",
+        ),
+        (('"too-wide"]', '"to-wide"]'), ["--methods", "ablations"], "got 'to-wide'. Did you mean 'too-wide'"),
         (
             ('like = "keeplora"', 'like = "keplora"'),
             ["--methods", "lora"],

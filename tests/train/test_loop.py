@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import tiny_workload
 import torch
 
-from keeplora.methods import create
+from keeplora.methods import State, create
 from keeplora.methods.base import Method
 from keeplora.train.checkpoint import RunRecord, load_progress
 from keeplora.train.config import ConfigError, parse_config
@@ -206,14 +207,83 @@ def test_switch_fraction_limits_the_batches_a_method_sees(workload, monkeypatch,
             seen.append([batch.labels.tolist() for batch in loader])
 
         def state(self):
-            raise AssertionError("no folder was given")
+            return State()
 
         def load_state(self, state):
-            raise AssertionError("no folder was given")
+            pass
 
     monkeypatch.setattr("keeplora.train.loop.create", lambda name, model, settings: Counting(model))
     run_one(config_of(switch_fraction=fraction), workload, "lora", 0)
     assert {len(batches) for batches in seen} == {max(1, round(3 * fraction))}
+
+
+class Pulled(Method):
+    """One parameter beside the model, which only the penalty can move; every part of the protocol is counted."""
+
+    name = "pulled"
+
+    def __init__(self, model):
+        self.model = model
+        self.beside = torch.nn.Parameter(torch.tensor(2.0))
+        self.steps = 0
+        self.options = []
+
+    def before_task(self, loader, loss_fn):
+        pass
+
+    def trainable_parameters(self):
+        return [self.model.logit_scale, self.beside]
+
+    def optimizer(self, **options):
+        self.options.append(options)
+        return torch.optim.SGD(self.trainable_parameters(), lr=0.05)
+
+    def penalty(self):
+        return self.beside.square()
+
+    def after_step(self):
+        self.steps += 1
+
+    def after_task(self, loader, loss_fn=None):
+        pass
+
+    def state(self):
+        return State()
+
+    def load_state(self, state):
+        pass
+
+
+def test_penalty_optimizer_and_after_step_are_the_methods_own(workload, monkeypatch):
+    made = []
+
+    def remember(name, model, settings):
+        made.append(Pulled(model))
+        return made[-1]
+
+    monkeypatch.setattr("keeplora.train.loop.create", remember)
+    record = run_one(config_of(), workload, "lora", 0)
+    assert made[0].steps == record.steps == 18
+    assert made[0].options == [{"lr": 1e-2, "weight_decay": 0.01, "fused": True}] * 3
+    assert 0 < made[0].beside.item() < 1.9  # d/db b² = 2 b: nothing else has a gradient here
+    assert record.loss[0] > made[0].beside.item() ** 2  # the loss that is reported has the penalty
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_inference_is_timed_as_it_is_used_merged_where_that_is_possible(workload, monkeypatch, merges):
+    class Slow(Pulled):
+        def __init__(self, model):
+            super().__init__(model)
+            self.merges = merges
+            self.hook = model.visual.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+
+        def merge(self):
+            self.hook.remove()
+            return self.model
+
+    monkeypatch.setattr("keeplora.train.loop.create", lambda name, model, settings: Slow(model))
+    ours, plain = run_one(config_of(), workload, "lora", 0).inference_seconds
+    assert (ours - plain > 0.015) is not merges
 
 
 @pytest.mark.parametrize("label", ["lora", "keeplora"])
