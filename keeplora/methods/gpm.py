@@ -63,7 +63,7 @@ class Gpm(AdaptedMethod):
     otherwise: statistics of all tokens of the pass, where the code takes 125 samples; one rank rule, where the code
     takes one direction less after the first task; no biases and norms are trained, which the code does in the first
     task; the gradient is projected as soon as autograd has it, so that any training loop keeps the promise; a schedule
-    may add momentum (``keeplora.train``'s ``OneCycleLR`` does, 0.95 to 0.85), which stays in free space as gradients do.
+    may add momentum (``keeplora.train``'s ``OneCycleLR`` does, 0.95 to 0.85), which stays in free space.
 
     Example:
         >>> _ = torch.manual_seed(0)
