@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from keeplora.methods import METHODS
 from keeplora.train.benchmark import unfinished
 from keeplora.train.config import RunConfig
+from keeplora.train.inference import ROUNDS
 from keeplora.train.workload import Workload
 
 _START_SECONDS = 8.0
@@ -74,7 +75,8 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
     seen = max(1, round(len(batches) * config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
     tasks = len(workload.tasks)
-    total = 0.0
+    timed = 2 * ROUNDS * evaluation / (tasks + (workload.witness is not None))  # inference, on one task
+    total = len(pairs) * timed
     for label, _ in pairs:
         entry = METHODS[config.of(label).method].build
         if not getattr(entry, "trains", True):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_ROUNDS = 9
+ROUNDS = 9
 
 
-def fastest(calls: Sequence[Callable[[], object]], device: str = "cpu", *, rounds: int = _ROUNDS) -> list[float]:
+def fastest(calls: Sequence[Callable[[], object]], device: str = "cpu", *, rounds: int = ROUNDS) -> list[float]:
     """The shortest time of each call over some rounds, in seconds.
 
     The calls take turns, so that a machine that slows down slows all of them; the shortest of a few is what the

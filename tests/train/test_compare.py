@@ -174,6 +174,7 @@ def test_estimates_count_what_is_left(tiny, tmp_path):
     cheap = estimate(chosen.config, chosen.workload, [pair for pair in pairs if pair[0] == "zero-shot"])
     everything = estimate(chosen.config, chosen.workload, pairs)
     assert 0 < cheap.total < everything.total
+    assert cheap.total == pytest.approx(cheap.evaluation * (1 + 2 * 9 / 4))  # one of all tasks, 18 of one of four
     assert everything.step > 0
     assert str(everything).startswith("about ")
     run_benchmark(chosen.config, console=lambda event: None, workload=chosen.workload)
