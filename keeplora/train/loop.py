@@ -259,7 +259,7 @@ class _Run:
         """Seconds of one evaluation by the finished model, merged where its method merges, and by the pretrained one.
 
         The finished model is made anew from its state, so that both lie in memory in the same way: which addresses
-        weights have makes up to a sixth of the time of small layers.
+        weights have makes up to a tenth of the time of small layers.
         """
         task = None if self.workload.witness is not None else 0
         split, size = self.config.evaluate_on, self.config.evaluation_batch_size
