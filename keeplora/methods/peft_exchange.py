@@ -150,8 +150,7 @@ def _learned(slot: LoraSlot) -> list[Update]:
     learned = slot.host.learned.get(slot.slot, [])
     if learned is None:
         raise RuntimeError(
-            "export_peft: the updates of every task must be known, got a state from before they were kept, or updates "
-            "that LiNeS has scaled. "
-            "Export the open task with open_task_only=True, or save the merged model."
+            "export_peft: the updates of every task must be known, got a state from before they were kept, or "
+            "updates that LiNeS has scaled. Export the open task with open_task_only=True, or save the merged model."
         )
     return [Update(a, b) for a, b in learned]
