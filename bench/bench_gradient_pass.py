@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from bench import reference
 from bench.clip import Clip, Size, adapted, pairs_loss
 from bench.harness import Case
-from keeplora.lora import LoraSlot, linear_targets, mean_gradients, select_targets, sketch_widths, unwrap, wrap
+from keeplora.lora import LoraSlot, linear_targets, select_targets, unwrap, wrap
 from keeplora.math.lowrank import top_directions
+from keeplora.statistics import mean_gradients, sketch_widths
 
 RANK = 16
 PROTECTED = 0.25  # of each layer's inputs

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from bench.harness import Case
 from bench.team import Team
 from keeplora.distributed import processes
-from keeplora.lora import feature_statistics, linear_targets, mean_gradients, unwrap, wrap
+from keeplora.lora import linear_targets, unwrap, wrap
 from keeplora.math.batch import ALONE, BATCH_BYTES
 from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
+from keeplora.statistics import feature_statistics, mean_gradients
 
 RANK = 16
 THRESHOLD = 0.99

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Case, cpu_has_bfloat16
-from keeplora.integrations import find_targets
+from keeplora.families import find_targets
 from keeplora.lora import LoraAdapter, LoraHost, merge_ahead, select_targets, wrap
 
 RANK = 16

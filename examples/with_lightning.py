@@ -19,7 +19,7 @@ from examples.small_tasks import (
     small_tasks,
     table,
 )
-from keeplora.methods.base import State
+from keeplora.methods.method import State
 
 
 class OneTask(lightning.LightningModule):

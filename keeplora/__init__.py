@@ -1,6 +1,7 @@
 """KeepLoRA++ for PyTorch: teach a vision-language model new tasks without losing what it knows."""
 
 from keeplora._version import __version__
+from keeplora.integrations.peft import SubspaceState, freeze_a, initialize, update_subspace
 from keeplora.methods import (
     Capacity,
     KeepLora,
@@ -9,10 +10,6 @@ from keeplora.methods import (
     LayerCertificate,
     RetentionCertificate,
     StateError,
-    SubspaceState,
-    freeze_a,
-    initialize,
-    update_subspace,
 )
 
 __all__ = [

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(error, 2)
     except Exception as error:
+        from keeplora.compare.pool import WorkerError
         from keeplora.methods import StateError  # here, so that --help is quick
-        from keeplora.train.benchmark import WorkerError
-        from keeplora.train.config import ConfigError
+        from keeplora.methods.settings import ConfigError
         from keeplora.train.loop import NonFiniteLossError
 
         if isinstance(error, ConfigError | StateError):
@@ -60,9 +60,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
+    from keeplora.compare.runs import run_benchmark
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
-    from keeplora.train.benchmark import run_benchmark
     from keeplora.train.config import load_config, override
 
     config = override(
@@ -79,11 +79,11 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
 
 
 def _compare(parsed: argparse.Namespace) -> int:
+    from keeplora.compare.comparison import comparison
+    from keeplora.compare.estimate import announcement
+    from keeplora.compare.runs import run_benchmark
     from keeplora.report.comparison import report_comparison
     from keeplora.report.info import check_machine
-    from keeplora.train.benchmark import run_benchmark
-    from keeplora.train.compare import comparison
-    from keeplora.train.estimate import announcement
 
     chosen = comparison(
         parsed.benchmark,

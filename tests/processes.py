@@ -11,7 +11,8 @@ from torch import nn
 
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.distributed import processes
-from keeplora.lora import feature_statistics, linear_targets, mean_gradients, wrap
+from keeplora.lora import linear_targets, wrap
+from keeplora.statistics import feature_statistics, mean_gradients
 
 WIDTH, CLASSES = 12, 5
 SETTINGS = {"r": 3, "target_modules": "all-linear", "weight_energy": 0.4, "feature_energy": 0.7}

@@ -79,7 +79,7 @@ def test_the_same_command_again_computes_nothing(tiny, tmp_path, capsys):
 
 def test_demo_takes_its_options(monkeypatch):
     seen = []
-    monkeypatch.setattr("keeplora.train.benchmark.run_benchmark", lambda config: seen.append(config) or [])
+    monkeypatch.setattr("keeplora.compare.runs.run_benchmark", lambda config: seen.append(config) or [])
     monkeypatch.setattr("keeplora.report.report_run", lambda config, records: "the table")
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--seeds", "1", "--out", "x", "--workers", "4", "--methods", "lora", "keeplora++"]) == 0
@@ -132,7 +132,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("keeplora.train.benchmark.run_benchmark", stop)
+    monkeypatch.setattr("keeplora.compare.runs.run_benchmark", stop)
     assert cli.main(["run", "quick"]) == 130
     assert "same command continues" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_a_defect_is_not_disguised_as_bad_input(monkeypatch):
     def broken(config):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("keeplora.train.benchmark.run_benchmark", broken)
+    monkeypatch.setattr("keeplora.compare.runs.run_benchmark", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["run", "quick"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from keeplora.lora.passes import ALONE
+from keeplora.statistics.passes import ALONE
 from tests.processes import SETTINGS, shares, statistics, task, work
 
 

@@ -154,7 +154,10 @@ def test_the_law_sees_a_broken_import(module, source):
         ("keeplora.tasks.classification", "from keeplora.methods import State"),
         ("keeplora.methods.method", "from keeplora.distributed import processes"),
         ("keeplora.ops.gram", "from keeplora._version import __version__"),
-        ("keeplora.methods.keeplora.method", "from ..lora_method import LoraMethod\nfrom .config import KeepLoraConfig"),
+        (
+            "keeplora.methods.keeplora.method",
+            "from ..lora_method import LoraMethod\nfrom .config import KeepLoraConfig",
+        ),
         ("keeplora.lora.forward", "if TYPE_CHECKING:\n    from keeplora.methods import Method"),
     ],
 )

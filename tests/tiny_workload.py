@@ -9,8 +9,7 @@ import time
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from keeplora.tasks.base import Batch, Split, Task
-from keeplora.train.classification import ClassificationWorkload
+from keeplora.tasks.classification import Batch, ClassificationWorkload, Split, Task
 
 CLASSES, CONTEXT, SIZE = 3, 6, 16
 

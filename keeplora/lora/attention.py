@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import LoraHost
+from .host import LoraHost
 from .linear import LoraLinear
 from .targets import attention_targets
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import LoraHost
+from .host import LoraHost
 
 __all__ = ["BorrowedLinear"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .adapter import LoraHost
+from .host import LoraHost
 
 __all__ = ["LoraLinear"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Target", "depth_positions", "linear_targets", "select_targets"]
+__all__ = ["Target", "depth_factor", "depth_positions", "linear_targets", "select_targets"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,13 @@ def depth_positions(targets: Sequence[Target]) -> dict[str, tuple[int, int]]:
         depths.setdefault(target.tower, []).append(target.depth)
     ranks = {tower: {d: i for i, d in enumerate(sorted(set(all_)))} for tower, all_ in depths.items()}
     return {t.name: (ranks[t.tower][t.depth], len(ranks[t.tower])) for t in targets}
+
+
+def depth_factor(gamma: float, position: int, count: int) -> float:
+    """λ_l = γ + (1 − γ) l/(L − 1) for l = ``position`` of L = ``count`` blocks; 1 for a single block.
+
+    Example:
+        >>> [round(depth_factor(0.2, l, 5), 3) for l in (0, 2, 4)]
+        [0.2, 0.6, 1.0]
+    """
+    return 1.0 if count <= 1 else gamma + (1.0 - gamma) * position / (count - 1)

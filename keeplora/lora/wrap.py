@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import LoraAdapter, LoraHost
+from .adapter import LoraAdapter
 from .attention import LoraAttention
+from .host import LoraHost
 from .linear import LoraLinear
 from .targets import Target
 
-__all__ = ["LoraSlot", "register_host", "unwrap", "wrap"]
+__all__ = ["LoraSlot", "TokenMask", "register_host", "unwrap", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class LoraSlot:
                 f"{function}: trained adapters must be finite, got NaN or Inf [{self.name}]. "
                 "Go back to the last saved state and lower the learning rate."
             )
+
+
+TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
+"""``mask(slot, x) -> bool [x.shape[:-1]]``, True where a token counts; None where all do."""
 
 
 def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:

@@ -1,9 +1,9 @@
 """Pure tensor functions on subspaces, batched over layers. Nothing is changed in place."""
 
-from .lowrank import Extension, TopDirections, extend_basis, top_directions, weight_basis
-from .orthonormal import complement, reorthogonalize
-from .rank import fewest_directions
-from .subspace import Certificate, certificate, certificates, orthogonality, project
+from keeplora.math.lowrank import Extension, TopDirections, extend_basis, top_directions, weight_basis
+from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.rank import fewest_directions
+from keeplora.math.subspace import Certificate, certificate, certificates, orthogonality, project
 
 __all__ = [
     "Certificate",

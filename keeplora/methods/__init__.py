@@ -1,15 +1,13 @@
-"""Continual-learning methods behind one protocol (:class:`~keeplora.methods.base.Method`)."""
+"""Continual-learning methods behind one protocol (:class:`~keeplora.methods.method.Method`)."""
 
-from .base import LossFn, Method, State
-from .baselines import FullFineTuning, LoraConfig, SequentialLora, ZeroShot
 from .capacity import Capacity, LayerCapacity
-from .certificate import LayerCertificate, RetentionCertificate
-from .config import KeepLoraConfig
-from .keeplora import KeepLora
-from .peft import freeze_a, initialize, update_subspace
-from .peft_state import SubspaceState
+from .full import FullFineTuning
+from .keeplora import KeepLora, KeepLoraConfig, LayerCertificate, RetentionCertificate
+from .lora import LoraConfig, SequentialLora
+from .method import LossFn, Method
 from .registry import METHODS, configure, create
-from .state import StateError
+from .state import State, StateError
+from .zero_shot import ZeroShot
 
 __all__ = [
     "METHODS",
@@ -26,11 +24,7 @@ __all__ = [
     "SequentialLora",
     "State",
     "StateError",
-    "SubspaceState",
     "ZeroShot",
     "configure",
     "create",
-    "freeze_a",
-    "initialize",
-    "update_subspace",
 ]

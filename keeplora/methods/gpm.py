@@ -15,10 +15,11 @@ from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
 
-from .adapted import AdaptedMethod, check_range, stored
-from .base import LossFn, State, freeze
 from .capacity import Capacity, layer_capacity
-from .state import StateError
+from .lora_method import LoraMethod, stored
+from .method import LossFn, freeze
+from .settings import check_range
+from .state import State, StateError
 
 __all__ = ["Gpm", "GpmConfig"]
 
@@ -47,7 +48,7 @@ class GpmConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
 
-class Gpm(AdaptedMethod):
+class Gpm(LoraMethod):
     r"""Gradient projection memory: every gradient loses its part in the span of earlier tasks' features.
 
     .. math::

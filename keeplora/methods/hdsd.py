@@ -14,10 +14,12 @@ from keeplora.lora import LoraAdapter, Target
 from keeplora.math.lowrank import weight_basis
 from keeplora.math.precision import full_precision
 
-from .adapted import check_range, stored
-from .base import LossFn, State
-from .baselines import LoraConfig, SequentialLora
+from .lora import LoraConfig, SequentialLora
+from .lora_method import stored
+from .method import LossFn
 from .progress import for_all_layers
+from .settings import check_range
+from .state import State
 
 __all__ = ["Directions", "Hdsd", "HdsdConfig", "ModulatedAdapter", "update_directions"]
 

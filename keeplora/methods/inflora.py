@@ -10,16 +10,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import FeatureStatistic, LoraAdapter
+from keeplora.lora import LoraAdapter
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
+from keeplora.statistics import FeatureStatistic
 
-from .adapted import AdaptedMethod, AdapterConfig, check_range, stored, warn_of_small_adapters
-from .base import LossFn, State
 from .capacity import Capacity, layer_capacity
-from .state import StateError
+from .lora_method import LoraMethod, stored, warn_of_small_adapters
+from .method import LossFn
+from .settings import AdapterConfig, check_range
+from .state import State, StateError
 
 __all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
 
@@ -124,7 +126,7 @@ class DualBasis:
         return DualBasis(left, free=True)
 
 
-class InfLora(AdaptedMethod):
+class InfLora(LoraMethod):
     r"""LoRA whose A is designed before each task, so that it cannot disturb earlier ones; B is trained.
 
     .. math::

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.integrations import find_targets
-from keeplora.lora import LoraHost, Target, depth_positions
+from keeplora.families import find_targets
+from keeplora.lora import LoraHost, Target, depth_factor, depth_positions
 
-from .adapted import check_range
-from .base import LossFn, Method, State
 from .capacity import Capacity
-from .config import depth_factor
-from .state import StateError
+from .method import LossFn, Method
+from .settings import check_range
+from .state import State, StateError
 
 __all__ = ["Lines", "LinesConfig", "layer_scales"]
 

@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import FeatureStatistic, LoraAdapter
+from keeplora.lora import LoraAdapter
 from keeplora.math.precision import full_precision
+from keeplora.statistics import FeatureStatistic
 
-from .adapted import AdaptedMethod, AdapterConfig, check_range, stored, warn_of_small_adapters
-from .base import LossFn, State
+from .lora_method import LoraMethod, stored, warn_of_small_adapters
+from .method import LossFn
+from .settings import AdapterConfig, check_range
+from .state import State
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
 
@@ -121,7 +124,7 @@ def recalibrated(b: Tensor, a: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return best.to(b.dtype)
 
 
-class LoDa(AdaptedMethod):
+class LoDa(LoraMethod):
     r"""LoRA along two fixed sets of directions: shared with earlier tasks, and the new task's own.
 
     .. math::

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import check_range, stored
-from .base import LossFn, State
-from .baselines import LoraConfig, SequentialLora
+from .lora import LoraConfig, SequentialLora
+from .lora_method import stored
+from .method import LossFn
+from .settings import check_range
+from .state import State
 
 __all__ = ["OLora", "OLoraConfig", "overlap"]
 

@@ -9,20 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from .base import Method
-from .baselines import FullFineTuning, JointTraining, LoraConfig, NoConfig, SequentialLora, ZeroShot
-from .config import KeepLoraConfig
-from .dac import Dac, DacConfig
-from .duallora import DualLora, DualLoraConfig
+from .dac.method import Dac, DacConfig
+from .duallora.method import DualLora, DualLoraConfig
+from .full import FullFineTuning, JointTraining
 from .gpm import Gpm, GpmConfig
 from .hdsd import Hdsd, HdsdConfig
 from .inflora import InfLora, InfLoraConfig
-from .keeplora import KeepLora
-from .keeplora_cls import KeepLoraCls, KeepLoraClsConfig
+from .keeplora.config import KeepLoraConfig
+from .keeplora.method import KeepLora
+from .keeplora_cls.method import KeepLoraCls, KeepLoraClsConfig
 from .lines import Lines, LinesConfig
 from .loda import LoDa, LoDaConfig
+from .lora import LoraConfig, SequentialLora
+from .method import Method
 from .olora import OLora, OLoraConfig
 from .sdlora import SdLora, SdLoraConfig
+from .zero_shot import NoConfig, ZeroShot
 
 __all__ = ["METHODS", "Registered", "configure", "create"]
 

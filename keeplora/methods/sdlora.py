@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from keeplora.lora import LoraAdapter
 
-from .adapted import check_range, stored
-from .base import LossFn, State
-from .baselines import LoraConfig, SequentialLora
+from .lora import LoraConfig, SequentialLora
+from .lora_method import stored
+from .method import LossFn
+from .settings import check_range
+from .state import State
 
 __all__ = ["Directions", "SdLora", "SdLoraConfig"]
 

@@ -1,4 +1,4 @@
-"""Saving and loading a :class:`~keeplora.methods.base.State`: atomic, hashed, without pickle.
+"""Saving and loading a :class:`~keeplora.methods.method.State`: atomic, hashed, without pickle.
 
 A saved state is a folder with one ``state.json`` and the tensor file it names, ``tensors-<hash>.safetensors``.
 The tensor file is complete on disk before ``state.json`` is replaced, and the previous tensor file is deleted
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeplora.methods.base import State
+from keeplora._files import flush, write_json
 
 FORMAT = "keeplora-state"
 SCHEMA = 1
@@ -29,40 +29,16 @@ STATE_FILE = "state.json"
 _TENSOR_FILES = "tensors-*.safetensors"
 
 
+@dataclass
+class State:
+    """All a method needs to go on later: ``tensors`` by name, and ``meta`` that fits JSON."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
 class StateError(ValueError):
     """A saved state that cannot be used: missing, damaged, or written by a newer keeplora."""
-
-
-def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let ``write(temporary)`` fill a file beside ``path``, flush it to disk and rename it to ``path``.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     target = Path(folder) / "note.txt"
-    ...     write_atomic(target, lambda temporary: temporary.write_text("done") and None)
-    ...     target.read_text()
-    'done'
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(target.parent)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as strict JSON (no NaN), atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
 
 
 def write_state(path: str | os.PathLike[str], state: State) -> None:
@@ -93,11 +69,11 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
         save_file(tensors, staged)
         digest = _sha256(staged.read_bytes())
         name = f"tensors-{digest[:16]}.safetensors"
-        _flush(staged)
+        flush(staged)
         os.replace(staged, folder / name)
     finally:
         staged.unlink(missing_ok=True)
-    _flush(folder)
+    flush(folder)
 
     write_json(
         folder / STATE_FILE,
@@ -189,12 +165,3 @@ def _own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk, so that a rename never overtakes the data it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

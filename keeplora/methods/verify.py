@@ -9,8 +9,7 @@ from torch import nn
 
 from keeplora.lora import LoraSlot
 
-from .base import State
-from .state import StateError
+from .state import State, StateError
 
 __all__ = ["added_by_task", "check_state", "fingerprint"]
 

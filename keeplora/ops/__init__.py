@@ -1,14 +1,14 @@
 """The ops: grouped tensor kernels behind ``torch.ops.keeplora``. Importing them touches no GPU."""
 
-from .compiled import build_info  # first: loading the compiled libraries registers their kernels
-from .gram import gram
-from .lora_grad_b import lora_grad_b
-from .merge_weights import merge_weights
-from .orthonormalize import orthonormalize
-from .project_rows import project_rows
-from .projected_adamw import projected_adamw
-from .sketch_rows import random_signs, sketch_rows
-from .thin_matmul import thin_matmul
+from keeplora.ops.compiled import build_info  # first: loading the compiled libraries registers their kernels
+from keeplora.ops.gram import gram
+from keeplora.ops.lora_grad_b import lora_grad_b
+from keeplora.ops.merge_weights import merge_weights
+from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.project_rows import project_rows
+from keeplora.ops.projected_adamw import projected_adamw
+from keeplora.ops.sketch_rows import random_signs, sketch_rows
+from keeplora.ops.thin_matmul import thin_matmul
 
 __all__ = [
     "build_info",

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import matrix, wide
-from .declare import declare
+from keeplora.ops.check import matrix, wide
+from keeplora.ops.declare import declare
 
 __all__ = ["gram"]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import float_list, matrices, matrix, same_length, wide
-from .declare import declare
+from keeplora.ops.check import float_list, matrices, matrix, same_length, wide
+from keeplora.ops.declare import declare
 
 __all__ = ["lora_grad_b"]
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import MASTER, float_list, matrices, orthonormal, same_length
-from .declare import declare
-from .samples import random_basis
+from keeplora.ops.check import MASTER, float_list, matrices, orthonormal, same_length
+from keeplora.ops.declare import declare
+from keeplora.ops.samples import random_basis
 
 __all__ = ["project_rows"]
 

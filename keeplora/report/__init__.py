@@ -8,8 +8,8 @@ from pathlib import Path
 from keeplora.report.capacity import plot_capacity, tightest_run
 from keeplora.report.summary import group, write_summary
 from keeplora.report.table import result_table
-from keeplora.train.checkpoint import RunRecord
 from keeplora.train.config import RunConfig
+from keeplora.train.record import RunRecord
 
 
 def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keeplora.methods import Capacity, LayerCapacity
-from keeplora.train.checkpoint import RunRecord
+from keeplora.train.record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from keeplora.report.capacity import tightest_run
 from keeplora.report.summary import group, write_csv, write_summary, write_text
-from keeplora.train.checkpoint import RunRecord
 from keeplora.train.config import RunConfig
+from keeplora.train.record import RunRecord
 
 
 class Column(NamedTuple):

@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from keeplora.methods import Capacity
 from keeplora.report.plots import colours, end_labels, staircase
 from keeplora.report.style import GRID, INK, SOFT, plain, save
-from keeplora.train.checkpoint import RunRecord
+from keeplora.train.record import RunRecord
 
 _MARKERS = "osD^vPX"
 _ORDER = {part: place for place, part in enumerate("qkvo")}

@@ -11,12 +11,13 @@ from importlib.util import find_spec
 import torch
 
 from keeplora._version import __version__
+from keeplora.compare.comparison import shipped_comparisons
 from keeplora.methods import METHODS
+from keeplora.methods.settings import ConfigError
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
-from keeplora.train.catalog import BENCHMARKS
-from keeplora.train.compare import shipped_comparisons
-from keeplora.train.config import ConfigError, RunConfig, shipped_configs
+from keeplora.tasks.catalog import BENCHMARKS
+from keeplora.train.config import RunConfig, shipped_configs
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
 
@@ -24,7 +25,7 @@ _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "
 def check_machine(config: RunConfig) -> None:
     """Refuse a run that could not end here: a library or a GPU that is missing, before hours are spent.
 
-    Raises :class:`~keeplora.train.config.ConfigError` with what to install or change.
+    Raises :class:`~keeplora.methods.settings.ConfigError` with what to install or change.
     """
     needed = {"matplotlib": "matplotlib"}
     if config.tensorboard:

@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from keeplora.report.style import INK, SOFT, plain, save
-from keeplora.train.checkpoint import RunRecord
+from keeplora.train.record import RunRecord
 
 Array = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from keeplora.methods.state import write_atomic
+from keeplora._files import write_atomic
 
 INK, SOFT, GRID = "#222222", "#666666", "#e4e4e4"
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from keeplora.methods.state import write_atomic, write_json
+from keeplora._files import write_atomic, write_json
 from keeplora.report.capacity import tightest_run
-from keeplora.train.checkpoint import RunRecord, run_folder
+from keeplora.report.metrics import continual_metrics, mean_std
 from keeplora.train.config import ZERO_SHOT, RunConfig
-from keeplora.train.memory import KINDS
-from keeplora.train.metrics import continual_metrics, mean_std
+from keeplora.train.measure import KINDS
+from keeplora.train.record import RunRecord, run_folder
 
 METRICS = ("transfer", "avg", "last", "forgetting", "learn")
 """In percent."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from keeplora.train.workload import Batches
+from keeplora.tasks.workload import Batches
 
 __all__ = ["First", "Union"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import torch
 
+from keeplora._messages import suggest
+from keeplora.methods.settings import ConfigError
+
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
 SPLITS = ("test", "validation")
-
-
-class ConfigError(ValueError):
-    """Settings that cannot be used; the message says which one and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,6 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config") -> RunConf
 def override(config: RunConfig, **changes: Any) -> RunConfig:
     """``config`` with the given fields replaced; those that are None stay."""
     return replace(config, **{name: value for name, value in changes.items() if value is not None})
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``". Did you mean 'x'?"`` when something close is known, else an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f". Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
 
 
 def _method(label: str, entry: dict[str, Any]) -> MethodConfig:

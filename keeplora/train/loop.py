@@ -20,17 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from keeplora.lora.passes import evaluating
 from keeplora.methods import METHODS, create
-from keeplora.methods.base import Method
+from keeplora.methods.method import Method
+from keeplora.statistics.passes import evaluating
+from keeplora.tasks.workload import Batches, Workload
 from keeplora.train.batches import First, Union
-from keeplora.train.checkpoint import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener, silent
-from keeplora.train.inference import fastest
-from keeplora.train.memory import peak_bytes, reset_peak
+from keeplora.train.measure import fastest, peak_bytes, reset_peak
+from keeplora.train.record import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.scalars import Scalars, open_scalars
-from keeplora.train.workload import Batches, Workload
 
 
 class NonFiniteLossError(RuntimeError):

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from keeplora.train.checkpoint import RunRecord
+    from keeplora.train.record import RunRecord
 
 _EVERY = 10
 """Steps between two points of the loss curve."""

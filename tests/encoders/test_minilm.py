@@ -9,9 +9,10 @@ from packages import pretrained_encoder
 from torch import Tensor, nn
 
 from keeplora import KeepLoraConfig
-from keeplora.lora import feature_statistics, linear_targets, wrap
+from keeplora.lora import linear_targets, wrap
 from keeplora.math.lowrank import extend_basis, weight_basis
-from keeplora.methods.directions import TaskGradients
+from keeplora.methods.keeplora.directions import TaskGradients
+from keeplora.statistics import feature_statistics
 from tests.encoders.texts import titles_and_bodies
 
 RANK = 16

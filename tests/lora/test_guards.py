@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from keeplora import KeepLora, KeepLoraConfig
-from keeplora.lora import LoraAdapter, Target, attention_targets, linear_targets, mean_gradients, unwrap, wrap
+from keeplora.lora import LoraAdapter, Target, attention_targets, linear_targets, unwrap, wrap
+from keeplora.statistics import mean_gradients
 
 WHOLE = Target("0", "0", "weight", None, 0, "model")
 

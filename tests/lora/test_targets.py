@@ -2,16 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from keeplora.lora import (
-    Target,
-    depth_positions,
-    feature_statistics,
-    linear_targets,
-    mean_gradients,
-    select_targets,
-    unwrap,
-    wrap,
-)
+from keeplora.lora import Target, depth_positions, linear_targets, select_targets, unwrap, wrap
+from keeplora.statistics import feature_statistics, mean_gradients
 
 
 def tower():

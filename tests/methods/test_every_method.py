@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keeplora.integrations.class_head import adjusted_logits
+from keeplora.families.class_head import adjusted_logits
 from keeplora.methods import METHODS, State, create
 
 WIDTH = 8

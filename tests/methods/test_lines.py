@@ -8,12 +8,12 @@ import torch
 from small_net import loss_fn, net, task, train
 from torch import nn
 
-from keeplora.integrations import find_targets
+from keeplora.families import find_targets
 from keeplora.lora import Target
 from keeplora.methods import METHODS, create
-from keeplora.methods.baselines import NoConfig, ZeroShot
 from keeplora.methods.lines import Lines, LinesConfig, layer_scales
 from keeplora.methods.registry import Registered
+from keeplora.methods.zero_shot import NoConfig, ZeroShot
 
 LORA = {"base": "lora", "settings": {"r": 2, "alpha": 4.0, "target_modules": "all-linear"}}
 

@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 
-from keeplora.methods.base import State
-from keeplora.methods.state import SCHEMA, StateError, has_state, read_state, write_json, write_state
+from keeplora._files import write_json
+from keeplora.methods.method import State
+from keeplora.methods.state import SCHEMA, StateError, has_state, read_state, write_state
 
 
 def example(value=0.0):

@@ -13,8 +13,8 @@ from keeplora.report.comparison import markdown_table, report_comparison, table_
 from keeplora.report.comparison_plots import _changes, plot_protected
 from keeplora.report.plots import colours
 from keeplora.report.summary import run_values, summarize
-from keeplora.train.checkpoint import RunRecord
 from keeplora.train.config import parse_config
+from keeplora.train.record import RunRecord
 
 TASKS = ["ants", "bees", "cats"]
 LABELS = ["zero-shot", "lora", "keeplora", *(f"method-{i}" for i in range(6))]

@@ -17,8 +17,8 @@ from keeplora.report.capacity import plot_capacity, record_capacity, tightest_ru
 from keeplora.report.plots import colours
 from keeplora.report.summary import summarize, worst_certificate
 from keeplora.report.table import result_table
-from keeplora.train.checkpoint import RunRecord
 from keeplora.train.config import parse_config
+from keeplora.train.record import RunRecord
 
 TASKS = ["ants", "bees", "cats"]
 LABELS = ["zero-shot", "full", "lora", "keeplora", "keeplora++"]

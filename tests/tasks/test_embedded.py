@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from keeplora.tasks.base import accuracy, loader
+from keeplora.tasks.classification import accuracy, loader
 from keeplora.tasks.embedded import DATA, load_model, load_tasks, load_tokenizer, task_names
 from keeplora.tasks.embedded.render import COLOURS, Look, draw, named_colours
 

@@ -8,7 +8,7 @@ import tiny_workload
 import torch
 
 from keeplora.methods import METHODS
-from keeplora.methods.baselines import SequentialLora
+from keeplora.methods.lora import SequentialLora
 from keeplora.methods.registry import Registered
 from keeplora.train.batches import First, Union
 from keeplora.train.config import parse_config

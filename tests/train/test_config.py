@@ -6,15 +6,8 @@ import json
 import pytest
 
 from keeplora.methods import METHODS
-from keeplora.train.config import (
-    ConfigError,
-    RunConfig,
-    fingerprint,
-    load_config,
-    override,
-    parse_config,
-    shipped_configs,
-)
+from keeplora.methods.settings import ConfigError
+from keeplora.train.config import RunConfig, fingerprint, load_config, override, parse_config, shipped_configs
 
 GOOD = {"benchmark": "embedded", "methods": ["lora"], "epochs": 2}
 

@@ -9,10 +9,11 @@ import tiny_workload
 import torch
 
 from keeplora.methods import State, create
-from keeplora.methods.base import Method
-from keeplora.train.checkpoint import RunRecord, load_progress
-from keeplora.train.config import ConfigError, parse_config
+from keeplora.methods.method import Method
+from keeplora.methods.settings import ConfigError
+from keeplora.train.config import parse_config
 from keeplora.train.loop import NonFiniteLossError, derive_seed, run_one
+from keeplora.train.record import RunRecord, load_progress
 
 KEEP = {"r": 4, "alpha": 4.0, "learning_rate": 1e-2, "feature_energy": 0.5, "weight_energy": 0.3}
 VALUES = {

@@ -10,7 +10,8 @@ from typing import Any
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
-from keeplora.tasks.base import Task, unknown_names
+from keeplora._messages import suggest
+from keeplora.tasks.classification import Task
 
 from .shipped import read_names, read_task
 from .tokenizer import Tokenizer
@@ -80,8 +81,9 @@ def load_tasks(names: Sequence[str] | None = None) -> tuple[list[Task], Task]:
     if isinstance(names, str):
         raise TypeError(f"load_tasks: names must be a sequence of task names, got the string {names!r}.")
     asked = list(known) if names is None else list(names)
-    if any(name not in known for name in asked):
-        raise unknown_names(asked, known, "load_tasks", "names")
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"load_tasks: names must be among {', '.join(known)}, got {name!r}{suggest(name, known)}")
     if len(set(asked)) != len(asked):
         raise ValueError(f"load_tasks: names must be distinct, got {asked}.")
     tokenizer = load_tokenizer()

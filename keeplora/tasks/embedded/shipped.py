@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keeplora.tasks.base import Split, Task
+from keeplora.tasks.classification import Split, Task
 
 from .render import COLOURS, Look, draw, named_colours, separated
 from .tokenizer import Tokenizer

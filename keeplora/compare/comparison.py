@@ -1,0 +1,158 @@
+"""The comparison of all methods: which of them run, at which settings, within which budget."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from keeplora._messages import suggest
+from keeplora.compare.runs import check_settings, refusal
+from keeplora.methods import METHODS
+from keeplora.methods.settings import ConfigError
+from keeplora.tasks.catalog import load_workload
+from keeplora.tasks.workload import Workload
+from keeplora.train.config import RunConfig, override, parse_config
+
+BUDGETS = ("small", "full")
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A configuration of all runs, the workload they share, and what has to be said about it.
+
+    ``left_out`` tells of methods that "all" means but that cannot handle this model, by name: why.
+    ``untuned`` are methods without settings of their own for this benchmark.
+    """
+
+    config: RunConfig
+    workload: Workload
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    untuned: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """What a reader of the table should know, one sentence each."""
+        lines = [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        if self.untuned:
+            lines.append(f"with default settings: {', '.join(self.untuned)}")
+        return lines
+
+
+def shipped_comparisons() -> list[str]:
+    """Benchmarks with settings for every method inside the package."""
+    folder = resources.files(__package__) / "settings"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def comparison(
+    benchmark: str | os.PathLike[str] = "embedded",
+    *,
+    budget: str = "full",
+    methods: Sequence[str] = (ALL,),
+    seeds: int | None = None,
+    out: str | None = None,
+    workers: int | None = None,
+) -> Comparison:
+    """Settle a comparison: the runs, each method with its settings for this benchmark.
+
+    Args:
+        benchmark: ``embedded``, ``minilm``, or a TOML file of one's own like those in ``keeplora/compare/settings``:
+            what :func:`~keeplora.train.config.load_config` takes without ``methods``, plus ``[budget.small]`` and
+            ``[budget.full]`` with what differs between them, ``[groups]`` with lists of names, and ``like = "name"``
+            in a ``[method.…]`` for one that shares its settings, and its method, with another.
+        budget: ``small`` or ``full``.
+        methods: Registered methods, labels of the file's ``[method.…]``, its groups, or ``all`` registered methods.
+        seeds: Their number, 0 to seeds − 1; the budget's if None.
+        out: Folder of the results; ``runs/compare-<benchmark>-<budget>`` if None.
+        workers: Runs at the same time.
+
+    Raises:
+        ConfigError: a name nobody knows (the nearest are offered), a setting its method does not have, or a method
+            named by itself that cannot handle the benchmark's model.
+    """
+    values, where = _read(benchmark)
+    if budget not in BUDGETS:
+        raise ConfigError(f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    groups = values.pop("groups", {})
+    budgets = values.pop("budget", {})
+    sections = values["method"] = _resolved(values.get("method", {}), where)
+    named, grouped = _labels(methods, groups, sections)
+    values = {**values, **budgets.get(budget, {}), "methods": [*named, *(g for g in grouped if g not in named)]}
+    default_out = f"runs/compare-{Path(where).stem}-{budget}"
+    config = override(
+        parse_config({"out": default_out, **values}, where=where),
+        out=out,
+        workers=workers,
+        seeds=None if seeds is None else tuple(range(seeds)),
+    )
+    check_settings(config)  # a misspelled name is a mistake in a group, too; only the model's refusals are left out
+    workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+    left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
+    kept = tuple(label for label in config.methods if label not in left_out)
+    untuned = tuple(label for label in kept if label not in sections and METHODS[label].config is not _NO_CONFIG)
+    return Comparison(override(config, methods=kept), workload, left_out, untuned)
+
+
+_NO_CONFIG = METHODS["zero-shot"].config
+
+
+def _read(benchmark: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    shipped = shipped_comparisons()
+    file = Path(benchmark)
+    if str(benchmark) in shipped:
+        text = (resources.files(__package__) / "settings" / f"{benchmark}.toml").read_text(encoding="utf-8")
+    elif file.is_file():
+        text = file.read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"comparison: benchmark must be one of {', '.join(shipped)} or a TOML file, got {str(benchmark)!r}"
+            f"{suggest(str(benchmark), shipped)}"
+        )
+    try:
+        return tomllib.loads(text), str(benchmark)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"comparison: {benchmark} must be TOML: {error}") from error
+
+
+def _resolved(sections: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    """Every section with what ``like`` brings written out."""
+    found = {}
+    for label, section in sections.items():
+        other = section.get("like")
+        if other is None:
+            found[label] = dict(section)
+            continue
+        if other not in sections or "like" in sections[other]:
+            plain = [name for name, entry in sections.items() if "like" not in entry]
+            raise ConfigError(
+                f"comparison: like must name a [method.…] of its own, got {other!r} in [method.{label}] of {where}"
+                f"{suggest(str(other), plain)}"
+            )
+        own = {name: value for name, value in section.items() if name != "like"}
+        found[label] = {"method": other, **sections[other], **own}
+    return found
+
+
+def _labels(
+    asked: Sequence[str], groups: Mapping[str, Sequence[str]], sections: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Labels that were asked for by name, and those that a group brings."""
+    known = [ALL, *groups, *METHODS, *(label for label in sections if label not in METHODS)]
+    named: list[str] = []
+    grouped: list[str] = []
+    for name in asked:
+        if name not in known:
+            raise ConfigError(
+                f"comparison: methods must be known, got {name!r}{suggest(name, known)}. Known: {', '.join(known)}"
+            )
+        found = list(METHODS) if name == ALL else groups.get(name)
+        if found is None:
+            named.append(name)
+        else:
+            grouped += found
+    return list(dict.fromkeys(named)), list(dict.fromkeys(grouped))

@@ -1,0 +1,115 @@
+"""All methods and seeds of a configuration: what is checked before they run, and where their records are."""
+
+from __future__ import annotations
+
+from keeplora._messages import suggest
+from keeplora.methods import METHODS, configure, create
+from keeplora.methods.settings import ConfigError
+from keeplora.tasks.catalog import load_workload
+from keeplora.tasks.workload import Workload
+from keeplora.train.config import RunConfig
+from keeplora.train.events import Event, Listener
+from keeplora.train.loop import run_one
+from keeplora.train.record import RunRecord, claim_folder, load_result, run_folder
+
+from .console import Console
+from .pool import Pool
+
+__all__ = ["check_methods", "check_settings", "read_records", "refusal", "run_benchmark", "unfinished"]
+
+
+def run_benchmark(
+    config: RunConfig, *, console: Listener | None = None, workload: Workload | None = None
+) -> list[RunRecord]:
+    """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
+
+    Results land in ``config.out`` (see :mod:`keeplora.train.record`). Finished pairs are read back, pairs
+    that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
+    loaded already need not be loaded again.
+
+    Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``WorkerError``
+    when a run fails; ``KeyboardInterrupt`` after Ctrl-C, when the workers have stopped and the folder can be
+    resumed.
+    """
+    if workload is None:
+        workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+    check_methods(config, workload)
+    claim_folder(config, workload.fingerprint())
+    shown = Console(len(workload.tasks) * len(config.pairs())) if console is None else None
+    listener: Listener = console if console is not None else shown  # type: ignore[assignment]
+    try:
+        waiting = unfinished(config)
+        tasks = len(workload.tasks)
+        for label, seed in config.pairs():
+            if (label, seed) not in waiting:
+                listener(Event("done", label, seed, tasks, tasks, text="already finished"))
+        if config.workers == 0:
+            for label, seed in waiting:
+                run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
+        elif waiting:
+            Pool(config, waiting, listener).run()
+    finally:
+        if shown is not None:
+            shown.close()
+    return read_records(config)
+
+
+def read_records(config: RunConfig) -> list[RunRecord]:
+    """The finished runs of ``config`` in its folder; raises ``ConfigError`` when one is missing."""
+    records = []
+    for label, seed in config.pairs():
+        record = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
+        if record is None:
+            raise ConfigError(f"read_records: {config.out} must hold {label}, seed {seed}. Run the same command again")
+        records.append(record)
+    return records
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for a method that is not registered, or for settings that it does not have."""
+    for label, entry in config.method.items():
+        if entry.method not in METHODS:
+            known = (*config.methods, *METHODS)
+            raise ConfigError(
+                f'check_methods: [method.{label}] must name a method of this run or set method = "…" to one of '
+                f"{', '.join(METHODS)}, got {entry.method!r}{suggest(entry.method, known)}"
+            )
+    for label in config.labels():
+        entry = config.of(label)
+        if entry.method not in METHODS:
+            raise ConfigError(
+                f"check_methods: methods must be known, got {entry.method!r}"
+                f"{suggest(entry.method, (*METHODS, *config.method))}. Known: {', '.join(METHODS)}"
+            )
+        try:
+            configure(entry.method, entry.settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"check_methods: the settings of {label} must suit {entry.method}: {error}") from error
+
+
+def check_methods(config: RunConfig, workload: Workload) -> None:
+    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
+    check_settings(config)
+    for label in config.labels():
+        why = refusal(config, workload, label)
+        if why:
+            raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")
+
+
+def refusal(config: RunConfig, workload: Workload, label: str) -> str:
+    """Why the method of ``label`` cannot be made around this benchmark's model; empty where it can."""
+    entry = config.of(label)
+    try:
+        create(entry.method, workload.model(), dict(entry.settings))
+    except (TypeError, ValueError) as error:
+        return str(error).rstrip(".")
+    return ""
+
+
+def unfinished(config: RunConfig) -> list[tuple[str, int]]:
+    """The (label, seed) of ``config`` that have no result in its folder yet, in the order they run."""
+    return [
+        (label, seed)
+        for label, seed in config.pairs()
+        if load_result(run_folder(config.out, label, seed), config.identity(label, seed)) is None
+    ]

@@ -1,0 +1,76 @@
+"""Model families: each turns a model into one flat list of targets. Optional libraries are imported inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from keeplora.lora import Target, TokenMask, linear_targets
+
+from . import open_clip, transformers
+from .family import Family
+
+__all__ = ["FAMILIES", "Family", "find_targets", "token_mask"]
+
+FAMILIES: tuple[Family, ...] = (open_clip, transformers)
+"""The families that are known, asked in this order."""
+
+
+def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
+    """All weights of ``model`` that can be adapted, with tower and depth where its family is known.
+
+    A known model may stand inside another module (DistributedDataParallel, a wrapper of one's own); what stands
+    beside it there is not adapted. A model of no known family gives all of its linear layers as tower ``model``.
+
+    Args:
+        towers: Of which towers; by default both of a two-tower model, the language model alone of a vision-language
+            model: vision tower and projector stay frozen unless asked for.
+
+    Raises:
+        ValueError: the model has no such tower, or holds several known models; or its family has no weights that can
+            be adapted in the blocks of a tower.
+    """
+    path, family, known = _inner(model)
+    if family is None:
+        found = linear_targets(model)
+    else:
+        prefix = f"{path}." if path else ""
+        found = [replace(t, name=prefix + t.name, module=prefix + t.module) for t in family.find_targets(known, towers)]
+    if towers is None:
+        return found
+    for tower in towers:
+        if tower not in {target.tower for target in found}:
+            there = sorted({target.tower for target in find_targets(model)})
+            raise ValueError(
+                f"find_targets: towers must be towers of the model, got {tower!r}. It has {', '.join(there)}."
+            )
+    return [target for target in found if target.tower in towers]
+
+
+@contextmanager
+def token_mask(model: nn.Module) -> Iterator[TokenMask | None]:
+    """Which tokens of the model's inputs count as features; None where the family is unknown: all do."""
+    _, family, known = _inner(model)
+    if family is None:
+        yield None
+        return
+    with family.token_mask(known) as mask:
+        yield mask
+
+
+def _inner(model: nn.Module) -> tuple[str, Family | None, nn.Module]:
+    """The outermost model of a known family inside ``model``: its path, its family and itself."""
+    found: list[tuple[str, Family, nn.Module]] = []
+    for path, module in model.named_modules():
+        if any(not outer or path.startswith(f"{outer}.") for outer, *_ in found):
+            continue
+        found += [(path, family, module) for family in FAMILIES if family.owns(module)][:1]
+    if len(found) > 1:
+        raise ValueError(
+            f"find_targets: model must hold one model of a known family, got {len(found)} "
+            f"({', '.join(path for path, *_ in found)}). Make a keeper around one of them, or pass targets."
+        )
+    return found[0] if found else ("", None, model)

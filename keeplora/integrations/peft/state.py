@@ -1,0 +1,249 @@
+"""What KeepLoRA remembers about a stock PeftModel between tasks, and how that is saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keeplora._version import __version__
+from keeplora.lora import Target, peft_checkpoint
+from keeplora.lora.peft_checkpoint import Update
+from keeplora.math.precision import full_precision
+from keeplora.methods.capacity import Capacity, layer_capacity
+from keeplora.methods.keeplora.config import KeepLoraConfig
+from keeplora.methods.method import LossFn
+from keeplora.methods.state import State, StateError, read_state, write_state
+from keeplora.ops.merge_weights import merge_weights
+
+from .adapter import PeftAdapter, PeftLayer, find_adapter
+
+__all__ = ["SubspaceState", "fingerprint", "keep_master", "true_weight"]
+
+METHOD = "keeplora-peft"
+
+
+@dataclass
+class SubspaceState:
+    """Protected bases and merged updates of a stock ``PeftModel``, from one task to the next.
+
+    :func:`keeplora.initialize` makes it, :func:`keeplora.update_subspace` extends it. Save it beside the adapter; all
+    of a run is then in one folder::
+
+        peft_model.save_pretrained(folder)      # adapter_model.safetensors, adapter_config.json
+        state.save(folder)                      # state.json, tensors-*.safetensors
+
+        peft_model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        state = keeplora.SubspaceState.load(folder)
+        state.restore(peft_model)               # merges what was learned, freezes A again
+
+    Attributes:
+        config: Settings, without those that ``LoraConfig`` makes (r, alpha, dropout).
+        bases: Layer name → protected orthonormal basis ``[in, k]``.
+        added: Layer name → directions that each task added.
+        tasks_learned: Tasks closed by :func:`keeplora.update_subspace`.
+        open_adapter: The adapter that is being trained, or None between tasks.
+        kept: Adapters of earlier tasks that were not merged and must stay active.
+    """
+
+    config: KeepLoraConfig
+    targets: tuple[Target, ...] = ()
+    bases: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    learned: list[dict[str, Update]] = field(default_factory=list)
+    """By task and layer what was merged, with the scaling in B, on the CPU."""
+    tasks_learned: int = 0
+    open_adapter: str | None = None
+    kept: tuple[str, ...] = ()
+    also_train: tuple[str, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    pretrained: str = ""
+    current: str = ""
+    masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
+    loss_fn: LossFn | None = field(default=None, repr=False)
+    """What the open task was initialised with; not saved."""
+
+    def capacity(self) -> Capacity:
+        """Room that is left, as :meth:`keeplora.KeepLora.capacity`."""
+        layers = (
+            layer_capacity(
+                target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
+                self.added[target.name], self.ranks[target.name],
+            )
+            for target in self.targets
+        )  # fmt: skip
+        return Capacity(tuple(layers), self.tasks_learned)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        tensors = {f"{name}.basis": basis for name, basis in self.bases.items()}
+        for task, updates in enumerate(self.learned):
+            for name, update in updates.items():
+                tensors |= {f"{name}.learned.{task}.A": update.a, f"{name}.learned.{task}.B": update.b}
+        meta = {
+            "method": METHOD,
+            "config": self.config.to_dict(),
+            "targets": [[target.name, target.depth, target.tower] for target in self.targets],
+            "added": {name: list(counts) for name, counts in self.added.items()},
+            "learned": [sorted(updates) for updates in self.learned],
+            "tasks_learned": self.tasks_learned,
+            "open_adapter": self.open_adapter,
+            "kept": list(self.kept),
+            "also_train": list(self.also_train),
+            "ranks": self.ranks,
+            "alphas": self.alphas,
+            "pretrained": self.pretrained,
+            "current": self.current,
+            "versions": {"keeplora": __version__, "torch": torch.__version__},
+        }
+        write_state(path, State({name: t.detach().cpu() for name, t in tensors.items()}, meta))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SubspaceState:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StateError: nothing there, damaged, incomplete, of a newer version, or of another method.
+        """
+        state = read_state(path)
+        meta, tensors = state.meta, state.tensors
+        if meta.get("method") != METHOD:
+            raise StateError(
+                f"load: {os.fspath(path)} must hold a state of method {METHOD!r}, got {meta.get('method')!r}"
+            )
+        try:
+            targets = tuple(Target(n, n, "weight", None, depth, tower) for n, depth, tower in meta["targets"])
+            return cls(
+                config=KeepLoraConfig(**meta["config"]),
+                targets=targets,
+                bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
+                added={name: tuple(counts) for name, counts in meta["added"].items()},
+                learned=[
+                    {n: Update(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
+                    for task, names in enumerate(meta["learned"])
+                ],
+                tasks_learned=meta["tasks_learned"],
+                open_adapter=meta["open_adapter"],
+                kept=tuple(meta["kept"]),
+                also_train=tuple(meta["also_train"]),
+                ranks=meta["ranks"],
+                alphas=meta["alphas"],
+                pretrained=meta["pretrained"],
+                current=meta["current"],
+            )
+        except KeyError as error:
+            raise StateError(f"load: {os.fspath(path)} must hold {error}, got a state without it") from None
+
+    def restore(self, model: Any) -> None:
+        """Bring a ``PeftModel`` that was just loaded to where this state was saved.
+
+        What earlier tasks merged is merged again, task by task, in the same arithmetic, so training goes on as if it
+        had never stopped; a base model that was saved merged is left as it is. If a task is open, A is frozen and B
+        trained: ``from_pretrained(..., is_trainable=True)`` had unfrozen both.
+
+        Raises:
+            StateError: the base weights are neither the pretrained ones nor those after the last merge.
+            RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
+        """
+        adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
+        found = fingerprint(adapter.layers)
+        if found == self.pretrained:
+            for updates in self.learned:
+                for layer in adapter.layers:
+                    if layer.name in updates:
+                        update = updates[layer.name]
+                        with full_precision(layer.base.weight.device), torch.no_grad():
+                            self._merge(layer, update)
+            self.current = fingerprint(adapter.layers)
+        elif found != self.current:
+            raise StateError(
+                "restore: the model's base weights must be the pretrained ones the state began with, or those after "
+                f"task {self.tasks_learned}, got others. Load the same base model."
+            )
+        if self.open_adapter is not None:
+            adapter.freeze(self.kept)
+
+    def export_peft(self, path: str | os.PathLike[str], model: Any) -> None:
+        """Write everything that was merged as one adapter for the pretrained model, of the tasks' ranks together.
+
+        As :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task, and those that were kept, are PEFT's own
+        to save.
+
+        Args:
+            path: A folder; an adapter in it is replaced, other files stay.
+            model: The ``PeftModel`` or the model it was made of, for its layers' names.
+
+        Raises:
+            ValueError: nothing was merged.
+        """
+        layers = {}
+        for target in self.targets:
+            parts = [task[target.name] for task in self.learned if target.name in task]
+            if parts:
+                layers[target.name] = Update.total(parts, parts[0].b.shape[0], parts[0].a.shape[1])
+        peft_checkpoint.write(path, model.get_base_model() if hasattr(model, "get_base_model") else model, layers)
+
+    def adapter_of(self, function: str, model: Any, name: str | None) -> PeftAdapter:
+        """The adapter in ``model``, with the layers this state knows."""
+        kept = [other for other in self.kept if other != name]
+        adapter = find_adapter(function, model, name, targets=self.targets, kept=kept)
+        missing = {target.name for target in self.targets} - {layer.name for layer in adapter.layers}
+        if missing:
+            raise ValueError(
+                f"{function}: the adapter must be on the {len(self.targets)} layers of the state, got "
+                f"{len(missing)} without it (first: {min(missing)}). Use the same target_modules for every task."
+            )
+        return adapter
+
+    def require_base(self, function: str, layers: Sequence[PeftLayer]) -> None:
+        found = fingerprint(layers)
+        if found == self.current:
+            return
+        if found == self.pretrained:
+            raise RuntimeError(
+                f"{function}: the base model must hold what {self.tasks_learned} tasks merged, got the pretrained "
+                "weights. Call state.restore(peft_model) first."
+            )
+        raise RuntimeError(
+            f"{function}: the base weights must be those after task {self.tasks_learned}, got others: what the state "
+            "protects belongs to another model. Let update_subspace merge, and take adapters out with model.unload()."
+        )
+
+    def _merge(self, layer: PeftLayer, update: Update) -> None:
+        weight = layer.base.weight
+        a, b = update.a.to(weight.device), update.b.to(weight.device)
+        (exact,) = merge_weights([true_weight(self.masters, layer.name, weight)], [a], [b], scale=1.0)
+        weight.copy_(exact)
+        keep_master(self.masters, layer.name, weight, exact)
+
+
+def true_weight(masters: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    """The weight before it was rounded, where that is known and nobody has set the weight since."""
+    master = masters.get(name)
+    if master is not None and torch.equal(master.to(weight.dtype), weight):
+        return master
+    return weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
+
+
+def keep_master(masters: dict[str, Tensor], name: str, weight: Tensor, exact: Tensor) -> None:
+    masters.pop(name, None)
+    if weight.dtype not in (torch.float32, torch.float64):
+        masters[name] = exact.detach()
+
+
+def fingerprint(layers: Sequence[PeftLayer]) -> str:
+    """A hash of the layers' base weights: names, shapes and up to 64 values of each."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        dense = layer.dequantizer()
+        values = (layer.base.weight if dense is None else dense()).detach().flatten()
+        values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
+        digest.update(f"{layer.name} {layer.base.out_features} {layer.base.in_features} {values.tolist()}".encode())
+    return digest.hexdigest()

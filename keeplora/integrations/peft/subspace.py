@@ -1,0 +1,369 @@
+"""KeepLoRA on a stock PeftModel: two calls around one's own training (the shape of PEFT's EVA helper)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keeplora.distributed import together
+from keeplora.lora import LoraAdapter, LoraSlot, Target, depth_factor, depth_positions
+from keeplora.lora.peft_checkpoint import Update
+from keeplora.math.lowrank import Extension, TopDirections
+from keeplora.math.precision import full_precision
+from keeplora.methods.keeplora.adapters import warn_of_small_ranks
+from keeplora.methods.keeplora.certificate import LayerCertificate, RetentionCertificate, merge_and_certify
+from keeplora.methods.keeplora.config import KeepLoraConfig
+from keeplora.methods.keeplora.directions import TaskGradients
+from keeplora.methods.keeplora.protected import extended_bases, weight_bases
+from keeplora.methods.keeplora.trained_a import LEAK, leak_of_rows
+from keeplora.methods.method import LossFn
+from keeplora.ops.project_rows import project_rows
+
+from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
+from .state import SubspaceState, fingerprint, keep_master, true_weight
+
+__all__ = ["freeze_a", "initialize", "update_subspace"]
+
+
+@together
+def initialize(
+    model: Any,
+    loader: Iterable[Any],
+    loss_fn: LossFn,
+    state: SubspaceState | None = None,
+    *,
+    config: KeepLoraConfig | None = None,
+    adapter_name: str | None = None,
+    targets: Sequence[Target] | None = None,
+    also_train: Sequence[str] = (),
+    progress: bool | None = None,
+) -> SubspaceState:
+    r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
+
+    .. math:: A = \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0, \quad
+              c = \lambda_l\, \alpha / r
+
+    with Q the protected basis of the base weight (of the state, or before the first task of the weight itself) and G
+    the mean gradient with respect to it. Train as you like afterwards, then call :func:`update_subspace`. Where there
+    are fewer than r free directions, the rest of A is zero. ``λ_l`` goes into the adapter's ``alpha_pattern``, so
+    ``save_pretrained`` keeps it.
+
+    Args:
+        model: A ``PeftModel`` with LoRA on linear layers, its adapter fresh (B zero). Other adapters may be in the
+            model while they are not active.
+        loader: The task's training batches; can be iterated again later.
+        loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :func:`update_subspace`.
+        state: Of the earlier tasks; changed when everything has succeeded. A new one is made if None.
+        config: Settings for a new state. r, alpha, rslora and dropout are ``LoraConfig``'s.
+        adapter_name: The adapter; the active one if None.
+        targets: Tower and depth of the base model's layers; found if None.
+        also_train: Names of modules that may be trained beside the adapter, such as a new classifier head. Nothing
+            protects what they do.
+        progress: Whether passes draw bars on stderr; None: if that is a terminal.
+
+    Returns:
+        ``state``, or the new one.
+
+    Raises:
+        TypeError: no PeftModel; ``state`` or ``config`` of another kind; a layer that is not linear, or PEFT's
+            MultiheadAttention; adapters in half precision.
+        ValueError: DoRA, biases, an initialisation that changed the base weights, any other field of ``LoraConfig``
+            beyond plain LoRA; trainable parameters beside the adapter; an empty loader; tied weights.
+        RuntimeError: a task is open, the adapter is not fresh, several adapters are active, one is merged, or the base
+            weights are not those the state belongs to.
+
+    Warns:
+        UserWarning: layers with fewer than r free directions.
+
+    Source: KeepLoRA, arXiv:2601.19659; KeepLoRA++, arXiv:2606.16256.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> import keeplora
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> task = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+        >>> state = keeplora.initialize(peft_model, task, loss_fn, config=keeplora.KeepLoraConfig(feature_energy=0.5))
+        >>> optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=1e-2)
+        >>> for batch in task:
+        ...     loss_fn(peft_model, batch).backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        >>> keeplora.update_subspace(peft_model, task, state).leak < 1e-6
+        True
+    """
+    _require_kinds(state, config)
+    if state is None:
+        adapter = find_adapter("initialize", model, adapter_name, targets=targets)
+        state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
+        state.config.check_towers({target.tower for target in state.targets})
+        state.pretrained = state.current = fingerprint(adapter.layers)
+    else:
+        if state.open_adapter is not None:
+            raise RuntimeError(
+                f"initialize: the previous task must be closed first, got adapter {state.open_adapter!r} open. "
+                "Call update_subspace(model, loader, state)."
+            )
+        if config is not None and config != state.config:
+            raise ValueError("initialize: config must be the state's or None, got another. Make a new state.")
+        adapter = state.adapter_of("initialize", model, adapter_name)
+        state.require_base("initialize", adapter.layers)
+    settings = _with_stock_settings(state.config, adapter)
+    _require_fresh(adapter)
+    _refuse_neighbours("initialize", adapter, state.kept, also_train)
+    layers = adapter.layers
+    ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
+    with borrow(adapter) as slots:
+        gradients = TaskGradients(model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks)
+        if state.bases:
+            bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
+        else:
+            with full_precision(slots[0].weight.device):
+                bases = weight_bases(slots, settings, shown=progress)
+        directions = gradients.directions(bases)
+        for rank in sorted(set(ranks)):
+            same = [i for i, other in enumerate(ranks) if other == rank]
+            warn_of_small_ranks(
+                [slots[i] for i in same],
+                [bases[i] for i in same],
+                [directions[i] for i in same],
+                rank,
+                stacklevel=4,  # past the wrapper of together
+            )
+    for layer, found in zip(layers, directions, strict=True):
+        _start(layer, found)
+    adapter.set_alphas(_scaled_alphas(adapter, state))
+    adapter.freeze(state.kept)
+    state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
+    state.added = state.added or {layer.name: () for layer in layers}
+    state.alphas = {layer.name: layer.alpha for layer in layers}
+    state.ranks = {layer.name: layer.rank for layer in layers}
+    state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
+    return state
+
+
+@together
+@torch.no_grad()
+def update_subspace(
+    model: Any,
+    loader: Iterable[Any],
+    state: SubspaceState,
+    *,
+    loss_fn: LossFn | None = None,
+    merge: bool = True,
+    progress: bool | None = None,
+) -> RetentionCertificate:
+    r"""Close the task: protect what its inputs look like, put the update into the base weights, and prove retention.
+
+    One pass over ``loader`` without gradients collects ``C = Σ xᵀx`` of every adapted layer; Q grows until it captures
+    ``feature_energy`` of it. Then, with ``merge=True``, ``W ← W + c B A`` (in float32, rounded once; layers in half
+    precision remember the unrounded result) and ``B ← 0``: the same adapter is fresh for the next
+    :func:`initialize`, or ``model.unload()`` gives the base model with what was learned. The update itself stays in
+    the state. Save the adapter before this call if you want it as a file of its own.
+
+    With ``merge=False`` nothing is merged: the adapter stays, and must stay active. Add another one for the next task
+    and activate both, ``model.base_model.set_adapter([...])``. That is the way for quantised base weights, which
+    cannot be merged into without rounding in the protected directions too.
+
+    Args:
+        model: The model :func:`initialize` was given, or one brought back by :meth:`SubspaceState.restore`.
+        loader: The task's training batches.
+        state: Changed when everything has succeeded.
+        loss_fn: Runs the model on a batch; by default the one :func:`initialize` was given.
+        merge: Whether the update goes into the base weights.
+        progress: Whether passes draw bars on stderr; None: if that is a terminal.
+
+    Returns:
+        The retention certificate: leak, orthogonality, captured energy and room, per layer and the worst.
+
+    Raises:
+        RuntimeError: no task is open; no ``loss_fn`` is known; the base weights have changed since.
+        ValueError: an empty loader; features or a trained adapter that are not finite; parameters trained beside it.
+        TypeError: ``merge=True`` with quantised base weights.
+
+    Warns:
+        UserWarning: A was trained and left its free space (PEFT unfreezes it in ``set_adapter``, ``disable_adapter``
+            and ``is_trainable=True``); it is projected back before anything else.
+    """
+    if not isinstance(state, SubspaceState):
+        raise TypeError(
+            f"update_subspace: state must be the SubspaceState that initialize returned, got {type(state).__name__}."
+        )
+    if state.open_adapter is None:
+        raise RuntimeError("update_subspace: a task must be open, got none. Call initialize(...) first.")
+    forward = loss_fn or state.loss_fn
+    if forward is None:
+        raise RuntimeError("update_subspace: loss_fn must be given after loading a state, got None")
+    adapter = state.adapter_of("update_subspace", model, state.open_adapter)
+    state.require_base("update_subspace", adapter.layers)
+    _refuse_neighbours("update_subspace", adapter, state.kept, state.also_train)
+    layers = adapter.layers
+    quantised = [layer.name for layer in layers if layer.dequantizer() is not None]
+    if merge and quantised:
+        raise TypeError(
+            f"update_subspace: base weights must not be quantised to be merged into, got {len(quantised)} that are "
+            f"(first: {quantised[0]}): rounding would move what is protected. Pass merge=False and add an adapter per "
+            "task."
+        )
+    bases = [state.bases[layer.name].to(layer.base.weight.device) for layer in layers]
+    with borrow(adapter) as slots:
+        _check_finite(layers)
+        _restore_confinement(layers, bases)
+        new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
+        proofs = [
+            _close(slot, layer, basis, extension, state, merge=merge)
+            for slot, layer, basis, extension in zip(slots, layers, bases, new, strict=True)
+        ]
+    for layer, extension in zip(layers, new, strict=True):
+        state.bases[layer.name] = extension.q
+        state.added[layer.name] = (*state.added[layer.name], extension.added)
+    if not merge:
+        state.kept = (*state.kept, adapter.name)
+    state.learned.append(
+        {layer.name: learned for layer, (_, learned) in zip(layers, proofs, strict=True)} if merge else {}
+    )
+    state.current = fingerprint(layers)
+    state.open_adapter, state.loss_fn = None, None
+    result = RetentionCertificate(state.tasks_learned, tuple(proof for proof, _ in proofs))
+    state.tasks_learned += 1
+    return result
+
+
+def freeze_a(model: Any, adapter_name: str | None = None) -> None:
+    """Freeze the A of an adapter and let its B be trained.
+
+    PEFT unfreezes A whenever it activates an adapter: in ``set_adapter``, at the end of ``with
+    model.disable_adapter()``, and with ``from_pretrained(..., is_trainable=True)``. :meth:`SubspaceState.restore` calls
+    this; after the others, call it yourself.
+
+    Args:
+        model: A ``PeftModel``. adapter_name: The adapter; the active one if None.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`initialize`.
+    """
+    find_adapter("freeze_a", model, adapter_name).freeze()
+
+
+def _require_kinds(state: object, config: object) -> None:
+    if state is not None and not isinstance(state, SubspaceState):
+        raise TypeError(
+            f"initialize: state must be a SubspaceState or None, got {type(state).__name__}. "
+            "Settings of a new state are given as config=."
+        )
+    if config is not None and not isinstance(config, KeepLoraConfig):
+        raise TypeError(f"initialize: config must be a KeepLoraConfig or None, got {type(config).__name__}.")
+
+
+def _with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLoraConfig:
+    """The settings with those of ``LoraConfig``; refuses what stock layers cannot do, or would be said twice."""
+    default, lora = KeepLoraConfig(), adapter.config
+    stock = {"r": lora.r, "alpha": float(lora.lora_alpha), "rslora": lora.use_rslora, "dropout": lora.lora_dropout}
+    for name, value in stock.items():
+        if getattr(config, name) not in (getattr(default, name), value):
+            raise ValueError(
+                f"initialize: config.{name} must be left alone, got {getattr(config, name)!r}: "
+                f"the adapter's LoraConfig says {value!r}."
+            )
+    for name in ("target_modules", "init_b", "forward", "train_a"):
+        if getattr(config, name) != getattr(default, name):
+            raise ValueError(
+                f"initialize: config.{name} must be {getattr(default, name)!r} with PEFT's layers, got "
+                f"{getattr(config, name)!r}. Use LoraConfig where it has the setting, else keeplora.KeepLora."
+            )
+    return replace(config, **stock)
+
+
+def _require_fresh(adapter: PeftAdapter) -> None:
+    trained = [layer.name for layer in adapter.layers if bool(layer.b.detach().count_nonzero())]
+    if trained:
+        raise RuntimeError(
+            f"initialize: the adapter must be fresh (B zero), got {len(trained)} layers with B (first: {trained[0]}), "
+            "which would be lost. Close its task with update_subspace, or add another adapter; LoraConfig needs "
+            "init_lora_weights=True."
+        )
+
+
+def _refuse_neighbours(function: str, adapter: PeftAdapter, kept: Sequence[str], also_train: Sequence[str]) -> None:
+    others = trainable_neighbours(adapter, kept, also_train)
+    if not others:
+        return
+    saved = adapter.config.modules_to_save
+    raise ValueError(
+        f"{function}: only the adapter may be trained, got {len(others)} parameters beside it (first: {others[0]})"
+        + (f"; LoraConfig has modules_to_save={sorted(saved)}" if saved else "")
+        + ". Freeze them, or name their modules in initialize(..., also_train=[...]): nothing protects what they do."
+    )
+
+
+@torch.no_grad()
+def _start(layer: PeftLayer, found: TopDirections) -> None:
+    layer.a.zero_()
+    layer.a[: found.a.shape[0]] = found.a.to(layer.a)
+    layer.b.zero_()
+
+
+def _scaled_alphas(adapter: PeftAdapter, state: SubspaceState) -> dict[str, float]:
+    """Every layer's alpha times its depth factor, once: an adapter that is fresh again has it already."""
+    now = {layer.name: layer.alpha for layer in adapter.layers}
+    if now == state.alphas:
+        return now
+    positions = depth_positions([layer.target for layer in adapter.layers])
+    return {
+        layer.name: layer.alpha * depth_factor(state.config.depth_scale_of(layer.target.tower), *positions[layer.name])
+        for layer in adapter.layers
+    }
+
+
+def _check_finite(layers: Sequence[PeftLayer]) -> None:
+    for layer in layers:
+        if not all(bool(torch.isfinite(factor).all()) for factor in (layer.a, layer.b)):
+            raise ValueError(
+                f"update_subspace: trained adapters must be finite, got NaN or Inf [{layer.name}]. "
+                "Go back to the last saved adapter and lower the learning rate."
+            )
+
+
+def _restore_confinement(layers: Sequence[PeftLayer], bases: Sequence[Tensor]) -> None:
+    """Project back every A that was trained into what is protected."""
+    leaks = [leak_of_rows(layer.a.double(), q.double()).item() for layer, q in zip(layers, bases, strict=True)]
+    astray = [i for i, leak in enumerate(leaks) if leak > LEAK]
+    if not astray:
+        return
+    for i in astray:
+        (rows, *_), _ = project_rows([layers[i].a.to(bases[i].dtype)], [bases[i]])
+        layers[i].a.copy_(rows)
+    worst = max(astray, key=leaks.__getitem__)
+    warnings.warn(
+        f"update_subspace: {len(astray)} of {len(layers)} A were trained and had left their free space, by "
+        f"{leaks[worst]:.1e} of a row's length in the worst layer [{layers[worst].name}]. They were projected back, "
+        "which changes what was learned. PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call "
+        "keeplora.freeze_a(model) after those.",
+        UserWarning,
+        stacklevel=5,  # past the wrappers of no_grad and together
+    )
+
+
+def _close(
+    slot: LoraSlot, layer: PeftLayer, basis: Tensor, new: Extension, state: SubspaceState, *, merge: bool
+) -> tuple[LayerCertificate, Update]:
+    """The layer's certificate and its update, which is in the weight afterwards if ``merge``."""
+    a, b = layer.a.to(basis.dtype), layer.b.to(basis.dtype) * layer.scaling  # as restore() merges it, bit for bit
+    weight = layer.base.weight
+    slot.attach(LoraAdapter(a, b, 1.0))
+    if merge:
+        slot.host.set_exact_weight(slot.slot, true_weight(state.masters, slot.name, weight))
+    proof = merge_and_certify(slot, basis, new, merge=merge)
+    if merge:
+        keep_master(state.masters, slot.name, weight, slot.exact_weight)
+        layer.b.zero_()
+    return proof, Update(a.detach().to("cpu", copy=True), b.detach().cpu())

@@ -1,0 +1,311 @@
+"""Stock PEFT checkpoints: updates of keeplora's targets as the layers PEFT would have, and back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from keeplora._files import write_atomic, write_json
+from keeplora.lora import LoraHost, LoraSlot
+
+__all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
+
+ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+_HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "loftq_config", "eva_config", "runtime_config", "qalora_group_size",
+}  # fmt: skip
+"""Fields of LoraConfig that leave ``y = x Wᵀ + c (x Aᵀ) Bᵀ`` what it is, or that are looked at elsewhere."""
+
+_FAITHFUL = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base weights as they were."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """``ΔW = scaling · b a`` of one weight: a ``[r, in]``, b ``[out, r]``."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def of_rank(self, rank: int) -> Update:
+        """The same update with zero directions added."""
+        more = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
+        return Update(a, b * self.scaling)
+
+    @staticmethod
+    def total(updates: Sequence[Update], out: int, width: int) -> Update:
+        """The sum of updates of one weight, of rank Σr, or ``min(out, in)`` where that is less; exact either way."""
+        if len(updates) == 1:
+            return updates[0]
+        a = torch.cat([u.a for u in updates]) if updates else torch.zeros(0, width)
+        b = torch.cat([u.b * u.scaling for u in updates], dim=1) if updates else torch.zeros(out, 0)
+        if a.shape[0] <= min(out, width):
+            return Update(a, b)
+        dense = (b.double() @ a.double()).to(a.dtype)
+        return Update(dense, torch.eye(out)) if out <= width else Update(torch.eye(width), dense)
+
+
+def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Updates by PEFT's layer names: row ranges of one weight become one layer of block-structured B.
+
+    q, k and v of an ``nn.MultiheadAttention`` share PEFT's one A ``[3 r, in]``, and out_proj has the same rank there.
+
+    Raises:
+        TypeError: a weight that PEFT has no layer for.
+    """
+    found: dict[str, Update] = {}
+    for path, mine in _by_module(slots).items():
+        weight: Tensor = getattr(mine[0].host, mine[0].target.parameter)
+        if not isinstance(mine[0].host, nn.Linear) and mine[0].target.parameter != "in_proj_weight":
+            raise TypeError(
+                f"export_peft: weights must be of nn.Linear or a fused in_proj_weight, got {mine[0].target.parameter} "
+                f"[{path}]: stock PEFT has no layer for it."
+            )
+        if not isinstance(mine[0].host, nn.Linear | nn.MultiheadAttention):
+            raise TypeError(
+                f"export_peft: layers must be nn.Linear or nn.MultiheadAttention, got {type(mine[0].host).__name__} "
+                f"at {path}: stock PEFT has no layer for it. Save with keeper.save, or merge()."
+            )
+        parts = [(updates[slot.name], slot.target.rows) for slot in mine if slot.name in updates]
+        if parts:
+            found[path] = _stacked(parts, weight.shape[0])
+    for path in _attentions(model, slots):
+        out = f"{path}.out_proj"
+        pair = {path: found.pop(path, None), f"{path}.base_layer.out_proj": found.pop(out, None)}
+        rank = max((update.rank for update in pair.values() if update is not None), default=0)
+        if rank:
+            attention = model.get_submodule(path)
+            assert isinstance(attention, nn.MultiheadAttention)
+            width = attention.embed_dim
+            for (name, update), rows in zip(pair.items(), (3 * width, width), strict=True):
+                nothing = Update(torch.zeros(0, width), torch.zeros(rows, 0))
+                found[name] = (update or nothing).of_rank(rank)
+    return found
+
+
+def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration of a stock checkpoint; scalings go into ``alpha_pattern``.
+
+    Raises:
+        ValueError: there is no update.
+    """
+    from peft import LoraConfig
+
+    layers = {name: update for name, update in layers.items() if update.rank}
+    if not layers:
+        raise ValueError("export_peft: there must be an update, got none: no task is open and none was learned")
+    tensors = {}
+    for name, update in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = update.a.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = update.b.detach().cpu().contiguous()
+    # PEFT finds r and alpha of an attention's out_proj under the attention's own name.
+    named = {name: update for name, update in layers.items() if not name.endswith(".base_layer.out_proj")}
+    ranks = {name: update.rank for name, update in named.items()}
+    alphas = {name: update.scaling * update.rank for name, update in named.items()}
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    config: Any = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={f"^{name}": rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{name}": value for name, value in alphas.items() if value != alpha},
+        target_modules=_names(model, sorted(named)),
+        inference_mode=True,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+    )
+    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+
+
+def check_plain_lora(function: str, config: Any) -> None:
+    """Refuse a ``LoraConfig`` that is not ``W + c B A`` on unchanged base weights.
+
+    Raises:
+        ValueError: the field is named.
+    """
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        raise ValueError(f"{function}: the adapter must be LoRA, got {config.peft_type}")
+    if config.use_dora:
+        raise ValueError(
+            f"{function}: use_dora must be False, got True: DoRA rescales every column of W + BA, the protected "
+            "directions too. Use plain LoRA."
+        )
+    init = config.init_lora_weights
+    if not any(init is known if isinstance(known, bool) else init == known for known in _FAITHFUL):
+        raise ValueError(
+            f"{function}: init_lora_weights must leave the base weights unchanged, got {init!r}, which takes the "
+            "adapter's start out of them. Use init_lora_weights=True; PEFT converts such adapters with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    if config.bias != "none" or config.lora_bias:
+        raise ValueError(
+            f'{function}: bias must be "none" and lora_bias False, got {config.bias!r} and {config.lora_bias}: '
+            "a trained bias moves every output, those of protected inputs too."
+        )
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(config, field.name)
+        if field.name not in _HARMLESS and value != default and value:
+            raise ValueError(
+                f"{function}: {field.name} must be left at its default, got {value!r}: what it changes about LoRA is "
+                "not known to be confined."
+            )
+
+
+def write(path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update]) -> None:
+    """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two."""
+    tensors, config = checkpoint(model, layers)
+    folder = Path(path)
+    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+    write_atomic(folder / ADAPTER_TENSORS, lambda temporary: save_file(tensors, temporary))
+    write_json(folder / ADAPTER_CONFIG, config)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Update]:
+    """The layers of a stock checkpoint in a local folder.
+
+    Raises:
+        FileNotFoundError: no ``adapter_config.json`` or no ``adapter_model.safetensors``.
+        ValueError: it is more than plain LoRA on unchanged base weights, or is incomplete.
+    """
+    from peft import PeftConfig
+    from peft.utils.other import get_pattern_key
+
+    folder = Path(path)
+    for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"import_peft: {folder / name} must exist. Pass a local folder; adapters in another format than "
+                "safetensors are not read: load them with PEFT and save them again."
+            )
+    config: Any = PeftConfig.from_pretrained(os.fspath(folder))
+    check_plain_lora("import_peft", config)
+    if config.modules_to_save:
+        raise ValueError(
+            f"import_peft: the checkpoint must hold an adapter alone, got modules_to_save="
+            f"{sorted(config.modules_to_save)}. Load those into the model yourself and save the adapter without them."
+        )
+    tensors = load_file(folder / ADAPTER_TENSORS)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"import_peft: tensors must be lora_A and lora_B of linear layers, got {key}")
+        factors.setdefault(match[1], {})[match[2]] = tensor
+    layers = {}
+    for name, pair in factors.items():
+        a, b = pair.get("lora_A"), pair.get("lora_B")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            shapes = {key: list(tensor.shape) for key, tensor in pair.items()}
+            raise ValueError(f"import_peft: A [r, in] and B [out, r] must belong together, got {shapes} [{name}]")
+        place = name.removesuffix(".base_layer.out_proj")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, place), config.lora_alpha)
+        layers[name] = Update(a, b, alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0]))
+    return layers
+
+
+def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, Update]:
+    """A checkpoint's layers as updates of targets, by name: the reverse of :func:`layers_of`.
+
+    Directions of a fused weight that do nothing in a target's rows are left out there.
+
+    Raises:
+        ValueError: a layer of the checkpoint is no target, or has another shape.
+    """
+    left = {name.replace(".base_layer.out_proj", ".out_proj"): update for name, update in layers.items()}
+    found = {}
+    for path, mine in _by_module(slots).items():
+        update = left.pop(path, None)
+        if update is None:
+            continue
+        weight: Tensor = getattr(mine[0].host, mine[0].target.parameter)
+        if (update.b.shape[0], update.a.shape[1]) != tuple(weight.shape):
+            raise ValueError(
+                f"import_peft: the checkpoint's layers must fit the model's, got {update.b.shape[0]} x "
+                f"{update.a.shape[1]} for {list(weight.shape)} [{path}]"
+            )
+        covered = torch.zeros(weight.shape[0], dtype=torch.bool)
+        for slot in mine:
+            rows = slice(*slot.target.rows) if slot.target.rows else slice(None)
+            covered[rows] = True
+            part = update.b[rows]
+            useful = part.any(0) if slot.target.rows else torch.ones(update.rank, dtype=torch.bool)
+            if bool(useful.any()):
+                found[slot.name] = Update(update.a[useful], part[:, useful], update.scaling)
+        if bool(update.b[~covered].any()):
+            raise ValueError(
+                f"import_peft: target_modules must cover what the checkpoint changes, got rows of {path} that are no "
+                "target. Adapt all of it."
+            )
+    left = {name: update for name, update in left.items() if bool(update.b.any())}
+    if left:
+        raise ValueError(
+            f"import_peft: target_modules must cover the checkpoint's layers, got {len(left)} that are no target "
+            f"(first: {min(left)}). Make the keeper with targets that include them."
+        )
+    return found
+
+
+def _by_module(slots: Sequence[LoraSlot]) -> dict[str, list[LoraSlot]]:
+    found: dict[str, list[LoraSlot]] = {}
+    for slot in slots:
+        found.setdefault(slot.target.module, []).append(slot)
+    return found
+
+
+def _attentions(model: nn.Module, slots: Sequence[LoraSlot]) -> list[str]:
+    """Paths of the attention layers that own a target, or whose out_proj is one."""
+    paths = {slot.target.module.removesuffix(".out_proj") for slot in slots}
+    modules = dict(model.named_modules())
+    return sorted(
+        path
+        for path in paths
+        if isinstance(modules.get(path), LoraHost) and isinstance(modules[path], nn.MultiheadAttention)
+    )
+
+
+def _stacked(parts: Sequence[tuple[Update, tuple[int, int] | None]], out: int) -> Update:
+    """One update of the whole weight from updates of its rows."""
+    if len(parts) == 1 and parts[0][1] is None:
+        return parts[0][0]
+    a = torch.cat([update.a for update, _ in parts])
+    b = a.new_zeros(out, a.shape[0])
+    begin = 0
+    for update, rows in parts:
+        end = begin + update.rank
+        b[slice(*rows) if rows else slice(None), begin:end] = update.b * update.scaling
+        begin = end
+    return Update(a, b)
+
+
+def _names(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """``target_modules`` that match these layers and no other: their names, or a pattern where names are ambiguous."""
+    others = [path for path, _ in model.named_modules() if path not in names]
+    if any(path.endswith(f".{name}") for path in others for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

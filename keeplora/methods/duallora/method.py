@@ -1,0 +1,324 @@
+"""DualLoRA: an orthogonal and a residual adapter, with a dynamic memory and task identities that calibrate logits."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.distributed import processes
+from keeplora.families.class_head import is_image_text_model, observed, put_class_head
+from keeplora.families.class_tokens import class_tokens
+from keeplora.lora import LoraSlot, Target
+from keeplora.math.lowrank import TopDirections, extend_basis, top_directions
+from keeplora.math.moment import Extension, SketchedMoment
+from keeplora.math.precision import full_precision
+from keeplora.math.rank import fewest_directions
+from keeplora.math.subspace import project
+from keeplora.methods.lora import LoraConfig
+from keeplora.methods.lora_method import LoraMethod, stored
+from keeplora.methods.method import LossFn
+from keeplora.methods.progress import for_all_layers, progress
+from keeplora.methods.settings import check_range
+from keeplora.methods.state import State, StateError
+from keeplora.statistics import FeatureStatistic, feature_statistics
+
+from .calibration import ImageFeatures, KnownTask, TaskCalibration
+from .residual import DualAdapter, ResidualAdapter
+
+__all__ = ["DualLora", "DualLoraConfig"]
+
+
+@dataclass(frozen=True)
+class DualLoraConfig(LoraConfig):
+    """Settings of :class:`DualLora`.
+
+    Args:
+        r: Rank of the orthogonal adapter, and of each task's residual adapter; less where there is less room.
+        alpha: Both are scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
+        feature_energy: Share of the class tokens' energy that the bases hold; and of the image features', by which
+            tasks are told apart.
+        calibration: Strength of the calibration of logits by task identity; 0 switches it off.
+        target_modules, seed: As for every method.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> DualLoraConfig(r=4).scaling
+        4.0
+    """
+
+    feature_energy: float = 0.95
+    calibration: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.feature_energy <= 1:
+            raise ValueError(f"DualLoraConfig: feature_energy must lie in (0, 1], got {self.feature_energy!r}")
+        check_range(self, "calibration", 0.0, float("inf"), closed=False)
+
+
+class DualLora(LoraMethod):
+    r"""Two adapters per weight: one outside of what earlier tasks use, one inside what is the task's own.
+
+    .. math::
+        \Psi_t &= \text{top of } (I - \Phi\Phi^\top)\, C_t\, (I - \Phi\Phi^\top), \text{ energy } \varepsilon,
+                  \text{ at most } r \\
+        y &= x W^\top + s\,(x A_o^\top) B_o^\top + s \sum_{\tau \le t} w_\tau(x_{cls})\,(x A_\tau^\top) B_\tau^\top \\
+        A_o &\leftarrow A_o (I - \Phi\Phi^\top), \qquad A_\tau \leftarrow A_\tau \Psi_\tau \Psi_\tau^\top, \qquad
+        w_\tau(x) = \min\Bigl(1, \frac{\lVert x \Psi_\tau \rVert^2}{\rho_\tau \lVert x \rVert^2}\Bigr)
+
+    Before a task, one pass gives the second moment :math:`C_t` of the class tokens that reach each adapted weight.
+    The task's residual bases Ψ are the leading directions of what the basis Φ of earlier tasks leaves of it. The
+    orthogonal adapter is merged after the task; then Φ grows by Ψ and by what the class tokens of the learned model
+    need to have a share ε of their energy in it (a second pass). Residual adapters stay beside the weight, since
+    their scale depends on the sample (the dynamic memory): inference has a price that grows with the tasks. No task
+    identity is asked for.
+
+    On image–text models the image features tell tasks apart, and calibrate the logits where classes of several tasks
+    are scored together: :class:`keeplora.methods.duallora.calibration.TaskCalibration`.
+
+    Args:
+        model: Any model with linear layers and samples along the first dimension of their inputs. An image–text model
+            gets a module ``keeplora_head``.
+        config: :class:`DualLoraConfig`.
+
+    Raises:
+        ValueError: ``target_modules`` matches nothing; an attention layer is not batch first.
+
+    Source: DualLoRA, arXiv:2411.00623: the two adapters and their subspaces, bases from class tokens, the similarity
+    to the residual bases that scales the residual adapter, task identity with a confidence that calibrates logits. We
+    know of no public code, and formulas beyond this were not at hand. A reconstruction are: the two passes and the
+    number of directions; w and its normalisation by the task's own share ρ, so that a task's samples have w near 1 in
+    training and in evaluation; that the orthogonal adapter is merged; the first A (Kaiming-uniform outside Φ; Ψ
+    itself); energy 0.95; all of the calibration.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = [torch.randn(4, 8) for _ in range(3)]
+        >>> method = DualLora(model, DualLoraConfig(r=2, target_modules="all-linear"))
+        >>> method.before_task(data, lambda model, batch: model(batch).sum())
+        >>> method.after_task(data)
+        >>> method.basis("0").shape[0]
+        8
+    """
+
+    name: ClassVar[str] = "duallora"
+    merges = False
+    config: DualLoraConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DualLoraConfig | None = None,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ):
+        self.config = config or DualLoraConfig()
+        self.tokens, hooks = class_tokens(model)
+        super().__init__(model, self.config, targets=targets, progress=progress)
+        self._hooks += hooks
+        for slot in self.slots:
+            slot.host.forward_mode = "factored"  # a merged weight cannot depend on the sample
+        self.bases = [_wide(slot.weight.new_zeros(slot.weight.shape[1], 0)) for slot in self.slots]
+        """By slot, Φ ``[in, k]``: what the class tokens of learned tasks span."""
+        self.head: TaskCalibration | None = None
+        if is_image_text_model(model):
+            self.head = TaskCalibration(self.config.calibration)
+            put_class_head(model, self.head)
+
+    def basis(self, name: str) -> Tensor:
+        """Φ ``[in, k]`` of a target: a copy."""
+        for slot, basis in zip(self.slots, self.bases, strict=True):
+            if slot.name == name:
+                return basis.clone()
+        raise ValueError(f"basis: name must be one of the targets, got {name!r}")
+
+    # ------------------------------------------------------------------ the life of a task
+
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        found = self._residual_bases(self._class_token_moments(loader, loss_fn))
+        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
+        adapters, trained = [], []
+        for slot, phi, (psi, share) in zip(self.slots, self.bases, found, strict=True):
+            out, width = slot.weight.shape
+            a = torch.empty(self.config.r, width)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # drawn even where no room is left
+            rank = min(self.config.r, width - phi.shape[1])
+            residuals = self._residuals(slot)
+            if psi.shape[1]:
+                start = torch.eye(psi.shape[1], dtype=psi.dtype, device=psi.device)
+                residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share))
+                trained.append(residuals[-1])
+            adapters.append(self._adapter(slot, a[:rank].to(phi), phi.new_zeros(out, rank), phi, residuals))
+        for slot in self.slots:
+            slot.detach()
+        self.attach(adapters)
+        for adapter in adapters:
+            for task in adapter.tasks():
+                task.requires_grad_(any(task is one for one in trained))
+            adapter.A.requires_grad_(adapter.rank > 0)
+            adapter.B.requires_grad_(adapter.rank > 0)
+        full = [slot.name for slot, adapter in zip(self.slots, adapters, strict=True) if not adapter.rank]
+        if full:
+            warnings.warn(
+                f"DualLora: {len(full)} of {len(self.slots)} layers have no free direction left and do not adapt: "
+                f"{', '.join(full[:3])}. Lower feature_energy for more room.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        for slot in self.slots:
+            if not all(torch.isfinite(p).all() for task in self._residuals(slot) for p in task.parameters()):
+                raise ValueError(
+                    f"after_task: trained adapters must be finite, got NaN or Inf [{slot.name}]. "
+                    "Go back to the last saved state and lower the learning rate."
+                )
+        features = ImageFeatures()
+        statistics = self._class_token_moments(loader, loss_fn, features)
+        open_bases = []
+        for slot, phi in zip(self.slots, self.bases, strict=True):
+            mine = [task.basis for task in self._residuals(slot) if task.R.requires_grad]
+            open_bases.append(torch.cat([phi, *mine], dim=1))
+        new = self._extended(open_bases, [statistic.moment for statistic in statistics])
+        if self.head is not None:
+            self.head.add(features, self.config.feature_energy)
+        for slot, extension in zip(self.slots, new, strict=True):
+            residuals, adapter = self._residuals(slot), slot.adapter
+            assert isinstance(adapter, DualAdapter)
+            slot.detach()
+            if adapter.rank:
+                slot.attach(adapter.orthogonal())
+                slot.merge()
+            self._rest(slot, extension.q, residuals)
+        self.bases = [extension.q for extension in new]
+
+    # ------------------------------------------------------------------ state
+
+    def memory_state(self) -> State:
+        tensors: dict[str, Tensor] = {}
+        shares = []
+        for slot, basis in zip(self.slots, self.bases, strict=True):
+            tensors[f"{slot.name}.basis"] = basis
+            for i, task in enumerate(self._residuals(slot)):
+                tensors |= {f"{slot.name}.residual.{i}.{key}": value for key, value in task.state_dict().items()}
+            shares.append([task.share for task in self._residuals(slot)])
+        known = [] if self.head is None else self.head.known()
+        for i, entry in enumerate(known):
+            tensors |= {f"identity.{i}.tokens": entry.tokens, f"identity.{i}.basis": entry.basis}
+        return State(tensors, {"shares": shares, "identities": [entry.rest for entry in known]})
+
+    def recall(self, state: State) -> tuple[list[Tensor], list[list[ResidualAdapter]], list[KnownTask]]:
+        shares, identities = state.meta.get("shares"), state.meta.get("identities")
+        if not isinstance(shares, list) or len(shares) != len(self.slots) or not isinstance(identities, list):
+            raise StateError("load_state: state must hold the shares of every target's residual bases")
+        bases, residuals = [], []
+        for slot, of_slot in zip(self.slots, shares, strict=True):
+            out, width = slot.weight.shape
+            bases.append(stored(state, f"{slot.name}.basis", [width, None]))
+            tasks = []
+            for i, share in enumerate(of_slot):
+                name = f"{slot.name}.residual.{i}"
+                psi, r = stored(state, f"{name}.basis", [width, None]), stored(state, f"{name}.R", [None, None])
+                b = stored(state, f"{name}.B", [out, len(r)])
+                tasks.append(ResidualAdapter(stored(state, f"{name}.R", [len(r), psi.shape[1]]), b, psi, share))
+            residuals.append(tasks)
+        known = []
+        for i, rest in enumerate(identities):
+            tokens = stored(state, f"identity.{i}.tokens", [None, None])
+            known.append(KnownTask(tokens, stored(state, f"identity.{i}.basis", [None, None]), rest))
+        return bases, residuals, known
+
+    def remember(self, memory: tuple[list[Tensor], list[list[ResidualAdapter]], list[KnownTask]]) -> None:
+        bases, residuals, known = memory
+        self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, bases, strict=True)]
+        for slot, basis, tasks in zip(self.slots, self.bases, residuals, strict=True):
+            slot.detach()
+            self._rest(slot, basis, tasks)
+        if self.head is not None:
+            self.head.tasks = nn.ModuleList(known).to(self.slots[0].weight.device)
+
+    # ------------------------------------------------------------------ parts
+
+    def _class_token_moments(
+        self, loader: Iterable[Any], loss_fn: LossFn, features: ImageFeatures | None = None
+    ) -> list[FeatureStatistic]:
+        with ExitStack() as stack:
+            if self.head is not None and features is not None:
+                stack.enter_context(observed(self.head, features.observe))
+            batches = stack.enter_context(progress(loader, "class tokens", "batch", shown=self.progress))
+            found = feature_statistics(
+                self.model, self.slots, batches, loss_fn, token_mask=self.tokens.mask, peers=processes()
+            )
+        if features is not None:
+            features.add_up()
+        return found
+
+    def _residual_bases(self, statistics: Sequence[FeatureStatistic]) -> list[tuple[Tensor, float]]:
+        """Ψ and the share of the class tokens' energy in it, of every slot."""
+
+        def compute(group: list[int]) -> list[tuple[Tensor, float]]:
+            moments, phis = [_moment(statistics[i]) for i in group], [self.bases[i] for i in group]
+            left = [project(c, phi).T.contiguous() for c, phi in zip(moments, phis, strict=True)]
+            tops = top_directions(left, phis, [min(self.config.r, len(c)) for c in moments], seed=self.config.seed)
+            return [
+                _leading(c, phi, top, self.config.feature_energy)
+                for c, phi, top in zip(moments, phis, tops, strict=True)
+            ]
+
+        with full_precision(self.slots[0].weight.device):
+            return for_all_layers(self.slots, compute, "residual bases", shown=self.progress)
+
+    def _extended(self, bases: Sequence[Tensor], moments: Sequence[Tensor | SketchedMoment]) -> list[Extension]:
+        def compute(group: list[int]) -> list[Extension]:
+            energy = self.config.feature_energy
+            return extend_basis([bases[i] for i in group], [moments[i] for i in group], energy)
+
+        with full_precision(self.slots[0].weight.device):
+            return for_all_layers(self.slots, compute, "bases", shown=self.progress)
+
+    def _adapter(
+        self, slot: LoraSlot, a: Tensor, b: Tensor, basis: Tensor, residuals: list[ResidualAdapter]
+    ) -> DualAdapter:
+        return DualAdapter(
+            a, b, self.config.scaling, basis=basis, residuals=residuals, tokens=self.tokens, tower=slot.target.tower
+        )
+
+    def _rest(self, slot: LoraSlot, basis: Tensor, residuals: list[ResidualAdapter]) -> None:
+        """Between tasks a slot holds its residual adapters, frozen."""
+        out, width = slot.weight.shape
+        if residuals:
+            none = basis.new_zeros(0, width), basis.new_zeros(out, 0)
+            slot.attach(self._adapter(slot, *none, basis[:, :0], residuals).requires_grad_(False))
+
+    def _residuals(self, slot: LoraSlot) -> list[ResidualAdapter]:
+        return slot.adapter.tasks() if isinstance(slot.adapter, DualAdapter) else []
+
+
+def _leading(moment: Tensor, phi: Tensor, top: TopDirections, energy: float) -> tuple[Tensor, float]:
+    """The fewest of the leading directions that hold ``energy`` of what Φ leaves, and their share of all there is."""
+    total = float(moment.diagonal().double().sum())
+    left = total - float(((moment @ phi) * phi).sum(dtype=torch.float64))
+    floor = torch.finfo(moment.dtype).eps * float(torch.linalg.matrix_norm(moment))
+    energies = top.s.double()
+    count = fewest_directions(energies, max(left, 0.0), energy, floor=floor)
+    return top.a[:count].T.contiguous(), float(energies[:count].sum()) / total if total else 0.0
+
+
+def _moment(statistic: FeatureStatistic) -> Tensor:
+    assert isinstance(statistic.moment, Tensor)  # not a sketch: none was asked for
+    return statistic.moment
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()

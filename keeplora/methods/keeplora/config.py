@@ -1,0 +1,205 @@
+"""Settings of KeepLoRA and KeepLoRA++, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["KeepLoraConfig"]
+
+PerTower = float | Mapping[str, float]
+"""One number for every tower, or numbers by tower: ``{"vision": 0.85, "text": 0.2}``."""
+
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "depth_scale": {"vision": 0.2, "language": 0.2, "text": 1.0, "model": 0.2},
+    "weight_energy": {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6},
+}
+
+
+@dataclass(frozen=True)
+class KeepLoraConfig:
+    r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
+
+    Args:
+        r: Rank of every adapter; less where less free space is left.
+        alpha: LoRA's alpha; the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
+        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn`` (also where it is
+            called ``self_attn`` or ``attention``), ``q_proj``, ``mlp.c_fc``, or ``"all-linear"``.
+        towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
+            vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
+        depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
+            towers not named get 1. The default scales vision and language and leaves text alone, as the public
+            code does. Under Adam the update's size follows λ, under SGD λ².
+        weight_energy: ε_w: share of the pretrained weight's energy that is protected. 0 protects none. By tower:
+            towers not named get 0.
+        feature_energy: ε_f: share of the tasks' feature energy that is protected after each task. By tower: every
+            tower of the model must be named. The papers' 0.99 belongs to their statistic (``slot_mean``); of the
+            second moment it fills the space in a task or two, and 0.95 was measured to keep as much and learn more
+            (docs/settings.md).
+        weight_side: ``"input"`` protects input directions, as derived; ``"output"`` repeats the public CLIP code,
+            which takes output directions for input ones (square weights only; for parity runs).
+        feature_statistic: ``"second_moment"``; ``"sketch"``, a one-pass sketch of it for layers so wide that ``in²``
+            numbers are too many; or ``"slot_mean"`` as in the public CLIP code (for parity runs).
+        sketch_share: Columns of the features' sketch as a share of the layer's width; more than the share of
+            directions that ``feature_energy`` will protect.
+        directions: Where an adapter's A comes from: ``"gradient"``, the leading directions of the task's gradient in
+            free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
+            what the gradient is worth.
+        init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
+            so the function starts unchanged either way.
+        forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
+            ``"factored"`` adds ``(x Aᵀ) Bᵀ`` and needs no second copy of the weights; ``"auto"`` takes the cheaper one
+            for the number of tokens. The numbers differ by rounding.
+        dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
+        train_a: Whether A is trained along with B. It must then be kept outside of what is protected in every step:
+            train with :meth:`KeepLora.optimizer`, or with any optimizer after :meth:`KeepLora.confine`. The forward is
+            factored.
+        data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
+            loader must have a length.
+        gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
+            combinations of each one's rows and takes a second pass to look at the gradients in their span; ``"auto"``
+            sketches where exact sums would pass ``memory_budget``.
+        memory_budget: Bytes for the gradient statistics; 20 % of what is free on the device if None.
+        seed: Of the randomised decompositions.
+
+    Raises:
+        ValueError, TypeError: a setting is out of range; the message names it.
+
+    Example:
+        >>> KeepLoraConfig(r=8, depth_scale={"vision": 0.2}).depth_scale_of("text")
+        1.0
+    """
+
+    r: int = 16
+    alpha: float = 1.0
+    rslora: bool = False
+    target_modules: tuple[str, ...] | str = ("attn",)
+    towers: tuple[str, ...] | None = None
+    depth_scale: PerTower = field(default_factory=lambda: dict(_DEFAULTS["depth_scale"]))
+    weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
+    feature_energy: PerTower = 0.95
+    weight_side: Literal["input", "output"] = "input"
+    feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
+    sketch_share: float = 0.25
+    directions: Literal["gradient", "random"] = "gradient"
+    init_b: Literal["zero", "gradient"] = "zero"
+    forward: Literal["auto", "merged", "factored"] = "auto"
+    dropout: float = 0.0
+    train_a: bool = False
+    data_fraction: float = 1.0
+    gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
+    memory_budget: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int):
+            raise TypeError(f"KeepLoraConfig: r must be an int, got {self.r!r}")
+        if self.r <= 0:
+            raise ValueError(f"KeepLoraConfig: r must be at least 1, got {self.r}. Typical ranks are 8 to 64.")
+        for name in ("alpha", "seed"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"KeepLoraConfig: {name} must be a number, got {getattr(self, name)!r}")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"KeepLoraConfig: alpha must be a positive number, got {self.alpha!r}")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            if not all(isinstance(name, str) for name in self.target_modules):
+                raise TypeError(f"KeepLoraConfig: target_modules must be names, got {self.target_modules!r}")
+        if self.towers is not None:
+            object.__setattr__(self, "towers", (self.towers,) if isinstance(self.towers, str) else tuple(self.towers))
+            if not self.towers or not all(isinstance(name, str) for name in self.towers):
+                raise ValueError(
+                    f"KeepLoraConfig: towers must name at least one tower, or be None, got {self.towers!r}"
+                )
+        for name in ("depth_scale", "weight_energy", "feature_energy"):
+            self._check_fractions(name, getattr(self, name))
+        choices = {
+            "weight_side": ("input", "output"),
+            "feature_statistic": ("second_moment", "slot_mean", "sketch"),
+            "directions": ("gradient", "random"),
+            "init_b": ("zero", "gradient"),
+            "forward": ("auto", "merged", "factored"),
+            "gradient_statistic": ("auto", "exact", "sketch"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if self.directions == "random" and self.init_b == "gradient":
+            raise ValueError(
+                'KeepLoraConfig: init_b must be "zero" with directions="random", got "gradient": '
+                "without a gradient pass there is none to start B from"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"KeepLoraConfig: dropout must lie in [0, 1), got {self.dropout}")
+        if self.dropout and self.forward == "merged":
+            raise ValueError(
+                f'KeepLoraConfig: forward must be "auto" or "factored" with dropout, got "merged" with {self.dropout}: '
+                "a merged weight cannot drop inputs of A alone"
+            )
+        if not isinstance(self.train_a, bool):
+            raise TypeError(f"KeepLoraConfig: train_a must be True or False, got {self.train_a!r}")
+        if self.train_a and self.forward == "merged":
+            raise ValueError(
+                'KeepLoraConfig: forward must be "auto" or "factored" with train_a, got "merged": '
+                "the merged product keeps nothing that A's gradient could be computed from"
+            )
+        for name in ("data_fraction", "sketch_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"KeepLoraConfig: {name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.memory_budget is not None and (isinstance(self.memory_budget, bool) or self.memory_budget < 0):
+            raise ValueError(f"KeepLoraConfig: memory_budget must be a number of bytes, got {self.memory_budget!r}")
+
+    def _check_fractions(self, name: str, value: PerTower) -> None:
+        values = value.items() if isinstance(value, Mapping) else [("every tower", value)]
+        for tower, number in values:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(
+                    f"KeepLoraConfig: {name} must be a number or numbers by tower, got {number!r} [{tower}]"
+                )
+            if not 0 <= number <= 1:
+                raise ValueError(f"KeepLoraConfig: {name} must lie in [0, 1], got {number} [{tower}]")
+
+    def check_towers(self, towers: set[str]) -> None:
+        """Refuse settings for towers the model does not have; the defaults, which name all, are fine."""
+        for name in ("depth_scale", "weight_energy", "feature_energy"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                continue
+            if value != _DEFAULTS.get(name) and not set(value) <= towers:
+                raise ValueError(
+                    f"KeepLoraConfig: {name} must name towers of the model ({', '.join(sorted(towers))}), "
+                    f"got {', '.join(sorted(set(value) - towers))}"
+                )
+            if name == "feature_energy" and not towers <= set(value):
+                raise ValueError(
+                    f"KeepLoraConfig: feature_energy must name every tower of the model, got none for "
+                    f"{', '.join(sorted(towers - set(value)))}. Without one, nothing learned there would be protected."
+                )
+
+    @property
+    def scaling(self) -> float:
+        """s = ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def depth_scale_of(self, tower: str) -> float:
+        return _of(self.depth_scale, tower, 1.0)
+
+    def weight_energy_of(self, tower: str) -> float:
+        return _of(self.weight_energy, tower, 0.0)
+
+    def feature_energy_of(self, tower: str) -> float:
+        return _of(self.feature_energy, tower, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``KeepLoraConfig(**config.to_dict())`` gives it back."""
+        plain = asdict(self)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+
+
+def _of(setting: PerTower, tower: str, missing: float) -> float:
+    return float(setting.get(tower, missing)) if isinstance(setting, Mapping) else float(setting)

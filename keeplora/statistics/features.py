@@ -1,0 +1,282 @@
+"""Feature statistics: second moments of the adapted layers' inputs over one pass of a task's data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.lora.host import LoraHost
+from keeplora.lora.wrap import LoraSlot, TokenMask
+from keeplora.math.moment import SketchedMoment, nystrom
+from keeplora.math.precision import full_precision
+from keeplora.math.sketch import gaussian
+from keeplora.ops.gram import gram
+
+from .passes import ALONE, Peers, evaluating, naming_batch, observing
+
+__all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics"]
+
+FeatureKind = Literal["second_moment", "slot_mean", "sketch"]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class FeatureStatistic:
+    """Second moment ``Σ xᵀx`` of the inputs of a layer over ``tokens`` tokens, and its trace, summed in float64.
+
+    ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it.
+    """
+
+    moment: Tensor | SketchedMoment
+    tokens: int
+    energy: float
+
+
+@torch.no_grad()
+def feature_statistics(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    forward: Forward,
+    *,
+    kind: FeatureKind = "second_moment",
+    token_mask: TokenMask | None = None,
+    sketch_share: float = 0.25,
+    seed: int = 0,
+    peers: Peers = ALONE,
+) -> list[FeatureStatistic]:
+    r"""Second moment of each slot's inputs over one pass of the data, adapters included, without gradients.
+
+    .. math:: C = \sum_{\text{tokens}} x^\top x \quad [\text{in}, \text{in}]
+
+    Slots that read the same tensor one after the other (q, k and v of self-attention, whether one layer or three) share
+    one statistic: the same object. Memory: ``4 in²`` bytes per distinct input, whatever the number of tokens, and one
+    such matrix more while a batch is added. ``kind="slot_mean"`` averages ``xᵀ`` over batches position by position
+    before taking the second moment, as the public code of KeepLoRA does; its rank then depends on the number of
+    batches, and it takes ``4 tokens in`` bytes of the longest batch. ``kind="sketch"`` keeps ``C Ω`` for a random ``Ω
+    [in, w]`` in ``4 in w`` bytes (:func:`keeplora.math.moment.nystrom`): for layers so wide that ``in²`` is too much.
+
+    Args:
+        forward: ``forward(model, batch)``; its result is not used. A loss function is fine.
+        token_mask: Which tokens count (padding should not).
+        sketch_share: ``w`` as a fraction of ``in``, in (0, 1]; it must exceed the share of directions to be protected.
+        seed: Of Ω.
+        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+            statistics of all data. A process may have no batch.
+
+    Raises:
+        ValueError: the loader is empty or no token counted; an input is NaN or Inf, or its width changes
+            (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range.
+    """
+    if kind not in ("second_moment", "slot_mean", "sketch"):
+        raise ValueError(f"feature_statistics: kind must be 'second_moment', 'slot_mean' or 'sketch', got {kind!r}")
+    if not 0 < sketch_share <= 1:
+        raise ValueError(f"feature_statistics: sketch_share must lie in (0, 1], got {sketch_share}")
+    collector = _Collector(slots, kind, token_mask, sketch_share, seed)
+    batches = 0
+    with peers.together(), evaluating(model), observing(list(collector.by_host), collector.observe):
+        for batch in loader:
+            with naming_batch("feature_statistics", batches, batch):
+                forward(model, batch)
+            collector.end_batch(batches)
+            batches += 1
+    batches = sum(peers.gather(batches))
+    if batches == 0:
+        raise ValueError(
+            "feature_statistics: loader must yield at least one batch, got none. "
+            "A generator can be used once: pass a loader that can be iterated again."
+        )
+    collector.add_up(peers)
+    return collector.result(batches)
+
+
+@dataclass
+class _Input:
+    """A tensor that layers were given, and what it adds to a sum."""
+
+    x: Tensor
+    version: int  # counts changes in place
+    part: Tensor
+    tokens: int
+    energy: Tensor
+    slots: set[LoraSlot]
+
+    def is_same(self, x: Tensor, slot: LoraSlot) -> bool:
+        """Whether ``slot`` reads it too: the same tensor, unchanged, in a layer that has not read it yet."""
+        return x is self.x and _version(x) == self.version and slot not in self.slots
+
+
+@dataclass
+class _Sum:
+    """What the inputs of one set of slots have added up to."""
+
+    part: Tensor
+    tokens: int = 0
+    energy: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A sum without its numbers: what processes tell each other before they add theirs up."""
+
+    kind: tuple[int, torch.dtype]  # columns and dtype: the same wherever the statistic is
+    rows: int
+    tokens: int
+    energy: float
+
+
+def _described(total: _Sum) -> _Described:
+    return _Described((total.part.shape[1], total.part.dtype), len(total.part), total.tokens, total.energy)
+
+
+class _Collector:
+    """Accumulates one statistic per distinct input: a set of slots, of any layers, that were given one tensor.
+
+    Layers that share an input are called one after the other, so the slots of the last tensor are collected until
+    another one comes; then its moment joins that of the same set of slots.
+    """
+
+    def __init__(
+        self, slots: Sequence[LoraSlot], kind: FeatureKind, token_mask: TokenMask | None, share: float, seed: int
+    ):
+        self.slots, self.kind, self.token_mask = slots, kind, token_mask
+        self.share, self.seed = share, seed
+        self.by_host: dict[LoraHost, dict[str, LoraSlot]] = {}
+        for slot in slots:
+            self.by_host.setdefault(slot.host, {})[slot.slot] = slot
+        self.sums: dict[frozenset[LoraSlot], _Sum] = {}
+        self.last: _Input | None = None
+        self.batch: list[tuple[_Sum, LoraSlot, Tensor]] = []  # energies that are still on their way
+
+    @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
+    @torch.no_grad()
+    def observe(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            if name not in self.by_host[host]:
+                continue
+            slot = self.by_host[host][name]
+            if self.last is None or not self.last.is_same(x, slot):
+                self.flush()
+                mask = None if self.token_mask is None else self.token_mask(slot, x)
+                rows = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
+                if rows.shape[1] != slot.weight.shape[1]:
+                    raise ValueError(
+                        f"feature_statistics: features must have the layer's {slot.weight.shape[1]} columns, got "
+                        f"{rows.shape[1]} [{slot.name}]"
+                    )
+                with full_precision(rows.device):
+                    part, energy = self.part(rows)
+                self.last = _Input(x, _version(x), part, rows.shape[0], energy, set())
+            self.last.slots.add(slot)
+
+    def part(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """This call's share of the sum: ``xᵀx``, ``xᵀ(x Ω)``, or x itself for the mean of positions; and ‖x‖²."""
+        if self.kind == "second_moment":
+            return gram(rows)
+        wide = rows.to(_wide(rows), copy=True)
+        energy = torch.linalg.vecdot(wide, wide).sum(dtype=torch.float64)
+        return (wide if self.kind == "slot_mean" else wide.T @ (wide @ self.omega(wide))), energy
+
+    def omega(self, like: Tensor) -> Tensor:
+        d = like.shape[1]
+        return gaussian(d, max(1, round(self.share * d)), self.seed, like)
+
+    def flush(self) -> None:
+        """Add what the last input gave to the sum of the slots that were given it."""
+        if self.last is None:
+            return
+        slots, part = frozenset(self.last.slots), self.last.part
+        total = self.sums.get(slots)
+        if total is None:
+            total = self.sums[slots] = _Sum(part)
+        else:
+            longer, shorter = (part, total.part) if len(part) > len(total.part) else (total.part, part)
+            longer[: len(shorter)] += shorter
+            total.part = longer
+        total.tokens += self.last.tokens
+        self.batch.append((total, next(slot for slot in self.slots if slot in slots), self.last.energy))
+        self.last = None
+
+    def end_batch(self, index: int) -> None:
+        """Bring the batch's energies over, in one transfer, and refuse what is not finite."""
+        self.flush()
+        if not self.batch:
+            return
+        device = self.batch[0][2].device
+        energies = torch.stack([energy.to(device) for _, _, energy in self.batch]).tolist()
+        for (total, slot, _), energy in zip(self.batch, energies, strict=True):
+            if not math.isfinite(energy):
+                raise ValueError(
+                    f"feature_statistics: features must be finite, got NaN or Inf in batch {index} [{slot.name}]"
+                )
+            total.energy += energy
+        self.batch.clear()
+
+    def add_up(self, peers: Peers) -> None:
+        """Sums over all processes, by the names of the slots that share one: elsewhere others may have come first, or
+        shared an input that was separate here."""
+        own = {tuple(sorted(slot.name for slot in slots)): total for slots, total in self.sums.items()}
+        everyone = peers.gather({names: _described(total) for names, total in own.items()})
+        if len(everyone) == 1:
+            return
+        by_name = {slot.name: slot for slot in self.slots}
+        self.sums = {}
+        for names in sorted(set().union(*everyone)):
+            theirs = [described[names] for described in everyone if names in described]
+            if any(names[0] not in by_name or found.kind != theirs[0].kind for found in theirs):
+                raise ValueError(
+                    f"feature_statistics: every process must gather the same statistics, got "
+                    f"{' and '.join(sorted({str(found.kind) for found in theirs}))} [{names[0]}]. Give all processes "
+                    "the same model and settings."
+                )
+            rows = max(found.rows for found in theirs)  # of slot_mean: as many as the longest batch of any process
+            width, dtype = theirs[0].kind
+            part = by_name[names[0]].weight.new_zeros(rows, width, dtype=dtype)
+            if names in own:
+                mine = own.pop(names).part
+                part[: len(mine)] = mine
+                del mine
+            peers.add(part)
+            tokens, energy = sum(found.tokens for found in theirs), sum(found.energy for found in theirs)
+            self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, tokens, energy)
+
+    def result(self, batches: int) -> list[FeatureStatistic]:
+        if self.kind == "slot_mean":
+            for total in self.sums.values():
+                mean = total.part / batches
+                total.part = mean.T @ mean
+        pooled: dict[frozenset[frozenset[LoraSlot]], FeatureStatistic] = {}
+        result = []
+        for slot in self.slots:
+            mine = frozenset(key for key, total in self.sums.items() if slot in key and total.tokens)
+            if not mine:
+                raise ValueError(
+                    f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
+                    "Check that the forward function runs this tower and that the mask keeps tokens."
+                )
+            if mine not in pooled:
+                pooled[mine] = self.pool([total for key, total in self.sums.items() if key in mine])
+            result.append(pooled[mine])
+        return result
+
+    def pool(self, sums: Sequence[_Sum]) -> FeatureStatistic:
+        """One statistic of several sums: inputs may be shared at one time and separate at another."""
+        part = sums[0].part
+        for other in sums[1:]:
+            part = part + other.part
+        energy = sum(total.energy for total in sums)
+        moment = nystrom(part, self.omega(part.T), energy) if self.kind == "sketch" else part
+        return FeatureStatistic(moment, sum(total.tokens for total in sums), energy)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # inference tensors do not count

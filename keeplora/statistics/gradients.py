@@ -1,0 +1,257 @@
+"""Gradient statistics: where a task's loss wants to move the adapted weights, from one pass of its data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.lora.host import LoraHost
+from keeplora.lora.wrap import LoraSlot
+from keeplora.math.precision import full_precision
+from keeplora.ops.sketch_rows import sketch_rows
+
+from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping
+
+__all__ = ["mean_gradients", "sketch_widths"]
+
+OVERSAMPLE = 8  # rows of a sketch for each wanted direction: 0.98 of the optimal energy on real gradients
+BUDGET = 0.2  # of the free memory
+
+
+def sketch_widths(
+    slots: Sequence[LoraSlot],
+    rank: int,
+    *,
+    kind: Literal["auto", "exact", "sketch"] = "auto",
+    memory_budget: int | None = None,
+) -> list[int | None]:
+    r"""How each slot's gradient is to be kept: None for exactly, a width for a row sketch.
+
+    Exact gradients take ``4 Σ out · in`` bytes, sketches ``4 Σ w · in`` with ``w = 8 rank`` rows. A weight that has no
+    more rows than its sketch would is kept exactly.
+
+    Args:
+        rank: Directions that are wanted of each gradient.
+        kind: "auto" keeps gradients exactly if all of them fit the budget, and sketches them otherwise.
+        memory_budget: Bytes for all statistics together; 20 % of what is free on the weights' device if None.
+
+    Raises:
+        ValueError: ``kind`` is none of the three, or ``memory_budget`` is negative.
+    """
+    if kind not in ("auto", "exact", "sketch"):
+        raise ValueError(f"sketch_widths: kind must be 'auto', 'exact' or 'sketch', got {kind!r}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"sketch_widths: memory_budget must not be negative, got {memory_budget} bytes")
+    if kind == "auto":
+        needed = sum(4 * slot.weight.numel() for slot in slots)
+        budget = BUDGET * _free_bytes(slots[0].weight.device) if memory_budget is None else memory_budget
+        kind = "exact" if needed <= budget else "sketch"
+    width = OVERSAMPLE * rank
+    return [None if kind == "exact" or slot.weight.shape[0] <= width else width for slot in slots]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def mean_gradients(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    keep: Sequence[int | Tensor | None] | None = None,
+    seed: int = 0,
+    peers: Peers = ALONE,
+) -> list[Tensor]:
+    r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
+
+    .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) = \frac1n \sum \delta^\top x
+              \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad G V \quad [\text{out}, w]
+
+    from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
+    for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
+    products of 16-bit numbers are formed in their dtype. The model runs in ``eval()`` and is left as it was: no update,
+    no ``.grad``, same flags. Layers may be called several times, and under gradient checkpointing.
+
+    Args:
+        keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
+            with no columns leaves the slot out. None for G everywhere.
+        seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
+        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+            mean over the batches of all. A process may have no batch.
+
+    Raises:
+        ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named).
+        RuntimeError: the loss has no gradient to any of the slots' weights, or the model reads an adapted weight
+            without calling its layer (an adapter there would do nothing).
+
+    Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
+    """
+    statistics = _Gradients(slots, keep or [None] * len(slots), seed)
+    batches = 0
+    tapped = tapping(statistics.hosts, statistics.tap)
+    with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
+        for index, batch in enumerate(loader):
+            with naming_batch("mean_gradients", index, batch):
+                loss = loss_fn(model, batch)
+            _check_loss("mean_gradients", loss, index)
+            if index == 0:
+                statistics.check_called(model, batch, loss_fn)
+            if not loss.requires_grad:
+                raise RuntimeError(_NO_GRADIENT)
+            # Not autograd.grad: reentrant checkpointing knows backward() only. Nothing but the taps' anchor wants one.
+            loss.backward()  # type: ignore[no-untyped-call]
+            batches += 1
+    batches = sum(peers.gather(batches))
+    if batches == 0:
+        raise ValueError(
+            "mean_gradients: loader must yield at least one batch, got none. "
+            "A generator can be used once: pass a loader that can be iterated again."
+        )
+    statistics.add_up(peers)
+    return statistics.mean(batches)
+
+
+_NO_GRADIENT = (
+    "mean_gradients: the loss must depend on the adapted weights, got no gradient to any of them. "
+    "Check that loss_fn runs the model it is given and does not detach or no_grad its output."
+)
+
+
+class _Gradients:
+    """The sums, and the tap that adds to them during the backward pass."""
+
+    def __init__(self, slots: Sequence[LoraSlot], keep: Sequence[int | Tensor | None], seed: int):
+        self.slots, self.seed = slots, seed
+        self.hosts = list(dict.fromkeys(slot.host for slot in slots))
+        self.called: set[LoraHost] = set()
+        self.touched = False
+        self.sums: dict[tuple[LoraHost, str], Tensor] = {}
+        self.keep: dict[tuple[LoraHost, str], int | Tensor | None] = {}
+        for slot, kept in zip(slots, keep, strict=True):
+            weight, key = slot.weight, (slot.host, slot.slot)
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            out, width = weight.shape
+            if isinstance(kept, Tensor):
+                width = kept.shape[1]
+            elif kept is not None:
+                out = kept
+            self.sums[key] = weight.new_zeros(out, width, dtype=dtype)
+            self.keep[key] = kept
+        self.anchor = torch.zeros((), device=slots[0].weight.device, requires_grad=True)
+
+    def tap(self, host: LoraHost, x: Tensor, y: Tensor, rows: Mapping[str, tuple[int, int] | None]) -> Tensor:
+        self.called.add(host)
+        mine = {slot: span for slot, span in rows.items() if (host, slot) in self.sums}
+        mine = {slot: span for slot, span in mine.items() if self.sums[host, slot].numel()}
+        if not mine:
+            return y
+
+        def add(x: Tensor, dy: Tensor) -> None:
+            for slot, span in mine.items():
+                self.add((host, slot), x, dy if span is None else dy[..., span[0] : span[1]])
+
+        tapped: Tensor = _Tap.apply(y, self.anchor, x.detach(), add)
+        return tapped
+
+    def add(self, key: tuple[LoraHost, str], x: Tensor, delta: Tensor) -> None:
+        self.touched = True
+        total, kept, x, delta = self.sums[key], self.keep[key], x.flatten(0, -2), delta.flatten(0, -2)
+        with full_precision(total.device):
+            if isinstance(kept, int):
+                sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
+                return
+            if kept is not None:
+                x = x @ kept.to(x.dtype)
+            if x.dtype == delta.dtype == total.dtype:
+                total.addmm_(delta.T, x)
+            else:  # what autograd would form, in the dtype the layer computes in
+                total += delta.T @ x.to(delta.dtype)
+
+    def check_called(self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        """Refuse weights that the model reads without calling their layer."""
+        silent = [slot for slot in self.slots if slot.host not in self.called]
+        weights = [getattr(slot.host, slot.host.slots[slot.slot][0]) for slot in silent]
+        if not silent:
+            return
+        for weight in weights:
+            weight.requires_grad_(True)
+        loss = loss_fn(model, batch)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
+        for weight in weights:
+            weight.requires_grad_(False)
+        for slot, gradient in zip(silent, gradients, strict=False):
+            if gradient is not None:
+                raise RuntimeError(
+                    f"mean_gradients: adapted layers must be called, got one whose weight is read without a call "
+                    f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
+                )
+
+    def add_up(self, peers: Peers) -> None:
+        """Sums over all processes, by the slots' names: layers may come in another order elsewhere."""
+        sums = {slot.name: self.sums[slot.host, slot.slot] for slot in self.slots}
+        mine = {name: (list(total.shape), str(total.dtype)) for name, total in sums.items()}
+        everyone = peers.gather((mine, self.touched))
+        check_alike("mean_gradients", [theirs for theirs, _ in everyone])
+        self.touched = any(touched for _, touched in everyone)
+        for name in sorted(sums):
+            peers.add(sums[name])
+
+    def mean(self, batches: int) -> list[Tensor]:
+        if not self.touched:
+            raise RuntimeError(_NO_GRADIENT)
+        found = [self.sums[slot.host, slot.slot].div_(batches) for slot in self.slots]
+        finite = torch.stack([torch.isfinite(matrix).all() for matrix in found]).tolist()
+        for slot, good in zip(self.slots, finite, strict=True):
+            if not good:
+                raise ValueError(
+                    f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
+                    "Lower the loss scale, or run this pass in float32 or bfloat16."
+                )
+        return found
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on y, which hands x and the gradient of y to ``add``. ``anchor`` makes it part of every graph."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.add(x, dy)
+        return dy, None, None, None
+
+
+def check_alike(function: str, described: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to add up what has other names, shapes or dtypes in some processes; raises in all of them."""
+    first = described[0]
+    for rank, other in enumerate(described):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{function}: every process must adapt the same layers, got {other.get(name)} on rank {rank} for "
+                    f"{first.get(name)} on rank 0 [{name}]. Give all processes the same model and settings."
+                )
+
+
+def _check_loss(function: str, loss: Any, index: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
+            "Reduce the loss, for example with .mean()."
+        )
+    if not torch.isfinite(loss).all():
+        raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")

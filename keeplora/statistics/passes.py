@@ -1,0 +1,164 @@
+"""What every pass over a task's data has in common: a model in eval() that is left as it was, and observers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from keeplora.lora.host import LoraHost, Observer, Tap
+
+__all__ = ["ALONE", "Peers", "evaluating", "first_batches", "frozen", "naming_batch", "observing", "tapping"]
+
+
+T = TypeVar("T")
+
+
+class Peers(Protocol):
+    """The processes that run the same pass, each over its own share of the data."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all get through, or in which all raise."""
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, in one order everywhere."""
+
+    def add(self, tensor: Tensor) -> None:
+        """Add up ``tensor`` over all processes, in place."""
+
+
+class _Alone:
+    """No other process."""
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def add(self, tensor: Tensor) -> None:
+        pass
+
+
+ALONE: Peers = _Alone()
+
+
+@contextmanager
+def observing(hosts: Sequence[LoraHost], observer: Observer) -> Iterator[None]:
+    for host in hosts:
+        host.observer = observer
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.observer = None
+
+
+@contextmanager
+def tapping(hosts: Sequence[LoraHost], tap: Tap) -> Iterator[None]:
+    for host in hosts:
+        host.tap = tap
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.tap = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() with every module's own mode restored: dropout and batch statistics must not enter, nor change."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient; every flag is restored."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def naming_batch(function: str, index: int, batch: Any) -> Iterator[None]:
+    """Add to an error of the user's loss function which batch it was given, and what that looked like."""
+    try:
+        yield
+    except Exception as error:
+        note = f"{function}: loss_fn(model, batch) failed on batch {index}, which is {_described(batch)}."
+        misread = isinstance(error, TypeError | LookupError | AttributeError | ValueError)
+        if misread and not _is_ours(error):
+            note += " Let loss_fn read batches as the loader yields them, or let the loader yield what loss_fn reads."
+        error.add_note(note)
+        raise
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a layer or a mask of ours raised it, with a message that needs no more."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return raised_in.startswith(("keeplora.lora.", "keeplora.integrations."))
+
+
+def _described(batch: Any, depth: int = 0) -> str:
+    """Type and parts of a batch: ``a tuple of (Tensor [4, 3], Tensor [4])``."""
+    if isinstance(batch, Tensor):
+        return f"Tensor {list(batch.shape)}"
+    kind = type(batch).__name__
+    article = "" if depth else "an " if kind[0] in "aeiouAEIOU" else "a "
+    if isinstance(batch, Mapping) and depth < 2:
+        parts = ", ".join(
+            f"{key!r}: {_described(value, depth + 1)}" for key, value in itertools.islice(batch.items(), 8)
+        )
+        return f"{article}{kind} with {{{parts}}}"
+    if isinstance(batch, tuple | list) and depth < 2:
+        parts = ", ".join(_described(value, depth + 1) for value in batch[:8])
+        return f"{article}{kind} of ({parts})"
+    return f"{article}{kind}"
+
+
+def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
+    """The first ``fraction`` of the loader's batches, at least one.
+
+    Raises:
+        TypeError: ``fraction`` is below 1 and the loader has no length.
+    """
+    if fraction == 1:
+        return loader
+    if not isinstance(loader, Sized):
+        raise TypeError(
+            f"first_batches: loader must have a length for data_fraction = {fraction}, got {type(loader).__name__}. "
+            "Set data_fraction to 1 and pass fewer batches."
+        )
+    return _First(loader, max(1, round(len(loader) * fraction)))
+
+
+@dataclass(frozen=True)
+class _First:
+    """A loader's first ``count`` batches; it has a length, as the loader does."""
+
+    loader: Iterable[Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.count)

@@ -1,0 +1,70 @@
+"""What is measured of a run beside its accuracy: peak memory, and the time of inference."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+KINDS = {
+    "cpu": "largest resident set of the process (Python, torch, data and model included)",
+    "cuda": "largest memory allocated by torch on the GPU",
+}
+"""What :func:`peak_bytes` measures on each device."""
+
+
+ROUNDS = 9
+"""How often each call is timed."""
+
+
+def reset_peak(device: str) -> None:
+    """Start a new measurement. Where Linux does not let a process reset its own mark, the old one stays."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    marker = Path("/proc/self/clear_refs")
+    if marker.exists():
+        try:
+            marker.write_text("5")
+        except OSError:  # a container may forbid it: then the mark is that of the whole process, an upper bound
+            return
+
+
+def peak_bytes(device: str) -> int:
+    """The largest memory in use since :func:`reset_peak`, see :data:`KINDS`."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(usage) * (1 if sys.platform == "darwin" else 1024)
+
+
+def fastest(calls: Sequence[Callable[[], object]], device: str = "cpu", *, rounds: int = ROUNDS) -> list[float]:
+    """The shortest time of each call over some rounds, in seconds.
+
+    The calls take turns, so that a machine that slows down slows all of them; the shortest of a few is what the
+    computation takes when nobody disturbs it.
+
+    >>> quick, slow = fastest([lambda: None, lambda: time.sleep(0.01)])
+    >>> quick < slow
+    True
+    """
+    best = [float("inf")] * len(calls)
+    order = list(range(len(calls)))
+    for _ in range(rounds):
+        order.reverse()  # whoever comes second finds the data in the caches
+        for i in order:
+            started = time.perf_counter()
+            calls[i]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best

@@ -1,0 +1,216 @@
+import pytest
+import torch
+from close import assert_rounded
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from keeplora.lora import linear_targets, wrap
+from keeplora.ops import random_signs
+from keeplora.statistics import first_batches, mean_gradients, sketch_widths
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.fc = nn.Linear(WIDTH, 5)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        y = self.drop(self.fc(self.attn(x, x, x, need_weights=False)[0]))
+        return self.norm(y.transpose(1, 2))
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+@pytest.fixture
+def wrapped():
+    model = Block().train()
+    return model, wrap(model, linear_targets(model))
+
+
+def batches(n=3, tokens=6):
+    return [torch.randn(2, tokens, WIDTH) for _ in range(n)]
+
+
+def test_mean_gradients_match_a_float64_copy(wrapped):
+    model, slots = wrapped
+    data = batches()
+    got = mean_gradients(model, slots, data, loss_fn)
+    copy = Block().double().eval()
+    copy.load_state_dict(model.state_dict())
+    for batch in data:
+        (loss_fn(copy, batch.double()) / len(data)).backward()
+    exact = [*copy.attn.in_proj_weight.grad.split(WIDTH), copy.attn.out_proj.weight.grad, copy.fc.weight.grad]
+    for slot, gradient, expected in zip(slots, got, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        # float32 backpropagation through five layers: a few hundred roundings of the largest entry
+        assert_rounded(gradient, expected, terms=1000**2, what=slot.name)
+
+
+def test_mean_gradients_leave_the_model_as_it_was(wrapped):
+    model, slots = wrapped
+    model.fc.bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    model.drop.eval()
+    modes = [m.training for m in model.modules()]
+    mean_gradients(model, slots, batches(), loss_fn)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+SKETCHED = {"q_proj": 4, "k_proj": None, "v_proj": 3, "out_proj": 8, "fc": 2}
+
+
+def test_sketches_are_random_signs_times_the_gradient(wrapped):
+    model, slots = wrapped
+    data, widths = batches(), list(SKETCHED.values())
+    exact = mean_gradients(model, slots, data, loss_fn)
+    sketched = mean_gradients(model, slots, data, loss_fn, keep=widths, seed=3)
+    for slot, gradient, sketch, width in zip(slots, exact, sketched, widths, strict=True):
+        expected = gradient.double()
+        if width is not None:
+            expected = random_signs(width, len(gradient), seed=3, dtype=torch.float64) @ expected / width**0.5
+        assert_rounded(sketch, expected, terms=1000**2, what=slot.name)
+
+
+def test_a_layer_called_twice_gathers_both_calls():
+    layer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    slots = wrap(layer, linear_targets(layer))
+    x = torch.randn(6, WIDTH)
+    (got,) = mean_gradients(layer, slots, [x], lambda model, batch: model(model(batch)).square().sum())
+    copy = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
+    copy.load_state_dict(layer.state_dict())
+    copy(copy(x.double())).square().sum().backward()
+    assert_rounded(got, copy[0].weight.grad, terms=1000, what="twice")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(wrapped, reentrant):
+    model, slots = wrapped
+    data = [x.requires_grad_(reentrant) for x in batches()]  # reentrant checkpoints want an input with a gradient
+
+    def checkpointed(model, batch):
+        return checkpoint(model, batch, use_reentrant=reentrant).square().mean()
+
+    for widths in (None, list(SKETCHED.values())):
+        plain = mean_gradients(model, slots, data, loss_fn, keep=widths)
+        again = mean_gradients(model, slots, data, checkpointed, keep=widths)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_autocast_and_float_accumulation(wrapped):
+    model, slots = wrapped
+
+    def half(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model, batch)
+
+    data = batches()
+    exact, got = mean_gradients(model, slots, data, loss_fn), mean_gradients(model, slots, data, half)
+    for a, b in zip(exact, got, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).norm() <= 0.05 * a.norm()
+
+
+def test_sketching_never_forms_a_gradient():
+    model = nn.Sequential(nn.Linear(64, 512, bias=False), nn.Linear(512, 64, bias=False))
+    slots = wrap(model, linear_targets(model))
+    data = [torch.randn(4, 64)]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mean_gradients(model, slots, data, loss_fn, keep=[8, 8])
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) < 4 * 64 * 512 / 2  # bytes of a gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [None, None]),
+        ({"kind": "sketch"}, [16, None]),
+        ({"memory_budget": 4 * (64 * 32 + 12 * 64)}, [None, None]),
+        ({"memory_budget": 4 * (64 * 32 + 12 * 64) - 1}, [16, None]),
+        ({"kind": "exact", "memory_budget": 0}, [None, None]),
+    ],
+)
+def test_what_is_sketched(options, expected):
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 12))  # the second has fewer rows than a sketch
+    assert sketch_widths(wrap(model, linear_targets(model)), 2, **options) == expected
+
+
+def test_sketch_widths_refuse():
+    slots = wrap(model := nn.Sequential(nn.Linear(3, 3)), linear_targets(model))
+    with pytest.raises(ValueError, match="kind must be 'auto', 'exact' or 'sketch', got 'fast'"):
+        sketch_widths(slots, 2, kind="fast")
+    with pytest.raises(ValueError, match="memory_budget must not be negative, got -1"):
+        sketch_widths(slots, 2, memory_budget=-1)
+
+
+def test_first_batches():
+    assert list(first_batches([1, 2, 3, 4], 0.5)) == [1, 2]
+    assert list(first_batches([1, 2, 3, 4], 0.01)) == [1]
+    generator = iter([1, 2])
+    assert first_batches(generator, 1.0) is generator
+    with pytest.raises(TypeError, match=r"must have a length for data_fraction = 0\.5"):
+        first_batches(generator, 0.5)
+
+
+def _broken(value):
+    data = batches()
+    data[1][0, 0, 0] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "error", "message"),
+    [
+        ([], loss_fn, ValueError, "at least one batch, got none"),
+        (_broken(float("nan")), loss_fn, ValueError, r"loss must be finite, got nan \[batch 1\]"),
+        (batches(), lambda m, b: m(b), ValueError, r"scalar tensor, got shape .* \[batch 0\]"),
+        (batches(), lambda m, b: 1.0, ValueError, "scalar tensor, got float"),
+        (batches(), lambda m, b: loss_fn(m, b).detach(), RuntimeError, "got no gradient to any of them"),
+        (batches(), lambda m, b: b.requires_grad_().sum(), RuntimeError, "got no gradient to any of them"),
+    ],
+    ids=["empty", "nan", "vector", "float", "detached", "other"],
+)
+def test_mean_gradients_refuse(wrapped, data, loss, error, message):
+    model, slots = wrapped
+    with pytest.raises(error, match=message):
+        mean_gradients(model, slots, data, loss)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_images_are_the_gradient_in_a_frame(wrapped):
+    model, slots = wrapped
+    data = batches()
+    exact = mean_gradients(model, slots, data, loss_fn)
+    frames = [torch.linalg.qr(torch.randn(WIDTH, n)).Q if n else torch.zeros(WIDTH, 0) for n in (3, 8, 1, 0, 2)]
+    for gradient, frame, image in zip(
+        exact, frames, mean_gradients(model, slots, data, loss_fn, keep=frames), strict=True
+    ):
+        assert_rounded(image, gradient.double() @ frame.double(), terms=1000**2, what="image")
+
+
+def test_gradients_of_an_accumulation_under_way_are_left_alone(wrapped):
+    model, slots = wrapped
+    loss_fn(model, batches(1)[0]).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    mean_gradients(model, slots, batches(), loss_fn)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer():
+    model = nn.Sequential(nn.Linear(WIDTH, 2, bias=False))
+    slots = wrap(model, linear_targets(model))
+    with pytest.raises(ValueError, match=r"gradients must be finite, got NaN or Inf \[0\]"):
+        # The root of zero: a finite loss with an infinite slope.
+        mean_gradients(model, slots, [torch.zeros(3, WIDTH)], lambda m, x: (m(x) + 0 * x.sum()).square().sum().sqrt())
