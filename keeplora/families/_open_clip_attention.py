@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keeplora.lora import LoraHost, LoraLinear, Target, attend
+from keeplora.lora import LoraHost, LoraLinear, Target, attend, own_linear
 
 if TYPE_CHECKING:
     from open_clip.transformer import Attention
@@ -58,8 +58,9 @@ def attention_host() -> type[LoraHost]:
             self._init_host()
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            self._observe(dict.fromkeys(self.slots, x))
-            packed = self._own_linear(x, "in_proj_weight", self.in_proj_bias)
+            if self.observer is not None:
+                self.observer(self, dict.fromkeys(self.slots, x))
+            packed = own_linear(self, x, "in_proj_weight", self.in_proj_bias)
             heads_of = (*x.shape[:2], self.num_heads, self.head_dim)
             q, k, v = (t.reshape(heads_of).transpose(1, 2) for t in packed.chunk(3, dim=-1))
             mask = _additive(attn_mask, q) if attn_mask is not None else None
@@ -83,7 +84,7 @@ def attention_host() -> type[LoraHost]:
             take_over(layer, self)
             for name in self.__dict__.keys() - Attention(2, 1).__dict__.keys():
                 layer.__dict__.pop(name, None)
-            layer._modules.pop("adapters", None)
+            layer._modules.pop("slots", None)
             if isinstance(layer.out_proj, LoraLinear):
                 layer.out_proj = layer.out_proj.plain()
             return layer

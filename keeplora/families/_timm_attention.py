@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import LoraHost, LoraLinear
+from keeplora.lora import LoraHost, LoraLinear, own_linear
 
 from ._open_clip_attention import take_over
 
@@ -26,10 +26,11 @@ class _BiasedQkv(LoraLinear):
         self.__dict__["attention"] = attention  # not as a child: it is the parent
 
     def forward(self, x: Tensor) -> Tensor:
-        self._observe(dict.fromkeys(self.slots, x))
+        if self.observer is not None:
+            self.observer(self, dict.fromkeys(self.slots, x))
         attention: nn.Module = self.__dict__["attention"]
         own: dict[str, Any] = {**attention._parameters, **attention._buffers}
-        return self._own_linear(x, "weight", torch.cat([own[f"{letter}_bias"] for letter in "qkv"]))
+        return own_linear(self, x, "weight", torch.cat([own[f"{letter}_bias"] for letter in "qkv"]))
 
 
 @cache
@@ -61,7 +62,7 @@ def eva_host() -> type[LoraHost]:
             take_over(layer, self)
             for name in self.__dict__.keys() - EvaAttention(2, 1, scale_norm=False).__dict__.keys():
                 layer.__dict__.pop(name, None)
-            layer._modules.pop("adapters", None)
+            layer._modules.pop("slots", None)
             for name, child in list(layer._modules.items()):
                 if isinstance(child, LoraLinear):
                     layer._modules[name] = child.plain()

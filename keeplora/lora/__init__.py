@@ -3,12 +3,14 @@
 from .adapter import LoraAdapter
 from .attention import LoraAttention, attend
 from .borrowed import BorrowedLinear
+from .forward import own_linear
 from .host import LoraHost
 from .linear import LoraLinear
 from .merge_ahead import merge_ahead
 from .optimizer import Confinement, ProjectedAdamW, confine
+from .slot import LoraSlot, TokenMask, merge_adapters
 from .targets import Target, attention_targets, depth_factor, depth_positions, linear_targets, select_targets
-from .wrap import LoraSlot, TokenMask, register_host, unwrap, wrap
+from .wrap import register_host, unwrap, wrap
 
 __all__ = [
     "BorrowedLinear",
@@ -27,7 +29,9 @@ __all__ = [
     "depth_factor",
     "depth_positions",
     "linear_targets",
+    "merge_adapters",
     "merge_ahead",
+    "own_linear",
     "register_host",
     "select_targets",
     "unwrap",

@@ -56,6 +56,18 @@ class LoraAdapter(nn.Module):
         """``B − B₀ [out, r]``: what multiplies A in the weight's update."""
         return self.B if self.origin is None else self.B - self.origin
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that distinguishes it from another adapter of its kind and settings, by name: to be saved."""
+        return self.state_dict()
+
+    def plain(self) -> LoraAdapter:
+        """This update as a plain adapter.
+
+        Raises:
+            RuntimeError: what it computes is no update of the weight.
+        """
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """``c · (x Aᵀ)(B − B₀)ᵀ``: the adapter's share of the layer's output, in the dtype the layer computes in."""
         if self.dropout and self.training:

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .forward import adapted_linear, own_linear
 from .host import LoraHost
 from .linear import LoraLinear
-from .targets import attention_targets
+from .slot import LoraSlot, Rows
+from .targets import Target, attention_targets
 
 __all__ = ["LoraAttention", "attend"]
 
@@ -84,15 +86,15 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         self.train(base.training)
         self._init_host()
 
-    def add_slot(self, slot: str, parameter: str, rows: tuple[int, int] | None) -> None:
+    def add_slot(self, slot: str, parameter: str, rows: Rows, target: Target | None = None) -> LoraSlot:
         """As :meth:`LoraHost.add_slot`, for ``q_proj``, ``k_proj`` and ``v_proj`` with the weights they stand for."""
-        known = {target.name[2:]: (target.parameter, target.rows) for target in attention_targets("x", self, 0, "")[:3]}
+        known = {t.name[2:]: (t.parameter, t.rows) for t in attention_targets("x", self, 0, "")[:3]}
         if known.get(slot) != (parameter, rows):
             raise ValueError(
                 f"LoraAttention: slots must be among {known}, got {slot!r}: {(parameter, rows)}. "
                 "Use keeplora.lora.attention_targets."
             )
-        super().add_slot(slot, parameter, rows)
+        return super().add_slot(slot, parameter, rows, target)
 
     def forward(
         self,
@@ -106,7 +108,8 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``, unbatched ``[tokens, width]`` input included."""
-        self._observe({slot: {"q": query, "k": key, "v": value}[slot[0]] for slot in self.slots})
+        if self.observer is not None:
+            self.observer(self, {slot: {"q": query, "k": key, "v": value}[slot[0]] for slot in self.slots})
         batched, one = query.dim() == 3, query is key and key is value
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -132,16 +135,17 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
         """Queries, keys, values with their adapters; ``key`` and ``value`` None mean self-attention."""
         if self.in_proj_weight is not None and key is None:
-            return list(self._own_linear(query, "in_proj_weight", self.in_proj_bias).chunk(3, dim=-1))
+            return list(own_linear(self, query, "in_proj_weight", self.in_proj_bias).chunk(3, dim=-1))
         bias = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         key, value = (query if t is None else t for t in (key, value))
-        outputs = []
+        outputs, places = [], self.places()
         for i, (slot, x) in enumerate(zip(("q_proj", "k_proj", "v_proj"), (query, key, value), strict=True)):
             if self.in_proj_weight is not None:
                 weight = self.in_proj_weight[i * self.embed_dim : (i + 1) * self.embed_dim]
             else:
                 weight = getattr(self, f"{slot}_weight")
-            outputs.append(self._linear(x, weight, bias[i], {slot: None} if slot in self.slots else {}))
+            here = [(places[slot], None)] if slot in places else []
+            outputs.append(adapted_linear(self, x, weight, bias[i], here))
         return outputs
 
     def _mask(

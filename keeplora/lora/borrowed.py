@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .host import LoraHost
+from .slot import LoraSlot, Rows
+from .targets import Target
 
 __all__ = ["BorrowedLinear"]
 
@@ -25,13 +27,15 @@ class BorrowedLinear(LoraHost):
             merged into.
     """
 
-    def __init__(self, base: nn.Linear, dequantize: Callable[[], Tensor] | None = None):
+    def __init__(
+        self, base: nn.Linear, dequantize: Callable[[], Tensor] | None = None, *, target: Target | None = None
+    ):
         super().__init__()
         self.base = base
         self.dequantize = dequantize
         self.train(base.training)
         self._init_host()
-        self.add_slot("weight", "weight", None)
+        self.add_slot("weight", "weight", None, target)
 
     @property
     def weight(self) -> Tensor:
@@ -41,19 +45,31 @@ class BorrowedLinear(LoraHost):
         size = (self.base.out_features, self.base.in_features)
         return torch.zeros((), device=self.base.weight.device).expand(size)
 
-    def exact_weight(self, slot: str) -> Tensor:
-        return super().exact_weight(slot) if self.dequantize is None else self.dequantize().detach().float()
-
-    @torch.no_grad()
-    def set_exact_weight(self, slot: str, exact: Tensor) -> None:
-        if self.dequantize is not None:
-            raise RuntimeError("BorrowedLinear: weight must not be quantised to be merged into, got one that is")
-        super().set_exact_weight(slot, exact)
+    def _new_slot(self, target: Target, slot: str, parameter: str, rows: Rows) -> LoraSlot:
+        kind = LoraSlot if self.dequantize is None else _QuantisedSlot
+        return kind(target, self, slot, parameter, rows)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._observe({"weight": x})
+        if self.observer is not None:
+            self.observer(self, {"weight": x})
         y: Tensor = self.base(x, *args, **kwargs)
         return y if self.tap is None else self.tap(self, x, y, {"weight": None})
 
     def plain(self) -> nn.Linear:
         return self.base
+
+
+class _QuantisedSlot(LoraSlot):
+    """The slot of a weight that can be read in floating point, and not be written."""
+
+    @property
+    def exact_weight(self) -> Tensor:
+        host = self.host
+        assert isinstance(host, BorrowedLinear)
+        assert host.dequantize is not None
+        return host.dequantize().detach().float()
+
+    def set_exact_weight(self, exact: Tensor) -> None:
+        raise RuntimeError(
+            f"BorrowedLinear: weight must not be quantised to be merged into, got one that is [{self.name}]"
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +22,10 @@ from keeplora.ops.declare import OPS
 
 if TYPE_CHECKING:
     from .adapter import LoraAdapter
+    from .host import LoraHost
+    from .slot import LoraSlot, Rows
 
-__all__ = [
-    "Ahead",
-    "ForwardMode",
-    "Part",
-    "compute_dtype",
-    "factored_linear",
-    "merge_is_cheaper",
-    "merged_linear",
-    "merged_weights",
-]
+__all__ = ["Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_job", "own_linear"]
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
 _merge, _thin_matmul = OPS["merge_weights"].call, OPS["thin_matmul"].call
@@ -40,16 +33,81 @@ _merge, _thin_matmul = OPS["merge_weights"].call, OPS["thin_matmul"].call
 ForwardMode = Literal["auto", "merged", "factored"]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """An adapter and its rows of the layer's output; None for all."""
 
     adapter: LoraAdapter
-    rows: tuple[int, int] | None
+    rows: Rows
 
     def of(self, y: Tensor) -> Tensor:
         """The adapter's columns of ``y [..., out]``."""
         return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+
+
+def own_linear(host: LoraHost, x: Tensor, parameter: str, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + b`` for one of the layer's weights, with the adapters of all its slots."""
+    places = [(slot, slot.rows) for slot in host.by_parameter.get(parameter, ())]
+    return adapted_linear(host, x, getattr(host, parameter), bias, places, parameter)
+
+
+def adapted_linear(
+    host: LoraHost,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: Sequence[tuple[LoraSlot, Rows]],
+    parameter: str = "",
+) -> Tensor:
+    """``x Wᵀ + b`` with the adapters of slots at their rows of this weight, which may be rows of the layer's own."""
+    parts = _parts(places)
+    if not parts:
+        y = F.linear(x, weight, bias)
+    elif _merges(host, x, weight, bias, parts):
+        y = _merged_linear(x, _merged_weight(host, weight, parts, parameter), bias, parts)
+    else:
+        y = _factored_linear(x, weight, bias, parts)
+    return y if host.tap is None else host.tap(host, x, y, {slot.slot: rows for slot, rows in places})
+
+
+def _parts(places: Sequence[tuple[LoraSlot, Rows]]) -> list[Part]:
+    return [Part(adapter, rows) for slot, rows in places if (adapter := slot.adapter) is not None]
+
+
+def _merges(host: LoraHost, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> bool:
+    """Whether to multiply with the merged weight.
+
+    Not where W, b or A are trained, whose gradients need x, nor inside torch.func's transforms, which have to see
+    every step.
+    """
+    if host.forward_mode == "factored" or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if any(part.adapter.A.requires_grad or part.adapter.dropout for part in parts):
+        return False
+    return host.forward_mode == "merged" or _merge_is_cheaper(x.numel() // x.shape[-1], weight)
+
+
+def _merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
+    """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
+    out, width = weight.shape
+    return tokens * (out + width) >= out * width
+
+
+def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parameter: str) -> Tensor:
+    """The merged weight that was formed ahead, if it still is what would be formed now, else formed now."""
+    ahead = host.merged_ahead.pop(parameter, None)
+    if ahead is not None and ahead.is_current(weight, parts):
+        return ahead.merged
+    dtype = compute_dtype(weight)
+    if parameter and torch.is_grad_enabled():
+        host.to_merge[parameter] = dtype
+    return _merged_weights([(weight, parts)], dtype)[0]
+
+
+def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
+    """One of the layer's weights and the adapters that would be merged into it."""
+    return getattr(host, parameter), _parts([(slot, slot.rows) for slot in host.by_parameter[parameter]])
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -64,12 +122,6 @@ def _exact(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast, which would round factors before their product."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
-    """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
-    out, width = weight.shape
-    return tokens * (out + width) >= out * width
 
 
 def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
@@ -90,7 +142,7 @@ def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float
 
 
 @torch.no_grad()
-def merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Tensor]:
+def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Tensor]:
     """The merged weight of every (weight, adapters), in one call of the op."""
     factors = [_stack(weight, parts) for weight, parts in jobs]
     with _exact(jobs[0][0]):
@@ -114,7 +166,7 @@ class Ahead:
     @staticmethod
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
-        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(merged_weights(jobs, dtype), jobs, strict=True)]
+        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(_merged_weights(jobs, dtype), jobs, strict=True)]
 
     def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:
         return self.merged.dtype == compute_dtype(weight) and self.stamp == _stamp(weight, parts)
@@ -132,7 +184,7 @@ def _stamp(weight: Tensor, parts: Sequence[Part]) -> tuple[Any, ...]:
     return tuple(stamp)
 
 
-def merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def _merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B."""
     x = x.to(merged.dtype) if torch.is_autocast_enabled(x.device.type) else x
     bias = None if bias is None else bias.to(merged.dtype)
@@ -141,7 +193,7 @@ def merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequenc
     return y
 
 
-def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def _factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """``x Wᵀ + b`` plus every adapter's share, step by step."""
     y = F.linear(x, weight, bias)
     for part in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .forward import own_linear
 from .host import LoraHost
 
 __all__ = ["LoraLinear"]
@@ -29,8 +30,8 @@ class LoraLinear(LoraHost, nn.Linear):
         >>> import torch
         >>> from keeplora.lora import LoraAdapter, LoraLinear
         >>> layer = LoraLinear(nn.Linear(8, 4))
-        >>> layer.add_slot("weight", "weight", None)
-        >>> layer.attach("weight", LoraAdapter(torch.eye(8)[:2], torch.zeros(4, 2), scaling=0.5))
+        >>> slot = layer.add_slot("weight", "weight", None)
+        >>> slot.attach(LoraAdapter(torch.eye(8)[:2], torch.zeros(4, 2), scaling=0.5))
         >>> layer(torch.ones(3, 8)).shape
         torch.Size([3, 4])
     """
@@ -45,8 +46,9 @@ class LoraLinear(LoraHost, nn.Linear):
         self._init_host()
 
     def forward(self, x: Tensor) -> Tensor:
-        self._observe(dict.fromkeys(self.slots, x))
-        return self._own_linear(x, "weight", self.bias)
+        if self.observer is not None:
+            self.observer(self, dict.fromkeys(self.slots, x))
+        return own_linear(self, x, "weight", self.bias)
 
     def plain(self) -> nn.Linear:
         """An ``nn.Linear`` around the same parameters, without adapters."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .forward import Ahead, Part, compute_dtype
+from .forward import Ahead, Part, compute_dtype, merge_job
 from .host import LoraHost
 
 __all__ = ["merge_ahead"]
@@ -35,7 +35,7 @@ class _MergeAhead:
             return
         jobs: dict[torch.dtype, list[tuple[LoraHost, str, Tensor, list[Part]]]] = {}
         for (host, parameter, outside), inside in self.known.items():
-            weight, parts = host.merge_job(parameter)
+            weight, parts = merge_job(host, parameter)
             if parts and compute_dtype(weight) == outside:
                 jobs.setdefault(inside, []).append((host, parameter, weight, parts))
         for dtype, group in jobs.items():
@@ -46,9 +46,9 @@ class _MergeAhead:
         """Forget what was not used, and learn which layers had to merge on their own."""
         for host in self.hosts:
             for parameter in host.merged_ahead:
-                self.known.pop((host, parameter, compute_dtype(host.merge_job(parameter)[0])), None)
+                self.known.pop((host, parameter, compute_dtype(merge_job(host, parameter)[0])), None)
             for parameter, inside in host.to_merge.items():
-                self.known[host, parameter, compute_dtype(host.merge_job(parameter)[0])] = inside
+                self.known[host, parameter, compute_dtype(merge_job(host, parameter)[0])] = inside
             host.merged_ahead.clear()
             host.to_merge.clear()
 

@@ -78,7 +78,7 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
     """
     found: dict[str, Update] = {}
     for path, mine in _by_module(slots).items():
-        weight: Tensor = getattr(mine[0].host, mine[0].target.parameter)
+        weight: Tensor = mine[0].whole
         if not isinstance(mine[0].host, nn.Linear) and mine[0].target.parameter != "in_proj_weight":
             raise TypeError(
                 f"export_peft: weights must be of nn.Linear or a fused in_proj_weight, got {mine[0].target.parameter} "
@@ -239,7 +239,7 @@ def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, 
         update = left.pop(path, None)
         if update is None:
             continue
-        weight: Tensor = getattr(mine[0].host, mine[0].target.parameter)
+        weight: Tensor = mine[0].whole
         if (update.b.shape[0], update.a.shape[1]) != tuple(weight.shape):
             raise ValueError(
                 f"import_peft: the checkpoint's layers must fit the model's, got {update.b.shape[0]} x "

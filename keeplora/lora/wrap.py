@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .adapter import LoraAdapter
 from .attention import LoraAttention
 from .host import LoraHost
 from .linear import LoraLinear
+from .slot import LoraSlot
 from .targets import Target
 
-__all__ = ["LoraSlot", "TokenMask", "register_host", "unwrap", "wrap"]
-
-
-@dataclass(frozen=True)
-class LoraSlot:
-    """A target in a wrapped model: the layer that holds its adapter, and the slot's name there."""
-
-    target: Target
-    host: LoraHost
-    slot: str
-
-    @property
-    def name(self) -> str:
-        return self.target.name
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight ``[out, in]``, a view in the layer's dtype."""
-        return self.host.slot_weight(self.slot)
-
-    @property
-    def exact_weight(self) -> Tensor:
-        """The weight before it was rounded to the layer's dtype (float32)."""
-        return self.host.exact_weight(self.slot)
-
-    @property
-    def adapter(self) -> LoraAdapter | None:
-        adapter = self.host.adapters[self.slot] if self.slot in self.host.adapters else None  # noqa: SIM401
-        assert adapter is None or isinstance(adapter, LoraAdapter)
-        return adapter
-
-    def attach(self, adapter: LoraAdapter) -> None:
-        self.host.attach(self.slot, adapter)
-
-    def detach(self) -> None:
-        self.host.detach_adapter(self.slot)
-
-    def merge(self) -> None:
-        self.host.merge(self.slot)
-
-    def check_finite(self, function: str) -> None:
-        """Refuse an adapter that training has driven to NaN or Inf, before it reaches the weight."""
-        adapter = self.adapter
-        if adapter is not None and not all(torch.isfinite(p).all() for p in adapter.parameters()):
-            raise ValueError(
-                f"{function}: trained adapters must be finite, got NaN or Inf [{self.name}]. "
-                "Go back to the last saved state and lower the learning rate."
-            )
-
-
-TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
-"""``mask(slot, x) -> bool [x.shape[:-1]]``, True where a token counts; None where all do."""
+__all__ = ["register_host", "unwrap", "wrap"]
 
 
 def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
@@ -103,8 +51,7 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     for target in targets:
         host = hosts[target.module]
         slot = target.name.rsplit(".", 1)[-1] if target.rows or isinstance(host, LoraAttention) else "weight"
-        host.add_slot(slot, target.parameter, target.rows)
-        slots.append(LoraSlot(target, host, slot))
+        slots.append(host.add_slot(slot, target.parameter, target.rows, target))
     for path in sorted(replacements, key=len):  # an attention before what stands in it
         for place in everywhere[path]:
             _replace(model, place, hosts[path])
@@ -233,7 +180,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         RuntimeError: an adapter is still attached, or a layer carries hooks: nothing is dropped silently.
     """
     hosts = {path: module for path, module in model.named_modules() if isinstance(module, LoraHost)}
-    busy = [path for path, host in hosts.items() if len(host.adapters)]
+    busy = [path for path, host in hosts.items() if host.adapters]
     if busy:
         raise RuntimeError(
             f"unwrap: adapters must be merged or detached first, got {len(busy)} attached (first: {busy[0]!r})"

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["batched", "padded", "same_kind", "stacked"]
+__all__ = ["batched", "padded", "portions", "same_kind", "stacked"]
 
 # A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
 # go one by one; on a CPU torch.linalg loops over the batch anyway.
@@ -42,3 +42,23 @@ def padded(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
         return tensors[group[0]][None]
     width = max(tensors[i].shape[1] for i in group)
     return torch.stack([torch.nn.functional.pad(tensors[i], (0, width - tensors[i].shape[1])) for i in group])
+
+
+def portions(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield positions in their order, as many at a time as lie on one device and have a float64 copy within bounds.
+
+    Example:
+        >>> [*portions([torch.zeros(2, 2)] * 3)]
+        [[0, 1, 2]]
+    """
+    group: list[int] = []
+    size = 0
+    for i, tensor in enumerate(tensors):
+        more = 8 * tensor.numel()
+        if group and (size + more > BATCH_BYTES or tensor.device != tensors[group[0]].device):
+            yield group
+            group, size = [], 0
+        group.append(i)
+        size += more
+    if group:
+        yield group

@@ -4,22 +4,28 @@ from .capacity import Capacity, LayerCapacity
 from .full import FullFineTuning
 from .keeplora import KeepLora, KeepLoraConfig, LayerCertificate, RetentionCertificate
 from .lora import LoraConfig, SequentialLora
+from .lora_method import LoraMethod, stored
 from .method import LossFn, Method
-from .registry import METHODS, configure, create
+from .registry import METHODS, Registered, configure, create, load
+from .settings import AdapterConfig, ConfigError
 from .state import State, StateError
 from .zero_shot import ZeroShot
 
 __all__ = [
     "METHODS",
+    "AdapterConfig",
     "Capacity",
+    "ConfigError",
     "FullFineTuning",
     "KeepLora",
     "KeepLoraConfig",
     "LayerCapacity",
     "LayerCertificate",
     "LoraConfig",
+    "LoraMethod",
     "LossFn",
     "Method",
+    "Registered",
     "RetentionCertificate",
     "SequentialLora",
     "State",
@@ -27,4 +33,6 @@ __all__ = [
     "ZeroShot",
     "configure",
     "create",
+    "load",
+    "stored",
 ]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keeplora.families import find_targets
-from keeplora.lora import wrap
+from keeplora.lora import Target, wrap
 
-from .method import LossFn, Method, check_method, freeze, parameter_state
+from .method import LossFn, Method, freeze
 from .state import State, StateError
 from .zero_shot import NoConfig
 
@@ -21,38 +20,65 @@ __all__ = ["FullFineTuning", "JointTraining"]
 class FullFineTuning(Method):
     """Every parameter is trained, one task after the other.
 
-    The layers are replaced as for the other methods, without adapters, so that all run the same attention code.
+    The layers are replaced as for the other methods, without adapters, so that all run the same attention code. While a
+    task is open, a copy of the model as it was is kept on the CPU, for :meth:`abandon_task`.
     """
 
     name: ClassVar[str] = "full"
+    config_type: ClassVar[type] = NoConfig
 
-    def __init__(self, model: nn.Module, config: NoConfig | None = None):
-        self.model = model
-        self.config = config or NoConfig()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: NoConfig | None = None,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ):
+        super().__init__(model, config, targets=targets, progress=progress)
         wrap(model, find_targets(model))
+        self._before: dict[str, Tensor] = {}
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        self._before = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+        self.model.requires_grad_(True)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        self._before = {}
         freeze(self.model)
 
-    def state(self) -> State:
-        return State(parameter_state(self.model), {"method": self.name})
+    def drop_task(self) -> None:
+        self.model.load_state_dict(self._before)
+        self._before = {}
 
-    def load_state(self, state: State) -> None:
-        check_method(self, state)
-        mine = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        wrong = [name for name in {**mine, **state.tensors} if mine.get(name) != _shape(state, name)]
-        if wrong:
-            raise StateError(
-                f"load_state: state must have the tensors of this model, got {len(wrong)} others (first: {wrong[0]})"
-            )
-        self.model.load_state_dict(state.tensors)
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def weights_state(self) -> State:
+        """The whole model, and in an open task the model it began with."""
+        before = {f"before.{name}": tensor for name, tensor in self._before.items()}
+        return State({f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | before)
+
+    def recall_weights(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        held: list[dict[str, Tensor]] = []
+        for kind in ("model", "before") if state.meta["training_task"] else ("model",):
+            tensors = {name: state.tensors.get(f"{kind}.{name}") for name in shapes}
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.shape != shapes[name]:
+                    got = None if tensor is None else list(tensor.shape)
+                    raise StateError(f"load_state: {kind}.{name} must have shape {list(shapes[name])}, got {got}")
+            held.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        strangers = [name for name in state.tensors if name.partition(".")[2] not in shapes]
+        if strangers:
+            raise StateError(f"load_state: tensors must be of this model, got {len(strangers)} more ({strangers[0]})")
+        return held[0], held[1] if len(held) > 1 else {}
+
+    def set_weights(self, weights: tuple[dict[str, Tensor], dict[str, Tensor]], *, open_task: bool) -> None:
+        now, self._before = weights
+        self.model.load_state_dict(now)
+        if open_task:
+            self.model.requires_grad_(True)
 
 
 class JointTraining(FullFineTuning):
@@ -64,7 +90,3 @@ class JointTraining(FullFineTuning):
 
     name: ClassVar[str] = "joint"
     joint = True
-
-
-def _shape(state: State, name: str) -> torch.Size | None:
-    return state.tensors[name].shape if name in state.tensors else None

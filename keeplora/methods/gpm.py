@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
 
-from .capacity import Capacity, layer_capacity
+from .capacity import Capacity
 from .lora_method import LoraMethod, stored
 from .method import LossFn, freeze
 from .settings import check_range
@@ -84,37 +85,66 @@ class Gpm(LoraMethod):
     """
 
     name: ClassVar[str] = "gpm"
+    config_type: ClassVar[type] = GpmConfig
+    config: GpmConfig
 
     def __init__(self, model: nn.Module, config: GpmConfig | None = None, **options: Any):
-        self.config = config or GpmConfig()
-        super().__init__(model, self.config, **options)
+        super().__init__(model, config, **options)
         self.bases: list[Tensor] = [_nothing(slot.weight) for slot in self.slots]
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
+        self._before: list[Tensor] = []  # every weight as the open task found it, on the CPU
         self._handles: list[RemovableHandle] = []
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        self._before = [slot.exact_weight.detach().to("cpu", copy=True) for slot in self.slots]
+        self._train()
+
+    def _train(self) -> None:
+        """Let the chosen weights be trained, with projected gradients."""
         freeze(self.model)
         for parameter, slots in self._weights().items():
             parameter.requires_grad_(True)
             hook = partial(self._projected, slots)
             self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
+    def _rest(self) -> None:
+        """No weight is trained any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._before = [], []
+        for parameter in self._weights():
+            parameter.grad = None  # or it would be added to the next task's
+        freeze(self.model)
+
+    def drop_task(self) -> None:
+        for slot, before in zip(self.slots, self._before, strict=True):
+            slot.set_exact_weight(before.to(slot.weight.device))
+        self._rest()
+
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The weights of the chosen layers. Of a fused weight, rows that were not chosen get no gradient."""
-        self._require("trainable_parameters", task=True)
-        return list(self._weights())
+        return [(self.slots[members[0]].name, parameter) for parameter, members in self._weights().items()]
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An SGD over :meth:`trainable_parameters`; weight decay is left out, because it would not stay outside M."""
         return torch.optim.SGD(self.trainable_parameters(), **{**options, "weight_decay": 0.0})
 
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse what is not SGD without weight decay.
+
+        Raises:
+            ValueError: it would leave the free space that gradients were projected into.
+        """
+        inner = unwrapped(optimizer)
+        decay = max((float(group.get("weight_decay", 0.0)) for group in inner.param_groups), default=0.0)
+        if not isinstance(inner, torch.optim.SGD) or decay:
+            got = type(inner).__name__ + (f" with weight_decay={decay:g}" if decay else "")
+            raise ValueError(
+                f"adopt: optimizer must be SGD without weight decay for {self.name!r}, got {got}: it would leave the "
+                "free space that gradients are projected into. Train with method.optimizer(lr=...)."
+            )
+
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        for slot in self.slots:
-            if not torch.isfinite(slot.weight).all():
-                raise ValueError(
-                    f"after_task: trained weights must be finite, got NaN or Inf [{slot.name}]. "
-                    "Go back to the last saved state and lower the learning rate."
-                )
         energy = min(self.config.feature_energy + self.config.energy_step * self.tasks_learned, 1.0)
         statistics, shared = self.features(loader, loss_fn), [b if b.shape[1] else None for b in self.bases]
 
@@ -128,49 +158,53 @@ class Gpm(LoraMethod):
             new = self.each_layer(extended, "bases", statistics, shared)
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for parameter in self._weights():
-            parameter.grad = None  # or it would be added to the next task's
-        freeze(self.model)
+        for slot in self.slots:
+            slot.learned = None  # no adapter says what was learned
+        self._rest()
 
     def capacity(self) -> Capacity:
         """Protected and free directions of every chosen weight; a task needs one at least."""
-        layers = (
-            layer_capacity(slot.target, basis.shape[0], basis.shape[1], added, 1)
-            for slot, basis, added in zip(self.slots, self.bases, self.added, strict=True)
-        )
-        return Capacity(tuple(layers), self.tasks_learned)
+        return self.capacity_of([basis.shape[1] for basis in self.bases], self.added, 1)
+
+    def set_weights(self, weights: Any, *, open_task: bool) -> None:
+        super().set_weights(weights, open_task=open_task)
+        if open_task:
+            self._train()
 
     def memory_state(self) -> State:
         tensors = {f"{slot.name}.basis": basis for slot, basis in zip(self.slots, self.bases, strict=True)}
+        tensors |= {f"{slot.name}.before": w for slot, w in zip(self.slots, self._before, strict=False)}
         return State(tensors, {"added": [list(counts) for counts in self.added]})
 
-    def recall(self, state: State) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    def recall(self, state: State) -> _Memory:
         bases = [stored(state, f"{slot.name}.basis", (slot.weight.shape[1], None)) for slot in self.slots]
         added = [tuple(row) for row in state.meta.get("added", ())]
-        if [sum(row) for row in added] != [basis.shape[1] for basis in bases]:
-            raise StateError("load_state: added must count the directions of every basis, got others")
-        return bases, added
+        counts = [basis.shape[1] for basis in bases]
+        if [sum(row) for row in added] != counts:
+            raise StateError(f"load_state: added must add up to the directions of every basis, {counts}, got {added}")
+        opened = self.slots if state.meta["training_task"] else []
+        before = [stored(state, f"{slot.name}.before", slot.weight.shape) for slot in opened]
+        return _Memory(bases, added, before)
 
-    def remember(self, memory: tuple[list[Tensor], list[tuple[int, ...]]]) -> None:
-        bases, self.added = memory
-        self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, bases, strict=True)]
+    def remember(self, memory: _Memory) -> None:
+        self.added, self._before = memory.added, memory.before
+        self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, memory.bases, strict=True)]
 
     def _weights(self) -> dict[nn.Parameter, list[int]]:
         """The parameters that are trained, each with the slots that are rows of it."""
-        found: dict[nn.Parameter, list[int]] = {}
+        members: dict[nn.Parameter, list[int]] = {}
         for i, slot in enumerate(self.slots):
-            found.setdefault(getattr(slot.host, slot.host.slots[slot.slot][0]), []).append(i)
-        return found
+            weight = slot.whole
+            assert isinstance(weight, nn.Parameter)
+            members.setdefault(weight, []).append(i)
+        return members
 
     @torch.no_grad()
     def _projected(self, slots: list[int], gradient: Tensor) -> Tensor:
         """``G − G M Mᵀ`` in the rows of every slot, 0 elsewhere."""
         result = torch.zeros_like(gradient)
         for i in slots:
-            _, rows = self.slots[i].host.slots[self.slots[i].slot]
+            rows = self.slots[i].rows
             span = slice(None) if rows is None else slice(*rows)
             basis = self.bases[i]
             with full_precision(gradient.device):
@@ -182,3 +216,11 @@ class Gpm(LoraMethod):
 def _nothing(weight: Tensor) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.new_zeros(weight.shape[1], 0, dtype=dtype)
+
+
+class _Memory(NamedTuple):
+    """What a state holds besides the weights."""
+
+    bases: list[Tensor]
+    added: list[tuple[int, ...]]
+    before: list[Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keeplora.lora import LoraAdapter, Target
+from keeplora.lora import LoraAdapter
 from keeplora.math.lowrank import weight_basis
 from keeplora.math.precision import full_precision
 
@@ -78,6 +78,9 @@ class ModulatedAdapter(LoraAdapter):
     def down(self) -> Tensor:
         """``A S [r, in]``."""
         return self.task * self.A + (self.general - self.task) * (self.A @ self.basis) @ self.basis.T
+
+    def plain(self) -> LoraAdapter:
+        return LoraAdapter(self.down(), self.B, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         t = F.linear(x, self.down().to(x.dtype)) * self.scaling
@@ -154,24 +157,17 @@ class Hdsd(SequentialLora):
     """
 
     name: ClassVar[str] = "hdsd"
+    config_type: ClassVar[type] = HdsdConfig
     config: HdsdConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: HdsdConfig | None = None,
-        *,
-        targets: Sequence[Target] | None = None,
-        progress: bool | None = None,
-    ):
-        super().__init__(model, config or HdsdConfig(), targets=targets, progress=progress)
+    def __init__(self, model: nn.Module, config: HdsdConfig | None = None, **options: Any):
+        super().__init__(model, config, **options)
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # A S is formed with A's gradient
         self.changes = [torch.zeros(3, dtype=torch.float64) for _ in self.slots]
         """By slot: how many relative changes there have been, their sum and the sum of their squares."""
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        plain = self.fresh_adapters()
         energy = self.config.general_energy
 
         def compute(group: list[int]) -> list[Tensor]:
@@ -179,15 +175,15 @@ class Hdsd(SequentialLora):
 
         with full_precision(self.slots[0].weight.device):
             bases = for_all_layers(self.slots, compute, "weights", shown=self.progress)
-        general, task = self.config.general_scale, self.config.task_scale
-        self.attach(
-            [
-                ModulatedAdapter(
-                    adapter.A, adapter.B, adapter.scaling, basis=basis.to(adapter.A), general=general, task=task
-                )
-                for adapter, basis in zip(plain, bases, strict=True)
-            ]
-        )
+        fresh = self.fresh_factors()
+        self.attach([self.adapter_of(i, {**fresh[i], "basis": q.to(fresh[i]["A"])}) for i, q in enumerate(bases)])
+
+    def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> ModulatedAdapter:
+        general, task, basis = self.config.general_scale, self.config.task_scale, tensors["basis"]
+        if basis.dim() != 2 or len(basis) != tensors["A"].shape[1]:
+            raise ValueError(f"a basis [{tensors['A'].shape[1]}, k], got shape {list(basis.shape)}")
+        scaling = self.scaling_of(i)
+        return ModulatedAdapter(tensors["A"], tensors["B"], scaling, basis=basis, general=general, task=task)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         kept, changes = [], []

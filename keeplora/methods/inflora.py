@@ -10,15 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import LoraAdapter
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
 from keeplora.statistics import FeatureStatistic
 
-from .capacity import Capacity, layer_capacity
-from .lora_method import LoraMethod, stored, warn_of_small_adapters
+from .capacity import Capacity
+from .lora_method import LoraMethod, stored
 from .method import LossFn
 from .settings import AdapterConfig, check_range
 from .state import State, StateError
@@ -150,10 +149,11 @@ class InfLora(LoraMethod):
     """
 
     name: ClassVar[str] = "inflora"
+    config_type: ClassVar[type] = InfLoraConfig
+    config: InfLoraConfig
 
     def __init__(self, model: nn.Module, config: InfLoraConfig | None = None, **options: Any):
-        self.config = config or InfLoraConfig()
-        super().__init__(model, self.config, **options)
+        super().__init__(model, config, **options)
         self.bases: list[DualBasis | None] = [None] * len(self.slots)  # None: nothing is protected yet
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
 
@@ -171,12 +171,8 @@ class InfLora(LoraMethod):
 
         with torch.no_grad(), full_precision(self.slots[0].weight.device):
             designs = self.each_layer(design, "adapters", statistics, self.bases)
-        warn_of_small_adapters("InfLora", self.slots, [a.shape[0] for a in designs], self.config.r)
-        adapters = [
-            LoraAdapter(a, a.new_zeros(slot.weight.shape[0], len(a)), self.config.scaling) if len(a) else None
-            for slot, a in zip(self.slots, designs, strict=True)
-        ]
-        self.attach(adapters)
+        self.warn_of_ranks([len(a) for a in designs], none="useful free direction left")
+        self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         share = self.config.energy_after(self.tasks_learned)
@@ -192,11 +188,8 @@ class InfLora(LoraMethod):
 
     def capacity(self) -> Capacity:
         """What is protected, free and was added in every adapted weight."""
-        layers = (
-            layer_capacity(slot.target, slot.weight.shape[1], self._basis(i).protected, self.added[i], self.config.r)
-            for i, slot in enumerate(self.slots)
-        )
-        return Capacity(tuple(layers), self.tasks_learned)
+        counts = [self._basis(i).protected for i in range(len(self.slots))]
+        return self.capacity_of(counts, self.added, self.config.r)
 
     def memory_state(self) -> State:
         tensors = {f"{slot.name}.basis": b.columns for slot, b in zip(self.slots, self.bases, strict=True) if b}
@@ -208,7 +201,9 @@ class InfLora(LoraMethod):
         added = [tuple(row) for row in state.meta.get("added", ())]
         free = state.meta.get("free", ())
         if len(added) != len(self.slots) or len(free) != len(self.slots):
-            raise StateError(f"load_state: added and free must have {len(self.slots)} entries, got others")
+            raise StateError(
+                f"load_state: added and free must have {len(self.slots)} entries, got {len(added)} and {len(free)}"
+            )
         bases: list[DualBasis | None] = [None] * len(self.slots)
         if state.meta["tasks_learned"]:
             shapes: list[Sequence[int | None]] = [(slot.weight.shape[1], None) for slot in self.slots]

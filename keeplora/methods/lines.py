@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
-from keeplora.lora import LoraHost, Target, depth_factor, depth_positions
+from keeplora.lora import LoraHost, LoraSlot, Target, depth_factor, depth_positions
 
 from .capacity import Capacity
+from .lora_method import stored
 from .method import LossFn, Method
 from .settings import check_range
 from .state import State, StateError
@@ -98,18 +98,23 @@ class _Cell:
 
 
 def _cells(model: nn.Module) -> list[_Cell]:
-    cells, taken = [], set()
+    cells, taken, adapters = [], set(), set()
     for path, module in model.named_modules():
         if not isinstance(module, LoraHost):
             continue
-        for slot, (weight, _) in module.slots.items():
-            name = f"{path}.{weight}".lstrip(".")
-            cells.append(_Cell(name, partial(module.exact_weight, slot), partial(module.set_exact_weight, slot)))
-            taken.add(id(getattr(module, weight)))
+        for slot in module.places().values():
+            name = f"{path}.{slot.parameter}".lstrip(".")
+            cells.append(_Cell(name, partial(_exact, slot), slot.set_exact_weight))
+            taken.add(id(slot.whole))
+            adapters |= {id(p) for p in (slot.adapter.parameters() if slot.adapter is not None else ())}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in taken and ".adapters." not in f".{name}":
+        if id(parameter) not in taken | adapters:
             cells.append(_Cell(name, parameter.detach, parameter.detach().copy_))
     return cells
+
+
+def _exact(slot: LoraSlot) -> Tensor:
+    return slot.exact_weight.detach()
 
 
 @dataclass(frozen=True)
@@ -145,12 +150,13 @@ class Lines(Method):
     control tasks.
 
     Example:
+        >>> from keeplora.methods import FullFineTuning
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
         >>> def loss_fn(model, batch):
         ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
-        >>> method = Lines(model, LinesConfig(base="full"))
+        >>> method = Lines(FullFineTuning(model))
         >>> method.validate = lambda: -loss_fn(model, data[0]).item()
         >>> method.before_task(data, loss_fn)
         >>> optimizer = method.optimizer(lr=0.01)
@@ -161,30 +167,22 @@ class Lines(Method):
     """
 
     name: ClassVar[str] = "lines"
+    config_type: ClassVar[type] = LinesConfig
+    config: LinesConfig
 
-    def __init__(self, model: nn.Module, config: LinesConfig | None = None):
-        from .registry import METHODS, create  # here, because it knows this class too
-
-        self.model, self.config = model, config or LinesConfig()
-        name = self.config.base
-        if name not in METHODS or name == self.name:
-            near = difflib.get_close_matches(name, set(METHODS) - {self.name}, n=3, cutoff=0.3)
+    def __init__(self, base: Method, config: LinesConfig | None = None):
+        if not base.trains or not base.merges or isinstance(base, Lines):
             raise ValueError(
-                f"LinesConfig: base must be another method, got {name!r}. Nearest names: {', '.join(near or METHODS)}."
+                "Lines: base must be another method, one that puts what it learns into the model's weights, got "
+                f"{base.name!r}"
             )
-        entry = METHODS[name]
-        if not getattr(entry.build, "trains", True) or not getattr(entry.build, "merges", True):
-            raise ValueError(
-                f"LinesConfig: base must be a method that puts what it learns into the model's weights, got {name!r}"
-            )
-        seeded = {"seed": self.config.seed} if any(f.name == "seed" for f in fields(entry.config)) else {}
-        self.targets = find_targets(model)
-        self.base = create(name, model, {**seeded, **self.config.settings})
-        self.joint = self.base.joint
+        super().__init__(base.model, config, progress=base.progress)
+        self.base, self.joint = base, base.joint
+        self.targets = find_targets(base.model)
         self.alphas: list[float] = []
-        self._before: list[tuple[_Cell, Tensor]] = []
+        self._before: list[Tensor] = []
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         """As the base method's. RuntimeError where α is to be chosen and nothing can score it."""
         if self.config.alpha is None and self.validate is None:
             raise RuntimeError(
@@ -192,17 +190,19 @@ class Lines(Method):
                 "Set method.validate to a function that scores the model on held-out data, or give alpha."
             )
         self.base.progress, self.base.validate = self.progress, self.validate
-        before = [(cell, cell.read().clone()) for cell in _cells(self.model)]
-        result = self.base.before_task(loader, loss_fn)
+        before = [cell.read().clone() for cell in _cells(self.model)]
+        self.base.before_task(loader, loss_fn)
         self._before = before
-        return result
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return self.base.trainable_parameters()
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        return self.base.named_trained()
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """The base method's."""
         return self.base.optimizer(**options)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Any:
+        return self.base.adopt(optimizer)
 
     def penalty(self) -> Tensor | None:
         return self.base.penalty()
@@ -210,8 +210,7 @@ class Lines(Method):
     def after_step(self) -> None:
         self.base.after_step()
 
-    @torch.no_grad()
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
         """Close the base method's task, scale what it changed; returns the base method's report, of the whole change.
 
         Where ``validate`` fails, the task is closed and not scaled. What is scaled can no longer be written as the
@@ -220,15 +219,20 @@ class Lines(Method):
         report = self.base.after_task(loader, loss_fn)
         changes = [
             _Change(cell, before, after.clone())
-            for cell, before in self._before
+            for cell, before in zip(_cells(self.model), self._before, strict=True)
             if not torch.equal(before, after := cell.read())
         ]
         self._before = []
         self.alphas.append(self._chosen(changes))
         if self.alphas[-1] != 1:
-            for slot in getattr(self.base, "slots", ()):
-                slot.host.learned[slot.slot] = None
+            for module in self.model.modules():
+                if isinstance(module, LoraSlot):
+                    module.learned = None
         return report
+
+    def drop_task(self) -> None:
+        self.base.abandon_task()
+        self._before = []
 
     def _chosen(self, changes: Sequence[_Change]) -> float:
         """Scale by the given α, or by the best of the grid, which is returned."""
@@ -257,18 +261,39 @@ class Lines(Method):
     def capacity(self) -> Capacity | None:
         return self.base.capacity()
 
-    def merge(self) -> nn.Module:
-        return self.base.merge()
+    def release(self) -> None:
+        self.base.release()
 
-    def state(self) -> State:
-        """The base method's, and the α that were chosen. RuntimeError while a task is open."""
-        if self._before:  # a copy of the model that only this process has
-            raise RuntimeError("state: the open task must be closed first. Call after_task(loader).")
-        state = self.base.state()
-        return State(state.tensors, {"method": self.name, "alphas": list(self.alphas), "base": state.meta})
+    def weights_state(self) -> State:
+        """The base method's state, the α that were chosen, and in an open task the weights it began with."""
+        inner = self.base.state()
+        before = {f"before.{i}": tensor for i, tensor in enumerate(self._before)}
+        return State(inner.tensors | before, {"base": inner.meta, "alphas": list(self.alphas)})
 
-    def load_state(self, state: State) -> None:
-        if state.meta.get("method") != self.name or not isinstance(state.meta.get("base"), dict):
-            raise StateError(f"load_state: state must be of method {self.name!r}, got {state.meta.get('method')!r}")
-        self.base.load_state(State(state.tensors, state.meta["base"]))
-        self.alphas = list(state.meta.get("alphas", []))
+    def recall_weights(self, state: State) -> _Weights:
+        inner, alphas = state.meta.get("base"), state.meta.get("alphas")
+        if not isinstance(inner, dict) or not isinstance(alphas, list):
+            raise StateError(f"load_state: base and alphas must be those of a LiNeS state, got {inner!r}, {alphas!r}")
+        cells = _cells(self.model) if state.meta["training_task"] else []
+        before = [stored(state, f"before.{i}", cell.read().shape) for i, cell in enumerate(cells)]
+        tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("before.")}
+        return _Weights(self.base._checked(State(tensors, inner)), before, alphas)
+
+    def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
+        inner, before, self.alphas = weights
+        self._before = [tensor.to(cell.read().device) for tensor, cell in zip(before, _cells(self.model), strict=False)]
+        self.base._continue(inner)
+
+    def _guard(self, function: str) -> None:
+        """The base method has its own."""
+
+    def _require_same_weights(self, function: str) -> None:
+        """The base method does."""
+
+
+class _Weights(NamedTuple):
+    """What a state holds: of the base method, the weights an open task began with, the α that were chosen."""
+
+    inner: Any
+    before: list[Tensor]
+    alphas: list[float]

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import LoraAdapter
 from keeplora.math.precision import full_precision
 from keeplora.statistics import FeatureStatistic
 
-from .lora_method import LoraMethod, stored, warn_of_small_adapters
+from .lora_method import LoraMethod, stored
 from .method import LossFn
 from .settings import AdapterConfig, check_range
-from .state import State
+from .state import State, StateError
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
 
@@ -146,10 +145,11 @@ class LoDa(LoraMethod):
     """
 
     name: ClassVar[str] = "loda"
+    config_type: ClassVar[type] = LoDaConfig
+    config: LoDaConfig
 
     def __init__(self, model: nn.Module, config: LoDaConfig | None = None, **options: Any):
-        self.config = config or LoDaConfig()
-        super().__init__(model, self.config, **options)
+        super().__init__(model, config, **options)
         self.moments: list[Tensor | None] = [None] * len(self.slots)
         self.general: list[int] = [0] * len(self.slots)  # leading rows of the open adapters' A
 
@@ -168,13 +168,9 @@ class LoDa(LoraMethod):
 
         with torch.no_grad(), full_precision(self.slots[0].weight.device):
             designs = self.each_layer(design, "adapters", statistics, self.moments)
-        warn_of_small_adapters("LoDa", self.slots, [len(a) for a, _ in designs], self.config.r)
-        adapters = [
-            LoraAdapter(a, a.new_zeros(slot.weight.shape[0], len(a)), self.config.scaling) if len(a) else None
-            for slot, (a, _) in zip(self.slots, designs, strict=True)
-        ]
+        self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left")
+        self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
         self.general = [count for _, count in designs]
-        self.attach(adapters)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         statistics = self.features(loader, loss_fn)
@@ -199,19 +195,24 @@ class LoDa(LoraMethod):
 
     def memory_state(self) -> State:
         pairs = zip(self.slots, self.moments, strict=True)
-        return State({f"{slot.name}.moment": moment for slot, moment in pairs if moment is not None})
+        moments = {f"{slot.name}.moment": moment for slot, moment in pairs if moment is not None}
+        return State(moments, {"general": self.general if self.training_task else None})
 
-    def recall(self, state: State) -> list[Tensor | None]:
+    def recall(self, state: State) -> tuple[list[Tensor | None], list[int]]:
+        general = state.meta.get("general") or [0] * len(self.slots)
+        if len(general) != len(self.slots):
+            raise StateError(f"load_state: general must have {len(self.slots)} entries, got {len(general)}")
         if not state.meta["tasks_learned"]:
-            return [None] * len(self.slots)
+            return [None] * len(self.slots), general
         widths = [slot.weight.shape[1] for slot in self.slots]
-        return [
+        moments: list[Tensor | None] = [
             stored(state, f"{slot.name}.moment", (n, n)).to(slot.weight.device)
             for slot, n in zip(self.slots, widths, strict=True)
         ]
+        return moments, general
 
-    def remember(self, memory: list[Tensor | None]) -> None:
-        self.moments = memory
+    def remember(self, memory: tuple[list[Tensor | None], list[int]]) -> None:
+        self.moments, self.general = memory
 
 
 def _mean(statistic: FeatureStatistic) -> Tensor:

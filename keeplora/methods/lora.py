@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import LoraAdapter
-
 from .lora_method import LoraMethod
 from .method import LossFn
 from .settings import AdapterConfig, check_range
 
-__all__ = ["LoraConfig", "SequentialLora"]
+__all__ = ["LoraConfig", "SequentialLora", "kaiming"]
 
 
 @dataclass(frozen=True)
@@ -40,29 +38,25 @@ class SequentialLora(LoraMethod):
     """
 
     name: ClassVar[str] = "lora"
+    config_type: ClassVar[type] = LoraConfig
     config: LoraConfig
-
-    def __init__(self, model: nn.Module, config: LoraConfig | None = None, **options: Any):
-        self.config = config or LoraConfig()
-        super().__init__(model, self.config, **options)
+    train_a = True
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        self.attach(self.fresh_adapters())
+        self.attach([self.adapter_of(i, fresh) for i, fresh in enumerate(self.fresh_factors())])
 
-    def fresh_adapters(self) -> list[LoraAdapter]:
-        """An untrained adapter for every slot: its numbers follow from the seed and the number of tasks learned."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
-        adapters = []
-        for slot in self.slots:
-            out, width = slot.weight.shape
-            a = torch.empty(self.config.r, width)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            adapters.append(self.adapter(a, torch.zeros(out, self.config.r)))
-        return adapters
-
-    def adapter(self, a: Tensor, b: Tensor) -> LoraAdapter:
-        config = self.config
-        return LoraAdapter(a, b, config.scaling, train_a=True, dropout=config.dropout)
+    def fresh_factors(self) -> list[dict[str, Tensor]]:
+        """An untrained A and B for every slot: their numbers follow from the seed and the number of tasks learned."""
+        generator, r = self.generator(), self.config.r
+        return [
+            {"A": kaiming((r, width), generator), "B": torch.zeros(out, r)}
+            for out, width in (slot.weight.shape for slot in self.slots)
+        ]
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         self.merge_adapters()
+
+
+def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform numbers, as PEFT starts A with them."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -1,42 +1,48 @@
-"""What methods share that adapt chosen weights: slots, the order of calls, weights and memory as state."""
+"""Methods that adapt chosen weights: their slots, the adapters in them, and both as state."""
 
 from __future__ import annotations
 
-import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
-from keeplora.lora import LoraAdapter, LoraSlot, Target, merge_ahead, select_targets, unwrap, wrap
+from keeplora.lora import (
+    LoraAdapter,
+    LoraSlot,
+    Target,
+    merge_adapters,
+    merge_ahead,
+    peft_checkpoint,
+    select_targets,
+    unwrap,
+    wrap,
+)
+from keeplora.lora.peft_checkpoint import Update
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
-from .keeplora.adapters import attach, check_ranks
-from .method import LossFn, Method, require_loss_fn
+from .capacity import Capacity, layer_capacity
+from .fingerprint import fingerprint
+from .method import LossFn, Method, freeze
 from .progress import for_all_layers, progress
-from .settings import AdapterConfig
 from .state import State, StateError
-from .verify import fingerprint
 
-__all__ = ["LoraMethod", "stored", "warn_of_small_adapters"]
+__all__ = ["LoraMethod", "stored"]
 
 T = TypeVar("T")
-
-
-class _Config(Protocol):
-    @property
-    def target_modules(self) -> tuple[str, ...] | str: ...
 
 
 class LoraMethod(Method):
     """A method that adapts the weights its config names in ``target_modules``.
 
-    A subclass gives :meth:`open_task` and :meth:`close_task`, and, if it remembers anything between tasks but the
-    merged weights, :meth:`memory_state` and :meth:`recall`. It is called only when a task may be opened or closed.
+    A subclass gives :meth:`open_task` and :meth:`close_task`; if its adapters are not made by its config's ``scaling``
+    alone, :meth:`adapter_of`; and if it remembers anything between tasks but the merged weights, :meth:`memory_state`,
+    :meth:`recall` and :meth:`remember`. All of them are called only when a task may be opened, closed or dropped.
 
     Args:
         model: Any model with linear layers. Those that are adapted are replaced in place by ones that can hold
@@ -50,150 +56,74 @@ class LoraMethod(Method):
             layers.
     """
 
+    train_a: bool = False
+    """Whether A is trained along with B, of adapters that :meth:`adapter_of` makes."""
+
     def __init__(
         self,
         model: nn.Module,
-        config: _Config,
+        config: Any = None,
         *,
         targets: Sequence[Target] | None = None,
         progress: bool | None = None,
     ):
-        self.model, self.progress = model, progress
-        chosen = select_targets(find_targets(model) if targets is None else targets, config.target_modules)
-        if isinstance(config, AdapterConfig):
-            check_ranks(model, chosen, config.r, method=type(self).__name__)
-        self.check_targets(model, chosen)
-        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.slots: list[LoraSlot] = wrap(model, chosen)
+        super().__init__(model, config, progress=progress)
+        self.targets = self.choose_targets(targets)
+        check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
+        self.slots: list[LoraSlot] = wrap(model, self.targets)
         self._hooks = merge_ahead(model)
-        self._loss_fn: LossFn | None = None
-        self.tasks_learned = 0
-        self.training_task = False
-        self._given_back = False
 
     # ------------------------------------------------------------------ what a method is
 
-    def check_targets(self, model: nn.Module, targets: Sequence[Target]) -> None:
-        """Refuse a model the method cannot handle, before anything of it is replaced."""
+    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
+        """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be."""
+        return select_targets(find_targets(self.model) if targets is None else targets, self.config.target_modules)
 
-    @abstractmethod
-    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        """Make what is trained. The model must not change its function, nor anything change on an error."""
+    def scaling_of(self, i: int) -> float:
+        """c of slot i's adapter."""
+        scaling: float = self.config.scaling
+        return scaling
 
-    @abstractmethod
-    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
-        """Take in what was trained; returns the report. Whatever may fail comes before anything is changed."""
+    def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> LoraAdapter:
+        """The adapter of slot i with these tensors, as a task starts with it and as a saved one comes back.
 
-    def memory_state(self) -> State:
-        """What is remembered between tasks: tensors by name, and JSON values."""
-        return State()
-
-    def recall(self, state: State) -> Any:
-        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
-
-        Nothing is changed here.
-        """
-
-    def remember(self, memory: Any) -> None:
-        """Go on with a memory from :meth:`recall`."""
-
-    # ------------------------------------------------------------------ the life of a task
-
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        """Open a task; on an error nothing has changed.
+        Args:
+            tensors: What :meth:`keeplora.lora.LoraAdapter.tensors` gives: A, B, and whatever else its kind has.
 
         Raises:
-            RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
+            KeyError, ValueError: one is missing, or of another shape.
         """
-        with processes().together():
-            self._require("before_task", task=False)
-            require_loss_fn(loss_fn)
-            self.open_task(loader, loss_fn)
-        self._loss_fn, self.training_task = loss_fn, True
+        return LoraAdapter(
+            tensors["A"], tensors["B"], self.scaling_of(i), train_a=self.train_a,
+            dropout=getattr(self.config, "dropout", 0.0), origin=tensors.get("origin"),
+        )  # fmt: skip
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The open adapters' parameters that take gradients."""
-        self._require("trainable_parameters", task=True)
-        adapters = [slot.adapter for slot in self.slots if slot.adapter is not None]
-        return [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    def adapter_along(self, i: int, a: Tensor) -> LoraAdapter | None:
+        """An adapter of slot i along the rows of ``a [rank, in]``, with B at zero; None where there are none."""
+        return self.adapter_of(i, {"A": a, "B": a.new_zeros(len(self.slots[i].weight), len(a))}) if len(a) else None
 
-    @torch.no_grad()
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
-        """Close the open task; on an error nothing has changed.
+    def drop_task(self) -> None:
+        for slot in self.slots:
+            slot.detach()
 
-        Raises:
-            RuntimeError: no task is open.
-            ValueError: what was trained is not finite (the layer is named).
-        """
-        with processes().together():
-            self._require("after_task", task=True)
-            forward = loss_fn or self._loss_fn
-            assert forward is not None
-            for slot in self.slots:
-                slot.check_finite("after_task")
-            report = self.close_task(loader, forward)
-        self.tasks_learned += 1
-        self.training_task = False
-        return report
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The open adapters' parameters that take gradients, by target."""
+        adapters = [(slot.name, slot.adapter) for slot in self.slots if slot.adapter is not None]
+        return [(name, p) for name, adapter in adapters for p in adapter.parameters() if p.requires_grad]
 
-    def merge(self) -> nn.Module:
-        """Give the model back with its ordinary layers and its gradient flags of before; see :meth:`Method.merge`."""
-        self._require("merge", task=False)
-        if not self.merges:
-            return super().merge()
+    def shared_tensors(self) -> Mapping[str, Tensor]:
+        held: dict[str, Tensor] = {slot.name: slot.weight.detach() for slot in self.slots}
+        for slot in self.slots:
+            if slot.adapter is not None:
+                held |= {f"{slot.name}.{name}": p.detach() for name, p in slot.adapter.named_parameters()}
+        return held
+
+    def release(self) -> None:
         unwrap(self.model)
         for hook in self._hooks:
             hook.remove()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
-        self._given_back = True
-        return self.model
 
-    # ------------------------------------------------------------------ state
-
-    def state(self) -> State:
-        """The adapted weights and the method's memory, on the CPU.
-
-        Raises:
-            RuntimeError: a task is open.
-        """
-        self._require("state", task=False)
-        memory = self.memory_state()
-        tensors = {f"{slot.name}.weight": slot.exact_weight for slot in self.slots} | memory.tensors
-        meta = {
-            "method": self.name,
-            "targets": [slot.name for slot in self.slots],
-            "tasks_learned": self.tasks_learned,
-            "frozen": fingerprint(self.model, self.slots),
-            **memory.meta,
-        }
-        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
-
-    def load_state(self, state: State) -> None:
-        """Continue from ``state``. Everything is checked before anything changes.
-
-        Raises:
-            StateError: the state belongs to another method, another model or other targets, or is incomplete.
-        """
-        self._require("load_state", task=False)
-        meta = state.meta
-        if meta.get("method") != self.name:
-            raise StateError(f"load_state: state must be of method {self.name!r}, got {meta.get('method')!r}")
-        if meta.get("targets") != [slot.name for slot in self.slots] or not isinstance(meta.get("tasks_learned"), int):
-            raise StateError("load_state: state must have the targets of this model, got others")
-        if meta.get("frozen") != fingerprint(self.model, self.slots):
-            raise StateError(
-                "load_state: the model's other weights must be those the state was made with, got different ones. "
-                "Load the same pretrained weights first; only adapted weights are in the state."
-            )
-        weights = [stored(state, f"{slot.name}.weight", slot.weight.shape) for slot in self.slots]
-        memory = self.recall(state)
-        for slot, weight in zip(self.slots, weights, strict=True):
-            slot.host.set_exact_weight(slot.slot, weight.to(slot.weight.device))
-        self.tasks_learned = meta["tasks_learned"]
-        self.remember(memory)
-
-    # ------------------------------------------------------------------ parts
+    # ------------------------------------------------------------------ parts a method is made of
 
     def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
         """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
@@ -215,38 +145,197 @@ class LoraMethod(Method):
 
         return for_all_layers(self.slots, lambda group: [result(i) for i in group], what, shown=self.progress)
 
+    def generator(self) -> torch.Generator:
+        """Of the numbers a task draws: they follow from the config's seed and the number of tasks learned."""
+        return torch.Generator().manual_seed(int(self.config.seed) * 1009 + self.tasks_learned)
+
     def attach(self, adapters: Sequence[LoraAdapter | None]) -> None:
         """Freeze the model and put an adapter into every slot that gets one."""
-        attach(self.model, self.slots, adapters)
+        freeze(self.model)
+        for slot, adapter in zip(self.slots, adapters, strict=True):
+            if adapter is not None:
+                slot.attach(adapter)
 
     def merge_adapters(self) -> None:
         """Add every open adapter to its weight."""
+        merge_adapters(self.slots)
+
+    def warn_of_ranks(self, ranks: Sequence[int], *, none: str, full: Iterable[str] = (), remedy: str = "") -> None:
+        """Name the layers whose adapters are smaller than r, or missing.
+
+        Args:
+            ranks: Of every slot's adapter. none: What layers without an adapter have not.
+            full: Names of those that have no free direction at all.
+        """
+        method, r, full = type(self).__name__, self.config.r, list(full)
+        flat = [s.name for s, rank in zip(self.slots, ranks, strict=True) if rank == 0 and s.name not in full]
+        small = [s.name for s, rank in zip(self.slots, ranks, strict=True) if 0 < rank < r]
+        for names, how in (
+            (full, "have no free direction left and do not adapt"),
+            (flat, f"have no {none} and do not adapt"),
+            (small, f"have fewer than r = {r} useful free directions and use those"),
+        ):
+            if names:
+                warn(f"{method}: {len(names)} of {len(self.slots)} layers {how}: {listed(names)}. {remedy}".rstrip())
+
+    def capacity_of(self, protected: Sequence[int], added: Sequence[tuple[int, ...]], r: int) -> Capacity:
+        """The table of :meth:`capacity`, from every slot's protected directions and those each task added."""
+        layers = (
+            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r)
+            for slot, count, by_task in zip(self.slots, protected, added, strict=True)
+        )
+        return Capacity(tuple(layers), self.tasks_learned)
+
+    # ------------------------------------------------------------------ state
+
+    def weights_state(self) -> State:
+        """Exact weights, the adapters that slots hold, and the updates that were merged."""
+        tensors: dict[str, Tensor] = {}
+        held: dict[str, list[str]] = {}
         for slot in self.slots:
+            tensors[f"{slot.name}.weight"] = slot.exact_weight
             if slot.adapter is not None:
-                slot.merge()
+                mine = slot.adapter.tensors()
+                held[slot.name] = sorted(mine)
+                tensors |= {f"{slot.name}.adapter.{key}": tensor for key, tensor in mine.items()}
+            if slot.learned is not None:
+                out, width = slot.weight.shape
+                a, b = [a for a, _ in slot.learned], [b for _, b in slot.learned]
+                tensors[f"{slot.name}.learned.A"] = torch.cat(a) if a else torch.zeros(0, width)
+                tensors[f"{slot.name}.learned.B"] = torch.cat(b, dim=1) if b else torch.zeros(out, 0)
+        meta = {
+            "targets": [slot.name for slot in self.slots],
+            "frozen": fingerprint(self.model, self.slots),
+            "adapters": held,
+            "unknown_updates": [slot.name for slot in self.slots if slot.learned is None],
+        }
+        return State(tensors, meta)
 
-    def _require(self, function: str, *, task: bool) -> None:
-        if self._given_back:
-            raise RuntimeError(f"{function}: {self.name} has given its model back by merge(). Make a new one.")
-        if task and not self.training_task:
-            raise RuntimeError(f"{function}: a task must be open, got none. Call before_task(loader, loss_fn) first.")
-        if not task and self.training_task:
-            remedy = "Call after_task(loader)."
-            which = "previous" if function == "before_task" else "open"
-            raise RuntimeError(f"{function}: the {which} task must be closed first. {remedy}")
+    def recall_weights(self, state: State) -> list[_SlotState]:
+        meta, names = state.meta, [slot.name for slot in self.slots]
+        if meta.get("targets") != names:
+            theirs = meta.get("targets")
+            got = f"{len(theirs)} (first: {theirs[0]})" if isinstance(theirs, list) and theirs else repr(theirs)
+            raise StateError(
+                f"load_state: targets must be those of this model, {len(names)} (first: {names[0]}), got {got}. "
+                "Load the state into the model it was made with."
+            )
+        if meta.get("frozen") != fingerprint(self.model, self.slots):
+            raise StateError(
+                "load_state: the model's other weights must be those the state was made with, got different ones. "
+                "Load the same pretrained weights first; only adapted weights are in the state."
+            )
+        held, unknown = meta.get("adapters"), meta.get("unknown_updates")
+        if not isinstance(held, dict) or not set(held) <= set(names):
+            raise StateError(f"load_state: adapters must be tensors by target, got {held!r}")
+        if not isinstance(unknown, list) or not set(unknown) <= set(names):
+            raise StateError(f"load_state: unknown_updates must be names of targets, got {unknown!r}")
+        return [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
+
+    def _recall_slot(self, state: State, i: int, held: list[str] | None, unknown: bool) -> _SlotState:
+        slot = self.slots[i]
+        out, width = slot.weight.shape
+        weight, adapter, learned = stored(state, f"{slot.name}.weight", (out, width)), None, None
+        if held is not None:
+            prefix = f"{slot.name}.adapter"
+            rank = len(stored(state, f"{prefix}.A", (None, width)))
+            stored(state, f"{prefix}.B", (out, rank))
+            try:
+                adapter = self.adapter_of(i, {key: state.tensors[f"{prefix}.{key}"] for key in held})
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise StateError(f"load_state: the adapter must be whole, got {error} [{slot.name}]") from error
+        if not unknown:
+            a = stored(state, f"{slot.name}.learned.A", (None, width))
+            b = stored(state, f"{slot.name}.learned.B", (out, len(a)))
+            learned = [(a, b)] if len(a) else []
+        return _SlotState(weight, adapter, learned)
+
+    def set_weights(self, weights: list[_SlotState], *, open_task: bool) -> None:
+        if open_task:
+            freeze(self.model)  # the adapters bring their own flags
+        for slot, (weight, adapter, learned) in zip(self.slots, weights, strict=True):
+            slot.detach()
+            slot.set_exact_weight(weight.to(slot.weight.device))
+            slot.learned = learned
+            if adapter is not None:
+                slot.attach(adapter)
+
+    # ------------------------------------------------------------------ to PEFT
+
+    def export_peft(self, path: str | os.PathLike[str], *, open_task_only: bool = False) -> None:
+        r"""Write what was learned as an adapter that stock ``PeftModel.from_pretrained(pretrained_model, path)`` reads.
+
+        .. math:: \Delta W = \sum_{\text{tasks}} c\, B A \quad\text{of rank } \Sigma r
+                  \text{ (at most } \min(\text{out}, \text{in})\text{)}
+
+        of all tasks and the open one, relative to the weights the method was made with; exact, nothing is truncated. An
+        open task alone keeps its A, B and ``alpha_pattern``, so PEFT can go on training its B. q, k and v of an
+        ``nn.MultiheadAttention`` become PEFT's one layer of rank 3r with a block-structured B.
+
+        Args:
+            path: A folder; an adapter in it is replaced, other files stay.
+            open_task_only: Leave out what was merged: for a model that holds it already.
+
+        Raises:
+            ValueError: nothing was learned and no task is open.
+            TypeError: an adapted layer has no counterpart in PEFT (open_clip's own attention block, separate
+                ``q_proj_weight``).
+            RuntimeError: what was learned is no sum of adapters, or not all of them are known.
+
+        Warns:
+            UserWarning: there are updates of ``nn.MultiheadAttention``, where stock PEFT up to 0.21 is wrong.
+        """
+        self._require("export_peft", task=None)
+        if not self.merges:
+            raise RuntimeError(
+                f"export_peft: what {self.name!r} learned must be updates of weights, and is more than that. "
+                "Save it with method.save(path)."
+            )
+        updates = {}
+        for slot in self.slots:
+            parts = [] if open_task_only else _learned(slot)
+            if slot.adapter is not None:
+                open_one = slot.adapter.plain()
+                parts.append(Update(open_one.A.detach().cpu(), open_one.update().detach().cpu(), open_one.scaling))
+            updates[slot.name] = Update.total(parts, *slot.weight.shape)
+        layers = peft_checkpoint.layers_of(self.model, self.slots, updates)
+        if any(name.endswith(".base_layer.out_proj") and bool(update.b.any()) for name, update in layers.items()):
+            warn(
+                "export_peft: stock PEFT up to 0.21 applies the update of nn.MultiheadAttention's out_proj twice "
+                "(huggingface/peft#3774), so its outputs will differ from this model's. Load with import_peft, or with "
+                "a PEFT that has the fix."
+            )
+        peft_checkpoint.write(path, self.model, layers)
 
 
-def warn_of_small_adapters(method: str, slots: Sequence[LoraSlot], ranks: Sequence[int], r: int) -> None:
-    """Name the layers whose adapters are smaller than r, or missing; as a warning of whoever called before_task."""
-    none = [slot.name for slot, rank in zip(slots, ranks, strict=True) if rank == 0]
-    small = [slot.name for slot, rank in zip(slots, ranks, strict=True) if 0 < rank < r]
-    for names, what in (
-        (none, "have no useful free direction left and do not adapt"),
-        (small, f"have fewer than r = {r} useful free directions and use those"),
-    ):
-        if names:
-            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            warnings.warn(f"{method}: {len(names)} of {len(slots)} layers {what}: {shown}.", UserWarning, stacklevel=4)
+class _SlotState(NamedTuple):
+    """What a state holds of one slot."""
+
+    weight: Tensor
+    adapter: LoraAdapter | None
+    learned: list[tuple[Tensor, Tensor]] | None
+
+
+def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str) -> None:
+    """Refuse a rank that is larger than a layer's width."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target in targets:
+        weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
+        width = r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
+        if r > width:
+            raise ValueError(
+                f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
+            )
+
+
+def _learned(slot: LoraSlot) -> list[Update]:
+    if slot.learned is None:
+        raise RuntimeError(
+            "export_peft: the updates of every task must be known adapters, got weights that LiNeS has scaled or that "
+            f"were trained as a whole [{slot.name}]. Export the open task with open_task_only=True, or save the merged "
+            "model."
+        )
+    return [Update(a, b) for a, b in slot.learned]
 
 
 def stored(state: State, name: str, shape: Sequence[int | None]) -> Tensor:

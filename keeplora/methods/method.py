@@ -1,43 +1,57 @@
-"""The protocol every continual-learning method keeps, so that one training loop serves them all."""
+"""The one life of a task, of every method: opened, trained, closed or abandoned; saved and loaded at any moment.
+
+A method gives what is its own: :meth:`Method.open_task`, :meth:`Method.close_task`, :meth:`Method.drop_task`,
+:meth:`Method.named_trained`, and what a state holds of it. The order of calls and the guards are here, once.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import unwrap
+from keeplora._messages import listed, warn
+from keeplora._version import __version__
+from keeplora.distributed import processes
+from keeplora.lora import Target, unwrap
+from keeplora.math.finite import first_not_finite
 
 from .capacity import Capacity
-from .state import State, StateError
+from .settings import plain
+from .state import State, StateError, read_state, write_state
+
+__all__ = ["LossFn", "Method", "freeze", "resumed", "saved_settings"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
 
 
-def require_loss_fn(loss_fn: object) -> None:
-    """Refuse what is no function, before anything changes; the two arguments of before_task are easily swapped."""
-    if not callable(loss_fn):
-        raise TypeError(
-            f"before_task: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
-            "Call before_task(loader, loss_fn)."
-        )
+M = TypeVar("M", bound="Method")
 
 
 class Method(ABC):
     """One way to learn a sequence of tasks.
 
-    The life of a task: :meth:`before_task`, then any number of optimizer steps on
-    :meth:`trainable_parameters` (add :meth:`penalty` to the loss, call :meth:`after_step` after each step),
-    then :meth:`after_task`. Between tasks the model is ready for evaluation.
+    The life of a task: :meth:`before_task`, then any number of optimizer steps on :meth:`trainable_parameters` (add
+    :meth:`penalty` to the loss, call :meth:`after_step` after each step), then :meth:`after_task`; or
+    :meth:`abandon_task`, and it never was. Between tasks the model is ready for evaluation.
 
     A method changes nothing but ``self.model`` and itself, and ``self.model`` stays the object it was given.
+
+    Args:
+        model: The model; it stays the same object.
+        config: Settings, of :attr:`config_type`; its defaults if None.
+        targets: The weights to choose from, where the method adapts chosen weights.
+        progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
     """
 
     name: ClassVar[str]
+    config_type: ClassVar[type]
     trains: ClassVar[bool] = True
     """False for methods that never take an optimizer step (zero-shot)."""
     joint: bool = False
@@ -46,9 +60,10 @@ class Method(ABC):
     """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
 
     model: nn.Module
-
+    config: Any
     progress: bool | None = None
-    """Whether passes over data and layers draw bars on stderr; None: if that is a terminal."""
+    tasks_learned: int = 0
+    training_task: bool = False
 
     validate: Callable[[], float] | None = None
     """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.
@@ -56,17 +71,125 @@ class Method(ABC):
     Set by the training loop before :meth:`before_task`, for methods that choose something in :meth:`after_task`.
     """
 
-    @abstractmethod
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
-        """Prepare for a task. ``loader`` yields its training batches and is iterated once, or not at all."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any = None,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ):
+        if targets is not None:
+            raise ValueError(
+                f"{type(self).__name__}: targets must be None, got {len(targets)}: {self.name!r} chooses no weights"
+            )
+        self.model, self.progress = model, progress
+        self.config = self.config_type() if config is None else config
+        self._begin()
+
+    def _begin(self) -> None:
+        self._flags = _flags(self.model)
+        self._flags_before = self._flags
+        self._loss_fn: LossFn | None = None
+        self._given_back = False
+
+    # ------------------------------------------------------------------ what a method is
 
     @abstractmethod
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Make what is trained. The model must not change its function, nor anything change on an error.
+
+        ``loader`` yields the task's training batches and is iterated once, or not at all.
+        """
+
+    @abstractmethod
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> Any:
+        """Take in what was trained; returns the report. Whatever may fail comes before anything is changed."""
+
+    @abstractmethod
+    def drop_task(self) -> None:
+        """Undo :meth:`open_task` and all training since: the model's function is as it was, to the last bit."""
+
+    @abstractmethod
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What an optimizer should hold for the task that is open, each with a name for messages."""
+
+    @abstractmethod
+    def weights_state(self) -> State:
+        """What of the model has changed, or may: tensors by name, and JSON values."""
+
+    @abstractmethod
+    def recall_weights(self, state: State) -> Any:
+        """What :meth:`weights_state` gave, checked and ready for :meth:`set_weights`; nothing is changed here.
+
+        Raises:
+            StateError: it does not fit.
+        """
+
+    @abstractmethod
+    def set_weights(self, weights: Any, *, open_task: bool) -> None:
+        """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
+
+    def memory_state(self) -> State:
+        """What is remembered between tasks: tensors by name, and JSON values."""
+        return State()
+
+    def recall(self, state: State) -> Any:  # noqa: B027 (most remember nothing)
+        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
+
+        Nothing is changed here.
+        """
+
+    def remember(self, memory: Any) -> None:  # noqa: B027
+        """Go on with a memory from :meth:`recall`. Called before :meth:`set_weights`."""
+
+    # ------------------------------------------------------------------ the life of a task
+
+    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Open a task. The model's function does not change; on an error nothing has changed.
+
+        Args:
+            loader: The task's training batches; can be iterated again later.
+            loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :meth:`after_task`.
+
+        Raises:
+            RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
+            TypeError: ``loss_fn`` is no function.
+            ValueError: of several processes some hold other weights.
+        """
+        with processes().together():
+            self._require("before_task", task=False)
+            if not callable(loss_fn):  # the two arguments are easily swapped
+                raise TypeError(
+                    f"before_task: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
+                    "Call before_task(loader, loss_fn)."
+                )
+            self._require_same_weights("before_task")
+            with self._opening(loss_fn):
+                self.open_task(loader, loss_fn)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters an optimizer should hold for the task that is open. Valid after :meth:`before_task`."""
+        """The parameters an optimizer should hold for the task that is open.
+
+        Raises:
+            RuntimeError: no task is open.
+        """
+        return self._trained("trainable_parameters")
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An AdamW over :meth:`trainable_parameters` with these options: what the method is best trained with."""
         return torch.optim.AdamW(self.trainable_parameters(), **options)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Make an optimizer of somebody else's keep what the method promises, or refuse it.
+
+        Returns:
+            A handle with ``remove()``, or None where there is nothing to be done.
+
+        Raises:
+            ValueError: no hook can make it keep the promise; the message says which optimizer can.
+        """
+        return None
 
     def penalty(self) -> Tensor | None:
         """A term to add to the loss of the current step, or None."""
@@ -75,9 +198,49 @@ class Method(ABC):
     def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
         """Called after every optimizer step."""
 
-    @abstractmethod
+    @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
-        """Close the task; what it returns is reported (a retention certificate, or None)."""
+        """Close the open task; what it returns is reported. On an error the task stays open and nothing has changed.
+
+        Args:
+            loader: The task's training batches.
+            loss_fn: Runs the model on a batch; by default the one :meth:`before_task` was given.
+
+        Raises:
+            RuntimeError: no task is open, or no ``loss_fn`` is known (after loading a state).
+            ValueError: what was trained is not finite (it is named).
+
+        Warns:
+            UserWarning: parameters besides those of the method were left to train.
+        """
+        with processes().together():
+            self._require("after_task", task=True)
+            forward = loss_fn or self._loss_fn
+            if forward is None:
+                raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
+            self._guard("after_task")
+            trained = self._trained("after_task")
+            report = self.close_task(loader, forward)
+        for parameter in trained:
+            parameter.grad = None  # or it would stay with what outlives the task
+        self.tasks_learned += 1
+        self.training_task = False
+        return report
+
+    def abandon_task(self) -> None:
+        """Close the open task without learning or protecting anything: all is as it was before :meth:`before_task`.
+
+        The model's outputs are to the last bit, and so are its gradient flags; the next task can be opened.
+
+        Raises:
+            RuntimeError: no task is open.
+        """
+        for parameter in self._trained("abandon_task"):
+            parameter.grad = None
+        self.drop_task()
+        for parameter, flag in self._flags_before.items():
+            parameter.requires_grad_(flag)
+        self.training_task, self._loss_fn = False, None
 
     def capacity(self) -> Capacity | None:
         """The room that is left for more tasks, of methods that protect a subspace."""
@@ -86,39 +249,203 @@ class Method(ABC):
     def merge(self) -> nn.Module:
         """Give the model back with its ordinary layers, all that was learned in its weights; returns ``model``.
 
-        The method cannot be used afterwards.
+        Gradient flags are as they were before the method was made. The method cannot be used afterwards: save it first
+        if more tasks are to come.
 
         Raises:
             RuntimeError: a task is open, or the method computes what ordinary layers cannot (:attr:`merges`).
         """
+        self._require("merge", task=False)
         if not self.merges:
             raise RuntimeError(
                 f"merge: what {self.name!r} learned must fit into the model's weights, and does not: it computes more "
                 "than the pretrained model in every forward. Keep using method.model."
             )
-        return unwrap(self.model)
+        self.release()
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+        self._given_back = True
+        return self.model
 
-    @abstractmethod
+    def release(self) -> None:
+        """Put the model's ordinary layers back."""
+        unwrap(self.model)
+
+    # ------------------------------------------------------------------ state
+
     def state(self) -> State:
-        """What :meth:`load_state` needs to continue, the model's changed weights included."""
+        """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
+        self._require("state", task=None)
+        weights, memory = self.weights_state(), self.memory_state()
+        tensors = weights.tensors | memory.tensors
+        meta = {
+            "method": self.name,
+            "config": plain(self.config),
+            "tasks_learned": self.tasks_learned,
+            "training_task": self.training_task,
+            "versions": {"keeplora": __version__, "torch": str(torch.__version__)},
+            **weights.meta,
+            **memory.meta,
+        }
+        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
 
-    @abstractmethod
     def load_state(self, state: State) -> None:
-        """Continue from :meth:`state`, on a model as it was before the first task."""
+        """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
+
+        A task that is open here is abandoned. One that was open there is open again: make its optimizer anew.
+
+        Raises:
+            StateError: the state belongs to another method, another model or other targets, or is incomplete.
+        """
+        self._require("load_state", task=None)
+        self._continue(self._checked(state))
+
+    def _checked(self, state: State) -> _Checked:
+        """``state``, which fits; nothing is changed."""
+        tasks, training = state.meta.get("tasks_learned"), state.meta.get("training_task")
+        check_method(self.name, state)
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 0:
+            raise StateError(f"load_state: tasks_learned must be a number of tasks, got {tasks!r}")
+        if not isinstance(training, bool):
+            raise StateError(f"load_state: training_task must be true or false, got {training!r}")
+        return _Checked(tasks, training, self.recall_weights(state), self.recall(state))
+
+    def _continue(self, checked: _Checked) -> None:
+        if self.training_task:
+            self.abandon_task()
+        tasks, training, weights, memory = checked
+        self._flags_before = dict.fromkeys(self._flags, False) if tasks and self.trains else self._flags
+        for parameter, flag in self._flags_before.items():
+            parameter.requires_grad_(flag)
+        self.tasks_learned, self.training_task = tasks, training
+        self.remember(memory)
+        self.set_weights(weights, open_task=training)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        write_state(path, self.state())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
+
+        Raises:
+            StateError: nothing there, damaged, of another version, or made with another model.
+        """
+        state = read_state(path)
+        check_method(cls.name, state, f"load: {os.fspath(path)}")
+        config = cls.config_type(**saved_settings(state, path))
+        method = cls(model, config, targets=targets, progress=progress)
+        return resumed(method, state)
+
+    # ------------------------------------------------------------------ guards
+
+    @contextmanager
+    def _opening(self, loss_fn: LossFn | None) -> Iterator[None]:
+        """A task is open once the block has got through."""
+        flags = _flags(self.model)
+        yield
+        self._flags_before, self._loss_fn, self.training_task = flags, loss_fn, True
+
+    def _trained(self, function: str) -> list[nn.Parameter]:
+        self._require(function, task=True)
+        return [parameter for _, parameter in self.named_trained()]
+
+    def _require(self, function: str, *, task: bool | None) -> None:
+        """Refuse a call after :meth:`merge`, one without an open task, one during a task; ``task=None`` is any time."""
+        if self._given_back:
+            raise RuntimeError(f"{function}: {self.name} has given its model back by merge(). Make a new one.")
+        if task is True and not self.training_task:
+            raise RuntimeError(f"{function}: a task must be open, got none. Call before_task(loader, loss_fn) first.")
+        if task is False and self.training_task:
+            which = "previous" if function == "before_task" else "open"
+            raise RuntimeError(
+                f"{function}: the {which} task must be closed first. Call after_task(loader) or abandon_task()."
+            )
+
+    def _guard(self, function: str) -> None:
+        """What must hold of what was trained, before any of it is kept."""
+        self._require_finite(function)
+        self._require_same_weights(function)
+        self._warn_of_neighbours(function)
+
+    def _require_finite(self, function: str) -> None:
+        """Refuse what training has driven to NaN or Inf, before it reaches what is kept."""
+        trained = self.named_trained()
+        wrong = first_not_finite([parameter for _, parameter in trained])
+        if wrong is not None:
+            raise ValueError(
+                f"{function}: trained parameters must be finite, got NaN or Inf [{trained[wrong][0]}]. "
+                "Go back to the last saved state, or abandon_task(), and lower the learning rate."
+            )
+
+    def _require_same_weights(self, function: str) -> None:
+        """All processes must learn one task with one model."""
+        peers = processes()
+        if peers.size > 1:
+            peers.require_same(function, self.shared_tensors())
+
+    def shared_tensors(self) -> Mapping[str, Tensor]:
+        """What every process must hold alike."""
+        return dict(self.model.named_parameters())
+
+    def _warn_of_neighbours(self, function: str) -> None:
+        """Name parameters besides those the method trains that were left to train: nothing protects what they do."""
+        own = {id(parameter) for _, parameter in self.named_trained()}
+        others = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]
+        if others:
+            warn(
+                f"{function}: {len(others)} parameters besides those of {self.name!r} have requires_grad, got "
+                f"{listed(others)}. What is trained there is neither protected nor saved, and no certificate speaks of "
+                "it: freeze them."
+            )
 
 
-def parameter_state(model: nn.Module) -> dict[str, Tensor]:
-    """A detached CPU copy of every entry of ``model.state_dict()``."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+class _Checked(NamedTuple):
+    """A state that fits, ready to be gone on from."""
+
+    tasks: int
+    training: bool
+    weights: Any
+    memory: Any
+
+
+def resumed(method: M, state: State) -> M:
+    """``method``, fresh around its model, with ``state``; on an error the model has its ordinary layers again."""
+    try:
+        method.load_state(state)
+    except StateError:
+        method.release()
+        raise
+    return method
+
+
+def check_method(name: str, state: State, where: str = "load_state: state") -> None:
+    """Refuse a state of another method."""
+    if state.meta.get("method") != name:
+        raise StateError(f"{where} must be of method {name!r}, got {state.meta.get('method')!r}")
+
+
+def saved_settings(state: State, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of the method that was saved."""
+    settings = state.meta.get("config")
+    if not isinstance(settings, dict):
+        raise StateError(f"load: {os.fspath(path)} must hold the method's settings, got {settings!r}")
+    return settings
+
+
+def _flags(model: nn.Module) -> dict[nn.Parameter, bool]:
+    return {parameter: parameter.requires_grad for parameter in model.parameters()}
 
 
 def freeze(model: nn.Module) -> None:
     """Switch every parameter's gradient off."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def check_method(method: Method, state: State) -> None:
-    """Refuse a state of another method."""
-    if state.meta.get("method") != method.name:
-        raise StateError(f"load_state: state must be of method {method.name!r}, got {state.meta.get('method')!r}")

@@ -68,10 +68,11 @@ class OLora(SequentialLora):
     """
 
     name: ClassVar[str] = "o-lora"
+    config_type: ClassVar[type] = OLoraConfig
     config: OLoraConfig
 
     def __init__(self, model: nn.Module, config: OLoraConfig | None = None, **options: Any):
-        super().__init__(model, config or OLoraConfig(), **options)
+        super().__init__(model, config, **options)
         self.past: list[Tensor] = [_rows(slot.weight) for slot in self.slots]
 
     def penalty(self) -> Tensor | None:

@@ -35,15 +35,17 @@ def for_all_layers(
     what: str,
     *,
     shown: bool | None,
+    together: Iterable[list[int]] | None = None,
 ) -> list[T]:
     """``compute`` for every slot: given the positions of slots that are best worked on together, their results.
 
-    An error is noted with the layers it arose in.
+    Which are: those of ``together``, by default those of one shape. An error is noted with the layers it arose in.
     """
     weights = [slot.weight for slot in slots]
+    groups = same_kind([(w.shape, w.dtype) for w in weights], weights) if together is None else together
     found: dict[int, T] = {}
     with _bar(what, "layer", shown, None, len(slots)) as bar:
-        for group in same_kind([(weight.shape, weight.dtype) for weight in weights], weights):
+        for group in groups:
             try:
                 found.update(zip(group, compute(group), strict=True))
             except Exception as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
+
+from keeplora._messages import nearest
+from keeplora.lora import Target
 
 from .dac.method import Dac, DacConfig
 from .duallora.method import DualLora, DualLoraConfig
@@ -21,12 +24,13 @@ from .keeplora_cls.method import KeepLoraCls, KeepLoraClsConfig
 from .lines import Lines, LinesConfig
 from .loda import LoDa, LoDaConfig
 from .lora import LoraConfig, SequentialLora
-from .method import Method
+from .method import Method, resumed, saved_settings
 from .olora import OLora, OLoraConfig
 from .sdlora import SdLora, SdLoraConfig
+from .state import StateError, read_state
 from .zero_shot import NoConfig, ZeroShot
 
-__all__ = ["METHODS", "Registered", "configure", "create"]
+__all__ = ["METHODS", "Registered", "configure", "create", "load"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,18 @@ class Registered:
     summary: str = ""
 
 
+def _lines(
+    model: nn.Module, config: LinesConfig, *, targets: Sequence[Target] | None = None, progress: bool | None = None
+) -> Lines:
+    """LiNeS on top of the method that its settings name."""
+    name = config.base
+    if name not in METHODS or name == Lines.name:
+        near = nearest(name, set(METHODS) - {Lines.name}, cutoff=0.3)
+        raise ValueError(f"LinesConfig: base must be another method, got {name!r}. Nearest names: {', '.join(near)}.")
+    seeded = {"seed": config.seed} if any(f.name == "seed" for f in fields(METHODS[name].config)) else {}
+    return Lines(create(name, model, {**seeded, **config.settings}, targets=targets, progress=progress), config)
+
+
 METHODS: dict[str, Registered] = {
     "zero-shot": Registered(ZeroShot, NoConfig, summary="the pretrained model, never trained"),
     "full": Registered(FullFineTuning, NoConfig, summary="full fine-tuning, task after task"),
@@ -49,7 +65,7 @@ METHODS: dict[str, Registered] = {
     "o-lora": Registered(OLora, OLoraConfig, summary="A pulled away from earlier tasks' A (arXiv:2310.14152)"),
     "sd-lora": Registered(SdLora, SdLoraConfig, summary="old directions with new magnitudes (arXiv:2501.13198)"),
     "loda": Registered(LoDa, LoDaConfig, summary="shared and isolated directions of inputs (arXiv:2603.00191)"),
-    "lines": Registered(Lines, LinesConfig, summary="another method, its changes scaled by depth (arXiv:2410.17146)"),
+    "lines": Registered(_lines, LinesConfig, summary="another method, its changes scaled by depth (arXiv:2410.17146)"),
     "keeplora": Registered(
         KeepLora, KeepLoraConfig, {"depth_scale": 1.0}, "LoRA in the residual subspace (arXiv:2601.19659)"
     ),
@@ -78,26 +94,35 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
         >>> configure("keeplora", {"r": 2}).depth_scale
         1.0
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3) or sorted(METHODS)
-        raise ValueError(f"create: name must be a method, got {name!r}. Nearest names: {', '.join(near)}.")
-    entry = METHODS[name]
+    entry = _registered("create", name)
     known = [f.name for f in fields(entry.config)]
     for setting in settings or {}:
         if setting not in known:
-            near = difflib.get_close_matches(setting, known, n=3, cutoff=0.4) or known
+            near = nearest(setting, known) if known else ["it has no settings"]
             raise ValueError(
-                f"create: settings of method {name!r} do not include {setting!r}. "
-                f"Nearest names: {', '.join(near) or 'it has no settings'}."
+                f"create: settings of method {name!r} do not include {setting!r}. Nearest names: {', '.join(near)}."
             )
     return entry.config(**{**entry.defaults, **(settings or {})})
 
 
-def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Method:
+def create(
+    name: str,
+    model: nn.Module,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    targets: Sequence[Target] | None = None,
+    progress: bool | None = None,
+) -> Method:
     """Make the method ``name`` around ``model``.
 
+    Args:
+        settings: Of the method's configuration; its defaults where they say nothing.
+        targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
+        progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
+
     Raises:
-        ValueError: as :func:`configure`, or the settings do not suit the model (a rank that no layer can hold).
+        ValueError: as :func:`configure`, or the settings do not suit the model (a rank that no layer can hold), or the
+            method adapts no chosen weights and was given ``targets``.
         TypeError: the model is not of a kind the method can handle.
 
     Example:
@@ -105,4 +130,42 @@ def create(name: str, model: nn.Module, settings: Mapping[str, Any] | None = Non
         2
     """
     config = configure(name, settings)
-    return METHODS[name].build(model, config)
+    return METHODS[name].build(model, config, targets=targets, progress=progress)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    targets: Sequence[Target] | None = None,
+    progress: bool | None = None,
+) -> Method:
+    """The method that ``method.save(path)`` wrote, whichever it is, around the pretrained ``model`` it was made with.
+
+    Raises:
+        StateError: nothing there, damaged, of another version, of a method that is not registered, or made with
+            another model.
+
+    Example:
+        >>> import tempfile
+        >>> make = lambda: nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+        >>> method = create("lora", make(), {"r": 2, "target_modules": "all-linear"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     method.save(folder)
+        ...     load(folder, make()).config.r
+        2
+    """
+    state = read_state(path)
+    name = state.meta.get("method")
+    if name not in METHODS:
+        raise StateError(f"load: {os.fspath(path)} must be of a registered method, got {name!r}")
+    entry = METHODS[name]
+    method = entry.build(model, entry.config(**saved_settings(state, path)), targets=targets, progress=progress)
+    return resumed(method, state)
+
+
+def _registered(function: str, name: str) -> Registered:
+    if name not in METHODS:
+        near = nearest(name, sorted(METHODS), cutoff=0.3)
+        raise ValueError(f"{function}: name must be a method, got {name!r}. Nearest names: {', '.join(near)}.")
+    return METHODS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,26 +64,36 @@ class Directions:
         )
 
 
-class _Adapter(LoraAdapter):
-    """A new update and its magnitude, and how the magnitudes of earlier ones have changed since the task began."""
+class ScaledDirections(LoraAdapter):
+    """A new update and its magnitude, and how the magnitudes of earlier ones have changed since the task began.
+
+    Args:
+        a, b, scaling, dropout: As of :class:`keeplora.lora.LoraAdapter`; both are trained.
+        before: What was known when the task began. magnitudes: ``[tasks + 1]``, those of the earlier updates and the
+            new one's; trained.
+    """
 
     before_a: Tensor
     before_b: Tensor
     before: Tensor
 
-    def __init__(self, a: Tensor, b: Tensor, known: Directions, config: SdLoraConfig):
-        super().__init__(a, b, config.scaling, train_a=True, dropout=config.dropout)
-        self.register_buffer("before_a", known.a)
-        self.register_buffer("before_b", known.b)
-        self.register_buffer("before", known.magnitudes)
-        start = known.magnitudes.new_tensor([config.magnitude])
-        self.magnitudes = nn.Parameter(torch.cat([known.magnitudes, start]))
+    def __init__(
+        self, a: Tensor, b: Tensor, scaling: float, *, before: Directions, magnitudes: Tensor, dropout: float = 0.0
+    ):
+        super().__init__(a, b, scaling, train_a=True, dropout=dropout)
+        self.register_buffer("before_a", before.a)
+        self.register_buffer("before_b", before.b)
+        self.register_buffer("before", before.magnitudes)
+        self.magnitudes = nn.Parameter(magnitudes.detach().clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``(A, B)`` with the change of the weight ``c B A``: of old magnitudes, and the new update."""
         moved = (self.magnitudes[:-1] - self.before).repeat_interleave(len(self.A))
         new = self.magnitudes[-1] * self.B
         return torch.cat([self.before_a, self.A]), torch.cat([self.before_b * moved, new], dim=1)
+
+    def plain(self) -> LoraAdapter:
+        return LoraAdapter(*self.factors(), self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout and self.training:
@@ -112,33 +122,45 @@ class SdLora(SequentialLora):
     """
 
     name: ClassVar[str] = "sd-lora"
+    config_type: ClassVar[type] = SdLoraConfig
     config: SdLoraConfig
 
     def __init__(self, model: nn.Module, config: SdLoraConfig | None = None, **options: Any):
-        super().__init__(model, config or SdLoraConfig(), **options)
+        super().__init__(model, config, **options)
         self.directions = [_none(slot.weight) for slot in self.slots]
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        fresh = self.fresh_adapters()
-        self.attach(
-            [
-                _Adapter(new.A.to(known.a.device), new.B.to(known.a.device), known, self.config)
-                for new, known in zip(fresh, self.directions, strict=True)
-            ]
-        )
+        start, adapters = self.config.magnitude, []
+        for i, (fresh, known) in enumerate(zip(self.fresh_factors(), self.directions, strict=True)):
+            magnitudes = torch.cat([known.magnitudes, known.magnitudes.new_tensor([start])])
+            before = {"before_a": known.a, "before_b": known.b, "before": known.magnitudes, "magnitudes": magnitudes}
+            factors = {key: factor.to(known.a.device) for key, factor in fresh.items()}
+            adapters.append(self.adapter_of(i, factors | before))
+        self.attach(adapters)
+
+    def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> ScaledDirections:
+        before = Directions(tensors["before_a"], tensors["before_b"], tensors["before"])
+        magnitudes, tasks = tensors["magnitudes"], tensors["before"].numel()
+        out, width = self.slots[i].weight.shape
+        ranks = tasks * len(tensors["A"])
+        shapes = [list(t.shape) for t in (before.a, before.b, before.magnitudes, magnitudes)]
+        if shapes != [[ranks, width], [out, ranks], [tasks], [tasks + 1]]:
+            raise ValueError(f"directions and magnitudes of {tasks} tasks and a new one, got shapes {shapes}")
+        return ScaledDirections(
+            tensors["A"], tensors["B"], self.scaling_of(i),
+            before=before, magnitudes=magnitudes, dropout=self.config.dropout,
+        )  # fmt: skip
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         learned: list[Directions] = []
         for slot, known in zip(self.slots, self.directions, strict=True):
             adapter = slot.adapter
-            assert isinstance(adapter, _Adapter)
-            a, b = adapter.factors()
-            rescaled = Directions(known.a, known.b, adapter.magnitudes[:-1].detach())
-            learned.append(
-                rescaled.with_update(adapter.A.detach(), adapter.B.detach(), adapter.magnitudes[-1].detach())
-            )
+            assert isinstance(adapter, ScaledDirections)
+            magnitudes = adapter.magnitudes.detach()
+            rescaled = Directions(known.a, known.b, magnitudes[:-1])
+            learned.append(rescaled.with_update(adapter.A.detach(), adapter.B.detach(), magnitudes[-1]))
             slot.detach()
-            slot.attach(LoraAdapter(a, b, adapter.scaling))
+            slot.attach(adapter.plain())
         self.merge_adapters()
         self.directions = learned
 

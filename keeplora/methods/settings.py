@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["AdapterConfig", "ConfigError", "check_range"]
+__all__ = ["AdapterConfig", "ConfigError", "check_range", "plain"]
 
 
 class ConfigError(ValueError):
@@ -50,3 +51,20 @@ def check_range(config: Any, name: str, low: float, high: float, *, closed: bool
     if not number or not (low <= value <= high and (closed or value < high)):
         bounds = f"[{low:g}, {high:g}{']' if closed and math.isfinite(high) else ')'}"
         raise ValueError(f"{type(config).__name__}: {name} must lie in {bounds}, got {value!r}")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values; its class makes it again of them.
+
+    Example:
+        >>> plain(AdapterConfig(r=2))
+        {'r': 2, 'alpha': 16.0, 'rslora': False, 'target_modules': ['attn']}
+    """
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

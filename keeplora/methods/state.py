@@ -22,8 +22,8 @@ from torch import Tensor
 from keeplora._files import flush, write_json
 
 FORMAT = "keeplora-state"
-SCHEMA = 1
-"""The version this code writes, and the newest it reads."""
+SCHEMA = 2
+"""The version this code writes, and the only one it reads."""
 
 STATE_FILE = "state.json"
 _TENSOR_FILES = "tensors-*.safetensors"
@@ -135,7 +135,11 @@ def _read_header(folder: Path) -> dict[str, Any]:
     schema = header.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        remedy = "It was written by a newer keeplora: upgrade to read it" if newer else "The schema is unknown"
+        remedy = (
+            "It was written by a newer keeplora: upgrade to read it"
+            if newer
+            else "It was written by another keeplora: start again in an empty folder, or use the one that wrote it"
+        )
         raise StateError(f"read_state: {file} must have schema {SCHEMA}, got {schema!r}. {remedy}")
     tensors = header.get("tensors")
     if (

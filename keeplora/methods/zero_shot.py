@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .method import LossFn, Method, check_method
+from .method import LossFn, Method
 from .state import State
 
 __all__ = ["NoConfig", "ZeroShot"]
@@ -23,23 +23,29 @@ class ZeroShot(Method):
     """The pretrained model, never trained."""
 
     name: ClassVar[str] = "zero-shot"
+    config_type: ClassVar[type] = NoConfig
     trains: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, config: NoConfig | None = None):
-        self.model = model
-        self.config = config or NoConfig()
-
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         """Nothing to prepare."""
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Nothing to take in."""
+
+    def drop_task(self) -> None:
+        """Nothing to undo."""
+
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         return []
 
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
-        """Nothing to close."""
+    def _warn_of_neighbours(self, function: str) -> None:
+        """The model is as the user left it: nothing is trained, and nothing is promised."""
 
-    def state(self) -> State:
-        return State({}, {"method": self.name})
+    def weights_state(self) -> State:
+        return State()
 
-    def load_state(self, state: State) -> None:
-        check_method(self, state)
+    def recall_weights(self, state: State) -> None:
+        """There are none."""
+
+    def set_weights(self, weights: None, *, open_task: bool) -> None:
+        """There are none."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.lora.host import LoraHost
-from keeplora.lora.wrap import LoraSlot, TokenMask
+from keeplora.lora.slot import LoraSlot, TokenMask
 from keeplora.math.moment import SketchedMoment, nystrom
 from keeplora.math.precision import full_precision
 from keeplora.math.sketch import gaussian

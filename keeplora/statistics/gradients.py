@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.lora.host import LoraHost
-from keeplora.lora.wrap import LoraSlot
+from keeplora.lora.slot import LoraSlot
 from keeplora.math.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
@@ -178,7 +178,7 @@ class _Gradients:
     def check_called(self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
         """Refuse weights that the model reads without calling their layer."""
         silent = [slot for slot in self.slots if slot.host not in self.called]
-        weights = [getattr(slot.host, slot.host.slots[slot.slot][0]) for slot in silent]
+        weights = [slot.whole for slot in silent]
         if not silent:
             return
         for weight in weights:

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import test_every_method as contract
 from small_net import loss_fn, net, task, train, weights
 
 from keeplora.methods import METHODS, create
+from tests.methods import contract, test_every_life, test_every_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 PROMISES = [
-    check for name, check in vars(contract).items()
-    if name.startswith("test_") and list(inspect.signature(check).parameters) == ["name"]
+    check
+    for module in (test_every_method, test_every_life)
+    for name, check in vars(module).items()
+    if name.startswith("test_") and set(inspect.signature(check).parameters) <= {"name", "tasks", "reloaded", "tmp_path"}
+    and "name" in inspect.signature(check).parameters
 ]  # fmt: skip
 
 
@@ -52,7 +55,8 @@ def test_tasks_write_to_outputs_of_their_own():
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda check: check.__name__)
-def test_the_contract(promise):
-    assert len(PROMISES) > 10
+def test_the_contract(promise, tmp_path):
+    assert len(PROMISES) > 20
     torch.manual_seed(0)
-    promise("apart")
+    given = {"name": "apart", "tasks": 1, "reloaded": True, "tmp_path": tmp_path}
+    promise(**{name: given[name] for name in inspect.signature(promise).parameters})

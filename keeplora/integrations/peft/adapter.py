@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
-from keeplora.lora.peft_checkpoint import check_plain_lora
+from keeplora.lora.peft_checkpoint import Update, check_plain_lora
 
 __all__ = ["PeftAdapter", "PeftLayer", "borrow", "find_adapter", "trainable_neighbours"]
 
@@ -62,10 +62,20 @@ class PeftLayer:
         """c in ``y = x Wᵀ + c (x Aᵀ) Bᵀ``."""
         return float(self.module.scaling[self.adapter])
 
+    def update(self, dtype: torch.dtype) -> Update:
+        """What it adds to the weight, the scaling in B, on the CPU: as it is saved, and merged again bit for bit."""
+        a, b = self.a.detach().to(dtype, copy=True), self.b.detach().to(dtype) * self.scaling
+        return Update(a.cpu(), b.cpu())
+
     def set_alpha(self, alpha: float) -> None:
         rslora = self.module.use_rslora[self.adapter]
         self.module.lora_alpha[self.adapter] = alpha
         self.module.scaling[self.adapter] = alpha / (self.rank**0.5 if rslora else self.rank)
+
+    def dense(self) -> Tensor:
+        """The base weight in floating point."""
+        dense = self.dequantizer()
+        return self.base.weight.detach() if dense is None else dense().detach()
 
     def dequantizer(self) -> Callable[[], Tensor] | None:
         """What gives the weight in floating point; None for a weight that is."""
@@ -188,16 +198,25 @@ def trainable_neighbours(adapter: PeftAdapter, kept: Collection[str], also_train
 
 
 @contextmanager
-def borrow(adapter: PeftAdapter) -> Iterator[list[LoraSlot]]:
-    """The adapter's base layers as targets of passes over data; PEFT's layers call them as ever."""
-    hosts = [BorrowedLinear(layer.base, layer.dequantizer()) for layer in adapter.layers]
+def borrow(adapter: PeftAdapter, masters: dict[str, Tensor] | None = None) -> Iterator[list[LoraSlot]]:
+    """The adapter's base layers as targets of passes over data; PEFT's layers call them as ever.
+
+    Args:
+        masters: By target, weights before they were rounded: known to the slots, and brought up to date at the end.
+    """
+    hosts = [BorrowedLinear(layer.base, layer.dequantizer(), target=layer.target) for layer in adapter.layers]
+    slots = [host.places()["weight"] for host in hosts]
+    for slot in slots:
+        slot.master = (masters or {}).get(slot.name)
     try:
         for layer, host in zip(adapter.layers, hosts, strict=True):
             layer.module.base_layer = host
-        yield [LoraSlot(layer.target, host, "weight") for layer, host in zip(adapter.layers, hosts, strict=True)]
+        yield slots
     finally:
         for layer, host in zip(adapter.layers, hosts, strict=True):
             layer.module.base_layer = host.base
+        if masters is not None:
+            masters |= {slot.name: slot.master for slot in slots if slot.master is not None}
 
 
 def _adapter_name(function: str, model: Any, name: str | None, kept: Collection[str]) -> str:

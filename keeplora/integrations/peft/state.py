@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +11,17 @@ import torch
 from torch import Tensor
 
 from keeplora._version import __version__
-from keeplora.lora import Target, peft_checkpoint
+from keeplora.lora import LoraAdapter, Target, merge_adapters, peft_checkpoint
 from keeplora.lora.peft_checkpoint import Update
-from keeplora.math.precision import full_precision
 from keeplora.methods.capacity import Capacity, layer_capacity
+from keeplora.methods.fingerprint import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.state import State, StateError, read_state, write_state
-from keeplora.ops.merge_weights import merge_weights
 
-from .adapter import PeftAdapter, PeftLayer, find_adapter
+from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter
 
-__all__ = ["SubspaceState", "fingerprint", "keep_master", "true_weight"]
+__all__ = ["SubspaceState", "fingerprint"]
 
 METHOD = "keeplora-peft"
 
@@ -156,11 +154,7 @@ class SubspaceState:
         found = fingerprint(adapter.layers)
         if found == self.pretrained:
             for updates in self.learned:
-                for layer in adapter.layers:
-                    if layer.name in updates:
-                        update = updates[layer.name]
-                        with full_precision(layer.base.weight.device), torch.no_grad():
-                            self._merge(layer, update)
+                self._merge(adapter, updates)
             self.current = fingerprint(adapter.layers)
         elif found != self.current:
             raise StateError(
@@ -216,34 +210,17 @@ class SubspaceState:
             "protects belongs to another model. Let update_subspace merge, and take adapters out with model.unload()."
         )
 
-    def _merge(self, layer: PeftLayer, update: Update) -> None:
-        weight = layer.base.weight
-        a, b = update.a.to(weight.device), update.b.to(weight.device)
-        (exact,) = merge_weights([true_weight(self.masters, layer.name, weight)], [a], [b], scale=1.0)
-        weight.copy_(exact)
-        keep_master(self.masters, layer.name, weight, exact)
-
-
-def true_weight(masters: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
-    """The weight before it was rounded, where that is known and nobody has set the weight since."""
-    master = masters.get(name)
-    if master is not None and torch.equal(master.to(weight.dtype), weight):
-        return master
-    return weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
-
-
-def keep_master(masters: dict[str, Tensor], name: str, weight: Tensor, exact: Tensor) -> None:
-    masters.pop(name, None)
-    if weight.dtype not in (torch.float32, torch.float64):
-        masters[name] = exact.detach()
+    def _merge(self, adapter: PeftAdapter, updates: Mapping[str, Update]) -> None:
+        with borrow(adapter, self.masters) as slots:
+            for slot in slots:
+                if slot.name in updates:
+                    update, device = updates[slot.name], slot.weight.device
+                    slot.attach(LoraAdapter(update.a.to(device), update.b.to(device), 1.0))
+            merge_adapters(slots)
 
 
 def fingerprint(layers: Sequence[PeftLayer]) -> str:
-    """A hash of the layers' base weights: names, shapes and up to 64 values of each."""
-    digest = hashlib.sha256()
-    for layer in layers:
-        dense = layer.dequantizer()
-        values = (layer.base.weight if dense is None else dense()).detach().flatten()
-        values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
-        digest.update(f"{layer.name} {layer.base.out_features} {layer.base.in_features} {values.tolist()}".encode())
-    return digest.hexdigest()
+    """A hash of the layers' base weights."""
+    return digest(
+        (f"{layer.name} {layer.base.out_features} {layer.base.in_features}", layer.dense()) for layer in layers
+    )

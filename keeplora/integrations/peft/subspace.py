@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,22 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keeplora._messages import listed, warn
 from keeplora.distributed import together
-from keeplora.lora import LoraAdapter, LoraSlot, Target, depth_factor, depth_positions
-from keeplora.lora.peft_checkpoint import Update
-from keeplora.math.lowrank import Extension, TopDirections
+from keeplora.lora import LoraAdapter, Target, depth_factor, depth_positions
+from keeplora.math.finite import first_not_finite
+from keeplora.math.lowrank import TopDirections
 from keeplora.math.precision import full_precision
-from keeplora.methods.keeplora.adapters import warn_of_small_ranks
-from keeplora.methods.keeplora.certificate import LayerCertificate, RetentionCertificate, merge_and_certify
+from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.directions import TaskGradients
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
-from keeplora.methods.keeplora.trained_a import LEAK, leak_of_rows
+from keeplora.methods.keeplora.trained_a import restore_confinement
 from keeplora.methods.method import LossFn
-from keeplora.ops.project_rows import project_rows
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
-from .state import SubspaceState, fingerprint, keep_master, true_weight
+from .state import SubspaceState, fingerprint
 
 __all__ = ["freeze_a", "initialize", "update_subspace"]
 
@@ -130,15 +128,7 @@ def initialize(
             with full_precision(slots[0].weight.device):
                 bases = weight_bases(slots, settings, shown=progress)
         directions = gradients.directions(bases)
-        for rank in sorted(set(ranks)):
-            same = [i for i, other in enumerate(ranks) if other == rank]
-            warn_of_small_ranks(
-                [slots[i] for i in same],
-                [bases[i] for i in same],
-                [directions[i] for i in same],
-                rank,
-                stacklevel=4,  # past the wrapper of together
-            )
+    _warn_of_ranks(layers, bases, directions, ranks)
     for layer, found in zip(layers, directions, strict=True):
         _start(layer, found)
     adapter.set_alphas(_scaled_alphas(adapter, state))
@@ -215,25 +205,31 @@ def update_subspace(
             "task."
         )
     bases = [state.bases[layer.name].to(layer.base.weight.device) for layer in layers]
-    with borrow(adapter) as slots:
-        _check_finite(layers)
-        _restore_confinement(layers, bases)
+    _check_finite(layers)
+    restore_confinement(
+        "update_subspace",
+        {layer.name: (layer.a, q) for layer, q in zip(layers, bases, strict=True)},
+        "PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call keeplora.freeze_a(model) after "
+        "those.",
+    )
+    updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
+    with borrow(adapter, state.masters) as slots:
         new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
-        proofs = [
-            _close(slot, layer, basis, extension, state, merge=merge)
-            for slot, layer, basis, extension in zip(slots, layers, bases, new, strict=True)
-        ]
+        for slot, update in zip(slots, updates, strict=True):
+            slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
+        proofs = certified(slots, bases, new, merge=merge, shown=progress)
+    if merge:
+        for layer in layers:
+            layer.b.zero_()
     for layer, extension in zip(layers, new, strict=True):
         state.bases[layer.name] = extension.q
         state.added[layer.name] = (*state.added[layer.name], extension.added)
     if not merge:
         state.kept = (*state.kept, adapter.name)
-    state.learned.append(
-        {layer.name: learned for layer, (_, learned) in zip(layers, proofs, strict=True)} if merge else {}
-    )
+    state.learned.append({layer.name: update for layer, update in zip(layers, updates, strict=True)} if merge else {})
     state.current = fingerprint(layers)
     state.open_adapter, state.loss_fn = None, None
-    result = RetentionCertificate(state.tasks_learned, tuple(proof for proof, _ in proofs))
+    result = RetentionCertificate(state.tasks_learned, tuple(proofs))
     state.tasks_learned += 1
     return result
 
@@ -325,45 +321,34 @@ def _scaled_alphas(adapter: PeftAdapter, state: SubspaceState) -> dict[str, floa
 
 
 def _check_finite(layers: Sequence[PeftLayer]) -> None:
-    for layer in layers:
-        if not all(bool(torch.isfinite(factor).all()) for factor in (layer.a, layer.b)):
-            raise ValueError(
-                f"update_subspace: trained adapters must be finite, got NaN or Inf [{layer.name}]. "
-                "Go back to the last saved adapter and lower the learning rate."
+    factors = [(layer.name, factor) for layer in layers for factor in (layer.a, layer.b)]
+    wrong = first_not_finite([factor for _, factor in factors])
+    if wrong is not None:
+        raise ValueError(
+            f"update_subspace: trained adapters must be finite, got NaN or Inf [{factors[wrong][0]}]. "
+            "Go back to the last saved adapter and lower the learning rate."
+        )
+
+
+def _warn_of_ranks(
+    layers: Sequence[PeftLayer], bases: Sequence[Tensor], directions: Sequence[TopDirections], ranks: Sequence[int]
+) -> None:
+    """Name the layers whose A has fewer useful rows than LoraConfig's r, or none."""
+    full = [layer.name for layer, q in zip(layers, bases, strict=True) if q.shape[0] == q.shape[1]]
+    useful = {layer.name: len(top.a) for layer, top in zip(layers, directions, strict=True)}
+    flat = [name for name, count in useful.items() if count == 0 and name not in full]
+    small = [
+        f"{layer.name} ({useful[layer.name]} of {rank})"
+        for layer, rank in zip(layers, ranks, strict=True)
+        if 0 < useful[layer.name] < rank
+    ]
+    for names, how in (
+        (full, "have no free direction left and do not adapt"),
+        (flat, "have no gradient in free space and do not adapt"),
+        (small, "have fewer useful free directions than r and use those"),
+    ):
+        if names:
+            warn(
+                f"initialize: {len(names)} of {len(layers)} layers {how}: {listed(names)}. "
+                "Lower weight_energy or feature_energy for more room."
             )
-
-
-def _restore_confinement(layers: Sequence[PeftLayer], bases: Sequence[Tensor]) -> None:
-    """Project back every A that was trained into what is protected."""
-    leaks = [leak_of_rows(layer.a.double(), q.double()).item() for layer, q in zip(layers, bases, strict=True)]
-    astray = [i for i, leak in enumerate(leaks) if leak > LEAK]
-    if not astray:
-        return
-    for i in astray:
-        (rows, *_), _ = project_rows([layers[i].a.to(bases[i].dtype)], [bases[i]])
-        layers[i].a.copy_(rows)
-    worst = max(astray, key=leaks.__getitem__)
-    warnings.warn(
-        f"update_subspace: {len(astray)} of {len(layers)} A were trained and had left their free space, by "
-        f"{leaks[worst]:.1e} of a row's length in the worst layer [{layers[worst].name}]. They were projected back, "
-        "which changes what was learned. PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call "
-        "keeplora.freeze_a(model) after those.",
-        UserWarning,
-        stacklevel=5,  # past the wrappers of no_grad and together
-    )
-
-
-def _close(
-    slot: LoraSlot, layer: PeftLayer, basis: Tensor, new: Extension, state: SubspaceState, *, merge: bool
-) -> tuple[LayerCertificate, Update]:
-    """The layer's certificate and its update, which is in the weight afterwards if ``merge``."""
-    a, b = layer.a.to(basis.dtype), layer.b.to(basis.dtype) * layer.scaling  # as restore() merges it, bit for bit
-    weight = layer.base.weight
-    slot.attach(LoraAdapter(a, b, 1.0))
-    if merge:
-        slot.host.set_exact_weight(slot.slot, true_weight(state.masters, slot.name, weight))
-    proof = merge_and_certify(slot, basis, new, merge=merge)
-    if merge:
-        keep_master(state.masters, slot.name, weight, slot.exact_weight)
-        layer.b.zero_()
-    return proof, Update(a.detach().to("cpu", copy=True), b.detach().cpu())

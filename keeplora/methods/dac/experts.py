@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,34 @@ class ExpertPool(LoraAdapter):
         self.router_bias = nn.Parameter(router.new_zeros(len(router)))
         self.counts = torch.zeros(len(router), dtype=torch.int64)  # no buffer: DistributedDataParallel would share it
         self.active, self.tokens, self.tower = active, tokens, tower
+
+    def tensors(self) -> dict[str, Tensor]:
+        """With the votes so far."""
+        return {**super().tensors(), "counts": self.counts}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The router's bias and the votes, where they are among the ``tensors`` of a pool that was saved.
+
+        Raises:
+            ValueError: they, or the router, are not those of as many experts.
+        """
+        experts = len(self.A)
+        for name, mine in (("router", self.router), ("router_bias", self.router_bias), ("counts", self.counts)):
+            theirs = tensors.get(name, mine)
+            shape = [experts, self.A.shape[1]] if name == "router" else [experts]
+            if list(theirs.shape) != shape:
+                raise ValueError(f"{name} of shape {shape}, got {list(theirs.shape)}")
+        if "router_bias" in tensors:
+            self.router_bias.copy_(tensors["router_bias"])
+        if "counts" in tensors:
+            self.counts = tensors["counts"].to(torch.int64, copy=True)
+
+    def plain(self) -> LoraAdapter:
+        raise RuntimeError(
+            "export_peft: the open task must be closed first, got a pool of experts whose choice depends on the batch. "
+            "Call after_task(loader)."
+        )
 
     def gates(self, x: Tensor) -> Tensor:
         """g ``[experts]`` for the batch with these layer inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from keeplora.distributed import processes
 from keeplora.families.class_tokens import class_tokens
-from keeplora.lora import Target
-from keeplora.methods.lora import LoraConfig
+from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod, stored
 from keeplora.methods.method import LossFn
 from keeplora.methods.settings import check_range
@@ -108,19 +107,12 @@ class Dac(LoraMethod):
     """
 
     name: ClassVar[str] = "dac"
+    config_type: ClassVar[type] = DacConfig
     config: DacConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: DacConfig | None = None,
-        *,
-        targets: Sequence[Target] | None = None,
-        progress: bool | None = None,
-    ):
-        self.config = config or DacConfig()
+    def __init__(self, model: nn.Module, config: DacConfig | None = None, **options: Any):
         self.tokens, hooks = class_tokens(model)
-        super().__init__(model, self.config, targets=targets, progress=progress)
+        super().__init__(model, config, **options)
         self._hooks += hooks
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # a merged weight has no gates
@@ -128,21 +120,21 @@ class Dac(LoraMethod):
         """By slot, the B ``[out, m]`` of the experts that were merged."""
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
-        r, active = self.config.r, self.config.counts[0]
+        generator, r = self.generator(), self.config.r
         pools = []
-        for slot in self.slots:
+        for i, slot in enumerate(self.slots):
             out, width = slot.weight.shape
-            a, router = torch.empty(r, width), torch.empty(r, width)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            nn.init.kaiming_uniform_(router, a=math.sqrt(5), generator=generator)
-            pools.append(
-                ExpertPool(
-                    a, torch.zeros(out, r), router, self.config.scaling, active=active, tokens=self.tokens,
-                    tower=slot.target.tower, dropout=self.config.dropout,
-                )
-            )  # fmt: skip
+            a, router = kaiming((r, width), generator), kaiming((r, width), generator)
+            pools.append(self.adapter_of(i, {"A": a, "B": torch.zeros(out, r), "router": router}))
         self.attach(pools)
+
+    def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> ExpertPool:
+        pool = ExpertPool(
+            tensors["A"], tensors["B"], tensors["router"], self.scaling_of(i), active=self.config.counts[0],
+            tokens=self.tokens, tower=self.slots[i].target.tower, dropout=self.config.dropout,
+        )  # fmt: skip
+        pool.restore(tensors)
+        return pool
 
     def penalty(self) -> Tensor | None:
         """The weighted AGO loss; None in the first task."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,16 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.families.class_head import is_image_text_model, observed, put_class_head
 from keeplora.families.class_tokens import class_tokens
-from keeplora.lora import LoraSlot, Target
+from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions
 from keeplora.math.moment import Extension, SketchedMoment
 from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
 from keeplora.math.subspace import project
-from keeplora.methods.lora import LoraConfig
+from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod, stored
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
@@ -112,20 +111,13 @@ class DualLora(LoraMethod):
     """
 
     name: ClassVar[str] = "duallora"
+    config_type: ClassVar[type] = DualLoraConfig
     merges = False
     config: DualLoraConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: DualLoraConfig | None = None,
-        *,
-        targets: Sequence[Target] | None = None,
-        progress: bool | None = None,
-    ):
-        self.config = config or DualLoraConfig()
+    def __init__(self, model: nn.Module, config: DualLoraConfig | None = None, **options: Any):
         self.tokens, hooks = class_tokens(model)
-        super().__init__(model, self.config, targets=targets, progress=progress)
+        super().__init__(model, config, **options)
         self._hooks += hooks
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # a merged weight cannot depend on the sample
@@ -146,44 +138,52 @@ class DualLora(LoraMethod):
     # ------------------------------------------------------------------ the life of a task
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        found = self._residual_bases(self._class_token_moments(loader, loss_fn))
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + self.tasks_learned)
-        adapters, trained = [], []
-        for slot, phi, (psi, share) in zip(self.slots, self.bases, found, strict=True):
+        own = self._residual_bases(self._class_token_moments(loader, loss_fn))
+        generator, adapters = self.generator(), []
+        for slot, phi, (psi, share) in zip(self.slots, self.bases, own, strict=True):
             out, width = slot.weight.shape
-            a = torch.empty(self.config.r, width)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # drawn even where no room is left
+            a = kaiming((self.config.r, width), generator)  # drawn even where no room is left
             rank = min(self.config.r, width - phi.shape[1])
             residuals = self._residuals(slot)
             if psi.shape[1]:
                 start = torch.eye(psi.shape[1], dtype=psi.dtype, device=psi.device)
                 residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share))
-                trained.append(residuals[-1])
             adapters.append(self._adapter(slot, a[:rank].to(phi), phi.new_zeros(out, rank), phi, residuals))
+        full = [slot.name for slot, adapter in zip(self.slots, adapters, strict=True) if not adapter.rank]
+        if full:
+            warn(
+                f"DualLora: {len(full)} of {len(self.slots)} layers have no free direction left and do not adapt: "
+                f"{listed(full)}. Lower feature_energy for more room."
+            )
         for slot in self.slots:
             slot.detach()
         self.attach(adapters)
-        for adapter in adapters:
-            for task in adapter.tasks():
-                task.requires_grad_(any(task is one for one in trained))
-            adapter.A.requires_grad_(adapter.rank > 0)
-            adapter.B.requires_grad_(adapter.rank > 0)
-        full = [slot.name for slot, adapter in zip(self.slots, adapters, strict=True) if not adapter.rank]
-        if full:
-            warnings.warn(
-                f"DualLora: {len(full)} of {len(self.slots)} layers have no free direction left and do not adapt: "
-                f"{', '.join(full[:3])}. Lower feature_energy for more room.",
-                UserWarning,
-                stacklevel=3,
-            )
+        for adapter, (psi, _) in zip(adapters, own, strict=True):
+            adapter.train_parts(new=bool(psi.shape[1]))
+
+    def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> DualAdapter:
+        slot = self.slots[i]
+        residuals: list[ResidualAdapter] = []
+        while any(name.startswith(f"residuals.{len(residuals)}.") for name in tensors):
+            prefix = f"residuals.{len(residuals)}."
+            mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            residuals.append(ResidualAdapter.of(mine))
+        out, width = slot.weight.shape
+        shapes = [list(tensors["basis"].shape)[:1], *([len(t.B), len(t.basis)] for t in residuals)]
+        if shapes != [[width], *([out, width] for _ in residuals)]:
+            raise ValueError(f"bases and residual adapters for [{out}, {width}], got {shapes}")
+        adapter = self._adapter(slot, tensors["A"], tensors["B"], tensors["basis"], residuals)
+        adapter.A.requires_grad_(adapter.rank > 0)
+        adapter.B.requires_grad_(adapter.rank > 0)
+        return adapter
+
+    def drop_task(self) -> None:
+        for slot, basis in zip(self.slots, self.bases, strict=True):
+            earlier = [task for task in self._residuals(slot) if not task.R.requires_grad]
+            slot.detach()
+            self._rest(slot, basis, earlier)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        for slot in self.slots:
-            if not all(torch.isfinite(p).all() for task in self._residuals(slot) for p in task.parameters()):
-                raise ValueError(
-                    f"after_task: trained adapters must be finite, got NaN or Inf [{slot.name}]. "
-                    "Go back to the last saved state and lower the learning rate."
-                )
         features = ImageFeatures()
         statistics = self._class_token_moments(loader, loss_fn, features)
         open_bases = []
@@ -206,47 +206,36 @@ class DualLora(LoraMethod):
     # ------------------------------------------------------------------ state
 
     def memory_state(self) -> State:
-        tensors: dict[str, Tensor] = {}
-        shares = []
-        for slot, basis in zip(self.slots, self.bases, strict=True):
-            tensors[f"{slot.name}.basis"] = basis
-            for i, task in enumerate(self._residuals(slot)):
-                tensors |= {f"{slot.name}.residual.{i}.{key}": value for key, value in task.state_dict().items()}
-            shares.append([task.share for task in self._residuals(slot)])
+        """Φ of every slot, and what tells tasks apart. Residual adapters are in their slots."""
+        tensors = {f"{slot.name}.basis": basis for slot, basis in zip(self.slots, self.bases, strict=True)}
         known = [] if self.head is None else self.head.known()
         for i, entry in enumerate(known):
             tensors |= {f"identity.{i}.tokens": entry.tokens, f"identity.{i}.basis": entry.basis}
-        return State(tensors, {"shares": shares, "identities": [entry.rest for entry in known]})
+        return State(tensors, {"identities": [entry.rest for entry in known]})
 
-    def recall(self, state: State) -> tuple[list[Tensor], list[list[ResidualAdapter]], list[KnownTask]]:
-        shares, identities = state.meta.get("shares"), state.meta.get("identities")
-        if not isinstance(shares, list) or len(shares) != len(self.slots) or not isinstance(identities, list):
-            raise StateError("load_state: state must hold the shares of every target's residual bases")
-        bases, residuals = [], []
-        for slot, of_slot in zip(self.slots, shares, strict=True):
-            out, width = slot.weight.shape
-            bases.append(stored(state, f"{slot.name}.basis", [width, None]))
-            tasks = []
-            for i, share in enumerate(of_slot):
-                name = f"{slot.name}.residual.{i}"
-                psi, r = stored(state, f"{name}.basis", [width, None]), stored(state, f"{name}.R", [None, None])
-                b = stored(state, f"{name}.B", [out, len(r)])
-                tasks.append(ResidualAdapter(stored(state, f"{name}.R", [len(r), psi.shape[1]]), b, psi, share))
-            residuals.append(tasks)
+    def recall(self, state: State) -> tuple[list[Tensor], list[KnownTask]]:
+        identities = state.meta.get("identities")
+        if not isinstance(identities, list):
+            raise StateError(f"load_state: identities must be a list of numbers, got {identities!r}")
+        bases = [stored(state, f"{slot.name}.basis", [slot.weight.shape[1], None]) for slot in self.slots]
         known = []
         for i, rest in enumerate(identities):
             tokens = stored(state, f"identity.{i}.tokens", [None, None])
             known.append(KnownTask(tokens, stored(state, f"identity.{i}.basis", [None, None]), rest))
-        return bases, residuals, known
+        return bases, known
 
-    def remember(self, memory: tuple[list[Tensor], list[list[ResidualAdapter]], list[KnownTask]]) -> None:
-        bases, residuals, known = memory
+    def remember(self, memory: tuple[list[Tensor], list[KnownTask]]) -> None:
+        bases, known = memory
         self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, bases, strict=True)]
-        for slot, basis, tasks in zip(self.slots, self.bases, residuals, strict=True):
-            slot.detach()
-            self._rest(slot, basis, tasks)
         if self.head is not None:
             self.head.tasks = nn.ModuleList(known).to(self.slots[0].weight.device)
+
+    def release(self) -> None:
+        for slot in self.slots:
+            slot.detach()
+        super().release()
+        if self.head is not None:
+            put_class_head(self.model, None)
 
     # ------------------------------------------------------------------ parts
 

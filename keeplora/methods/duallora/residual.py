@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +52,25 @@ class ResidualAdapter(nn.Module):
         self.register_buffer("basis", basis.detach().clone())
         self.share = float(share)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that makes it again: R, B, Ψ, ρ and whether it is being trained."""
+        share = torch.tensor(self.share, dtype=torch.float64)
+        return {**self.state_dict(), "share": share, "trained": torch.tensor(self.R.requires_grad)}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> ResidualAdapter:
+        """The adapter with these :meth:`tensors`.
+
+        Raises:
+            KeyError, ValueError: one is missing, or of another shape.
+        """
+        r, b, basis = tensors["R"], tensors["B"], tensors["basis"]
+        if not r.dim() == b.dim() == basis.dim() == 2 or (r.shape[1], b.shape[1]) != (basis.shape[1], r.shape[0]):
+            raise ValueError(f"R [q, k], B [out, q] and a basis [in, k], got {[list(t.shape) for t in (r, b, basis)]}")
+        adapter = ResidualAdapter(r, b, basis, float(tensors["share"]))
+        adapter.requires_grad_(bool(tensors["trained"]))
+        return adapter
+
     def down(self) -> Tensor:
         """A = R Ψᵀ ``[q, in]``."""
         return self.R @ self.basis.T
@@ -91,6 +112,12 @@ class DualAdapter(LoraAdapter):
     def tasks(self) -> list[ResidualAdapter]:
         return [task for task in self.residuals if isinstance(task, ResidualAdapter)]
 
+    def tensors(self) -> dict[str, Tensor]:
+        mine = {"A": self.A, "B": self.B, "basis": self.basis}
+        for i, task in enumerate(self.tasks()):
+            mine |= {f"residuals.{i}.{key}": tensor for key, tensor in task.tensors().items()}
+        return mine
+
     def down(self) -> Tensor:
         """A_o ``[r, in]``. Two passes: one leaves 1e-6 of what training has put inside Φ."""
         return project(project(self.A, self.basis), self.basis)
@@ -117,6 +144,14 @@ class DualAdapter(LoraAdapter):
             t = t * (weights.view(shape) * self.scaling).to(t.dtype)
             y = y + F.linear(t, torch.cat([task.B for task in tasks], dim=1).to(t.dtype))
         return y
+
+    def train_parts(self, *, new: bool) -> None:
+        """Let A_o and B_o be trained, where there is room for them, and the last residual adapter if it is ``new``."""
+        tasks = self.tasks()
+        for i, task in enumerate(tasks):
+            task.requires_grad_(new and i == len(tasks) - 1)
+        self.A.requires_grad_(self.rank > 0)
+        self.B.requires_grad_(self.rank > 0)
 
     def orthogonal(self) -> LoraAdapter:
         """A plain adapter of the orthogonal part."""

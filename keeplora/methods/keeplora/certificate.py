@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keeplora.lora import LoraSlot
+from keeplora.lora import LoraSlot, merge_adapters
+from keeplora.math.batch import portions
 from keeplora.math.lowrank import Extension
-from keeplora.math.subspace import certificate
+from keeplora.math.precision import full_precision
+from keeplora.math.subspace import Certificate, certificates
+from keeplora.methods.progress import for_all_layers
 
-__all__ = ["LayerCertificate", "RetentionCertificate", "merge_and_certify"]
+__all__ = ["LayerCertificate", "RetentionCertificate", "certified"]
 
 
 @dataclass(frozen=True)
@@ -87,21 +91,47 @@ class RetentionCertificate:
         )
 
 
-def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension, *, merge: bool = True) -> LayerCertificate:
-    """Merge the slot's adapter and measure what that did, or measure it only: then nothing is rounded.
+def certified(
+    slots: Sequence[LoraSlot], bases: Sequence[Tensor], new: Sequence[Extension], *, merge: bool, shown: bool | None
+) -> list[LayerCertificate]:
+    """Merge the slots' adapters and measure what that did, or measure it only: then nothing is rounded.
 
-    ``basis`` is what was protected while the adapter was trained, ``new`` what is protected from now on.
+    Args:
+        bases: What was protected while the adapters were trained. new: What is protected from now on.
     """
-    adapter = slot.adapter
+
+    def compute(group: list[int]) -> list[LayerCertificate]:
+        members = [slots[i] for i in group]
+        factors = [_factors(slot) for slot in members]
+        changes = _merged(members) if merge else None
+        a, b = [a for a, _ in factors], [b for _, b in factors]
+        proofs = certificates(a, b, [bases[i] for i in group], basis=[new[i].q for i in group], delta=changes)
+        return [_layer(slots[i].name, proof, new[i]) for i, proof in zip(group, proofs, strict=True)]
+
+    with full_precision(slots[0].weight.device):
+        together = portions([slot.weight for slot in slots])
+        return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
+
+
+def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
+    """Merge, and return the changes that the stored weights made."""
+    before = [slot.weight.detach().to(torch.float64, copy=True) for slot in slots]
+    merge_adapters(slots)
+    return [slot.weight.detach().double() - then for slot, then in zip(slots, before, strict=True)]
+
+
+def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:
+    """A and ``B − B₀`` of the slot's adapter, without rows where there is none: nothing was free, nothing moved."""
+    if slot.adapter is not None:
+        return slot.adapter.A.detach(), slot.adapter.update().detach()
     out, width = slot.weight.shape
-    if adapter is None:  # nothing was free: nothing moved
-        a, b, change = basis.new_zeros(0, width), basis.new_zeros(out, 0), None
-    else:
-        a, b = adapter.A.detach(), adapter.update().detach()
-        change = _merge(slot) if merge else None
-    proof = certificate(a, b, basis, basis=new.q, delta=change)
+    dtype = torch.float64 if slot.weight.dtype == torch.float64 else torch.float32
+    return slot.weight.new_zeros(0, width, dtype=dtype), slot.weight.new_zeros(out, 0, dtype=dtype)
+
+
+def _layer(name: str, proof: Certificate, new: Extension) -> LayerCertificate:
     return LayerCertificate(
-        name=slot.name,
+        name=name,
         leak=proof.leak,
         leak_after_rounding=proof.leak if proof.leak_after_rounding is None else proof.leak_after_rounding,
         orthogonality=proof.orthogonality,
@@ -110,10 +140,3 @@ def merge_and_certify(slot: LoraSlot, basis: Tensor, new: Extension, *, merge: b
         added=new.added,
         free=proof.free,
     )
-
-
-def _merge(slot: LoraSlot) -> Tensor:
-    """Merge, and return the change that the stored weight made."""
-    before = slot.weight.detach().to(torch.float64, copy=True)
-    slot.merge()
-    return slot.weight.detach().double() - before

@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora._version import __version__
-from keeplora.distributed import processes
+from keeplora.families import find_targets
 from keeplora.lora import (
     Confinement,
-    LoraSlot,
+    LoraAdapter,
     ProjectedAdamW,
     Target,
     confine,
     depth_factor,
     depth_positions,
-    merge_ahead,
-    unwrap,
-    wrap,
+    select_targets,
 )
+from keeplora.math.lowrank import TopDirections
 from keeplora.math.precision import full_precision
-from keeplora.methods.capacity import Capacity, layer_capacity
-from keeplora.methods.method import LossFn, Method, freeze, require_loss_fn
-from keeplora.methods.progress import for_all_layers
-from keeplora.methods.state import State, StateError, read_state, write_state
-from keeplora.methods.verify import added_by_task, check_state, fingerprint
+from keeplora.methods.capacity import Capacity
+from keeplora.methods.lora_method import LoraMethod, stored
+from keeplora.methods.method import LossFn
+from keeplora.methods.state import State, StateError
 
-from .adapters import Protected, adapter_tensors, attach, new_adapter, restore, warn_of_small_ranks
-from .certificate import RetentionCertificate, merge_and_certify
-from .choice import chosen_targets, warn_of_neighbours
+from .certificate import RetentionCertificate, certified
 from .config import KeepLoraConfig
 from .directions import direction_finder
-from .peft_exchange import PeftExchange
-from .protected import extended_bases, weight_bases
-from .trained_a import bases_of_a, restore_confinement
+from .import_peft import imported_adapters
+from .protected import Protected, extended_bases, weight_bases
+from .trained_a import restore_confinement
 
 __all__ = ["KeepLora"]
 
-T = TypeVar("T")
 
-
-class KeepLora(PeftExchange, Method):
+class KeepLora(LoraMethod):
     r"""Continual learning by LoRA in the subspace that neither the pretrained weights nor earlier tasks use.
 
     For every adapted weight W ``[out, in]`` with protected orthonormal basis Q ``[in, k]``:
@@ -92,7 +85,8 @@ class KeepLora(PeftExchange, Method):
     """
 
     name: ClassVar[str] = "keeplora"
-    config_type: ClassVar[type[KeepLoraConfig]] = KeepLoraConfig
+    config_type: ClassVar[type] = KeepLoraConfig
+    config: KeepLoraConfig
 
     def __init__(
         self,
@@ -102,76 +96,72 @@ class KeepLora(PeftExchange, Method):
         targets: Sequence[Target] | None = None,
         progress: bool | None = None,
     ):
-        self.model, self.progress = model, progress
-        self.config = config or KeepLoraConfig()
-        self.targets = chosen_targets(model, self.config, targets)
-        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.slots: list[LoraSlot] = wrap(model, self.targets)
+        super().__init__(model, config, targets=targets, progress=progress)
+        self.train_a = self.config.train_a
         for slot in self.slots:
             slot.host.forward_mode = self.config.forward
-        self._hooks = merge_ahead(model)
         positions = depth_positions(self.targets)
         self._scalings = [
             self.config.scaling * depth_factor(self.config.depth_scale_of(t.tower), *positions[t.name])
             for t in self.targets
         ]
         self._protected: list[Protected] | None = None
-        self._loss_fn: LossFn | None = None
-        self.tasks_learned = 0
-        self.training_task = False
-        self._closed = False
+
+    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
+        config = self.config
+        if targets is None:
+            targets = find_targets(self.model, config.towers)
+        elif config.towers is not None:
+            targets = [target for target in targets if target.tower in config.towers]
+        chosen = select_targets(targets, config.target_modules)
+        config.check_towers({target.tower for target in chosen})
+        return chosen
+
+    def scaling_of(self, i: int) -> float:
+        return self._scalings[i]
 
     # ------------------------------------------------------------------ the life of a task
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         """Find where the task wants to go in free space, and put an adapter there: A frozen, B trained.
 
         One pass over ``loader`` with gradients of the adapted weights only (two where they are sketched); before the
-        first task also the bases of the pretrained weights. The model's function does not change. On an error nothing
-        has changed.
-
-        Args:
-            loader: The task's training batches; can be iterated again later.
-            loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :meth:`after_task`.
+        first task also the bases of the pretrained weights.
 
         Raises:
-            RuntimeError: a task is open already; the loss has no gradient to any adapted weight.
+            RuntimeError: the loss has no gradient to any adapted weight.
             ValueError: an empty loader, a loss or gradient that is not finite (batch or layer named).
 
         Warns:
             UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
         """
-        with processes().together():
-            self._require_open_model()
-            if self.training_task:
-                raise RuntimeError(
-                    "before_task: the previous task must be closed first, got an open task. Call after_task(loader)."
-                )
-            require_loss_fn(loss_fn)
-            self._require_same_weights("before_task")
-            found = direction_finder(
-                self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress
-            )
-            with full_precision(self.slots[0].weight.device):
-                protected = self._protected_or_weights()
-            bases = [p.basis for p in protected]
-            directions = found.directions(bases)
-            adapters = [
-                new_adapter(*parts, self.config) for parts in zip(self.slots, directions, self._scalings, strict=True)
-            ]
-        warn_of_small_ranks(self.slots, bases, directions, self.config.r)
-        attach(self.model, self.slots, adapters)
-        self._protected, self._loss_fn, self.training_task = protected, loss_fn, True
+        gradients = direction_finder(
+            self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress
+        )
+        protected = self._protected_or_weights()
+        bases = [p.basis for p in protected]
+        directions = gradients.directions(bases)
+        adapters = [self._new_adapter(i, top) for i, top in enumerate(directions)]
+        self.warn_of_ranks(
+            [len(top.a) for top in directions],
+            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
+            none="gradient in free space",
+            remedy="Lower weight_energy or feature_energy for more room.",
+        )
+        self.attach(adapters)
+        self._protected = protected
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The adapters' B matrices, for the optimizer; with ``train_a`` A and B of every adapter.
+    def _new_adapter(self, i: int, top: TopDirections) -> LoraAdapter | None:
+        """An adapter along the leading directions; None where there are none."""
+        if self.config.init_b == "zero" or not len(top.a):
+            return self.adapter_along(i, top.a)
+        b = top.b * top.s
+        return self.adapter_of(i, {"A": top.a, "B": b, "origin": b})
 
-        Raises:
-            RuntimeError: no task is open.
-        """
-        self._require_task("trainable_parameters")
-        adapters = [slot.adapter for slot in self.slots if slot.adapter is not None]
-        return [p for adapter in adapters for p in ((adapter.A, adapter.B) if self.config.train_a else (adapter.B,))]
+    def drop_task(self) -> None:
+        super().drop_task()
+        if not self.tasks_learned:
+            self._protected = None
 
     def optimizer(self, **options: Any) -> ProjectedAdamW:
         """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
@@ -189,52 +179,38 @@ class KeepLora(PeftExchange, Method):
         """
         return confine(optimizer, self._bases_to_keep("confine"))
 
-    @torch.no_grad()
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> RetentionCertificate:
-        r"""Merge the adapters, protect what the task's inputs look like, and prove what was retained.
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
+        """:meth:`confine` where A is trained."""
+        return self.confine(optimizer) if self.config.train_a else None
+
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> RetentionCertificate:
+        """Merge the adapters, protect what the task's inputs look like, and prove what was retained.
 
         One pass over ``loader`` without gradients. The features are those of the learned model: they are collected
         before the merge, which does not change the function, so that an error leaves everything as it was.
-
-        Args:
-            loader: The task's training batches.
-            loss_fn: Runs the model on a batch; by default the one :meth:`before_task` was given.
 
         Returns:
             The retention certificate: leak, orthogonality, captured energy and room, per layer and the worst.
 
         Raises:
-            RuntimeError: no task is open, or no ``loss_fn`` is known (after :meth:`load`).
-            ValueError: an empty loader, features or trained adapters that are not finite (batch and layer named).
+            ValueError: an empty loader, features that are not finite (batch and layer named).
 
         Warns:
             UserWarning: a trained A had left its free space (the optimizer did not keep it there); it is projected
-                back before anything else. Or parameters besides the adapters' were left to train.
+                back before anything else.
         """
-        with processes().together():
-            self._require_task("after_task")
-            forward = loss_fn or self._loss_fn
-            if forward is None:
-                raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
-            assert self._protected is not None
-            old = self._protected
-            for slot in self.slots:
-                slot.check_finite("after_task")
-            self._require_same_weights("after_task")
-            warn_of_neighbours("after_task", self.model, self.trainable_parameters())
-            restore_confinement("after_task", self.slots, [p.basis for p in old])
-            new = extended_bases(
-                self.model, self.slots, loader, forward, self.config, [p.basis for p in old], shown=self.progress
-            )
-        with full_precision(self.slots[0].weight.device):
-            layers = self._for_all_layers(
-                lambda group: [merge_and_certify(self.slots[i], old[i].basis, new[i]) for i in group], "merge"
-            )
+        assert self._protected is not None
+        old, bases = self._protected, [p.basis for p in self._protected]
+        held = [(slot, q) for slot, q in zip(self.slots, bases, strict=True) if slot.adapter is not None]
+        restore_confinement(
+            "after_task",
+            {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
+            "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
+        )
+        new = extended_bases(self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress)
+        layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
         self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
-        result = RetentionCertificate(self.tasks_learned, tuple(layers))
-        self.tasks_learned += 1
-        self.training_task = False
-        return result
+        return RetentionCertificate(self.tasks_learned, tuple(layers))
 
     # ------------------------------------------------------------------ what a user asks in between
 
@@ -245,11 +221,7 @@ class KeepLora(PeftExchange, Method):
         once :meth:`before_task` ran; until then everything counts as free.
         """
         protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
-        layers = (
-            layer_capacity(slot.target, slot.weight.shape[1], p.basis.shape[1], p.added, self.config.r)
-            for slot, p in zip(self.slots, protected, strict=True)
-        )
-        return Capacity(tuple(layers), self.tasks_learned)
+        return self.capacity_of([p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r)
 
     def basis(self, name: str) -> Tensor:
         """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
@@ -260,138 +232,81 @@ class KeepLora(PeftExchange, Method):
                 return self._protected[i].basis.clone()
         raise ValueError(f"basis: name must be one of the targets, got {name!r}. See keeper.capacity().")
 
-    def merge(self) -> nn.Module:
-        """Give the model back with its ordinary layers, every learned task merged in; returns ``model``.
-
-        The keeper cannot be used afterwards; save it first if more tasks are to come. Gradient flags are as they
-        were before the keeper was made.
-
-        Raises:
-            RuntimeError: a task is open.
-        """
-        self._require_open_model()
-        if self.training_task:
-            raise RuntimeError("merge: the open task must be closed first. Call after_task(loader).")
-        self._release()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
-        self._closed = True
-        return self.model
-
     # ------------------------------------------------------------------ state
 
-    def state(self) -> State:
-        """Merged weights, bases and open adapters, on the CPU."""
-        tensors: dict[str, Tensor] = {}
-        for i, slot in enumerate(self.slots):
-            tensors[f"{slot.name}.weight"] = slot.exact_weight
-            if self._protected is not None:
-                tensors[f"{slot.name}.basis"] = self._protected[i].basis
-            tensors |= adapter_tensors(slot)
-        meta = {
-            "method": self.name,
-            "config": self.config.to_dict(),
-            "targets": [slot.name for slot in self.slots],
-            "tasks_learned": self.tasks_learned,
-            "training_task": self.training_task,
-            "added": [p.added[-1] if p.added else 0 for p in self._protected] if self._protected else None,
-            "added_by_task": [list(p.added) for p in self._protected] if self._protected else None,
-            "frozen": fingerprint(self.model, self.slots),
-            "versions": {"keeplora": __version__, "torch": str(torch.__version__)},
-        }
-        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
+    def memory_state(self) -> State:
+        """The protected bases."""
+        if self._protected is None:
+            return State({}, {"added_by_task": None})
+        pairs = list(zip(self.slots, self._protected, strict=True))
+        added = [list(p.added) for _, p in pairs]
+        return State({f"{slot.name}.basis": p.basis for slot, p in pairs}, {"added_by_task": added})
 
-    def load_state(self, state: State) -> None:
-        """Continue from ``state``. Everything is checked before anything changes.
-
-        Raises:
-            StateError: the state belongs to another method, another model or other targets, or is incomplete.
-        """
-        self._require_open_model()
-        check_state(state, self.name, self.model, self.slots)
-        added = added_by_task(state)
-        protected = []
-        for i, slot in enumerate(self.slots):
-            device = slot.weight.device
-            slot.host.set_exact_weight(slot.slot, state.tensors[f"{slot.name}.weight"].to(device))
-            if added is not None:
-                protected.append(Protected(state.tensors[f"{slot.name}.basis"].to(device), added[i]))
-            restore(slot, state.tensors, self._scalings[i], self.config)
-        self._protected = protected or None
-        self.tasks_learned, self.training_task = state.meta["tasks_learned"], state.meta["training_task"]
-        if self.training_task:
-            freeze(self.model)
-            for parameter in self.trainable_parameters():
-                parameter.requires_grad_(True)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
-        write_state(path, self.state())
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: nn.Module,
-        *,
-        targets: Sequence[Target] | None = None,
-        progress: bool | None = None,
-    ) -> KeepLora:
-        """A keeper that continues from :meth:`save`, around the pretrained ``model`` it was made with.
-
-        Raises:
-            StateError: nothing there, damaged, of a newer version, or made with another model.
-        """
-        state = read_state(path)
-        if state.meta.get("method") != cls.name:
+    def recall(self, state: State) -> list[Protected] | None:
+        added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
+        if added is None and not tasks and not state.meta["training_task"]:
+            return None
+        if not isinstance(added, list) or [len(row) for row in added] != [tasks] * len(self.slots):
             raise StateError(
-                f"load: {os.fspath(path)} must hold a state of method {cls.name!r}, got {state.meta.get('method')!r}"
+                f"load_state: added_by_task must have a row of {tasks} numbers for each of {len(self.slots)} targets, "
+                f"got {added!r}"
             )
-        keeper = cls(model, cls.config_type(**state.meta["config"]), targets=targets, progress=progress)
-        try:
-            check_state(state, cls.name, model, keeper.slots)
-        except StateError:
-            keeper._release()
-            raise
-        keeper.load_state(state)
-        return keeper
+        bases = [stored(state, f"{slot.name}.basis", (slot.weight.shape[1], None)) for slot in self.slots]
+        for slot, basis, row in zip(self.slots, bases, added, strict=True):
+            if not 0 <= sum(row) <= basis.shape[1] <= basis.shape[0]:
+                raise StateError(
+                    f"load_state: added_by_task must add up to at most the basis, got {row} for {basis.shape[1]} "
+                    f"directions of {basis.shape[0]} [{slot.name}]"
+                )
+        return [
+            Protected(basis.to(slot.weight.device), tuple(row))
+            for slot, basis, row in zip(self.slots, bases, added, strict=True)
+        ]
+
+    def remember(self, memory: list[Protected] | None) -> None:
+        self._protected = memory
+
+    # ------------------------------------------------------------------ from PEFT
+
+    def import_peft(self, path: str | os.PathLike[str], *, project: bool = False) -> None:
+        """Open a task with the adapter of a stock PEFT checkpoint, instead of :meth:`before_task`.
+
+        Train it further or not, then close the task with ``after_task(loader, loss_fn)``. Weights it does not name get
+        no adapter. On an error nothing has changed.
+
+        Args:
+            path: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            project: Take what is protected out of the adapter, ``A ← A (I − Q Qᵀ)``. Otherwise an adapter that
+                reaches into it is refused, as one trained without KeepLoRA does.
+
+        Raises:
+            FileNotFoundError: one of the two files is not there.
+            ValueError: it is more than plain LoRA on unchanged base weights (DoRA, biases, PiSSA and its like, saved
+                modules), has layers that are no targets, or reaches into what is protected.
+            RuntimeError: a task is open.
+        """
+        self._require("import_peft", task=False)
+        protected = self._protected_or_weights()
+        parts = imported_adapters(path, self.slots, [p.basis for p in protected], self._scalings, project=project)
+        adapters = [None if part is None else self.adapter_of(i, part) for i, part in enumerate(parts)]
+        with self._opening(None):
+            self.attach(adapters)
+            self._protected = protected
 
     # ------------------------------------------------------------------ parts
 
-    def _for_all_layers(self, compute: Callable[[list[int]], Iterable[T]], what: str) -> list[T]:
-        return for_all_layers(self.slots, compute, what, shown=self.progress)
-
     def _protected_or_weights(self) -> list[Protected]:
         """What is protected; before the first task what the pretrained weights know."""
-        return self._protected or [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
-
-    def _require_same_weights(self, function: str) -> None:
-        """All processes must learn one task with one model."""
-        peers = processes()
-        if peers.size == 1:
-            return
-        held = {slot.name: slot.weight.detach() for slot in self.slots}
-        for slot in self.slots:
-            if slot.adapter is not None:
-                held |= {f"{slot.name}.{name}": p.detach() for name, p in slot.adapter.named_parameters()}
-        peers.require_same(function, held)
-
-    def _release(self) -> None:
-        unwrap(self.model)
-        for hook in self._hooks:
-            hook.remove()
+        if self._protected is not None:
+            return self._protected
+        with full_precision(self.slots[0].weight.device):
+            return [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
 
     def _bases_to_keep(self, function: str) -> dict[nn.Parameter, Tensor]:
         """The basis of every A that is trained."""
-        self._require_task(function)
+        self._require(function, task=True)
         assert self._protected is not None
-        return bases_of_a(self.slots, [p.basis for p in self._protected]) if self.config.train_a else {}
-
-    def _require_task(self, function: str) -> None:
-        self._require_open_model()
-        if not self.training_task:
-            raise RuntimeError(f"{function}: a task must be open, got none. Call before_task(loader, loss_fn) first.")
-
-    def _require_open_model(self) -> None:
-        if self._closed:
-            raise RuntimeError("KeepLora: the keeper has given its model back by merge(). Make a new one.")
+        if not self.config.train_a:
+            return {}
+        pairs = zip(self.slots, self._protected, strict=True)
+        return {slot.adapter.A: p.basis.to(slot.adapter.A) for slot, p in pairs if slot.adapter is not None}

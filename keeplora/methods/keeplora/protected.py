@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,15 @@ from keeplora.statistics import feature_statistics
 
 from .config import KeepLoraConfig
 
-__all__ = ["extended_bases", "weight_bases"]
+__all__ = ["Protected", "extended_bases", "weight_bases"]
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it."""
+
+    basis: Tensor
+    added: tuple[int, ...] = ()
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
+from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families.class_head import is_image_text_model, observed, put_class_head
 from keeplora.lora import Target
 from keeplora.methods.keeplora.certificate import RetentionCertificate
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.method import KeepLora
-from keeplora.methods.method import LossFn, Method, require_loss_fn
+from keeplora.methods.lora_method import stored
+from keeplora.methods.method import LossFn
 from keeplora.methods.state import State, StateError
-from keeplora.methods.verify import check_state
 
 from .classifiers import ClassMeans, CosineClassifiers
 
@@ -82,7 +81,8 @@ class KeepLoraCls(KeepLora):
 
     name: ClassVar[str] = "keeplora++cls"
     merges = False
-    config_type: ClassVar[type[KeepLoraConfig]] = KeepLoraClsConfig
+    config_type: ClassVar[type] = KeepLoraClsConfig
+    config: KeepLoraClsConfig
 
     def __init__(
         self,
@@ -97,13 +97,12 @@ class KeepLoraCls(KeepLora):
                 "KeepLoraCls: model must have image features (encode_image, encode_text, logit_scale, as open_clip's "
                 f"models do), got {type(model).__name__}. Use keeplora++ for other models."
             )
-        config = config or KeepLoraClsConfig()
-        self.head = CosineClassifiers(config.classifier_scale)
         super().__init__(model, config, targets=targets, progress=progress)
+        self.head = CosineClassifiers(self.config.classifier_scale)
         put_class_head(model, self.head)
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        """As :meth:`KeepLora.before_task`; the same pass gives the classifier's start.
+    def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+        """As :meth:`KeepLora.open_task`; the same pass gives the classifier's start.
 
         Raises:
             RuntimeError: there are several processes; each would start at the means of its own images.
@@ -116,77 +115,64 @@ class KeepLoraCls(KeepLora):
                 f"KeepLoraCls: class means are taken in one process, got {processes().size}. "
                 "Train in one process, or use keeplora++."
             )
-        require_loss_fn(loss_fn)
         means = ClassMeans()
         with observed(self.head, means.observe):
-            super().before_task(loader, means.of_loss(loss_fn))
-        self._loss_fn = loss_fn
+            super().open_task(loader, means.of_loss(loss_fn))
         start, empty = means.start()
         self.head.add(start, means.tokens)
         if empty:
-            warnings.warn(
+            warn(
                 f"KeepLoraCls: {empty} of {len(start)} classes had no image in the pass before the task and start at "
-                "their texts. Let the pass see more of the data.",
-                UserWarning,
-                stacklevel=2,
+                "their texts. Let the pass see more of the data."
             )
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The adapters' parameters and the task's classifier ``[classes, d]``."""
-        return [*super().trainable_parameters(), self.head.classifiers()[-1].weight]
+        return [*super().named_trained(), ("classifier", self.head.classifiers()[-1].weight)]
 
-    @torch.no_grad()
-    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> RetentionCertificate:
-        """As :meth:`KeepLora.after_task`; the task's classifier is frozen.
-
-        Raises:
-            ValueError: what was trained is not finite.
-        """
-        self._require_task("after_task")
-        weight = self.head.classifiers()[-1].weight
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                "after_task: the trained classifier must be finite, got NaN or Inf. "
-                "Go back to the last saved state and lower the learning rate."
-            )
-        result = super().after_task(loader, loss_fn)
-        weight.requires_grad_(False)
+    def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> RetentionCertificate:
+        """As :meth:`KeepLora.close_task`; the task's classifier is frozen."""
+        result = super().close_task(loader, loss_fn)
+        self.head.classifiers()[-1].weight.requires_grad_(False)
         return result
 
-    def merge(self) -> nn.Module:
-        """Refused: the classifiers are no part of the model's own weights."""
-        return Method.merge(self)
+    def drop_task(self) -> None:
+        super().drop_task()
+        del self.head.tasks[-1]
 
-    def state(self) -> State:
-        """As :meth:`KeepLora.state`, with the classifiers and their prompts."""
-        state = super().state()
+    def release(self) -> None:
+        super().release()
+        put_class_head(self.model, None)
+
+    def memory_state(self) -> State:
+        """As KeepLora's, with the classifiers and their prompts."""
+        memory = super().memory_state()
         for i, task in enumerate(self.head.classifiers()):
-            state.tensors[f"classifier.{i}.weight"] = task.weight.detach().to("cpu", copy=True)
-            state.tensors[f"classifier.{i}.tokens"] = task.tokens.to("cpu", copy=True)
-        state.meta["classifiers"] = len(self.head.tasks)
-        return state
+            memory.tensors |= {f"classifier.{i}.weight": task.weight, f"classifier.{i}.tokens": task.tokens}
+        memory.meta["classifiers"] = len(self.head.tasks)
+        return memory
 
-    def load_state(self, state: State) -> None:
-        """Continue from ``state``. Everything is checked before anything changes.
-
-        Raises:
-            StateError: as :meth:`KeepLora.load_state`, or a classifier is missing.
-        """
-        check_state(state, self.name, self.model, self.slots)
-        count = state.meta["tasks_learned"] + bool(state.meta["training_task"])
+    def recall(self, state: State) -> Any:
+        count = state.meta["tasks_learned"] + state.meta["training_task"]
         if state.meta.get("classifiers") != count:
             raise StateError(
-                f"load_state: state must hold one classifier for each of {count} tasks, got "
-                f"{state.meta.get('classifiers')!r}"
+                f"load_state: classifiers must be one for each of {count} tasks, got {state.meta.get('classifiers')!r}"
             )
-        found = []
+        classifiers = []
         for i in range(count):
-            weight, tokens = (state.tensors.get(f"classifier.{i}.{name}") for name in ("weight", "tokens"))
-            if weight is None or tokens is None or weight.dim() != 2 or tokens.dim() != 2 or len(weight) != len(tokens):
-                raise StateError(f"load_state: classifier {i} must be a matrix with one row for each of its prompts")
-            found.append((weight, tokens))
+            tokens = stored(state, f"classifier.{i}.tokens", (None, None))
+            classifiers.append((stored(state, f"classifier.{i}.weight", (len(tokens), None)), tokens))
+        return super().recall(state), classifiers
+
+    def remember(self, memory: Any) -> None:
+        protected, classifiers = memory
+        super().remember(protected)
         device = self.slots[0].weight.device
         self.head.tasks = nn.ModuleList()
-        for weight, tokens in found:
+        for weight, tokens in classifiers:
             self.head.add(weight.to(device), tokens.to(device)).weight.requires_grad_(False)
-        super().load_state(state)
+
+    def set_weights(self, weights: Any, *, open_task: bool) -> None:
+        super().set_weights(weights, open_task=open_task)
+        if open_task:
+            self.head.classifiers()[-1].weight.requires_grad_(True)
