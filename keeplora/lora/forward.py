@@ -70,7 +70,12 @@ def adapted_linear(
 
 
 def _parts(places: Sequence[tuple[LoraSlot, Rows]]) -> list[Part]:
-    return [Part(adapter, rows) for slot, rows in places if (adapter := slot.adapter) is not None]
+    parts = []
+    for slot, rows in places:
+        adapter = slot.adapter
+        if adapter is not None:
+            parts.append(Part(adapter, rows))
+    return parts
 
 
 def _merges(host: LoraHost, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> bool:

@@ -223,7 +223,11 @@ class Lines(Method):
             if not torch.equal(before, after := cell.read())
         ]
         self._before = []
-        self.alphas.append(self._chosen(changes))
+        try:
+            self.alphas.append(self._chosen(changes))
+        except BaseException:  # the base method's task is closed: so is this one, unscaled
+            self.tasks_learned, self.training_task = self.base.tasks_learned, False
+            raise
         if self.alphas[-1] != 1:
             for module in self.model.modules():
                 if isinstance(module, LoraSlot):

@@ -51,7 +51,12 @@ def _lines(
     if name not in METHODS or name == Lines.name:
         near = nearest(name, set(METHODS) - {Lines.name}, cutoff=0.3)
         raise ValueError(f"LinesConfig: base must be another method, got {name!r}. Nearest names: {', '.join(near)}.")
-    seeded = {"seed": config.seed} if any(f.name == "seed" for f in fields(METHODS[name].config)) else {}
+    entry = METHODS[name]
+    if not getattr(entry.build, "trains", True) or not getattr(entry.build, "merges", True):
+        raise ValueError(
+            f"LinesConfig: base must be a method that puts what it learns into the model's weights, got {name!r}"
+        )
+    seeded = {"seed": config.seed} if any(f.name == "seed" for f in fields(entry.config)) else {}
     return Lines(create(name, model, {**seeded, **config.settings}, targets=targets, progress=progress), config)
 
 

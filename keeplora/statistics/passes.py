@@ -114,7 +114,7 @@ def _is_ours(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
-    return raised_in.startswith(("keeplora.lora.", "keeplora.integrations."))
+    return raised_in.startswith(("keeplora.lora.", "keeplora.statistics.", "keeplora.families."))
 
 
 def _described(batch: Any, depth: int = 0) -> str:

@@ -16,7 +16,9 @@ OUT, IN, RANK, TOKENS = 6, 5, 2, 40
 def make(mode, dtype=torch.float32):
     layer = LoraLinear(nn.Linear(IN, OUT, dtype=dtype)).requires_grad_(False)
     layer.add_slot("weight", "weight", None)
-    layer.attach("weight", LoraAdapter(torch.randn(RANK, IN, dtype=dtype), torch.randn(OUT, RANK, dtype=dtype), 0.5))
+    layer.slots["weight"].attach(
+        LoraAdapter(torch.randn(RANK, IN, dtype=dtype), torch.randn(OUT, RANK, dtype=dtype), 0.5)
+    )
     layer.forward_mode = mode
     return layer
 
@@ -47,7 +49,7 @@ def test_function_transforms(mode):
     b = layer.adapters["weight"].B
 
     def loss(b, x):
-        return functional_call(layer, {"adapters.weight.B": b}, (x,)).square().sum()
+        return functional_call(layer, {"slots.weight.adapter.B": b}, (x,)).square().sum()
 
     weight = layer.weight.double() + 0.5 * b.detach().double() @ layer.adapters["weight"].A.double()
     t = x.double() @ layer.adapters["weight"].A.double().T
@@ -84,7 +86,7 @@ def test_attention_keeps_tokens_times_rank_for_its_adapters(slots, batch_first):
         for i, name in enumerate("qkv"):
             layer.add_slot(f"{name}_proj", "in_proj_weight", (width * i, width * i + width))
             if name in adapted:
-                layer.attach(f"{name}_proj", LoraAdapter(torch.randn(RANK, width), torch.randn(width, RANK), 1.0))
+                layer.slots[f"{name}_proj"].attach(LoraAdapter(torch.randn(RANK, width), torch.randn(width, RANK), 1.0))
         layer.forward_mode = "merged"
         storages = {}
         hold = torch.autograd.graph.saved_tensors_hooks(

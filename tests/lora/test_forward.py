@@ -28,7 +28,7 @@ def make(spans, mode, dtype=torch.float32, *, origin=False, device="cpu"):
         out = OUT if rows is None else rows[1] - rows[0]
         b = torch.randn(out, 2 + i)
         adapter = LoraAdapter(torch.randn(2 + i, IN), b, 0.5 + i, origin=b.flip(0) if origin else None)
-        layer.attach(slot, adapter)
+        layer.slots[slot].attach(adapter)
     layer.forward_mode = mode
     return layer
 
@@ -37,14 +37,14 @@ def exact(layer, x, dy):
     """Output, gradient of x, gradient of every B; in float64, with the merged weight written down."""
     weight = layer.weight.detach().cpu().double().clone()
     for slot, adapter in layer.adapters.items():
-        rows = layer.slots[slot][1] or (0, OUT)
+        rows = layer.slots[slot].rows or (0, OUT)
         weight[rows[0] : rows[1]] += (
             adapter.scaling * adapter.update().detach().cpu().double() @ adapter.A.cpu().double()
         )
     x, dy = x.detach().cpu().double(), dy.cpu().double()
     grads = []
     for slot, adapter in layer.adapters.items():
-        rows = layer.slots[slot][1] or (0, OUT)
+        rows = layer.slots[slot].rows or (0, OUT)
         t = x @ adapter.A.cpu().double().T
         grads.append(adapter.scaling * dy[..., rows[0] : rows[1]].flatten(0, -2).T @ t.flatten(0, -2))
     return x @ weight.T + layer.bias.cpu().double(), dy @ weight, grads
@@ -234,7 +234,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_trained_weights_biases_and_factors_take_the_factored_way():
-    for name in ("weight", "bias", "adapters.all.A"):
+    for name in ("weight", "bias", "slots.all.adapter.A"):
         layer = make({"all": None}, "merged")
         layer.get_parameter(name).requires_grad_(True)
         layer(torch.randn(50, IN)).square().sum().backward()
@@ -245,7 +245,7 @@ def test_trained_weights_biases_and_factors_take_the_factored_way():
 def test_dropout_acts_in_training_only():
     layer = LoraLinear(nn.Linear(IN, OUT))
     layer.add_slot("all", "weight", None)
-    layer.attach("all", LoraAdapter(torch.randn(3, IN), torch.randn(OUT, 3), 1.0, dropout=0.5))
+    layer.slots["all"].attach(LoraAdapter(torch.randn(3, IN), torch.randn(OUT, 3), 1.0, dropout=0.5))
     x = torch.randn(200, IN)
     layer.train()
     assert not torch.equal(layer(x), layer(x))
@@ -283,7 +283,7 @@ def test_copies_and_state_dicts(mode):
     y = layer(x)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), y)
-    assert set(layer.state_dict()) == {"weight", "bias", "adapters.all.A", "adapters.all.B"}
+    assert set(layer.state_dict()) == {"weight", "bias", "slots.all.adapter.A", "slots.all.adapter.B"}
     other = make({"all": None}, mode)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
@@ -300,7 +300,7 @@ def test_attention_is_the_same_both_ways(subset):
         for i, name in enumerate("qkv"):
             layer.add_slot(f"{name}_proj", "in_proj_weight", (16 * i, 16 * i + 16))
             if name in subset:
-                layer.attach(f"{name}_proj", LoraAdapter(*factors[name], 0.7))
+                layer.slots[f"{name}_proj"].attach(LoraAdapter(*factors[name], 0.7))
         y = layer(x, x, x, need_weights=False)[0]
         y.square().sum().backward()
         outputs.append([y, *(adapter.B.grad for adapter in layer.adapters.values())])

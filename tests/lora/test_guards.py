@@ -158,7 +158,7 @@ def test_adapters_driven_to_nan_are_not_merged():
     with torch.no_grad():
         keeper.trainable_parameters()[-1][0, 0] = float("nan")
     before = {k: v.clone() for k, v in keeper.state().tensors.items()}
-    with pytest.raises(ValueError, match=r"after_task: trained adapters must be finite, got NaN or Inf \[2\]"):
+    with pytest.raises(ValueError, match=r"after_task: trained parameters must be finite, got NaN or Inf \[2\]"):
         keeper.after_task(data)
     after = keeper.state().tensors
     assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)

@@ -15,7 +15,7 @@ def fused(out=12, width=10, ranges=((0, 4), (8, 12)), dtype=torch.float32):
 def exact(layer, x):
     weight = layer.weight.detach().double().clone()
     for slot, adapter in layer.adapters.items():
-        rows = layer.slots[slot][1] or (0, weight.shape[0])
+        rows = layer.slots[slot].rows or (0, weight.shape[0])
         b = adapter.B.detach().double() - (0 if adapter.origin is None else adapter.origin.double())
         weight[rows[0] : rows[1]] += adapter.scaling * b @ adapter.A.detach().double()
     return x.double() @ weight.T + layer.bias.detach().double()
@@ -50,11 +50,11 @@ def test_gradcheck():
     layer = LoraLinear(nn.Linear(5, 4, dtype=torch.float64))
     layer.add_slot("rows", "weight", (1, 3))
     a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    layer.attach("rows", LoraAdapter(a, b, 0.3, train_a=True))
+    layer.slots["rows"].attach(LoraAdapter(a, b, 0.3, train_a=True))
     adapter = layer.adapters["rows"]
 
     def run(x, a, b):
-        return torch.func.functional_call(layer, {"adapters.rows.A": a, "adapters.rows.B": b}, (x,))
+        return torch.func.functional_call(layer, {"slots.rows.adapter.A": a, "slots.rows.adapter.B": b}, (x,))
 
     inputs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), adapter.A, adapter.B
     assert torch.autograd.gradcheck(run, inputs)

@@ -12,12 +12,12 @@ from keeplora.methods import METHODS, create
 from tests.methods import contract, test_every_life, test_every_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
+GIVEN = {"name", "tasks", "reloaded", "tmp_path"}
 PROMISES = [
     check
     for module in (test_every_method, test_every_life)
     for name, check in vars(module).items()
-    if name.startswith("test_") and set(inspect.signature(check).parameters) <= {"name", "tasks", "reloaded", "tmp_path"}
-    and "name" in inspect.signature(check).parameters
+    if name.startswith("test_") and {"name"} <= set(inspect.signature(check).parameters) <= GIVEN
 ]  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_weights_that_are_not_finite_are_refused():
     method.before_task(data, loss_fn)
     with torch.no_grad():
         method.model[2].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"after_task: trained weights must be finite, got NaN or Inf \[2\]"):
+    with pytest.raises(ValueError, match=r"after_task: trained parameters must be finite, got NaN or Inf \[2\]"):
         method.after_task(data)
 
 

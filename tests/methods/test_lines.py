@@ -51,6 +51,10 @@ def test_scales_of_an_open_clip_model():
     assert {name.split(".")[-2] for name in names if "resblocks.1." in name} >= {"ln_1", "attn", "c_fc", "out_proj"}
 
 
+def lines_on(model, **settings):
+    return create("lines", model, settings)
+
+
 def expected_weights(before, after, alpha):
     """By hand for the net of two layers: the first keeps α of its change, the second all of it."""
     return [b + s * (a - b) for b, a, s in zip(before, after, (alpha, 1.0), strict=True)]
@@ -60,7 +64,7 @@ def expected_weights(before, after, alpha):
     "r": 2, "target_modules": "all-linear", "weight_energy": 0.2, "feature_energy": 0.4}}])  # fmt: skip
 def test_every_task_is_scaled_where_it_was_learned(base):
     plain = create(base["base"], net(), base.get("settings"))
-    lines = Lines(net(), LinesConfig(**base, alpha=0.25))
+    lines = lines_on(net(), **base, alpha=0.25)
     for t in range(2):
         plain.model.load_state_dict(lines.model.state_dict())  # both start the task from the scaled weights
         before = [layer.weight.detach().double() for layer in (lines.model[0], lines.model[2])]
@@ -93,7 +97,7 @@ def chooser(lines, favourite):
 
 
 def test_alpha_is_the_best_of_the_grid_on_validation():
-    lines = Lines(net(), LinesConfig(**LORA))
+    lines = lines_on(net(), **LORA)
     lines.validate = chooser(lines, 0.32)
     lines.before_task(task(0), loss_fn)
     train(lines, task(0))
@@ -104,7 +108,7 @@ def test_alpha_is_the_best_of_the_grid_on_validation():
 
 
 def test_ties_go_to_the_first_of_the_grid():
-    lines = Lines(net(), LinesConfig(**LORA, grid=(0.6, 1.0, 0.2)))
+    lines = lines_on(net(), **LORA, grid=(0.6, 1.0, 0.2))
     lines.validate = lambda: 0.5
     lines.before_task(task(0), loss_fn)
     train(lines, task(0))
@@ -113,14 +117,14 @@ def test_ties_go_to_the_first_of_the_grid():
 
 
 def test_without_a_score_it_stops_before_any_training():
-    lines = Lines(net(), LinesConfig(**LORA))
+    lines = lines_on(net(), **LORA)
     with pytest.raises(RuntimeError, match="before_task: validate must be set for alpha to be chosen, got None"):
         lines.before_task(task(0), loss_fn)
     assert not lines.base.training_task
 
 
 def test_a_score_that_fails_leaves_the_task_learned_and_unscaled():
-    plain, lines = create("lora", net(), LORA["settings"]), Lines(net(), LinesConfig(**LORA))
+    plain, lines = create("lora", net(), LORA["settings"]), lines_on(net(), **LORA)
     calls = []
 
     def validate():
@@ -139,11 +143,14 @@ def test_a_score_that_fails_leaves_the_task_learned_and_unscaled():
     for mine, theirs in zip(lines.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert lines.alphas == []
+    assert (lines.tasks_learned, lines.training_task) == (1, False)
     assert lines.state().meta["base"]["tasks_learned"] == 1
+    lines.validate = lambda: 0.0
+    lines.before_task(task(1), loss_fn)  # and it goes on
 
 
 def test_half_precision_keeps_exact_weights():
-    lines = Lines(net().to(torch.bfloat16), LinesConfig(**LORA, alpha=0.5))
+    lines = lines_on(net().to(torch.bfloat16), **LORA, alpha=0.5)
     data = [(x.to(torch.bfloat16), y) for x, y in task(0)]
     lines.before_task(data, loss_fn)
     train(lines, data)
@@ -158,13 +165,14 @@ def test_half_precision_keeps_exact_weights():
 def test_the_seed_reaches_a_base_that_draws():
     drawn = []
     for seed in (0, 1):
-        lines = Lines(net(), LinesConfig(**LORA, alpha=1.0, seed=seed))
+        lines = lines_on(net(), **LORA, alpha=1.0, seed=seed)
         lines.before_task(task(0), loss_fn)
         drawn.append(lines.base.slots[0].adapter.A.detach().clone())
     assert not torch.equal(*drawn)
 
 
 class Hooked(ZeroShot):
+    name = "hooked"
     trains = True
     merges = False
 
@@ -174,6 +182,8 @@ def test_what_it_cannot_stand_on_is_refused(monkeypatch):
     for base in ("zero-shot", "hooked"):
         with pytest.raises(ValueError, match=f"LinesConfig: base must be a method that puts .* got '{base}'"):
             create("lines", net(), {"base": base})
+    with pytest.raises(ValueError, match=r"Lines: base must be another method, .* got 'zero-shot'"):
+        Lines(ZeroShot(net()))
     with pytest.raises(ValueError, match=r"base must be another method, got 'lora\+'. Nearest names: lora"):
         create("lines", net(), {"base": "lora+"})
     with pytest.raises(ValueError, match="base must be another method, got 'lines'"):
@@ -189,34 +199,21 @@ def test_bad_settings(settings):
 
 
 def test_it_is_joint_where_its_base_is():
-    assert Lines(net(), LinesConfig(base="joint")).joint
-    assert not Lines(copy.deepcopy(net()), LinesConfig(base="full")).joint
-    assert isinstance(Lines(net(), LinesConfig(base="full", alpha=0.5)).merge(), nn.Sequential)
-
-
-@pytest.mark.parametrize("base", ["full", "keeplora"])
-def test_an_open_task_has_no_state(base):
-    """It could not be scaled after loading: the weights of before the task would be lost."""
-    settings = {} if base == "full" else {**LORA["settings"], "weight_energy": 0.2, "feature_energy": 0.4}
-    lines = Lines(net(), LinesConfig(base=base, settings=settings, alpha=0.5))
-    lines.before_task(task(0), loss_fn)
-    with pytest.raises(RuntimeError, match=r"state: the open task must be closed first. Call after_task\(loader\)"):
-        lines.state()
-    train(lines, task(0))
-    lines.after_task(task(0))
-    assert lines.state().meta["alphas"] == [0.5]
+    assert lines_on(net(), base="joint").joint
+    assert not lines_on(copy.deepcopy(net()), base="full").joint
+    assert isinstance(lines_on(net(), base="full", alpha=0.5).merge(), nn.Sequential)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_what_was_scaled_is_not_exported_as_trained(tmp_path, alpha):
     settings = {**LORA["settings"], "weight_energy": 0.2, "feature_energy": 0.4}
-    lines = Lines(net(), LinesConfig(base="keeplora", settings=settings, alpha=alpha))
+    lines = lines_on(net(), base="keeplora", settings=settings, alpha=alpha)
     lines.before_task(task(0), loss_fn)
     train(lines, task(0))
     lines.after_task(task(0))
     if alpha == 1:
         lines.base.export_peft(tmp_path)
         return
-    with pytest.raises(RuntimeError, match="updates that LiNeS has scaled"):
+    with pytest.raises(RuntimeError, match=r"export_peft: .* that LiNeS has scaled"):
         lines.base.export_peft(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -64,7 +64,8 @@ def test_every_phase_counts_its_batches_or_layers(stream):
     learn(keeper_of(progress=True), stream)
     phases = {"gradients": 2, "weights": 2, "adapters": 2, "features": 4, "bases": 2, "merge": 2}
     seen = counts(stream)
-    assert set(seen) == {(name, done, total) for name, total in phases.items() for done in range(total + 1)}
+    steps = {(name, done, total) for name, total in phases.items() for done in range(total + 1)}
+    assert set(seen) == steps - {("merge", 1, 2)}  # all layers at once
     assert all(told == (done > 0) for (_, done, _), told in seen.items())
     assert not stream.getvalue().split("\r")[-1].strip()  # bars vanish
 

@@ -101,7 +101,8 @@ def test_a_damaged_tensor_file_is_named(tmp_path):
     ("change", "message"),
     [
         ({"schema": SCHEMA + 1}, "newer keeplora: upgrade"),
-        ({"schema": "old"}, "schema is unknown"),
+        ({"schema": SCHEMA - 1}, f"must have schema {SCHEMA}, got {SCHEMA - 1}"),
+        ({"schema": "old"}, f"must have schema {SCHEMA}, got 'old'"),
         ({"format": "pickle"}, "not a keeplora state"),
         ({"tensors": {"file": "../elsewhere.safetensors", "sha256": "0"}}, "damaged"),
         ({"tensors": None}, "damaged"),

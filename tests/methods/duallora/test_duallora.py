@@ -231,7 +231,7 @@ def test_errors_change_nothing():
     method = trained(DualLora(net(), CONFIG), 0)
     method.slots[0].adapter.residuals[0].R.data[0, 0] = float("nan")
     before = {k: v.clone() for k, v in method.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"trained adapters must be finite, got NaN or Inf \[0\]"):
+    with pytest.raises(ValueError, match=r"must be finite, got NaN or Inf \[0\]"):
         method.after_task(task(0))
     assert all(torch.equal(before[k].nan_to_num(), v.nan_to_num()) for k, v in method.model.state_dict().items())
     with pytest.raises(ValueError, match="at least one batch"):
@@ -336,8 +336,8 @@ def test_a_clip_state_is_restored_bitwise(learned):
     with pytest.raises(ValueError, match=r"identity\.1\.basis must have shape"):
         fresh.load_state(damaged)
     assert all(slot.adapter is None for slot in fresh.slots)
-    with pytest.raises(ValueError, match="must hold the shares"):
-        fresh.load_state(type(state)(state.tensors, {**state.meta, "shares": None}))
+    with pytest.raises(ValueError, match="identities must be a list of numbers, got None"):
+        fresh.load_state(type(state)(state.tensors, {**state.meta, "identities": None}))
 
 
 def test_image_features_of_several_processes_are_added_up(monkeypatch):

@@ -106,7 +106,7 @@ def test_an_optimizer_that_was_not_confined_is_put_right_with_a_warning():
     }
     weights = {slot.name: slot.weight.detach().double() for slot in keeper.slots}
     updates = {slot.name: slot.adapter.scaling * slot.adapter.B.detach().double() for slot in keeper.slots}
-    message = rf"after_task: 3 of 3 trained A had left .* by {found[worst]:.1e} .*\[{worst}\].*keeper.confine"
+    message = rf"after_task: 3 of 3 A were trained and had left .* by {found[worst]:.1e} .*\[{worst}\].*keeper.confine"
     with pytest.warns(UserWarning, match=message):
         certificate = keeper.after_task(data)
     assert certificate.leak <= 1e-6
@@ -124,7 +124,7 @@ def test_only_what_left_is_projected_back():
     adapters = [slot.adapter for slot in others]
     with torch.no_grad():
         first.adapter.A.add_(0.1 * keeper.basis(first.name)[:, 0])
-    with pytest.warns(UserWarning, match=rf"1 of 3 trained A had left .*\[{first.name}\]"):
+    with pytest.warns(UserWarning, match=rf"1 of 3 A were trained and had left .*\[{first.name}\]"):
         assert keeper.after_task(data).leak <= 1e-6
     assert all(torch.equal(adapter.A, a) for adapter, a in zip(adapters, kept, strict=True))
 
@@ -212,7 +212,7 @@ def fit(x, y, a, q, steps=1000, *, how):
     layer.weight.zero_()
     layer.add_slot("weight", "weight", None)
     adapter = LoraAdapter(a, torch.zeros(y.shape[1], a.shape[0]), 1.0, train_a=True)
-    layer.attach("weight", adapter)
+    layer.slots["weight"].attach(adapter)
     options = {"lr": 1e-2, "weight_decay": 0.01}
     coordinates = torch.linalg.qr(q, mode="complete").Q[:, q.shape[1] :]
     parameters, forward = [adapter.A, adapter.B], layer

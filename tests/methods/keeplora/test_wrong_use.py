@@ -147,7 +147,5 @@ def test_parameters_left_to_train_are_named():
     keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2, target_modules=["0"], feature_energy=0.5))
     keeper.before_task(data(), loss_fn)
     model[2].weight.requires_grad_(True)
-    with pytest.warns(
-        UserWarning, match=r"after_task: 1 parameters besides the adapters' have requires_grad, got 2\.weight"
-    ):
+    with pytest.warns(UserWarning, match=r"after_task: 1 parameters besides .* have requires_grad, got 2\.weight"):
         keeper.after_task(data())
