@@ -1,40 +1,35 @@
 """The one life of a task, of every method: opened, trained, closed or abandoned; saved and loaded at any moment.
 
 A method gives what is its own: :meth:`Method.open_task`, :meth:`Method.close_task`, :meth:`Method.drop_task`,
-:meth:`Method.named_trained`, and what a state holds of it. The order of calls and the guards are here, once.
+:meth:`Method.named_trained`, and what a state holds of it (:mod:`.saved`). The order of calls and the guards are
+here, once.
 """
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
-from keeplora._version import __version__
 from keeplora.distributed import processes
 from keeplora.lora import Target, unwrap
 from keeplora.math.finite import first_not_finite
 
 from .capacity import Capacity
-from .settings import plain
-from .state import State, StateError, read_state, write_state
+from .saved import Saved
 
-__all__ = ["LossFn", "Method", "freeze", "resumed", "saved_settings"]
+__all__ = ["LossFn", "Method", "freeze"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
 
 
-M = TypeVar("M", bound="Method")
-
-
-class Method(ABC):
+class Method(Saved):
     """One way to learn a sequence of tasks.
 
     The life of a task: :meth:`before_task`, then any number of optimizer steps on :meth:`trainable_parameters` (add
@@ -50,20 +45,13 @@ class Method(ABC):
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
     """
 
-    name: ClassVar[str]
-    config_type: ClassVar[type]
-    trains: ClassVar[bool] = True
-    """False for methods that never take an optimizer step (zero-shot)."""
     joint: bool = False
     """True for upper bounds that train on the data of all tasks so far, not on the present one's alone."""
     merges: bool = True
     """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
 
     model: nn.Module
-    config: Any
     progress: bool | None = None
-    tasks_learned: int = 0
-    training_task: bool = False
 
     validate: Callable[[], float] | None = None
     """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.
@@ -113,35 +101,6 @@ class Method(ABC):
     @abstractmethod
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """What an optimizer should hold for the task that is open, each with a name for messages."""
-
-    @abstractmethod
-    def weights_state(self) -> State:
-        """What of the model has changed, or may: tensors by name, and JSON values."""
-
-    @abstractmethod
-    def recall_weights(self, state: State) -> Any:
-        """What :meth:`weights_state` gave, checked and ready for :meth:`set_weights`; nothing is changed here.
-
-        Raises:
-            StateError: it does not fit.
-        """
-
-    @abstractmethod
-    def set_weights(self, weights: Any, *, open_task: bool) -> None:
-        """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
-
-    def memory_state(self) -> State:
-        """What is remembered between tasks: tensors by name, and JSON values."""
-        return State()
-
-    def recall(self, state: State) -> Any:  # noqa: B027 (most remember nothing)
-        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
-
-        Nothing is changed here.
-        """
-
-    def remember(self, memory: Any) -> None:  # noqa: B027
-        """Go on with a memory from :meth:`recall`. Called before :meth:`set_weights`."""
 
     # ------------------------------------------------------------------ the life of a task
 
@@ -195,7 +154,7 @@ class Method(ABC):
         """A term to add to the loss of the current step, or None."""
         return None
 
-    def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
+    def after_step(self) -> None:
         """Called after every optimizer step."""
 
     @torch.no_grad()
@@ -271,80 +230,6 @@ class Method(ABC):
         """Put the model's ordinary layers back."""
         unwrap(self.model)
 
-    # ------------------------------------------------------------------ state
-
-    def state(self) -> State:
-        """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
-        self._require("state", task=None)
-        weights, memory = self.weights_state(), self.memory_state()
-        tensors = weights.tensors | memory.tensors
-        meta = {
-            "method": self.name,
-            "config": plain(self.config),
-            "tasks_learned": self.tasks_learned,
-            "training_task": self.training_task,
-            "versions": {"keeplora": __version__, "torch": str(torch.__version__)},
-            **weights.meta,
-            **memory.meta,
-        }
-        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
-
-    def load_state(self, state: State) -> None:
-        """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
-
-        A task that is open here is abandoned. One that was open there is open again: make its optimizer anew.
-
-        Raises:
-            StateError: the state belongs to another method, another model or other targets, or is incomplete.
-        """
-        self._require("load_state", task=None)
-        self._continue(self._checked(state))
-
-    def _checked(self, state: State) -> _Checked:
-        """``state``, which fits; nothing is changed."""
-        tasks, training = state.meta.get("tasks_learned"), state.meta.get("training_task")
-        check_method(self.name, state)
-        if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 0:
-            raise StateError(f"load_state: tasks_learned must be a number of tasks, got {tasks!r}")
-        if not isinstance(training, bool):
-            raise StateError(f"load_state: training_task must be true or false, got {training!r}")
-        return _Checked(tasks, training, self.recall_weights(state), self.recall(state))
-
-    def _continue(self, checked: _Checked) -> None:
-        if self.training_task:
-            self.abandon_task()
-        tasks, training, weights, memory = checked
-        self._flags_before = dict.fromkeys(self._flags, False) if tasks and self.trains else self._flags
-        for parameter, flag in self._flags_before.items():
-            parameter.requires_grad_(flag)
-        self.tasks_learned, self.training_task = tasks, training
-        self.remember(memory)
-        self.set_weights(weights, open_task=training)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
-        write_state(path, self.state())
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: nn.Module,
-        *,
-        targets: Sequence[Target] | None = None,
-        progress: bool | None = None,
-    ) -> Self:
-        """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
-
-        Raises:
-            StateError: nothing there, damaged, of another version, or made with another model.
-        """
-        state = read_state(path)
-        check_method(cls.name, state, f"load: {os.fspath(path)}")
-        config = cls.config_type(**saved_settings(state, path))
-        method = cls(model, config, targets=targets, progress=progress)
-        return resumed(method, state)
-
     # ------------------------------------------------------------------ guards
 
     @contextmanager
@@ -406,39 +291,6 @@ class Method(ABC):
                 f"{listed(others)}. What is trained there is neither protected nor saved, and no certificate speaks of "
                 "it: freeze them."
             )
-
-
-class _Checked(NamedTuple):
-    """A state that fits, ready to be gone on from."""
-
-    tasks: int
-    training: bool
-    weights: Any
-    memory: Any
-
-
-def resumed(method: M, state: State) -> M:
-    """``method``, fresh around its model, with ``state``; on an error the model has its ordinary layers again."""
-    try:
-        method.load_state(state)
-    except StateError:
-        method.release()
-        raise
-    return method
-
-
-def check_method(name: str, state: State, where: str = "load_state: state") -> None:
-    """Refuse a state of another method."""
-    if state.meta.get("method") != name:
-        raise StateError(f"{where} must be of method {name!r}, got {state.meta.get('method')!r}")
-
-
-def saved_settings(state: State, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings of the method that was saved."""
-    settings = state.meta.get("config")
-    if not isinstance(settings, dict):
-        raise StateError(f"load: {os.fspath(path)} must hold the method's settings, got {settings!r}")
-    return settings
 
 
 def _flags(model: nn.Module) -> dict[nn.Parameter, bool]:

@@ -24,8 +24,9 @@ from .keeplora_cls.method import KeepLoraCls, KeepLoraClsConfig
 from .lines import Lines, LinesConfig
 from .loda import LoDa, LoDaConfig
 from .lora import LoraConfig, SequentialLora
-from .method import Method, resumed, saved_settings
+from .method import Method
 from .olora import OLora, OLoraConfig
+from .saved import resumed, saved_settings
 from .sdlora import SdLora, SdLoraConfig
 from .state import StateError, read_state
 from .zero_shot import NoConfig, ZeroShot

@@ -1,0 +1,197 @@
+"""What is saved of every method, and how it is gone on with: checked first, changed last."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import nn
+
+from keeplora._version import __version__
+from keeplora.lora import Target
+
+from .settings import plain
+from .state import State, StateError, read_state, write_state
+
+__all__ = ["Saved", "resumed", "saved_settings"]
+
+S = TypeVar("S", bound="Saved")
+
+
+class Saved(ABC):
+    """The part of :class:`~keeplora.methods.method.Method` that saves it, at any moment of a task's life, and loads it.
+
+    A method gives :meth:`weights_state`, :meth:`recall_weights` and :meth:`set_weights` for what has changed in the
+    model, and :meth:`memory_state`, :meth:`recall` and :meth:`remember` for the rest.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type]
+    trains: ClassVar[bool] = True
+    """False for methods that never take an optimizer step (zero-shot)."""
+
+    config: Any
+    tasks_learned: int = 0
+    training_task: bool = False
+    _flags: dict[nn.Parameter, bool]  # requires_grad as it was before the method was made,
+    _flags_before: dict[nn.Parameter, bool]  # and before the open task
+
+    @abstractmethod
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any = None,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ):
+        """As every method is made."""
+
+    @abstractmethod
+    def weights_state(self) -> State:
+        """What of the model has changed, or may: tensors by name, and JSON values."""
+
+    @abstractmethod
+    def recall_weights(self, state: State) -> Any:
+        """What :meth:`weights_state` gave, checked and ready for :meth:`set_weights`; nothing is changed here.
+
+        Raises:
+            StateError: it does not fit.
+        """
+
+    @abstractmethod
+    def set_weights(self, weights: Any, *, open_task: bool) -> None:
+        """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
+
+    def memory_state(self) -> State:
+        """What is remembered between tasks: tensors by name, and JSON values."""
+        return State()
+
+    def recall(self, state: State) -> Any:  # noqa: B027 (most remember nothing)
+        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
+
+        Nothing is changed here.
+        """
+
+    def remember(self, memory: Any) -> None:  # noqa: B027
+        """Go on with a memory from :meth:`recall`. Called before :meth:`set_weights`."""
+
+    def state(self) -> State:
+        """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
+        self._require("state", task=None)
+        weights, memory = self.weights_state(), self.memory_state()
+        tensors = weights.tensors | memory.tensors
+        meta = {
+            "method": self.name,
+            "config": plain(self.config),
+            "tasks_learned": self.tasks_learned,
+            "training_task": self.training_task,
+            "versions": {"keeplora": __version__, "torch": str(torch.__version__)},
+            **weights.meta,
+            **memory.meta,
+        }
+        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
+
+    def load_state(self, state: State) -> None:
+        """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
+
+        A task that is open here is abandoned. One that was open there is open again: make its optimizer anew.
+
+        Raises:
+            StateError: the state belongs to another method, another model or other targets, or is incomplete.
+        """
+        self._require("load_state", task=None)
+        self._continue(self._checked(state))
+
+    def _checked(self, state: State) -> _Checked:
+        """``state``, which fits; nothing is changed."""
+        tasks, training = state.meta.get("tasks_learned"), state.meta.get("training_task")
+        check_method(self.name, state)
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 0:
+            raise StateError(f"load_state: tasks_learned must be a number of tasks, got {tasks!r}")
+        if not isinstance(training, bool):
+            raise StateError(f"load_state: training_task must be true or false, got {training!r}")
+        return _Checked(tasks, training, self.recall_weights(state), self.recall(state))
+
+    def _continue(self, checked: _Checked) -> None:
+        if self.training_task:
+            self.abandon_task()
+        tasks, training, weights, memory = checked
+        self._flags_before = dict.fromkeys(self._flags, False) if tasks and self.trains else self._flags
+        for parameter, flag in self._flags_before.items():
+            parameter.requires_grad_(flag)
+        self.tasks_learned, self.training_task = tasks, training
+        self.remember(memory)
+        self.set_weights(weights, open_task=training)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        write_state(path, self.state())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        targets: Sequence[Target] | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
+
+        Raises:
+            StateError: nothing there, damaged, of another version, or made with another model.
+        """
+        state = read_state(path)
+        check_method(cls.name, state, f"load: {os.fspath(path)}")
+        config = cls.config_type(**saved_settings(state, path))
+        method = cls(model, config, targets=targets, progress=progress)
+        return resumed(method, state)
+
+    @abstractmethod
+    def abandon_task(self) -> None:
+        """Close the open task as if it had never been."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Put the model's ordinary layers back."""
+
+    @abstractmethod
+    def _require(self, function: str, *, task: bool | None) -> None:
+        """Refuse a call at the wrong time."""
+
+
+class _Checked(NamedTuple):
+    """A state that fits, ready to be gone on from."""
+
+    tasks: int
+    training: bool
+    weights: Any
+    memory: Any
+
+
+def resumed(method: S, state: State) -> S:
+    """``method``, fresh around its model, with ``state``; on an error the model has its ordinary layers again."""
+    try:
+        method.load_state(state)
+    except StateError:
+        method.release()
+        raise
+    return method
+
+
+def check_method(name: str, state: State, where: str = "load_state: state") -> None:
+    """Refuse a state of another method."""
+    if state.meta.get("method") != name:
+        raise StateError(f"{where} must be of method {name!r}, got {state.meta.get('method')!r}")
+
+
+def saved_settings(state: State, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of the method that was saved."""
+    settings = state.meta.get("config")
+    if not isinstance(settings, dict):
+        raise StateError(f"load: {os.fspath(path)} must hold the method's settings, got {settings!r}")
+    return settings
