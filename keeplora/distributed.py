@@ -90,8 +90,9 @@ class Processes:
             if theirs != mine:
                 name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "")
                 raise ValueError(
-                    f"{function}: every process must hold the same weights, got others on rank {rank} than on rank "
-                    f"{self.rank} [{name}]. Start from the same weights and train under DistributedDataParallel."
+                    f"{function}: every process must hold the same weights, got sums {theirs.get(name)} on rank {rank} "
+                    f"and {mine.get(name)} on rank {self.rank} [{name}]. Start from the same weights and train under "
+                    "DistributedDataParallel."
                 )
 
     def _exchange(self, value: Any, error: str | None) -> list[Any]:

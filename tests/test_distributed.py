@@ -108,7 +108,7 @@ def test_an_error_in_one_process_is_one_in_both(both, name, culprit, error, mess
     ("name", "message"),
     [
         ("no batch at all", "at least one batch, got none"),
-        ("other weights", "must hold the same weights, got others on rank"),
+        ("other weights", "must hold the same weights, got sums"),
         ("adapters apart", "[b.B]"),
     ],
 )

@@ -76,7 +76,7 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
     Raises:
         TypeError: a weight that PEFT has no layer for.
     """
-    found: dict[str, Update] = {}
+    layers: dict[str, Update] = {}
     for path, mine in _by_module(slots).items():
         weight: Tensor = mine[0].whole
         if not isinstance(mine[0].host, nn.Linear) and mine[0].target.parameter != "in_proj_weight":
@@ -91,10 +91,10 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
             )
         parts = [(updates[slot.name], slot.target.rows) for slot in mine if slot.name in updates]
         if parts:
-            found[path] = _stacked(parts, weight.shape[0])
+            layers[path] = _stacked(parts, weight.shape[0])
     for path in _attentions(model, slots):
         out = f"{path}.out_proj"
-        pair = {path: found.pop(path, None), f"{path}.base_layer.out_proj": found.pop(out, None)}
+        pair = {path: layers.pop(path, None), f"{path}.base_layer.out_proj": layers.pop(out, None)}
         rank = max((update.rank for update in pair.values() if update is not None), default=0)
         if rank:
             attention = model.get_submodule(path)
@@ -102,8 +102,8 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
             width = attention.embed_dim
             for (name, update), rows in zip(pair.items(), (3 * width, width), strict=True):
                 nothing = Update(torch.zeros(0, width), torch.zeros(rows, 0))
-                found[name] = (update or nothing).of_rank(rank)
-    return found
+                layers[name] = (update or nothing).of_rank(rank)
+    return layers
 
 
 def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -234,7 +234,7 @@ def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, 
         ValueError: a layer of the checkpoint is no target, or has another shape.
     """
     left = {name.replace(".base_layer.out_proj", ".out_proj"): update for name, update in layers.items()}
-    found = {}
+    parts_of = {}
     for path, mine in _by_module(slots).items():
         update = left.pop(path, None)
         if update is None:
@@ -252,7 +252,7 @@ def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, 
             part = update.b[rows]
             useful = part.any(0) if slot.target.rows else torch.ones(update.rank, dtype=torch.bool)
             if bool(useful.any()):
-                found[slot.name] = Update(update.a[useful], part[:, useful], update.scaling)
+                parts_of[slot.name] = Update(update.a[useful], part[:, useful], update.scaling)
         if bool(update.b[~covered].any()):
             raise ValueError(
                 f"import_peft: target_modules must cover what the checkpoint changes, got rows of {path} that are no "
@@ -264,14 +264,14 @@ def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, 
             f"import_peft: target_modules must cover the checkpoint's layers, got {len(left)} that are no target "
             f"(first: {min(left)}). Make the keeper with targets that include them."
         )
-    return found
+    return parts_of
 
 
 def _by_module(slots: Sequence[LoraSlot]) -> dict[str, list[LoraSlot]]:
-    found: dict[str, list[LoraSlot]] = {}
+    members: dict[str, list[LoraSlot]] = {}
     for slot in slots:
-        found.setdefault(slot.target.module, []).append(slot)
-    return found
+        members.setdefault(slot.target.module, []).append(slot)
+    return members
 
 
 def _attentions(model: nn.Module, slots: Sequence[LoraSlot]) -> list[str]:

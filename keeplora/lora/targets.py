@@ -42,18 +42,18 @@ def linear_targets(model: nn.Module) -> list[Target]:
         >>> [t.name for t in linear_targets(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
         ['0', '2']
     """
-    found: list[Target] = []
+    targets: list[Target] = []
     attention: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(parent + ".") for parent in attention):
             continue
-        depth = 1 + max((target.depth for target in found), default=-1)
+        depth = 1 + max((target.depth for target in targets), default=-1)
         if isinstance(module, nn.MultiheadAttention):
             attention.append(path)
-            found += attention_targets(path, module, depth, "model")
+            targets += attention_targets(path, module, depth, "model")
         elif isinstance(module, nn.Linear):
-            found.append(Target(path, path, "weight", None, depth, "model"))
-    return found
+            targets.append(Target(path, path, "weight", None, depth, "model"))
+    return targets
 
 
 def attention_targets(path: str, module: nn.MultiheadAttention, depth: int, tower: str) -> list[Target]:

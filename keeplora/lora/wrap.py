@@ -134,9 +134,9 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             "accelerate's device_map does. Load the model without device_map and move it to its device, or call "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
         )
-    found = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
+    kinds = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
-    if not found or target.parameter not in own._parameters:
+    if not kinds or target.parameter not in own._parameters:
         raise TypeError(
             f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, got "
             f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
@@ -154,7 +154,7 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: layers must not carry hooks when they are replaced, got some at {path!r}. "
             "Register hooks after wrapping."
         )
-    return found[0]
+    return kinds[0]
 
 
 def _hooked(module: nn.Module) -> bool:

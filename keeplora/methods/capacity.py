@@ -97,8 +97,8 @@ class Capacity(Sequence[LayerCapacity]):
     @property
     def median_forecast(self) -> int | None:
         """How many fit into half of the layers."""
-        found = sorted(self.layers, key=_urgency)
-        return found[len(found) // 2].forecast
+        by_urgency = sorted(self.layers, key=_urgency)
+        return by_urgency[len(by_urgency) // 2].forecast
 
     def tightest(self, count: int = 3) -> list[LayerCapacity]:
         """The layers that fill first: by forecast, then by free directions."""

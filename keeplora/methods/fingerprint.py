@@ -26,8 +26,8 @@ def fingerprint(model: nn.Module, slots: Sequence[LoraSlot]) -> str:
 def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Of descriptions and up to 64 values of each weight."""
     result = hashlib.sha256()
-    for what, weight in weights:
+    for description, weight in weights:
         values = weight.detach().flatten()
         values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
-        result.update(f"{what} {values.tolist()}".encode())
+        result.update(f"{description} {values.tolist()}".encode())
     return result.hexdigest()

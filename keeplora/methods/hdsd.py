@@ -191,11 +191,11 @@ class Hdsd(SequentialLora):
             adapter = slot.adapter
             assert isinstance(adapter, ModulatedAdapter)
             with full_precision(slot.weight.device):
-                found = update_directions(slot.exact_weight, adapter.down() * adapter.scaling, adapter.B)
-            change = found.change.cpu()
+                directions = update_directions(slot.exact_weight, adapter.down() * adapter.scaling, adapter.B)
+            change = directions.change.cpu()
             seen = seen + torch.stack([torch.tensor(len(change)).double(), change.sum(), change.square().sum()])
-            scale = self.rescaling(change, seen).to(found.s.device)
-            kept.append(LoraAdapter(found.v.float(), (found.u * (scale * found.s)).float(), 1.0))
+            scale = self.rescaling(change, seen).to(directions.s.device)
+            kept.append(LoraAdapter(directions.v.float(), (directions.u * (scale * directions.s)).float(), 1.0))
             changes.append(seen)
         for slot, update in zip(self.slots, kept, strict=True):
             slot.detach()

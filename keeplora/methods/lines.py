@@ -248,9 +248,9 @@ class Lines(Method):
         try:
             for alpha in self.config.grid:
                 self._scale(changes, alpha)
-                found = self.validate()
-                if found > score:
-                    best, score = alpha, found
+                reached = self.validate()
+                if reached > score:
+                    best, score = alpha, reached
         except BaseException:
             self._scale(changes, 1.0)
             raise

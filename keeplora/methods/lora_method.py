@@ -130,7 +130,7 @@ class LoraMethod(Method):
         with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
             return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
 
-    def each_layer(self, compute: Callable[[int], T], what: str, *inputs: Sequence[Any]) -> list[T]:
+    def each_layer(self, compute: Callable[[int], T], phase: str, *inputs: Sequence[Any]) -> list[T]:
         """``compute(i)`` for every slot i, once for those whose entries of all ``inputs`` are the same objects.
 
         Slots that read one tensor, as q, k and v do, share its statistic.
@@ -143,7 +143,7 @@ class LoraMethod(Method):
                 known[key] = compute(i)
             return known[key]
 
-        return for_all_layers(self.slots, lambda group: [result(i) for i in group], what, shown=self.progress)
+        return for_all_layers(self.slots, lambda group: [result(i) for i in group], phase, shown=self.progress)
 
     def generator(self) -> torch.Generator:
         """Of the numbers a task draws: they follow from the config's seed and the number of tasks learned."""

@@ -19,20 +19,20 @@ PATIENCE = 0.5  # seconds before a bar appears: what is done sooner needs none
 
 
 @contextmanager
-def progress(items: Iterable[T], what: str, unit: str, *, shown: bool | None) -> Iterator[Iterable[T]]:
+def progress(items: Iterable[T], phase: str, unit: str, *, shown: bool | None) -> Iterator[Iterable[T]]:
     """``items``, counted while they are taken; the remaining time is told where they have a length.
 
     Args:
         shown: True or False; None shows the bar if stderr is a terminal, of several processes in the first.
     """
-    with _bar(what, unit, shown, items) as bar:
+    with _bar(phase, unit, shown, items) as bar:
         yield bar
 
 
 def for_all_layers(
     slots: Sequence[LoraSlot],
     compute: Callable[[list[int]], Iterable[T]],
-    what: str,
+    phase: str,
     *,
     shown: bool | None,
     together: Iterable[list[int]] | None = None,
@@ -43,22 +43,22 @@ def for_all_layers(
     """
     weights = [slot.weight for slot in slots]
     groups = same_kind([(w.shape, w.dtype) for w in weights], weights) if together is None else together
-    found: dict[int, T] = {}
-    with _bar(what, "layer", shown, None, len(slots)) as bar:
+    results: dict[int, T] = {}
+    with _bar(phase, "layer", shown, None, len(slots)) as bar:
         for group in groups:
             try:
-                found.update(zip(group, compute(group), strict=True))
+                results.update(zip(group, compute(group), strict=True))
             except Exception as error:
                 error.add_note(f"in {', '.join(slots[i].name for i in group)}")
                 raise
             bar.update(len(group))
-    return [found[i] for i in range(len(slots))]
+    return [results[i] for i in range(len(slots))]
 
 
-def _bar(what: str, unit: str, shown: bool | None, items: Iterable[Any] | None, total: int | None = None) -> tqdm[Any]:
+def _bar(phase: str, unit: str, shown: bool | None, items: Iterable[Any] | None, total: int | None = None) -> tqdm[Any]:
     if shown is None and processes().rank > 0:
         shown = False  # one bar is enough
     return tqdm(
-        items, desc=what, unit=unit, total=total, leave=False, dynamic_ncols=True,
+        items, desc=phase, unit=unit, total=total, leave=False, dynamic_ncols=True,
         disable=None if shown is None else not shown, delay=0 if shown else PATIENCE,
     )  # fmt: skip

@@ -172,13 +172,13 @@ class SdLora(SequentialLora):
 
     def recall(self, state: State) -> list[Directions]:
         tasks = state.meta["tasks_learned"]
-        ranks, found = self.config.r * tasks, []
+        ranks, directions = self.config.r * tasks, []
         for slot in self.slots:
             out, width = slot.weight.shape
             shapes = {"a": (ranks, width), "b": (out, ranks), "magnitudes": (tasks,)}
             parts = {key: stored(state, f"{slot.name}.{key}", shape) for key, shape in shapes.items()}
-            found.append(Directions(**{key: tensor.to(slot.weight.device) for key, tensor in parts.items()}))
-        return found
+            directions.append(Directions(**{key: tensor.to(slot.weight.device) for key, tensor in parts.items()}))
+        return directions
 
     def remember(self, memory: list[Directions]) -> None:
         self.directions = memory

@@ -271,9 +271,9 @@ def _check_layer(function: str, path: str, module: Any, name: str) -> None:
                 f"{type(base).__name__} with a forward of its own at {path}. Leave it out of target_modules."
             )
     if module.merged_adapters or module.disable_adapters:
-        what = f"{', '.join(module.merged_adapters)} merged" if module.merged_adapters else "them disabled"
+        state = f"{', '.join(module.merged_adapters)} merged" if module.merged_adapters else "them disabled"
         raise RuntimeError(
-            f"{function}: adapters must be neither merged nor disabled, got {what} [{path}]. "
+            f"{function}: adapters must be neither merged nor disabled, got {state} [{path}]. "
             "Call model.unmerge_adapter() or model.enable_adapter_layers() first."
         )
     for factor in (module.lora_A[name].weight, module.lora_B[name].weight):

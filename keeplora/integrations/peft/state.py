@@ -151,15 +151,16 @@ class SubspaceState:
             RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
         """
         adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
-        found = fingerprint(adapter.layers)
-        if found == self.pretrained:
+        held = fingerprint(adapter.layers)
+        if held == self.pretrained:
             for updates in self.learned:
                 self._merge(adapter, updates)
             self.current = fingerprint(adapter.layers)
-        elif found != self.current:
+        elif held != self.current:
             raise StateError(
                 "restore: the model's base weights must be the pretrained ones the state began with, or those after "
-                f"task {self.tasks_learned}, got others. Load the same base model."
+                f"task {self.tasks_learned} (fingerprint {self.current[:12]}), got {held[:12]}. Load the same base "
+                "model."
             )
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
@@ -197,17 +198,18 @@ class SubspaceState:
         return adapter
 
     def require_base(self, function: str, layers: Sequence[PeftLayer]) -> None:
-        found = fingerprint(layers)
-        if found == self.current:
+        held = fingerprint(layers)
+        if held == self.current:
             return
-        if found == self.pretrained:
+        if held == self.pretrained:
             raise RuntimeError(
                 f"{function}: the base model must hold what {self.tasks_learned} tasks merged, got the pretrained "
                 "weights. Call state.restore(peft_model) first."
             )
         raise RuntimeError(
-            f"{function}: the base weights must be those after task {self.tasks_learned}, got others: what the state "
-            "protects belongs to another model. Let update_subspace merge, and take adapters out with model.unload()."
+            f"{function}: the base weights must be those after task {self.tasks_learned} (fingerprint "
+            f"{self.current[:12]}), got {held[:12]}: what the state protects belongs to another model. Let "
+            "update_subspace merge, and take adapters out with model.unload()."
         )
 
     def _merge(self, adapter: PeftAdapter, updates: Mapping[str, Update]) -> None:

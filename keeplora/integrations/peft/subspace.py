@@ -129,8 +129,8 @@ def initialize(
                 bases = weight_bases(slots, settings, shown=progress)
         directions = gradients.directions(bases)
     _warn_of_ranks(layers, bases, directions, ranks)
-    for layer, found in zip(layers, directions, strict=True):
-        _start(layer, found)
+    for layer, top in zip(layers, directions, strict=True):
+        _start(layer, top)
     adapter.set_alphas(_scaled_alphas(adapter, state))
     adapter.freeze(state.kept)
     state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
@@ -302,9 +302,9 @@ def _refuse_neighbours(function: str, adapter: PeftAdapter, kept: Sequence[str],
 
 
 @torch.no_grad()
-def _start(layer: PeftLayer, found: TopDirections) -> None:
+def _start(layer: PeftLayer, directions: TopDirections) -> None:
     layer.a.zero_()
-    layer.a[: found.a.shape[0]] = found.a.to(layer.a)
+    layer.a[: directions.a.shape[0]] = directions.a.to(layer.a)
     layer.b.zero_()
 
 

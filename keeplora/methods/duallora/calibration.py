@@ -59,13 +59,13 @@ class TaskCalibration(ClassHead):
 
     def distances(self, images: Tensor) -> Tensor:
         """d ``[n, tasks]`` of image features ``[n, d]``."""
-        found = []
+        by_task = []
         with torch.autocast(images.device.type, enabled=False):
             for task in self.known():
                 f = images.to(task.basis.dtype)
                 outside = project(f, task.basis).square().sum(-1)
-                found.append(outside / (task.rest * f.square().sum(-1)).clamp_min(torch.finfo(f.dtype).tiny))
-        return torch.stack(found, dim=-1)
+                by_task.append(outside / (task.rest * f.square().sum(-1)).clamp_min(torch.finfo(f.dtype).tiny))
+        return torch.stack(by_task, dim=-1)
 
     def owners(self, tokens: Tensor) -> Tensor:
         """The task of each class ``[classes]``, −1 where none is known; of two with the same prompt the later."""
@@ -90,9 +90,9 @@ class TaskCalibration(ClassHead):
             return
         moment = features.moment.float()
         with full_precision(moment.device):
-            (found,) = extend_basis([moment.new_zeros(len(moment), 0)], [moment], energy)
+            (extension,) = extend_basis([moment.new_zeros(len(moment), 0)], [moment], energy)
         self.tasks.append(
-            KnownTask(torch.stack(list(features.prompts.values())), found.q, max(1 - found.fraction, _LEAST))
+            KnownTask(torch.stack(list(features.prompts.values())), extension.q, max(1 - extension.fraction, _LEAST))
         )
 
 

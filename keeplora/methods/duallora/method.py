@@ -246,12 +246,12 @@ class DualLora(LoraMethod):
             if self.head is not None and features is not None:
                 stack.enter_context(observed(self.head, features.observe))
             batches = stack.enter_context(progress(loader, "class tokens", "batch", shown=self.progress))
-            found = feature_statistics(
+            statistics = feature_statistics(
                 self.model, self.slots, batches, loss_fn, token_mask=self.tokens.mask, peers=processes()
             )
         if features is not None:
             features.add_up()
-        return found
+        return statistics
 
     def _residual_bases(self, statistics: Sequence[FeatureStatistic]) -> list[tuple[Tensor, float]]:
         """Ψ and the share of the class tokens' energy in it, of every slot."""

@@ -52,15 +52,15 @@ class RandomDirections:
     def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
         """r directions outside of every basis, fewer where less is free; ``s`` is 1."""
         generator = torch.Generator().manual_seed(self.seed)
-        found = []
+        drawn_directions = []
         with full_precision(self.slots[0].weight.device):
             for slot, q in zip(self.slots, bases, strict=True):
                 r = min(self.r, q.shape[0] - q.shape[1])
                 drawn = torch.randn(q.shape[0], r, generator=generator).to(q.device)
                 (columns,) = reorthogonalize([drawn], [q]) if r else [drawn]
                 nothing = q.new_zeros(slot.weight.shape[0], columns.shape[1])
-                found.append(TopDirections(columns.T.contiguous(), q.new_ones(columns.shape[1]), nothing))
-        return found
+                drawn_directions.append(TopDirections(columns.T.contiguous(), q.new_ones(columns.shape[1]), nothing))
+        return drawn_directions
 
 
 class TaskGradients:
@@ -105,18 +105,18 @@ class TaskGradients:
         ranks, seed = self.ranks, self.config.seed
 
         def compute(group: list[int]) -> list[TopDirections]:
-            found: dict[int, TopDirections] = {}
+            tops_of: dict[int, TopDirections] = {}
             exact = [i for i in group if frames[i] is None]
             tops = top_directions(
                 [self.matrices[i] for i in exact], [bases[i] for i in exact], [ranks[i] for i in exact], seed=seed
             )
-            found.update(zip(exact, tops, strict=True))
+            tops_of.update(zip(exact, tops, strict=True))
             for i in group:
                 frame = frames[i]
                 if frame is not None:
                     image = self.matrices[i] if frame.shape[1] else frame.new_zeros(self.slots[i].weight.shape[0], 0)
-                    (found[i],) = directions_within([image], [frame], ranks[i])
-            return [found[i] for i in group]
+                    (tops_of[i],) = directions_within([image], [frame], ranks[i])
+            return [tops_of[i] for i in group]
 
         with full_precision(self.slots[0].weight.device):
             return for_all_layers(self.slots, compute, "adapters", shown=self.shown)
@@ -130,9 +130,9 @@ class TaskGradients:
                     (frames[i],) = reorthogonalize([self.matrices[i].T.contiguous()], [bases[i]])
         return frames
 
-    def _pass(self, keep: Sequence[int | Tensor | None], what: str) -> list[Tensor]:
+    def _pass(self, keep: Sequence[int | Tensor | None], phase: str) -> list[Tensor]:
         batches = first_batches(self.loader, self.config.data_fraction)
-        with progress(batches, what, "batch", shown=self.shown) as counted, torch.enable_grad():
+        with progress(batches, phase, "batch", shown=self.shown) as counted, torch.enable_grad():
             return mean_gradients(
                 self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed, peers=processes()
             )

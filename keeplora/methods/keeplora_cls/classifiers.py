@@ -122,7 +122,10 @@ class ClassMeans:
             self.sums = images.new_zeros(len(tokens), images.shape[1], dtype=torch.float64)
             self.counts = images.new_zeros(len(tokens), dtype=torch.float64)
         elif not torch.equal(self.tokens, tokens):
-            raise ValueError("before_task: every batch must score the classes of the task, got others in one batch")
+            raise ValueError(
+                f"before_task: every batch must score the classes of the task, the first one's {len(self.tokens)}, got "
+                f"{len(tokens)} with other prompts in a later batch"
+            )
         features = F.normalize(images.to(torch.float64), dim=-1)
         self.sums.index_add_(0, labels.to(images.device), features)
         self.counts += torch.bincount(labels, minlength=len(tokens)).to(self.counts)
