@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
 from keeplora._messages import suggest
@@ -16,6 +15,9 @@ from keeplora.tasks.classification import Task
 from .shipped import read_names, read_task
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
 DATA = Path(__file__).parent / "data"
 
 __all__ = ["build_model", "load_model", "load_tasks", "load_tokenizer", "save_model", "task_names"]
@@ -23,6 +25,8 @@ __all__ = ["build_model", "load_model", "load_tasks", "load_tokenizer", "save_mo
 
 def build_model(config: dict[str, Any]) -> CLIP:
     """An untrained `open_clip.model.CLIP` from its configuration (embed_dim, vision_cfg, text_cfg)."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # optional, and slow to import
+
     vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     return CLIP(embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=text)
 
