@@ -24,6 +24,30 @@ from keeplora.ops.declare import NAMESPACE, OPS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = (
+    "keeplora",
+    "keeplora.families",
+    "keeplora.integrations",
+    "keeplora.lora",
+    "keeplora.math",
+    "keeplora.methods",
+    "keeplora.ops",
+    "keeplora.statistics",
+    "keeplora.tasks",
+    "keeplora.tasks.embedded",
+    "keeplora.tasks.minilm",
+)
+"""Places that users import from. Each has ``__all__``, and the API reference has every name in it."""
+FOR_CONTRIBUTORS = (
+    "keeplora.families._blocks",
+    "keeplora.methods.lora_method",
+    "keeplora.methods.registry",
+    "keeplora.ops.check",
+    "keeplora.ops.declare",
+    "keeplora.tasks.sequence",
+    "keeplora.tasks.workload",
+)
+"""What files of the package are made with besides: in the pages that add one."""
 NOT_RUN = "# not run in CI: "
 ROOMS = (keeplora.families, keeplora.ops, keeplora.tasks)
 """Those that a page may add a file to."""

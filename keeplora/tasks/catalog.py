@@ -32,7 +32,7 @@ _SMALL = "-small"
 def benchmarks() -> tuple[str, ...]:
     """Names of the benchmarks in the package, each followed by its small part. Nothing of them is imported.
 
-    Example:
+    Examples:
         >>> benchmarks()
         ('embedded', 'embedded-small', 'minilm', 'minilm-small')
     """

@@ -46,7 +46,7 @@ def load_model(directory: Path | None = None) -> CLIP:
     Args:
         directory: where model.safetensors, config.json and vocab.json are; None for the shipped ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> load_model().encode_image(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 128])
@@ -76,7 +76,7 @@ def load_tasks(names: Sequence[str] | None = None) -> tuple[list[Task], Task]:
     Raises:
         ValueError: a name is unknown, repeated or the witness's; the message tells the nearest names.
 
-    Example:
+    Examples:
         >>> tasks, witness = load_tasks(["digits"])
         >>> tasks[0].classes[3], tasks[0].train.images.shape[1:]
         ('three', torch.Size([3, 32, 32]))
