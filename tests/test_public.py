@@ -82,7 +82,7 @@ def text_of(page):
     return text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=named)
 def test_names_in_the_text_of_a_page_exist(page):
     """What is renamed or moves must be found everywhere: dotted names and files in code spans and links."""
     spans = re.findall(r"`([^`\n]+)`|\]\(([^)#\s]+)", text_of(page))

@@ -19,11 +19,12 @@ def join_plugins(names: object, more: Sequence[str] | None = None) -> tuple[str,
     Raises:
         ConfigError: ``names`` is no list of names such as ``package.module``.
     """
-    joined = [*names, *(more or ())] if isinstance(names, list | tuple) else [names]
-    for name in joined:
+    joined: list[str] = []
+    for name in [*names, *(more or ())] if isinstance(names, list | tuple) else [names]:
         if not isinstance(names, list | tuple) or not isinstance(name, str) or not _MODULE.fullmatch(name):
             raise ConfigError(f'load_plugins: plugins must be a list of modules, as ["my_methods"], got {name!r}')
-    return tuple(dict.fromkeys(joined))
+        joined += [name] if name not in joined else []
+    return tuple(joined)
 
 
 def load_plugins(names: Sequence[str]) -> None:
