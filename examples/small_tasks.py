@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import keeplora
-from keeplora.tasks.classification import Batch, Split, Task, accuracy, classification_loss
+from keeplora.tasks import Batch, Split, Task, accuracy, classification_loss
 from keeplora.tasks.embedded import load_model, load_tasks
 
 NAMES = ("digits", "greek")

@@ -19,7 +19,6 @@ from examples.small_tasks import (
     small_tasks,
     table,
 )
-from keeplora.methods.method import State
 
 
 class OneTask(lightning.LightningModule):
@@ -40,7 +39,7 @@ class OneTask(lightning.LightningModule):
         checkpoint["keeplora"] = vars(self.keeper.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.keeper.load_state(State(**checkpoint["keeplora"]))
+        self.keeper.load_state(keeplora.State(**checkpoint["keeplora"]))
 
 
 def learn() -> list[list[float]]:

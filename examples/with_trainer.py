@@ -20,7 +20,7 @@ from examples.small_tasks import (
     small_tasks,
     table,
 )
-from keeplora.integrations.hf_trainer import KeepLoraCallback
+from keeplora import KeepLoraCallback
 
 
 def arguments(folder: Path) -> TrainingArguments:

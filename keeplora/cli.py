@@ -13,6 +13,7 @@ _EXAMPLES = """examples:
   keeplora run quick                              a shipped configuration
   keeplora run my.toml --out runs/mine            your own; see keeplora/train/configs/demo.toml
   keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
+  keeplora compare --methods lora mine --plugins my_methods    a method of your own: my_methods.py registers it
   keeplora info                                   versions, kernels, methods, benchmarks
 
 Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
@@ -22,6 +23,8 @@ Ctrl-C stops a run; the same command continues it. Finished runs are never repea
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
+    if arguments is None and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # modules of the user's own are here, as for python -m; workers inherit it
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
         return command(parsed)
@@ -64,9 +67,12 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override
+    from keeplora.train.plugins import join_plugins
 
+    shared = load_config(config_name)
     config = override(
-        load_config(config_name),
+        shared,
+        plugins=join_plugins(shared.plugins, parsed.plugins),
         out=parsed.out,
         seeds=seeds,
         workers=parsed.workers,
@@ -92,6 +98,7 @@ def _compare(parsed: argparse.Namespace) -> int:
         seeds=parsed.seeds,
         out=parsed.out,
         workers=parsed.workers,
+        plugins=parsed.plugins,
     )
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
@@ -168,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str | None = None) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
     parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
     only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help=only, default=None if methods is None else [methods]

@@ -163,3 +163,8 @@ def test_info_names_what_is_there(capsys):
         "gram (reference)",
     ):
         assert name in shown
+
+
+def test_help_waits_for_no_torch():
+    code = "import sys; from keeplora.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

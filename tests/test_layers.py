@@ -19,6 +19,7 @@ LEAVES = {
     "_version": set(PLACE),
     "_messages": set(PLACE),
     "_files": set(PLACE),
+    "_lazy": set(PLACE),
     "distributed": {"train", "integrations", "methods"},
 }
 

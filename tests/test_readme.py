@@ -7,26 +7,12 @@ A block that cannot run here, because it downloads weights or needs a GPU, says 
 import ast
 import importlib.util
 import re
-from pathlib import Path
 
+import pages
 import pytest
+from pages import NOT_RUN, PAGES, ROOT, blocks, fences
 
-from keeplora.methods import METHODS
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_RUN = "# not run in CI: "
 REASONS = ("pretrained=", "from_pretrained(", "cuda", "load_dataset(", "hf_hub_download(")
-
-
-def fences(text):
-    """(language as written, line, code) of every fenced block."""
-    for match in re.finditer(r"^( *)```([^\n`]*)\n(.*?)^\1```", text, re.M | re.S):
-        yield match[2].strip(), text[: match.start()].count("\n") + 2, match[3]
-
-
-def blocks(page):
-    return [(line, code) for language, line, code in fences(page.read_text()) if language == "python"]
 
 
 def named(page):
@@ -36,15 +22,8 @@ def named(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    methods, names = dict(METHODS), {"__name__": "__example__"}
-    try:
-        for line, code in blocks(page):
-            compiled = compile("\n" * (line - 1) + code, str(page), "exec")  # errors name the page's line
-            if not code.startswith(NOT_RUN):
-                exec(compiled, names)
-    finally:  # a page may register a method of its own
-        METHODS.clear()
-        METHODS.update(methods)
+    with pages.running(page, tmp_path):
+        pass
 
 
 def test_blocks_that_are_not_run_have_their_reason_in_them():
@@ -66,7 +45,7 @@ def test_code_is_in_fences_that_are_run():
 
 
 def test_commands_in_the_documentation_name_modules_that_exist():
-    pattern = r"\b(?:python -m |`)((?:examples|bench)(?:\.\w+)+)"
+    pattern = r"\b(?:python -m |`)((?:examples|bench|tools)(?:\.\w+)+)"
     modules = {name for page in PAGES for name in re.findall(pattern, page.read_text())}
     assert "examples.plain_pytorch" in modules
     for name in modules - {"bench.NOTES", "bench.gpu.sh"}:

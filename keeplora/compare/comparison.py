@@ -17,6 +17,7 @@ from keeplora.methods.settings import ConfigError
 from keeplora.tasks.catalog import load_workload
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import RunConfig, override, parse_config
+from keeplora.train.plugins import join_plugins, load_plugins
 
 BUDGETS = ("small", "full")
 ALL = "all"
@@ -57,6 +58,7 @@ def comparison(
     seeds: int | None = None,
     out: str | None = None,
     workers: int | None = None,
+    plugins: Sequence[str] = (),
 ) -> Comparison:
     """Settle a comparison: the runs, each method with its settings for this benchmark.
 
@@ -70,6 +72,7 @@ def comparison(
         seeds: Their number, 0 to seeds − 1; the budget's if None.
         out: Folder of the results; ``runs/compare-<benchmark>-<budget>`` if None.
         workers: Runs at the same time.
+        plugins: Modules to import first, besides those of the file, for the methods they register.
 
     Raises:
         ConfigError: a name nobody knows (the nearest are offered), a setting its method does not have, or a method
@@ -78,6 +81,8 @@ def comparison(
     values, where = _read(benchmark)
     if budget not in BUDGETS:
         raise ConfigError(f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    values["plugins"] = join_plugins(values.get("plugins", ()), plugins)
+    load_plugins(values["plugins"])
     groups = values.pop("groups", {})
     budgets = values.pop("budget", {})
     sections = values["method"] = _resolved(values.get("method", {}), where)

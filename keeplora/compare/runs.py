@@ -10,6 +10,7 @@ from keeplora.tasks.workload import Workload
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
+from keeplora.train.plugins import load_plugins
 from keeplora.train.record import RunRecord, claim_folder, load_result, run_folder
 
 from .console import Console
@@ -66,7 +67,11 @@ def read_records(config: RunConfig) -> list[RunRecord]:
 
 
 def check_settings(config: RunConfig) -> None:
-    """Raise ``ConfigError`` for a method that is not registered, or for settings that it does not have."""
+    """Raise ``ConfigError`` for a method that is not registered, or for settings that it does not have.
+
+    Plugins are loaded first.
+    """
+    load_plugins(config.plugins)
     for label, entry in config.method.items():
         if entry.method not in METHODS:
             known = (*config.methods, *METHODS)

@@ -1,7 +1,12 @@
-"""Model families: each turns a model into one flat list of targets. Optional libraries are imported inside."""
+"""Model families: each turns a model into one flat list of targets. Optional libraries are imported inside.
+
+A family is one file of this package that has what :class:`~keeplora.families.family.Family` asks for; it is found.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,13 +15,23 @@ from torch import nn
 
 from keeplora.lora import Target, TokenMask, linear_targets
 
-from . import open_clip, transformers
 from .family import Family
 
 __all__ = ["FAMILIES", "Family", "find_targets", "token_mask"]
 
-FAMILIES: tuple[Family, ...] = (open_clip, transformers)
-"""The families that are known, asked in this order."""
+
+_PARTS = ("owns", "find_targets", "token_mask")
+
+
+def _files() -> list[Family]:
+    """The modules of this package that are families, by name."""
+    names = sorted(entry.name for entry in pkgutil.iter_modules(__path__) if not entry.name.startswith("_"))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [module for module in modules if all(hasattr(module, part) for part in _PARTS)]
+
+
+FAMILIES: list[Family] = _files()
+"""The families that are known, asked in this order: those of the package by name; more may be appended."""
 
 
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:

@@ -1,4 +1,4 @@
-"""What a family of models tells about its members; adding one is one file and one line in ``__init__``."""
+"""What a family of models tells about its members; adding one is one file."""
 
 from __future__ import annotations
 

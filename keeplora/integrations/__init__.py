@@ -1,1 +1,22 @@
-"""Where others own the model or the loop: PEFT's models, Hugging Face's Trainer. Optional libraries load when used."""
+"""Where others own the model or the loop: PEFT's models, Hugging Face's Trainer. Optional packages load when used."""
+
+from typing import TYPE_CHECKING
+
+from keeplora._lazy import Lazy as _Lazy
+from keeplora._lazy import lazy as _lazy_names
+
+from .peft import SubspaceState, freeze_a, initialize, update_subspace
+
+if TYPE_CHECKING:
+    from .hf_trainer import KeepLoraCallback
+else:
+    __getattr__, __dir__ = _lazy_names(
+        __name__,
+        {
+            "KeepLoraCallback": _Lazy(
+                "keeplora.integrations.hf_trainer", "transformers", "pip install transformers accelerate"
+            )
+        },
+    )
+
+__all__ = ["KeepLoraCallback", "SubspaceState", "freeze_a", "initialize", "update_subspace"]

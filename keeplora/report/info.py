@@ -16,7 +16,7 @@ from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
-from keeplora.tasks.catalog import BENCHMARKS
+from keeplora.tasks.catalog import benchmarks
 from keeplora.train.config import RunConfig, shipped_configs
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
@@ -25,15 +25,13 @@ _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "
 def check_machine(config: RunConfig) -> None:
     """Refuse a run that could not end here: a library or a GPU that is missing, before hours are spent.
 
+    What the benchmark needs is asked where it is loaded.
+
     Raises :class:`~keeplora.methods.settings.ConfigError` with what to install or change.
     """
     needed = {"matplotlib": "matplotlib"}
     if config.tensorboard:
         needed["tensorboard"] = "tensorboard"
-    if config.benchmark.startswith("embedded"):
-        needed["open_clip"] = "open_clip_torch"
-    if config.benchmark.startswith("minilm"):
-        needed["transformers"] = "transformers"
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         raise ConfigError(
@@ -60,7 +58,7 @@ def describe() -> str:
         "methods",
         *(f"  {name:<{max(map(len, METHODS))}}  {entry.summary}" for name, entry in METHODS.items()),
         "",
-        "benchmarks  " + ", ".join(BENCHMARKS) + ", or your own as package.module:function",
+        "benchmarks  " + ", ".join(benchmarks()) + ", or your own as package.module:function",
         "configs     " + ", ".join(shipped_configs()),
         "comparisons " + ", ".join(shipped_comparisons()),
     ]

@@ -1,72 +1,106 @@
-"""Benchmarks by name."""
+"""Benchmarks by name: the folders of this package, and a function of one's own.
+
+A folder is a benchmark when its file ``workload.py`` has
+
+* ``workload(device, *, small=False)``, which returns a :class:`~keeplora.tasks.workload.Workload`; with ``small`` a
+  part of it, for a look within minutes;
+* ``NEEDS``, where it needs more than the package does: modules it imports, and the command that installs each.
+
+``workload.py`` and the folder's ``__init__.py`` import such a module inside the functions that use it, so that both can
+be read without.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import pkgutil
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import Workload
 
+__all__ = ["benchmarks", "load_workload", "missing_packages"]
+
+_SMALL = "-small"
+
+
+def benchmarks() -> tuple[str, ...]:
+    """Names of the benchmarks in the package, each followed by its small part. Nothing of them is imported.
+
+    Examples:
+        >>> benchmarks()
+        ('embedded', 'embedded-small', 'minilm', 'minilm-small')
+    """
+    names = []
+    for place in map(Path, sys.modules[__package__].__path__):
+        folders = (entry.name for entry in pkgutil.iter_modules([str(place)]) if entry.ispkg)
+        names += [name for name in folders if (place / name / "workload.py").is_file()]
+    return tuple(each for name in sorted(names) for each in (name, f"{name}{_SMALL}"))
+
 
 def load_workload(name: str, device: str = "cpu") -> Workload:
-    """The benchmark called ``name``: one of :data:`BENCHMARKS`, or ``"package.module:function"``.
+    """The benchmark called ``name``: one of :func:`benchmarks`, or ``"package.module:function"``.
 
     A function outside the package is called with the device and returns a :class:`Workload`.
-    Raises :class:`~keeplora.methods.settings.ConfigError` for a name that leads nowhere, or a package that is missing.
+
+    Raises:
+        ConfigError: the name leads nowhere, what it leads to returns no workload, or the benchmark needs a package that
+            is not installed (the command that installs it is told).
     """
-    if name in BENCHMARKS:
-        try:
-            return BENCHMARKS[name](device)
-        except ModuleNotFoundError as error:
+    if name in benchmarks():
+        absent = missing_packages(name)
+        if absent:
             raise ConfigError(
-                f"load_workload: benchmark {name!r} must have what it needs installed: {error}"
-            ) from error
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"load_workload: benchmark must be one of {', '.join(BENCHMARKS)} or 'package.module:function', "
-            f"got {name!r}{suggest(name, BENCHMARKS)}"
-        )
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"load_workload: benchmark {name!r} must be importable: {error}") from error
-    workload = factory(device)
+                f"load_workload: benchmark {name!r} must have what it needs installed, got no {', '.join(absent)}. "
+                f"Run {' && '.join(absent.values())}."
+            )
+        folder = name.removesuffix(_SMALL)
+        workload = _module(folder).workload(device, small=name != folder)
+    else:
+        workload = _own_function(name)(device)
     if not isinstance(workload, Workload):
         raise ConfigError(f"load_workload: {name!r} must return a Workload, got {type(workload).__name__}")
     return workload
 
 
-def _embedded(device: str) -> Workload:
-    from keeplora.tasks.embedded.workload import embedded_workload  # here, because it needs open_clip
+def missing_packages(name: str) -> dict[str, str]:
+    """What a benchmark of the package needs and is not installed: modules, and the command that installs each.
 
-    return embedded_workload(device)
-
-
-def _embedded_small(device: str) -> Workload:
-    from keeplora.tasks.embedded.workload import embedded_workload
-
-    return embedded_workload(device, small=True)
-
-
-def _minilm(device: str) -> Workload:
-    from keeplora.tasks.minilm.workload import minilm_workload  # here, because it needs transformers
-
-    return minilm_workload(device)
+    Of a benchmark of one's own nothing is known, and nothing is missing.
+    """
+    if name not in benchmarks():
+        return {}
+    needs: Mapping[str, str] = getattr(_module(name.removesuffix(_SMALL)), "NEEDS", {})
+    return {module: command for module, command in needs.items() if find_spec(module) is None}
 
 
-def _minilm_small(device: str) -> Workload:
-    from keeplora.tasks.minilm.workload import minilm_workload
-
-    return minilm_workload(device, small=True)
+def _module(folder: str) -> Any:
+    return importlib.import_module(f"{__package__}.{folder}.workload")
 
 
-BENCHMARKS: dict[str, Callable[[str], Workload]] = {
-    "embedded": _embedded,
-    "embedded-small": _embedded_small,
-    "minilm": _minilm,
-    "minilm-small": _minilm_small,
-}
-"""Benchmarks by name; each is built for a device."""
+def _own_function(name: str) -> Any:
+    known = benchmarks()
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"load_workload: benchmark must be one of {', '.join(known)} or 'package.module:function', "
+            f"got {name!r}{suggest(name, known)}"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"load_workload: benchmark {name!r} must be importable: {error}. A module in the folder where the command "
+            "is given, or on PYTHONPATH, is found"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f"load_workload: benchmark must name a function of {module_name}, got {attribute!r}"
+            f"{suggest(attribute, vars(module))}"
+        )
+    return getattr(module, attribute)

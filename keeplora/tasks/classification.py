@@ -97,7 +97,7 @@ def normalize(images: Tensor) -> Tensor:
     Raises:
         TypeError: the images are not uint8.
 
-    Example:
+    Examples:
         >>> normalize(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.6667,  1.6667])
     """
@@ -144,7 +144,7 @@ def loader(
     Raises:
         ValueError: the batch size is not positive, or the split would give no batch.
 
-    Example:
+    Examples:
         >>> split = Split(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5))
         >>> [len(batch.labels) for batch in loader(split, torch.zeros(5, 4, dtype=torch.int64), 2, seed=0)]
         [2, 2, 1]
@@ -166,7 +166,7 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     Images are normalised here. All classes' texts are encoded in every step, so the text tower is trained too. Where a
     method has put a head on the model, its say is part of the logits.
 
-    Example:
+    Examples:
         >>> from keeplora.tasks.embedded import load_model, load_tasks
         >>> tasks, _ = load_tasks(["digits"])
         >>> batch = next(iter(loader(tasks[0].train, tasks[0].tokens, 8, seed=0)))

@@ -17,6 +17,7 @@ import torch
 
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
+from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -45,6 +46,7 @@ class RunConfig:
     Exactly one of ``epochs`` and ``steps`` is given. ``switch_fraction`` is the share of a task's training
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
+    ``plugins`` are modules that are imported first, for the methods and families they register.
     ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
     a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
     """
@@ -66,9 +68,11 @@ class RunConfig:
     evaluate_on: str = "test"
     tensorboard: bool = True
     keep_states: bool = False
+    plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "plugins", join_plugins(self.plugins))
         _validate(self)
 
     def labels(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from keeplora.train.batches import First, Union
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener, silent
 from keeplora.train.measure import fastest, peak_bytes, reset_peak
+from keeplora.train.plugins import load_plugins
 from keeplora.train.record import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.scalars import Scalars, open_scalars
 
@@ -54,6 +55,7 @@ def run_one(
 
     Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite.
     """
+    load_plugins(config.plugins)
     identity = config.identity(label, seed)
     if folder is not None:
         finished = load_result(folder, identity)

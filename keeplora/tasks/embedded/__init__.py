@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
 from keeplora._messages import suggest
@@ -16,6 +15,9 @@ from keeplora.tasks.classification import Task
 from .shipped import read_names, read_task
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
 DATA = Path(__file__).parent / "data"
 
 __all__ = ["build_model", "load_model", "load_tasks", "load_tokenizer", "save_model", "task_names"]
@@ -23,6 +25,8 @@ __all__ = ["build_model", "load_model", "load_tasks", "load_tokenizer", "save_mo
 
 def build_model(config: dict[str, Any]) -> CLIP:
     """An untrained `open_clip.model.CLIP` from its configuration (embed_dim, vision_cfg, text_cfg)."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # optional, and slow to import
+
     vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     return CLIP(embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=text)
 
@@ -42,7 +46,7 @@ def load_model(directory: Path | None = None) -> CLIP:
     Args:
         directory: where model.safetensors, config.json and vocab.json are; None for the shipped ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> load_model().encode_image(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 128])
@@ -72,7 +76,7 @@ def load_tasks(names: Sequence[str] | None = None) -> tuple[list[Task], Task]:
     Raises:
         ValueError: a name is unknown, repeated or the witness's; the message tells the nearest names.
 
-    Example:
+    Examples:
         >>> tasks, witness = load_tasks(["digits"])
         >>> tasks[0].classes[3], tasks[0].train.images.shape[1:]
         ('three', torch.Size([3, 32, 32]))

@@ -26,7 +26,7 @@ class Tokenizer:
         words: the vocabulary in order of id; it starts with the padding and start tokens and ends with the end token.
         context: number of positions; longer texts are cut, the end token always stays.
 
-    Example:
+    Examples:
         >>> tokenizer = Tokenizer.from_texts(["red heart", "red circle"], context=6, least=2)
         >>> tokenizer(["Red heart!", "red"]).shape
         torch.Size([2, 6])

