@@ -166,5 +166,12 @@ def test_info_names_what_is_there(capsys):
 
 
 def test_help_waits_for_no_torch():
-    code = "import sys; from keeplora.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = """
+import sys
+from keeplora.cli import main
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

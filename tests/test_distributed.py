@@ -89,7 +89,7 @@ def span(matrix, kind):
         ("loader breaks on 0", 0, "OSError", "the disk is gone"),
         ("no loss function on 1", 1, "TypeError", "loss_fn must be a function"),
         ("nan feature on 1", 1, "ValueError", "got NaN or Inf in batch 1"),
-        ("adapter broken on 0", 0, "ValueError", "trained adapters must be finite"),
+        ("adapter broken on 0", 0, "ValueError", "trained parameters must be finite"),
     ],
 )
 def test_an_error_in_one_process_is_one_in_both(both, name, culprit, error, message):

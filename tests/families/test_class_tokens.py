@@ -16,7 +16,7 @@ def slot_of(tower):
     model = nn.Sequential(nn.Linear(24, 4))
     (slot,) = wrap(model, linear_targets(model))
     target = type(slot.target)("0", "0", "weight", None, 0, tower)
-    return LoraSlot(target, slot.host, slot.slot)
+    return LoraSlot(target, slot.host, slot.slot, slot.parameter, slot.rows)
 
 
 @pytest.mark.parametrize("cls", [clip.model.CLIP, clip.model.CustomTextCLIP])

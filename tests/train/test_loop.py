@@ -8,8 +8,7 @@ import pytest
 import tiny_workload
 import torch
 
-from keeplora.methods import State, create
-from keeplora.methods.method import Method
+from keeplora.methods import ZeroShot, create
 from keeplora.methods.settings import ConfigError
 from keeplora.train.config import parse_config
 from keeplora.train.loop import NonFiniteLossError, derive_seed, run_one
@@ -191,49 +190,40 @@ def test_steps_instead_of_epochs(workload):
 def test_switch_fraction_limits_the_batches_a_method_sees(workload, monkeypatch, fraction):
     seen = []
 
-    class Counting(Method):
+    class Counting(ZeroShot):
+        trains = True
+
         name = "counting"
 
-        def __init__(self, model):
-            self.model = model
-
-        def before_task(self, loader, loss_fn):
+        def open_task(self, loader, loss_fn):
             assert len(loader) == len(list(loader))
             seen.append([batch.labels.tolist() for batch in loader])
 
-        def trainable_parameters(self):
-            return [self.model.logit_scale]
+        def named_trained(self):
+            return [("logit_scale", self.model.logit_scale)]
 
-        def after_task(self, loader, loss_fn=None):
+        def close_task(self, loader, loss_fn):
             seen.append([batch.labels.tolist() for batch in loader])
-
-        def state(self):
-            return State()
-
-        def load_state(self, state):
-            pass
 
     monkeypatch.setattr("keeplora.train.loop.create", lambda name, model, settings: Counting(model))
     run_one(config_of(switch_fraction=fraction), workload, "lora", 0)
     assert {len(batches) for batches in seen} == {max(1, round(3 * fraction))}
 
 
-class Pulled(Method):
+class Pulled(ZeroShot):
     """One parameter beside the model, which only the penalty can move; every part of the protocol is counted."""
 
     name = "pulled"
+    trains = True
 
     def __init__(self, model):
-        self.model = model
+        super().__init__(model)
         self.beside = torch.nn.Parameter(torch.tensor(2.0))
         self.steps = 0
         self.options = []
 
-    def before_task(self, loader, loss_fn):
-        pass
-
-    def trainable_parameters(self):
-        return [self.model.logit_scale, self.beside]
+    def named_trained(self):
+        return [("logit_scale", self.model.logit_scale), ("beside", self.beside)]
 
     def optimizer(self, **options):
         self.options.append(options)
@@ -244,15 +234,6 @@ class Pulled(Method):
 
     def after_step(self):
         self.steps += 1
-
-    def after_task(self, loader, loss_fn=None):
-        pass
-
-    def state(self):
-        return State()
-
-    def load_state(self, state):
-        pass
 
 
 def test_penalty_optimizer_and_after_step_are_the_methods_own(workload, monkeypatch):
