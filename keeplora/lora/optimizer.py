@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from keeplora.ops.check import MASTER
 from keeplora.ops.project_rows import project_rows
 from keeplora.ops.projected_adamw import projected_adamw
 
-__all__ = ["Confinement", "ProjectedAdamW", "confine"]
+__all__ = ["Confinement", "ProjectedAdamW", "confine", "innermost"]
 
 Bases = Mapping[nn.Parameter, Tensor]
 """Orthonormal columns ``Q [in, k]`` for parameters ``[r, in]``, which are to keep ``A Q = 0``."""
@@ -216,8 +216,7 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
         >>> a.detach()
         tensor([[0.0000, 0.9000]])
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner  # Accelerate and Lightning hand out wrappers; steps and hooks are those of the one inside
+    optimizer = innermost(optimizer)
     _check_known("confine", bases, optimizer)
     kinds: dict[Any, dict[nn.Parameter, Tensor]] = {}
     for parameter, basis in bases.items():
@@ -250,6 +249,13 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
             _project_(list(members), list(members.values()), passes=2)
 
     return Confinement([optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)])
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer inside of wrappers (Accelerate's, Lightning's): steps and hooks are those of the one inside."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return cast(Optimizer, optimizer)
 
 
 @torch.no_grad()

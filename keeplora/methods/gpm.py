@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from keeplora.lora import innermost
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
@@ -107,6 +108,17 @@ class Gpm(LoraMethod):
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An SGD over :meth:`trainable_parameters`; weight decay is left out, because it would not stay outside M."""
         return torch.optim.SGD(self.trainable_parameters(), **{**options, "weight_decay": 0.0})
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse what leaves the free space: anything but SGD without weight decay."""
+        inner = innermost(optimizer)
+        decays = [group["weight_decay"] for group in inner.param_groups if group.get("weight_decay")]
+        if not isinstance(inner, torch.optim.SGD) or decays:
+            got = type(inner).__name__ + (f" with weight decay {max(decays)}" if decays else "")
+            raise ValueError(
+                f"adopt: optimizer must be SGD without weight decay for {self.name!r}, got {got}: its steps "
+                "would leave the free space. Train with method.optimizer(lr=…)."
+            )
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         for slot in self.slots:

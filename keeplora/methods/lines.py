@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
-from keeplora.lora import LoraHost, Target, depth_factor, depth_positions
+from keeplora.lora import Confinement, LoraHost, Target, depth_factor, depth_positions
 
 from .capacity import Capacity
 from .method import LossFn, Method
@@ -203,6 +203,10 @@ class Lines(Method):
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """The base method's."""
         return self.base.optimizer(**options)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
+        """The base method's."""
+        return self.base.adopt(optimizer)
 
     def penalty(self) -> Tensor | None:
         return self.base.penalty()

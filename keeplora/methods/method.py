@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.lora import unwrap
+from keeplora.lora import Confinement, unwrap
 
 from .capacity import Capacity
 from .state import State, StateError
@@ -67,6 +67,20 @@ class Method(ABC):
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An AdamW over :meth:`trainable_parameters` with these options: what the method is best trained with."""
         return torch.optim.AdamW(self.trainable_parameters(), **options)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
+        """Make an optimizer of somebody else's keep the method's promise, or refuse it.
+
+        Args:
+            optimizer: One over :meth:`trainable_parameters`, or a wrapper that holds one as ``optimizer``.
+
+        Returns:
+            A handle with ``remove()`` where something was hung on the optimizer, else None.
+
+        Raises:
+            ValueError: training with it would break what the method promises.
+        """
+        return None
 
     def penalty(self) -> Tensor | None:
         """A term to add to the loss of the current step, or None."""

@@ -189,6 +189,10 @@ class KeepLora(PeftExchange, Method):
         """
         return confine(optimizer, self._bases_to_keep("confine"))
 
+    def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
+        """:meth:`confine` where A is trained."""
+        return self.confine(optimizer) if self.config.train_a else None
+
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> RetentionCertificate:
         r"""Merge the adapters, protect what the task's inputs look like, and prove what was retained.
