@@ -142,7 +142,7 @@ class KeepLoraCallback(TrainerCallback):
             except RuntimeError as error:
                 raise RuntimeError(
                     f"KeepLoraCallback: save_strategy must be 'no' for {self.method.name!r}, whose open task cannot be "
-                    f"saved, got {str(args.save_strategy)!r}. ({error})"
+                    f"saved, got {args.save_strategy.value!r} ({error})"
                 ) from error
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
