@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from keeplora.lora import innermost
 from keeplora.methods.method import Method
@@ -95,14 +96,14 @@ class TaskHooks:
         step are gone and before gradients are clipped. Hooks on gradients that are yet to come (those of
         DistributedDataParallel) do not run; they find the penalty's share in ``.grad``.
         """
-        with torch.enable_grad():
-            penalty = self._penalty()
-        if penalty is None or not penalty.requires_grad:
-            return
-        if self._scaler is not None:
-            penalty = self._scaler.scale(penalty)
         parameters: Sequence[Tensor] = self.method.trainable_parameters()
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):  # a checkpoint around us must not count ours
+            penalty = self._penalty()
+            if penalty is None or not penalty.requires_grad:
+                return
+            if self._scaler is not None:
+                penalty = self._scaler.scale(penalty)
+            gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -141,3 +142,7 @@ class TaskHooks:
                 "are not supported."
             )
         return wanted
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
