@@ -16,7 +16,9 @@ from tests.integrations.every_method import (
     PENALTIES,
     RATE,
     REFUSED,
+    STEPS,
     TRAINED,
+    UNSAVABLE,
     Classifier,
     assert_same,
     fresh,
@@ -30,7 +32,7 @@ from tests.methods.test_every_method import loss_fn
 CLIP = 0.01  # of every gradient here: the smallest norm is larger
 
 
-def trainer_for(method, out, kind=Trainer, callbacks=(), model=None, **options):
+def trainer_for(method, out, kind=Trainer, callbacks=(), model=None, callback=None, **options):
     defaults = {"lr_scheduler_type": "constant", "save_strategy": "no", "max_grad_norm": 0, "weight_decay": 0.1}
     args = TrainingArguments(
         str(out),
@@ -49,7 +51,7 @@ def trainer_for(method, out, kind=Trainer, callbacks=(), model=None, **options):
         args,
         train_dataset=samples(1),
         eval_dataset=samples(2),
-        callbacks=[KeepLoraCallback(method), *callbacks],
+        callbacks=[callback or KeepLoraCallback(method), *callbacks],
     )
 
 
@@ -175,3 +177,43 @@ def test_a_scaled_loss_gets_a_scaled_penalty(tmp_path):
     own.penalty().backward()
     for mine, theirs in zip(method.trainable_parameters(), own.trainable_parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)  # a power of two, so exactly
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in UNSAVABLE])
+def test_a_task_resumed_in_the_middle_ends_as_if_never_stopped(name, tmp_path):
+    def trainer_of(method, callback=None):
+        trainer = trainer_for(method, tmp_path, callback=callback, **SAVING)
+        if name == "gpm":
+            trainer.optimizer = method.optimizer(lr=RATE)
+        return trainer
+
+    whole = opened(name)
+    assert trainer_of(whole).train().global_step == EPOCHS * STEPS
+
+    again = fresh(name)  # a new process: the pretrained model, nothing learned, no task open
+    step = tmp_path / "checkpoint-3"
+    KeepLoraCallback(again).resume(step)
+    with pytest.raises(RuntimeError, match=r"must begin where the method stands, at step 0, got 3\. Call .*resume"):
+        trainer_of(again).train(resume_from_checkpoint=str(step))
+    again = fresh(name)
+    callback = KeepLoraCallback(again)
+    callback.resume(step)
+    trainer_of(again, callback).train(resume_from_checkpoint=str(step))
+    assert_same(again, whole)
+
+
+def test_a_method_that_could_not_be_saved_is_refused_before_training(tmp_path, monkeypatch):
+    def state():
+        raise RuntimeError("state: the open task must be closed first")
+
+    method = opened("lora")
+    monkeypatch.setattr(method, "state", state)
+    trainer = trainer_for(method, tmp_path, **SAVING)
+    before = copy.deepcopy(method.model.state_dict())
+    with pytest.raises(RuntimeError, match=r"save_strategy must be 'no' for 'lora', .*got 'steps' \(state: "):
+        trainer.train()
+    assert all(torch.equal(value, before[key]) for key, value in method.model.state_dict().items())
+    assert hooks_left(trainer) == []
