@@ -84,6 +84,21 @@ class TaskHooks:
         for handle in self._handles:
             handle.remove()
 
+    def require_state(self, rule: str, got: str) -> None:
+        """Refuse to train what a checkpoint could not hold, before training and not at the first checkpoint.
+
+        Costs as much as the state of one checkpoint, which is a copy in memory.
+
+        Raises:
+            RuntimeError: the open task has no state; ``rule`` and ``got`` name the setting that asks for it.
+        """
+        try:
+            self.method.state()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.caller}: {rule}, whose open task cannot be saved, got {got} ({error})"
+            ) from error
+
     def with_penalty(self, loss: Tensor) -> Tensor:
         """``loss`` plus the method's penalty."""
         penalty = self._penalty()

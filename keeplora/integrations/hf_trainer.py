@@ -137,13 +137,9 @@ class KeepLoraCallback(TrainerCallback):
                 "trainer.train(resume_from_checkpoint=checkpoint)."
             )
         if args.save_strategy != "no" and state.is_world_process_zero:
-            try:
-                self.method.state()  # as much work as a checkpoint's, but it fails before training, not hours later
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"KeepLoraCallback: save_strategy must be 'no' for {self.method.name!r}, whose open task cannot be "
-                    f"saved, got {args.save_strategy.value!r} ({error})"
-                ) from error
+            assert self._hooks is not None
+            chosen = getattr(args.save_strategy, "value", args.save_strategy)
+            self._hooks.require_state(f"save_strategy must be 'no' for {self.method.name!r}", repr(chosen))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._penalty_due = True

@@ -58,11 +58,14 @@ def opened(name):
     return method
 
 
-def plain_loop(method, data, optimizer, accumulate=1, clip=None, epochs=EPOCHS, share=True, bf16=False):
+def plain_loop(
+    method, data, optimizer, accumulate=1, clip=None, epochs=EPOCHS, share=True, bf16=False, by_optimizer=False
+):
     """The loop of a user who knows the method's protocol.
 
     ``share``: an incomplete last group of batches is averaged over those it has, and the penalty counts once a step
     (Trainer). Else every batch's loss and penalty is divided by ``accumulate`` (Accelerate, Lightning).
+    ``by_optimizer``: gradients are clipped in the order of the optimizer's parameters (Lightning), not the model's.
     """
     method.model.train()
     for _ in range(epochs):
@@ -81,7 +84,8 @@ def plain_loop(method, data, optimizer, accumulate=1, clip=None, epochs=EPOCHS, 
             loss.backward()
             if (number + 1) % accumulate == 0 or number + 1 == STEPS:
                 if clip:
-                    nn.utils.clip_grad_norm_(method.model.parameters(), clip)
+                    held = [p for group in optimizer.param_groups for p in group["params"]]
+                    nn.utils.clip_grad_norm_(held if by_optimizer else method.model.parameters(), clip)
                 optimizer.step()
                 method.after_step()
                 optimizer.zero_grad()
