@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from keeplora.lora import innermost
+from keeplora.lora.optimizer import innermost
 from keeplora.methods.method import Method
 
 __all__ = ["TaskHooks", "refuse_untrainable"]

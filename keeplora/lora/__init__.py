@@ -6,7 +6,7 @@ from .borrowed import BorrowedLinear
 from .host import LoraHost
 from .linear import LoraLinear
 from .merge_ahead import merge_ahead
-from .optimizer import Confinement, ProjectedAdamW, confine, innermost
+from .optimizer import Confinement, ProjectedAdamW, confine
 from .targets import Target, attention_targets, depth_factor, depth_positions, linear_targets, select_targets
 from .wrap import LoraSlot, TokenMask, register_host, unwrap, wrap
 
@@ -26,7 +26,6 @@ __all__ = [
     "confine",
     "depth_factor",
     "depth_positions",
-    "innermost",
     "linear_targets",
     "merge_ahead",
     "register_host",

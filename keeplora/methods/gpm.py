@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from keeplora.lora import innermost
+from keeplora.lora.optimizer import innermost
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows

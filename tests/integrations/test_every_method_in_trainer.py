@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from keeplora.integrations._task_hooks import TaskHooks
 from keeplora.integrations.hf_trainer import KeepLoraCallback
-from keeplora.lora import innermost
+from keeplora.lora.optimizer import innermost
 from tests.integrations.every_method import (
     BATCH,
     EPOCHS,
