@@ -55,6 +55,12 @@ def trainer_for(method, out, kind=Trainer, callbacks=(), model=None, callback=No
     )
 
 
+def names_of(method):
+    """Of the trained parameters, in the model."""
+    names = {id(parameter): name for name, parameter in method.model.named_parameters()}
+    return [names[id(parameter)] for parameter in method.trainable_parameters()]
+
+
 def hooks_left(trainer):
     inner = innermost(trainer.optimizer)
     return [*trainer.model._forward_hooks, *inner._optimizer_step_pre_hooks, *inner._optimizer_step_post_hooks]
@@ -85,12 +91,18 @@ def test_a_method_that_a_trainer_cannot_train_is_refused_by_name(name):
 
 def test_an_optimizer_that_breaks_the_methods_promise_is_refused_before_training(tmp_path):
     method = opened("gpm")
-    trainer = trainer_for(method, tmp_path)
+    trainer = trainer_for(method, tmp_path, lr_scheduler_type="linear")
     before = copy.deepcopy(method.model.state_dict())
     with pytest.raises(ValueError, match=r"optimizer must be SGD .* 'gpm', got AdamW with weight decay 0\.1"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
     assert hooks_left(trainer) == []
+    trainer.optimizer = method.optimizer(lr=RATE)  # the remedy
+    trainer.train()
+    (group,) = trainer.optimizer.param_groups
+    assert group["initial_lr"] == RATE  # Trainer's schedule ran on it, down to 0
+    assert group["lr"] == 0
+    assert not all(map(torch.equal, method.trainable_parameters(), map(before.get, names_of(method))))
 
 
 class TwoForwards(Trainer):

@@ -190,7 +190,6 @@ class KeepLora(PeftExchange, Method):
         return confine(optimizer, self._bases_to_keep("confine"))
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
-        """:meth:`confine` where A is trained."""
         return self.confine(optimizer) if self.config.train_a else None
 
     @torch.no_grad()
