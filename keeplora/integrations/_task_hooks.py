@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from keeplora.lora.optimizer import innermost
+from keeplora.lora.optimizer import unwrapped
 from keeplora.methods.method import Method
 
 __all__ = ["TaskHooks", "refuse_untrainable"]
@@ -73,7 +73,7 @@ class TaskHooks:
         adopted = method.adopt(optimizer)
         if adopted is not None:
             self._handles.append(adopted)
-        self._handles.append(innermost(optimizer).register_step_post_hook(self._after_step))
+        self._handles.append(unwrapped(optimizer).register_step_post_hook(self._after_step))
 
     def add(self, handle: _Removable) -> None:
         """Take this handle away with the others."""

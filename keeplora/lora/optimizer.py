@@ -15,7 +15,7 @@ from keeplora.ops.check import MASTER
 from keeplora.ops.project_rows import project_rows
 from keeplora.ops.projected_adamw import projected_adamw
 
-__all__ = ["Confinement", "ProjectedAdamW", "confine", "innermost"]
+__all__ = ["Confinement", "ProjectedAdamW", "confine", "unwrapped"]
 
 Bases = Mapping[nn.Parameter, Tensor]
 """Orthonormal columns ``Q [in, k]`` for parameters ``[r, in]``, which are to keep ``A Q = 0``."""
@@ -216,7 +216,7 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
         >>> a.detach()
         tensor([[0.0000, 0.9000]])
     """
-    optimizer = innermost(optimizer)
+    optimizer = unwrapped(optimizer)
     _check_known("confine", bases, optimizer)
     kinds: dict[Any, dict[nn.Parameter, Tensor]] = {}
     for parameter, basis in bases.items():
@@ -251,7 +251,7 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
     return Confinement([optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)])
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside of wrappers (Accelerate's, Lightning's): steps and hooks are those of the one inside."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from keeplora.lora.optimizer import innermost
+from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
@@ -111,7 +111,7 @@ class Gpm(LoraMethod):
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse what leaves the free space: anything but SGD without weight decay."""
-        inner = innermost(optimizer)
+        inner = unwrapped(optimizer)
         decays = [group["weight_decay"] for group in inner.param_groups if group.get("weight_decay")]
         if not isinstance(inner, torch.optim.SGD) or decays:
             got = type(inner).__name__ + (f" with weight decay {max(decays)}" if decays else "")

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from keeplora.integrations._task_hooks import TaskHooks
 from keeplora.integrations.hf_trainer import KeepLoraCallback
-from keeplora.lora.optimizer import innermost
+from keeplora.lora.optimizer import unwrapped
 from tests.integrations.every_method import (
     BATCH,
     EPOCHS,
@@ -62,7 +62,7 @@ def names_of(method):
 
 
 def hooks_left(trainer):
-    inner = innermost(trainer.optimizer)
+    inner = unwrapped(trainer.optimizer)
     return [*trainer.model._forward_hooks, *inner._optimizer_step_pre_hooks, *inner._optimizer_step_post_hooks]
 
 
@@ -77,7 +77,7 @@ def test_a_method_learns_what_it_learns_in_a_plain_loop(name, accumulate, clip, 
     if name == "gpm":
         trainer.optimizer = method.optimizer(lr=RATE)
     trainer.train()
-    optimizer = like(innermost(trainer.optimizer), method, own)
+    optimizer = like(unwrapped(trainer.optimizer), method, own)
     plain_loop(own, samples(1), optimizer, accumulate, clip)
     assert_same(method, own)
     assert hooks_left(trainer) == []
@@ -93,7 +93,7 @@ def test_an_optimizer_that_breaks_the_methods_promise_is_refused_before_training
     method = opened("gpm")
     trainer = trainer_for(method, tmp_path, lr_scheduler_type="linear")
     before = copy.deepcopy(method.model.state_dict())
-    with pytest.raises(ValueError, match=r"optimizer must be SGD .* 'gpm', got AdamW with weight decay 0\.1"):
+    with pytest.raises(ValueError, match=r"optimizer must be SGD .* 'gpm', got AdamW"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
     assert hooks_left(trainer) == []
@@ -133,7 +133,7 @@ def test_a_penalty_counts_once_however_often_forward_runs(kind, tmp_path):
     method, own = opened("o-lora"), opened("o-lora")
     trainer = trainer_for(method, tmp_path, kind, gradient_accumulation_steps=3, eval_strategy="steps", eval_steps=1)
     trainer.train()
-    plain_loop(own, samples(1), like(innermost(trainer.optimizer), method, own), accumulate=3)
+    plain_loop(own, samples(1), like(unwrapped(trainer.optimizer), method, own), accumulate=3)
     assert_same(method, own)
 
 
@@ -142,7 +142,7 @@ def test_a_compiled_models_penalty_counts(tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_accumulation_steps": 3}
     trainer = trainer_for(method, tmp_path, **options)
     trainer.train()
-    plain_loop(own, samples(1), like(innermost(trainer.optimizer), method, own), accumulate=3)
+    plain_loop(own, samples(1), like(unwrapped(trainer.optimizer), method, own), accumulate=3)
     assert_same(method, own)
 
 
@@ -158,7 +158,7 @@ def test_a_loss_that_bypasses_forward_is_no_silent_loss_of_the_penalty(name, tmp
     method, own = opened("lora"), opened("lora")  # which has no penalty
     trainer = trainer_for(method, tmp_path, PastForward)
     trainer.train()
-    plain_loop(own, samples(1), like(innermost(trainer.optimizer), method, own))
+    plain_loop(own, samples(1), like(unwrapped(trainer.optimizer), method, own))
     assert_same(method, own)
 
 
@@ -175,7 +175,7 @@ def test_an_interrupted_train_leaves_nothing_that_a_new_trainer_would_count_twic
     again = trainer_for(method, tmp_path, model=broken.model)
     again.train()
     assert hooks_left(again) == []
-    plain_loop(own, samples(1), like(innermost(again.optimizer), method, own))
+    plain_loop(own, samples(1), like(unwrapped(again.optimizer), method, own))
     assert_same(method, own)
 
 

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from keeplora.integrations import accelerate as keeplora_accelerate
 from keeplora.integrations import lightning as keeplora_lightning
-from keeplora.lora.optimizer import innermost
+from keeplora.lora.optimizer import unwrapped
 from tests.integrations import one_layer
 from tests.integrations.every_method import (
     EPOCHS,
@@ -84,7 +84,7 @@ def fit(module, folder, epochs=EPOCHS, checkpoint=None, callbacks=(), **options)
 
 
 def steps_hooked(optimizer):
-    inner = innermost(optimizer)
+    inner = unwrapped(optimizer)
     return [*inner._optimizer_step_pre_hooks, *inner._optimizer_step_post_hooks]
 
 
