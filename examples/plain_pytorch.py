@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from examples.small_tasks import (
     LEARNING_RATE,
     WEIGHT_DECAY,
@@ -22,11 +20,13 @@ def learn() -> list[list[float]]:
     for task in small_tasks():
         loader = batches(task)
         keeper.before_task(loader, loss_fn)
-        optimizer = torch.optim.AdamW(keeper.trainable_parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = keeper.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         keeper.model.train()
         for batch in loader:
-            loss_fn(keeper.model, batch).backward()
+            loss, penalty = loss_fn(keeper.model, batch), keeper.penalty()  # which KeepLoRA has none of, O-LoRA has
+            (loss if penalty is None else loss + penalty).backward()
             optimizer.step()
+            keeper.after_step()
             optimizer.zero_grad()
         print(keeper.after_task(loader))
         rows.append(accuracies(keeper.model))

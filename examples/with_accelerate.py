@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from accelerate import Accelerator
 
 from examples.small_tasks import (
@@ -16,6 +15,7 @@ from examples.small_tasks import (
     small_tasks,
     table,
 )
+from keeplora.integrations.accelerate import OneTask
 
 
 def learn() -> list[list[float]]:
@@ -23,18 +23,18 @@ def learn() -> list[list[float]]:
     keeper = make_keeper()
     classifier = Classifier(keeper.model)
     rows = [accuracies(keeper.model)]
-    for task in small_tasks():
-        loader = accelerator.prepare(batches(task))
+    for data in small_tasks():
+        loader = accelerator.prepare(batches(data))
         keeper.before_task(loader, loss_fn)
-        optimizer = torch.optim.AdamW(keeper.trainable_parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        # Prepared anew for every task: the parameters that are trained are new ones.
-        model, optimizer = accelerator.prepare(classifier, optimizer)
-        model.train()
+        optimizer = keeper.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        # Made anew for every task: the parameters that are trained are new ones.
+        task = OneTask(accelerator, keeper, classifier, optimizer)
+        task.model.train()
         for batch in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**batch)["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+            with accelerator.accumulate(task.model):
+                task.backward(task.model(**batch)["loss"])
+                task.optimizer.step()
+                task.optimizer.zero_grad()
         accelerator.print(keeper.after_task(loader))
         accelerator.free_memory()  # forgets the task's optimizer
         rows.append(accuracies(keeper.model))

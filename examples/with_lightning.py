@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning
-import torch
-from torch import Tensor
 
-import keeplora
 from examples.small_tasks import (
     LEARNING_RATE,
     WEIGHT_DECAY,
@@ -19,27 +14,7 @@ from examples.small_tasks import (
     small_tasks,
     table,
 )
-
-
-class OneTask(lightning.LightningModule):
-    """The task a keeper has open. Checkpoints carry the keeper's state, so that another process can go on."""
-
-    def __init__(self, keeper: keeplora.KeepLora):
-        super().__init__()
-        self.model = keeper.model
-        self.keeper = keeper
-
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return loss_fn(self.model, batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.keeper.trainable_parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["keeplora"] = vars(self.keeper.state())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.keeper.load_state(keeplora.State(**checkpoint["keeplora"]))
+from keeplora.integrations.lightning import OneTask
 
 
 def learn() -> list[list[float]]:
@@ -57,7 +32,7 @@ def learn() -> list[list[float]]:
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        trainer.fit(OneTask(keeper), loader)
+        trainer.fit(OneTask(keeper, loss_fn, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY), loader)
         print(keeper.after_task(loader))
         rows.append(accuracies(keeper.model))
     return rows

@@ -28,6 +28,8 @@ PUBLIC = (
     "keeplora",
     "keeplora.families",
     "keeplora.integrations",
+    "keeplora.integrations.accelerate",
+    "keeplora.integrations.lightning",
     "keeplora.lora",
     "keeplora.math",
     "keeplora.methods",

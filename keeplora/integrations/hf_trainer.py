@@ -1,7 +1,4 @@
-"""KeepLoRA in Hugging Face's Trainer: one call of ``train()`` per task.
-
-It stands here rather than in ``integrations`` because it saves and reads the states of ``methods``.
-"""
+"""A method's task in Hugging Face's Trainer: one call of ``train()`` per task."""
 
 from __future__ import annotations
 
@@ -10,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from keeplora.lora import Confinement
-from keeplora.methods import KeepLora
 from keeplora.methods.method import Method
 from keeplora.methods.state import read_state, write_state
+
+from ._task_hooks import TaskHooks, refuse_untrainable
 
 __all__ = ["KeepLoraCallback"]
 
@@ -24,7 +22,7 @@ FOLDER = "keeplora"
 
 
 class KeepLoraCallback(TrainerCallback):
-    """Lets a ``transformers.Trainer`` train the task that a keeper has open, and puts the keeper into its checkpoints.
+    r"""Lets a ``transformers.Trainer`` train the task that a method has open, and puts the method into its checkpoints.
 
     The three calls of every loop stay where they are::
 
@@ -34,17 +32,31 @@ class KeepLoraCallback(TrainerCallback):
         trainer.train()
         keeper.after_task(loader)
 
-    When training begins, the callback checks that a task is open and that Trainer's optimizer holds its parameters.
-    With ``train_a`` it keeps A outside of what is protected in every step. Every checkpoint gets a folder ``keeplora``
-    with the keeper's state; in a new process :meth:`resume` reads it, before ``train(resume_from_checkpoint=…)`` reads
-    the rest. Optimizers that split parameters up (DeepSpeed ZeRO, FSDP) are refused.
+    When training begins, the callback checks that a task is open and that Trainer's optimizer holds its parameters, and
+    lets the method adopt that optimizer: with ``train_a`` KeepLoRA keeps A outside of what is protected in every step.
+    Methods that need an optimizer of their own refuse Trainer's; give them theirs with
+    ``trainer.optimizer = method.optimizer(lr=…)`` between ``before_task`` and ``train()``.
+
+    A method's penalty Ω counts once in every optimizer step, however many batches are accumulated:
+
+    .. math:: g = \nabla \Omega + \nabla \ell
+
+    before gradients are clipped. Its gradient is added when the model's forward has run on the step's first batch.
+    The loss that Trainer logs is ℓ alone.
+
+    Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process :meth:`resume` reads it,
+    before ``train(resume_from_checkpoint=…)`` reads the rest. Optimizers that split parameters up (DeepSpeed ZeRO,
+    FSDP) are refused.
 
     Args:
-        keeper: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
+        method: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
 
     Raises:
+        ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint); at ``train()``, the method
+            cannot be trained with this optimizer.
         RuntimeError: ``train()`` begins while no task is open, or with an optimizer made for an earlier task, or goes
-            on from a checkpoint that :meth:`resume` has not read.
+            on from a checkpoint that :meth:`resume` has not read; or Trainer took a step without calling the model's
+            forward, which leaves the penalty out.
 
     Example:
         >>> import tempfile
@@ -70,15 +82,17 @@ class KeepLoraCallback(TrainerCallback):
         (6, True)
     """
 
-    def __init__(self, keeper: Method):
-        self.keeper = keeper
-        self._confinement: Confinement | None = None
+    def __init__(self, method: Method):
+        refuse_untrainable("KeepLoraCallback", method)
+        self.method = method
+        self._hooks: TaskHooks | None = None
+        self._penalty_due = False
         self._resumed: int | None = None
 
     def resume(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Bring the keeper and its model to where they were when Trainer saved ``checkpoint``.
+        """Bring the method and its model to where they were when Trainer saved ``checkpoint``.
 
-        Call it in place of ``before_task``, and ``train(resume_from_checkpoint=checkpoint)`` next. The keeper must be
+        Call it in place of ``before_task``, and ``train(resume_from_checkpoint=checkpoint)`` next. The method must be
         around the pretrained model it was first made for.
 
         Raises:
@@ -87,7 +101,7 @@ class KeepLoraCallback(TrainerCallback):
         folder = Path(checkpoint)
         state = read_state(folder / FOLDER)
         step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
-        self.keeper.load_state(state)
+        self.method.load_state(state)
         self._resumed = step
 
     def on_train_begin(
@@ -95,40 +109,43 @@ class KeepLoraCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         **_: Any,
     ) -> None:
+        assert model is not None
+        self._penalty_due = False
+        self._hooks = TaskHooks(
+            "KeepLoraCallback",
+            self.method,
+            optimizer,
+            "Trainer must call the model's forward: train a module whose forward returns the loss.",
+        )
+        self._hooks.add(model.register_forward_hook(self._after_forward))
         try:
-            wanted = self.keeper.trainable_parameters()
-        except RuntimeError as error:
-            raise RuntimeError(
-                "KeepLoraCallback: a task must be open when training begins. Call keeper.before_task(loader, loss_fn) "
-                f"before trainer.train(). ({error})"
-            ) from error
+            self._check_start(args, state)
+        except BaseException:
+            self._hooks.close()
+            raise
+
+    def _check_start(self, args: TrainingArguments, state: TrainerState) -> None:
         resumed, self._resumed = self._resumed, None
         if state.global_step != (resumed or 0):
             raise RuntimeError(
-                f"KeepLoraCallback: training must begin where the keeper stands, at step {resumed or 0}, got "
+                f"KeepLoraCallback: training must begin where the method stands, at step {resumed or 0}, got "
                 f"{state.global_step}. Call callback.resume(checkpoint), then "
                 "trainer.train(resume_from_checkpoint=checkpoint)."
             )
-        assert optimizer is not None
-        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        missing = sum(parameter not in held for parameter in wanted)
-        if missing:
-            raise RuntimeError(
-                f"KeepLoraCallback: the optimizer must hold the {len(wanted)} parameters of the open task, got "
-                f"{len(wanted) - missing} of them. A Trainer keeps the optimizer of its first train(): make a new "
-                "Trainer for every task. DeepSpeed and FSDP, which split parameters up, are not supported."
-            )
-        self._release()
-        if isinstance(self.keeper, KeepLora) and self.keeper.config.train_a:
-            self._confinement = self.keeper.confine(optimizer)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.keeper.after_step()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._penalty_due = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, model: nn.Module, *_: Any) -> None:
+        """Add the penalty in the first training pass of a step. Trainer has no gradients from before it then."""
+        if self._penalty_due and self._hooks is not None and model.training and torch.is_grad_enabled():
+            self._penalty_due = False
+            self._hooks.add_penalty_gradient()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -139,12 +156,8 @@ class KeepLoraCallback(TrainerCallback):
                 f"KeepLoraCallback: Trainer's checkpoint must be at {checkpoint}, got nothing there. Hyperparameter "
                 "search, which saves elsewhere, is not supported."
             )
-        write_state(checkpoint / FOLDER, self.keeper.state())
+        write_state(checkpoint / FOLDER, self.method.state())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._confinement is not None:
-            self._confinement.remove()
-            self._confinement = None
+        if self._hooks is not None:
+            self._hooks.close()
