@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
+from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
 
 from . import find_targets
 
@@ -83,6 +84,8 @@ class PeftLayer:
         base = self.base
         if not _quantised(base.weight):
             return None
+        if is_four_bit(base.weight):  # PEFT misreads one that bitsandbytes has repacked for the CPU
+            return lambda: dequantize_four_bit(base.weight)
         from peft.utils.integrations import dequantize_module_weight
 
         def weight() -> Tensor:
@@ -92,6 +95,13 @@ class PeftLayer:
             return dense
 
         return weight
+
+    def comparable_weight(self) -> Tensor:
+        """The weight in floating point, the same whether bitsandbytes has repacked it for the CPU or not."""
+        if is_four_bit(self.base.weight):
+            return dequantize_four_bit(self.base.weight, rounded_scales=True)
+        dense = self.dequantizer()
+        return self.base.weight if dense is None else dense()
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ def find_adapter(
 ) -> PeftAdapter:
     """The adapter ``name`` of a ``PeftModel``, or its active one, with everything refused that would not be confined.
 
+    bitsandbytes' 4-bit layers, adapted or not, are brought back into the layout that has a gradient.
+
     Args:
         function: For messages.
         targets: Tower and depth of the base model's weights; found if None.
@@ -181,6 +193,7 @@ def find_adapter(
         PeftLayer(replace(places[path], name=path, module=path, parameter="weight", rows=None), module, name)
         for path, module in modules.items()
     )
+    keep_differentiable(function, model)
     return PeftAdapter(model, name, tuple(layers))
 
 

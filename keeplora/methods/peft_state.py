@@ -15,6 +15,7 @@ from keeplora._version import __version__
 from keeplora.integrations.peft import PeftAdapter, PeftLayer, find_adapter
 from keeplora.integrations.peft_checkpoint import Update
 from keeplora.lora import Target
+from keeplora.lora.four_bit import was_repacked
 from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
@@ -166,7 +167,7 @@ class SubspaceState:
         elif found != self.current:
             raise StateError(
                 "restore: the model's base weights must be the pretrained ones the state began with, or those after "
-                f"task {self.tasks_learned}, got others. Load the same base model."
+                f"task {self.tasks_learned}, got others. Load the same base model.{_of_repacking(adapter.layers)}"
             )
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
@@ -215,6 +216,7 @@ class SubspaceState:
         raise RuntimeError(
             f"{function}: the base weights must be those after task {self.tasks_learned}, got others: what the state "
             "protects belongs to another model. Let update_subspace merge, and take adapters out with model.unload()."
+            f"{_of_repacking(layers)}"
         )
 
     def _merge(self, layer: PeftLayer, update: Update) -> None:
@@ -239,12 +241,20 @@ def keep_master(masters: dict[str, Tensor], name: str, weight: Tensor, exact: Te
         masters[name] = exact.detach()
 
 
+def _of_repacking(layers: Sequence[PeftLayer]) -> str:
+    if not any(was_repacked(layer.base.weight) for layer in layers):
+        return ""
+    return (
+        " bitsandbytes has repacked 4-bit weights in eval() for this CPU, and state_dict(), which PEFT calls to save "
+        "and load adapters, changes such weights. Load base and adapter anew, and call restore before evaluating them."
+    )
+
+
 def fingerprint(layers: Sequence[PeftLayer]) -> str:
     """A hash of the layers' base weights: names, shapes and up to 64 values of each."""
     digest = hashlib.sha256()
     for layer in layers:
-        dense = layer.dequantizer()
-        values = (layer.base.weight if dense is None else dense()).detach().flatten()
+        values = layer.comparable_weight().detach().flatten()
         values = values[:: max(1, values.numel() // 64)][:64].double().cpu()
         digest.update(f"{layer.name} {layer.base.out_features} {layer.base.in_features} {values.tolist()}".encode())
     return digest.hexdigest()
