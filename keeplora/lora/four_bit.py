@@ -97,8 +97,8 @@ def _unpacked(function: str, name: str, weight: Any) -> tuple[Tensor, Any]:
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
         except ImportError as error:
             raise _unknown_layout(function, name, "one that this version of bitsandbytes cannot undo") from error
-        state.original_nested = False  # it would quantise the scales anew
         data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    # Its own scales are in a wrong order, or were quantised anew.
     state.absmax, state.nested, state.offset, state.state2 = scales, False, None, None
     return data, state
 
