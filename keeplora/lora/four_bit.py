@@ -49,7 +49,7 @@ def dequantize_four_bit(weight: Any, *, rounded_scales: bool = False) -> Tensor:
 
 
 def keep_differentiable(function: str, model: nn.Module) -> None:
-    """Undo the repacking of every 4-bit layer of ``model``, and switch it off for them.
+    """Undo the repacking of every 4-bit layer of ``model``, and switch it off for those on a CPU.
 
     ``layer.support_avx512bf16_for_cpu = True`` switches it on again, for inference when nothing is trained any more.
 
@@ -60,18 +60,20 @@ def keep_differentiable(function: str, model: nn.Module) -> None:
         RuntimeError: a weight is in a layout that cannot be read.
     """
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if is_four_bit(weight) and not _as_quantised(weight):
-            data, state = _unpacked(function, f"{path}.weight", weight)
+        weight: Any = module._parameters.get("weight")
+        if not is_four_bit(weight):
+            continue
+        if not _as_quantised(weight):
+            data, state = _unpacked(function, f"{path}.weight".lstrip("."), weight)
             weight.data = data
             vars(weight.quant_state).update(vars(state))  # in place: the layer has it too
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if weight.device.type == "cpu" and hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def was_repacked(weight: object) -> bool:
+def was_repacked(weight: Any) -> bool:
     """Whether bitsandbytes has repacked the weight at some time, so that ``state_dict()`` may have changed it."""
-    return is_four_bit(weight) and hasattr(weight.quant_state, "original_qshape")  # type: ignore[attr-defined]
+    return is_four_bit(weight) and hasattr(weight.quant_state, "original_qshape")
 
 
 def _is_repacked(state: Any) -> bool:
