@@ -13,7 +13,9 @@ from tests.train.one_layer import STEPS, assert_same, batches, loss_fn, make_kee
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its settings in the class; the next test, and Trainer, must not find these."""
+    """Accelerate keeps its settings in the class: a test must find none, of Trainer's either, and leave none."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
