@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .attention import LoraAttention
+from .four_bit import keep_differentiable
 from .host import LoraHost
 from .linear import LoraLinear
 from .slot import LoraSlot
@@ -21,7 +22,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
 
     Nothing is computed differently until an adapter is attached. Parameters stay the same objects under the
     same state-dict names. A layer that stands in several places of the model is one layer, with one adapter, in all of
-    them; targets name one of the places. Either all layers are replaced or, on an error, none.
+    them; targets name one of the places. Either all layers are replaced or, on an error, none. Frozen 4-bit layers of
+    bitsandbytes keep the layout that has a gradient (:func:`~keeplora.lora.four_bit.keep_differentiable`).
 
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
@@ -39,6 +41,7 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         Linear(in_features=4, out_features=8, bias=True)
     """
     replacements = _plan(model, targets)
+    keep_differentiable("wrap", model)  # frozen 4-bit layers, behind which gradients are wanted
     places = _places(model)
     everywhere = {path: places[id(model.get_submodule(path))] for path in replacements}
     hosts: dict[str, LoraHost] = {}

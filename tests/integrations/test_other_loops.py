@@ -41,7 +41,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its settings in the class; the next test, and Trainer, must not find these."""
+    """Accelerate keeps its settings in the class: a test must find none, of Trainer's either, and leave none."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

@@ -7,8 +7,9 @@
 
 // The function is compiled twice for x86, and the loader takes the second where the CPU has AVX and FMA. By
 // that feature and not by "arch=x86-64-v3", which GCC 11 does not know. Elsewhere, and with other compilers,
-// once: for the CPU the compiler was told of.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+// once: for the CPU the compiler was told of. A test defines it as nothing, to run the first everywhere.
+#if defined(KEEPLORA_EVERY_CPU)
+#elif defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define KEEPLORA_EVERY_CPU __attribute__((target_clones("default", "fma")))
 #else
 #define KEEPLORA_EVERY_CPU

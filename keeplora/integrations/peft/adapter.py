@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
+from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
 from keeplora.lora.peft_checkpoint import Update, check_plain_lora
 
 __all__ = ["PeftAdapter", "PeftLayer", "borrow", "find_adapter", "trainable_neighbours"]
@@ -72,16 +73,13 @@ class PeftLayer:
         self.module.lora_alpha[self.adapter] = alpha
         self.module.scaling[self.adapter] = alpha / (self.rank**0.5 if rslora else self.rank)
 
-    def dense(self) -> Tensor:
-        """The base weight in floating point."""
-        dense = self.dequantizer()
-        return self.base.weight.detach() if dense is None else dense().detach()
-
     def dequantizer(self) -> Callable[[], Tensor] | None:
         """What gives the weight in floating point; None for a weight that is."""
         base = self.base
         if not _quantised(base.weight):
             return None
+        if is_four_bit(base.weight):  # PEFT misreads one that bitsandbytes has repacked for the CPU
+            return lambda: dequantize_four_bit(base.weight)
         from peft.utils.integrations import dequantize_module_weight
 
         def weight() -> Tensor:
@@ -91,6 +89,13 @@ class PeftLayer:
             return dense
 
         return weight
+
+    def comparable_weight(self) -> Tensor:
+        """The weight in floating point, the same whether bitsandbytes has repacked it for the CPU or not."""
+        if is_four_bit(self.base.weight):
+            return dequantize_four_bit(self.base.weight, rounded_scales=True)
+        dense = self.dequantizer()
+        return self.base.weight if dense is None else dense()
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ def find_adapter(
 ) -> PeftAdapter:
     """The adapter ``name`` of a ``PeftModel``, or its active one, with everything refused that would not be confined.
 
+    bitsandbytes' 4-bit layers, adapted or not, are brought back into the layout that has a gradient.
+
     Args:
         function: For messages.
         targets: Tower and depth of the base model's weights; found if None.
@@ -180,6 +187,7 @@ def find_adapter(
         PeftLayer(replace(places[path], name=path, module=path, parameter="weight", rows=None), module, name)
         for path, module in modules.items()
     )
+    keep_differentiable(function, model)
     return PeftAdapter(model, name, tuple(layers))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, merge_adapters, peft_checkpoint
+from keeplora.lora.four_bit import was_repacked
 from keeplora.lora.peft_checkpoint import Update
 from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.fingerprint import digest
@@ -160,7 +161,7 @@ class SubspaceState:
             raise StateError(
                 "restore: the model's base weights must be the pretrained ones the state began with, or those after "
                 f"task {self.tasks_learned} (fingerprint {self.current[:12]}), got {held[:12]}. Load the same base "
-                "model."
+                f"model.{_of_repacking(adapter.layers)}"
             )
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
@@ -209,7 +210,7 @@ class SubspaceState:
         raise RuntimeError(
             f"{function}: the base weights must be those after task {self.tasks_learned} (fingerprint "
             f"{self.current[:12]}), got {held[:12]}: what the state protects belongs to another model. Let "
-            "update_subspace merge, and take adapters out with model.unload()."
+            f"update_subspace merge, and take adapters out with model.unload().{_of_repacking(layers)}"
         )
 
     def _merge(self, adapter: PeftAdapter, updates: Mapping[str, Update]) -> None:
@@ -221,8 +222,16 @@ class SubspaceState:
             merge_adapters(slots)
 
 
-def fingerprint(layers: Sequence[PeftLayer]) -> str:
-    """A hash of the layers' base weights."""
-    return digest(
-        (f"{layer.name} {layer.base.out_features} {layer.base.in_features}", layer.dense()) for layer in layers
+def _of_repacking(layers: Sequence[PeftLayer]) -> str:
+    if not any(was_repacked(layer.base.weight) for layer in layers):
+        return ""
+    return (
+        " bitsandbytes has repacked 4-bit weights in eval() for this CPU, and state_dict(), which PEFT calls to save "
+        "and load adapters, changes such weights. Load base and adapter anew, and call restore before evaluating them."
     )
+
+
+def fingerprint(layers: Sequence[PeftLayer]) -> str:
+    """A hash of the layers' base weights, the same whether bitsandbytes has repacked them or not."""
+    shapes = (f"{layer.name} {layer.base.out_features} {layer.base.in_features}" for layer in layers)
+    return digest(zip(shapes, (layer.comparable_weight() for layer in layers), strict=True))
