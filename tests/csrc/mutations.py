@@ -162,12 +162,13 @@ def sources(csrc: Path):
     return sorted(p for p in (csrc / "kernels").rglob("*") if p.suffix in (".cu", ".cuh"))
 
 
-def closure(csrc: Path, path: Path):
-    """All files under csrc that ``path`` includes, itself too."""
+def closure(folders: list[Path], path: Path):
+    """``path`` and all files that it includes from these folders, directly or not."""
     seen, todo = set(), [path]
     while todo:
         file = todo.pop()
         if file not in seen and file.exists():
             seen.add(file)
-            todo += [csrc / name for name in re.findall(r'#include "([^"]+)"', file.read_text())]
+            names = re.findall(r'#include "([^"]+)"', file.read_text())
+            todo += [folder / name for folder in folders for name in names]
     return seen

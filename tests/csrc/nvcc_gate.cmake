@@ -2,9 +2,15 @@
 # local-memory stack frames, because both mean that values meant for registers travel through memory, unless
 # nvcc_allowed.txt excuses the function; and on an excuse that nothing needs any more.
 # Writes a table with a line per kernel and GPU to OUT/kernels.md, for docs/kernels.md.
-# Usage: cmake -DNVCC=... -DCSRC=... -DOUT=... [-DARCHS="80;90a;100"] -P nvcc_gate.cmake
+# Usage: cmake -DNVCC=... -DOUT=... [-DARCHS="80;90a;100"] [-DCSRC=... -DALLOWED=...] -P nvcc_gate.cmake
 cmake_minimum_required(VERSION 3.25)
 file(MAKE_DIRECTORY ${OUT})
+if(NOT CSRC)
+  set(CSRC ${CMAKE_CURRENT_LIST_DIR}/../../csrc)
+endif()
+if(NOT ALLOWED)
+  set(ALLOWED ${CMAKE_CURRENT_LIST_DIR}/nvcc_allowed.txt)
+endif()
 if(NOT ARCHS)
   set(ARCHS 80 90a 100)
 endif()
@@ -12,18 +18,16 @@ find_program(FILTER NAMES cu++filt c++filt)
 
 # "name sm_arch part of the function # reason" per line; "#" first is a comment.
 set(allowed "")
-if(EXISTS ${CSRC}/nvcc_allowed.txt)
-  file(STRINGS ${CSRC}/nvcc_allowed.txt lines REGEX "^[^#]")
-  foreach(line IN LISTS lines)
-    if(NOT line MATCHES "^([^ ]+) (sm_[0-9a-z]+) (.*[^ ]) +# *(.+)$")
-      message(FATAL_ERROR "nvcc_allowed.txt: must be 'name sm_arch function # reason', got: ${line}")
-    endif()
-    string(REPLACE "sm_" "" arch ${CMAKE_MATCH_2})
-    if(arch IN_LIST ARCHS)
-      list(APPEND allowed "${line}")
-    endif()
-  endforeach()
-endif()
+file(STRINGS ${ALLOWED} lines REGEX "^[^#]")
+foreach(line IN LISTS lines)
+  if(NOT line MATCHES "^([^ ]+) (sm_[0-9a-z]+) (.*[^ ]) +# *(.+)$")
+    message(FATAL_ERROR "nvcc_allowed.txt: must be 'name sm_arch function # reason', got: ${line}")
+  endif()
+  string(REPLACE "sm_" "" arch ${CMAKE_MATCH_2})
+  if(arch IN_LIST ARCHS)
+    list(APPEND allowed "${line}")
+  endif()
+endforeach()
 set(unused ${allowed})
 
 # Sets `excused` where a line of the list fits; that line is then in use.

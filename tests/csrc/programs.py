@@ -2,23 +2,27 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.mutations import closure, plant
+from csrc.mutations import closure, plant
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
+INCLUDE = [CSRC, HERE, HERE / "emulate" / "include"]
 MODES = {
     "plain": ["-O2"],
     "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "raced": ["-O2", "-fsanitize=thread", "-DEMULATE_RACED"],
 }
-EMULATOR = ["context", "scheduler", "block", "warp", "copies"]
-JOBS = 2
+EMULATOR = sorted((HERE / "emulate").glob("*.cpp"))
+JOBS = os.cpu_count() or 1
 # Which mutation is active is the environment's choice, none if it says nothing. The plain build also writes down which
 # ones it comes to: only where a program comes to a mutation can it notice it.
 HEADER = """#pragma once
@@ -56,18 +60,27 @@ class Program:
 
     @property
     def files(self):
-        return set().union(*(closure(CSRC, source) for source in self.sources))
+        return set().union(*(closure(INCLUDE, source) for source in self.sources))
+
+
+def find_nvcc():
+    """A toolkit's nvcc, or the one that NVIDIA's wheels on PyPI put into site-packages."""
+    places = [Path(os.getenv("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    places.append(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin"))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))
+    assert nvcc, "no nvcc, so no kernel can be compiled for a GPU; pip install 'keeplora[dev]' brings one"
+    return nvcc
+
+
+def checks():
+    """A check program for each kernel."""
+    found = sorted((HERE / "checks").glob("*.cpp"))
+    return [Program(check.stem, (check, CSRC / "kernels" / f"{check.stem}.cu")) for check in found]
 
 
 def programs():
-    """A check program for each kernel, and the conformance program of the primitives."""
-    found = [
-        Program(
-            check.stem.removeprefix("check_"), (check, CSRC / "kernels" / f"{check.stem.removeprefix('check_')}.cu")
-        )
-        for check in sorted((CSRC / "emulate").glob("check_*.cpp"))
-    ]
-    return [*found, Program("conformance", (CSRC / "conformance" / "conformance.cu",))]
+    """The checks, and the conformance program of the primitives."""
+    return [*checks(), Program("conformance", (HERE / "conformance" / "conformance.cu",))]
 
 
 def each(function, *arguments):
@@ -77,11 +90,10 @@ def each(function, *arguments):
 
 
 class Planted:
-    """All programs in all modes, with the mutations numbered as in the list."""
+    """Programs in all modes, with the mutations numbered as in the list."""
 
-    def __init__(self, folder: Path, mutations):
-        self.folder, self.mutations = folder, mutations
-        self.programs = programs()
+    def __init__(self, folder: Path, mutations, programs):
+        self.folder, self.mutations, self.programs = folder, mutations, programs
         (folder / "planted.h").write_text(HEADER)
         for file in {m.file for m in mutations}:
             numbers = [i for i, m in enumerate(mutations) if m.file == file]
@@ -90,7 +102,7 @@ class Planted:
             copy.parent.mkdir(parents=True, exist_ok=True)
             mine = [mutations[i] for i in numbers]
             copy.write_text('#include "planted.h"\n#line 1\n' + plant((CSRC / file).read_text(), mine, numbers[0]))
-        emulator = [(mode, CSRC / "emulate" / f"{name}.cpp") for mode in MODES for name in EMULATOR]
+        emulator = [(mode, source) for mode in MODES for source in EMULATOR]
         parts = [(mode, source) for mode in MODES for program in self.programs for source in program.sources]
         self.objects = dict(zip(emulator + parts, each(self._compile, emulator + parts), strict=True))
         each(self._link, [(mode, program) for mode in MODES for program in self.programs])
@@ -98,19 +110,19 @@ class Planted:
 
     def _compile(self, item):
         mode, source = item
-        planted = self.folder / source.relative_to(CSRC)
+        planted = self.folder / source.relative_to(CSRC) if source.is_relative_to(CSRC) else source
         planted = planted if planted.exists() else source
-        out = self.folder / f"{source.stem}.{mode}.o"
-        quiet = ["-fno-sanitize=thread"] if source.stem in EMULATOR else []
+        out = self.folder / f"{source.parent.name}.{source.stem}.{mode}.o"
+        quiet = ["-fno-sanitize=thread"] if source in EMULATOR else []
         command = ["g++", "-std=c++20", "-w", "-DKEEPLORA_EMULATE", *MODES[mode], *quiet]
         command += [f"-DPLANTED_SEEN={len(self.mutations)}"] if mode == "plain" else []
-        command += [f"-I{folder}" for folder in (self.folder, CSRC, CSRC / "emulate" / "include")]
+        command += [f"-I{folder}" for folder in (self.folder, *INCLUDE)]
         _run(*command, "-xc++", "-c", planted, "-o", out)
         return out
 
     def _link(self, item):
         mode, program = item
-        objects = [self.objects[mode, CSRC / "emulate" / f"{name}.cpp"] for name in EMULATOR]
+        objects = [self.objects[mode, source] for source in EMULATOR]
         objects += [self.objects[mode, source] for source in program.sources]
         _run("g++", *MODES[mode], *objects, "-o", self.binary(mode, program))
 

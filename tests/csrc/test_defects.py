@@ -2,25 +2,30 @@
 
 Every barrier, wait and bounds check of every kernel is left out in turn (mutations.py), and mistakes in meaning are
 made (defects/<op>.py); a check program must then fail, built plainly, with sanitizers, or with the race detector.
+`make test-kernels` tries all of them; `make test` one per kernel and build.
 """
 
 import importlib
 import re
 
 import pytest
-from kernels.mutations import Mutation, closing, mutations, plant, sources, visible
-from kernels.programs import CSRC, MODES, ROOT, Planted, each, programs
+from csrc.mutations import Mutation, closing, mutations, plant, sources, visible
+from csrc.programs import CSRC, HERE, MODES, Planted, checks, each, programs
 
-SURVIVORS = ROOT / "tests" / "kernels" / "survivors.txt"
-
-
+SURVIVORS = HERE / "survivors.txt"
+# What the report of a build is known by: in the sanitized and the raced build it is the sanitizer that notices.
+TELLING = {"plain": "", "sanitized": "AddressSanitizer|runtime error", "raced": "ThreadSanitizer: data race"}
 # What may stand around the expression in a defect's texts.
 AROUND = re.compile(r"((?:return|[\w:<>*& ]+ [+*/-]?=) )?(.*?)(;)?", re.S)
 
 
+def defects_of(op):
+    return importlib.import_module(f"csrc.defects.{op}")
+
+
 def meaning_defects():
-    for path in sorted((ROOT / "tests" / "kernels" / "defects").glob("[!_]*.py")):
-        for _, file, find, put in importlib.import_module(f"kernels.defects.{path.stem}").DEFECTS:
+    for path in sorted((HERE / "defects").glob("[!_]*.py")):
+        for _, file, find, put in defects_of(path.stem).DEFECTS:
             text = (CSRC / file).read_text()
             assert text.count(find) == 1, f"{file} contains {find!r} {text.count(find)} times: update {path.name}"
             before, find_expression, after = AROUND.fullmatch(find).groups()
@@ -43,10 +48,9 @@ def excused():
     return {tuple(part.strip() for part in line.split(" | ")[:2]): line for line in lines}
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def built(folder, mutations, programs):
     """The programs, after a run in which no mistake was active and all passed."""
-    planted = Planted(tmp_path_factory.mktemp("planted"), everything())
+    planted = Planted(folder, mutations, programs)
     runs = [(mode, program) for mode in MODES for program in planted.programs]
     reports = zip(runs, each(lambda run: planted.fails(*run), runs), strict=True)
     wrong = [f"{mode} {program.name}: {report}" for (mode, program), report in reports if report]
@@ -54,7 +58,35 @@ def planted(tmp_path_factory):
     return planted
 
 
-def test_every_defect_is_caught(planted):
+def representatives():
+    """By op and mode: the mutation that REPRESENTATIVES of the op's list names."""
+    found, chosen = everything(), {}
+    for program in checks():
+        for mode, (file, begin) in defects_of(program.name).REPRESENTATIVES.items():
+            named = [m for m in found if m.file == file and m.key.startswith(begin)]
+            assert named, f"REPRESENTATIVES of {program.name}: {file} has no mutation {begin!r}"
+            chosen[program.name, mode] = named[0]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def represented(tmp_path_factory):
+    chosen = sorted(set(representatives().values()), key=lambda m: (m.file, m.start, -m.end, m.put))
+    return built(tmp_path_factory.mktemp("represented"), chosen, checks())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("program", checks(), ids=lambda program: program.name)
+def test_one_defect_of_every_kernel_and_build_is_caught(represented, program, mode):
+    mutation = representatives()[program.name, mode]
+    report = represented.fails(mode, program, represented.mutations.index(mutation))
+    assert report, f"{mutation} goes unnoticed"
+    assert re.search(TELLING[mode], report), report
+
+
+@pytest.mark.proof
+def test_every_defect_is_caught(tmp_path):
+    planted = built(tmp_path, everything(), programs())
     excuses = excused()
     keys = [(m.file, m.key) for m in planted.mutations]
     assert not (stale := set(excuses) - set(keys)), f"{SURVIVORS.name} excuses what is not there: {stale}"

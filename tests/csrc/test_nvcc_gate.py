@@ -1,15 +1,11 @@
 """Every kernel compiles for every GPU architecture of a release, without spills or local memory. Needs no GPU."""
 
-import os
 import re
-import shutil
 import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
+from csrc.programs import CSRC, HERE, ROOT, find_nvcc
 
-ROOT = Path(__file__).parents[2]
 # Indexing a local array by a run-time number needs a stack frame; the second function needs none.
 FRAMED = """
 template <int kSize>
@@ -23,19 +19,10 @@ template __global__ void framed<64>(float*, int);
 """
 
 
-def find_nvcc():
-    """A toolkit's nvcc, or the one that NVIDIA's wheels on PyPI put into site-packages."""
-    places = [Path(os.getenv("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    places.append(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin"))
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))
-    assert nvcc, "no nvcc, so no kernel can be compiled for a GPU; pip install 'keeplora[dev]' brings one"
-    return nvcc
-
-
-def gate(csrc, out, *archs):
+def gate(out, arch, *options):
     """Exit status and report of the gate."""
-    options = [f"-DNVCC={find_nvcc()}", f"-DCSRC={csrc}", f"-DOUT={out}", f"-DARCHS={';'.join(archs)}"]
-    command = ["cmake", *options, "-P", str(ROOT / "csrc" / "nvcc_gate.cmake")]
+    options = [f"-DNVCC={find_nvcc()}", f"-DOUT={out}", f"-DARCHS={arch}", *options]
+    command = ["cmake", *options, "-P", str(HERE / "nvcc_gate.cmake")]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -45,11 +32,12 @@ def flat(report):
     return " ".join(report.split())
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 def test_kernels_compile_without_spills(tmp_path, arch):
-    status, report = gate(ROOT / "csrc", tmp_path, arch)
+    status, report = gate(tmp_path, arch)
     assert status == 0, report
-    kernels = [path.stem for path in (ROOT / "csrc" / "kernels").glob("*.cu")]
+    kernels = [path.stem for path in (CSRC / "kernels").glob("*.cu")]
     table = (tmp_path / "kernels.md").read_text()
     assert kernels
     for kernel in kernels:
@@ -65,8 +53,13 @@ def framed(tmp_path):
     return tmp_path
 
 
+def gate_with(framed, listed):
+    (framed / "allowed.txt").write_text(listed)
+    return gate(framed, "80", f"-DCSRC={framed}", f"-DALLOWED={framed / 'allowed.txt'}")
+
+
 def test_gate_refuses_a_frame_that_is_not_listed(framed):
-    status, report = gate(framed, framed, "80")
+    status, report = gate_with(framed, "")
     assert status != 0
     assert "spills or stack frames in: bad sm_80 framed<64>" in flat(report)
     [line] = [line for line in report.splitlines() if line.startswith("bad sm_80 framed<64>: ")]
@@ -79,8 +72,7 @@ def test_gate_lets_a_listed_frame_pass(framed):
     listed = (
         "# the list\nbad sm_80 framed<64 # a test\nbad sm_100 framed<64 # of another GPU, which is not looked at here\n"
     )
-    (framed / "nvcc_allowed.txt").write_text(listed)
-    status, report = gate(framed, framed, "80")
+    status, report = gate_with(framed, listed)
     assert status == 0, report
     row = r"\| bad \| sm_80 \| 2 \| \d+ to \d+ \| 32 bytes \| 256 bytes \|"
     assert re.search(row, (framed / "kernels.md").read_text())
@@ -97,13 +89,12 @@ def test_gate_lets_a_listed_frame_pass(framed):
     ids=["stale", "gone", "no reason", "empty reason"],
 )
 def test_gate_refuses_a_bad_excuse(framed, line, message):
-    (framed / "nvcc_allowed.txt").write_text(f"bad sm_80 framed<64 # a test\n{line}\n")
-    status, report = gate(framed, framed, "80")
+    status, report = gate_with(framed, f"bad sm_80 framed<64 # a test\n{line}\n")
     assert status != 0
     assert message in flat(report)
 
 
 def test_table_in_the_documentation_names_every_kernel():
     text = (ROOT / "docs" / "kernels.md").read_text()
-    for path in (ROOT / "csrc" / "kernels").glob("*.cu"):
+    for path in (CSRC / "kernels").glob("*.cu"):
         assert all(f"| {path.stem} | sm_{arch} |" in text for arch in ("80", "90a", "100")), path.stem

@@ -1,6 +1,6 @@
 // Arrays of any format for the check programs.
 #pragma once
-#include "emulate/check_inputs.h"
+#include "checks/inputs.h"
 #include "kernels/format.h"
 #include "kernels/primitives/convert.cuh"
 

@@ -1,5 +1,4 @@
-// Inputs of the check programs: exact-size allocations, so that a sanitizer sees one element too far, and
-// bases.
+// Inputs of the check programs: bases, and allocations of exact size: a sanitizer sees one element too far.
 #pragma once
 #include <cmath>
 #include <memory>
@@ -8,8 +7,7 @@
 
 namespace check {
 
-// `count` elements in an allocation of their own; `skip` of them lie before the first, to leave 16-byte
-// alignment.
+// `count` elements in an allocation of their own; one more before them takes 16-byte alignment away.
 template <typename T>
 class Array {
  public:

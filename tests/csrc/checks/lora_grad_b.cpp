@@ -1,10 +1,10 @@
-// lora_grad_b on exact-size allocations, against double precision from the definition, under several
-// schedules.
+// lora_grad_b on exact-size allocations, against double precision from the definition,
+// under several schedules.
 #include <cstdio>
 #include <limits>
 
+#include "checks/formats.h"
 #include "emulate/block.h"
-#include "emulate/check_formats.h"
 #include "kernels/lora_grad_b.h"
 
 namespace {

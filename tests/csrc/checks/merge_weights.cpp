@@ -1,9 +1,9 @@
-// merge_weights on exact-size allocations, against double precision from the definition, under several
-// schedules.
+// merge_weights on exact-size allocations, against double precision from the definition,
+// under several schedules.
 #include <cstdio>
 
+#include "checks/formats.h"
 #include "emulate/block.h"
-#include "emulate/check_formats.h"
 #include "kernels/merge_weights.h"
 
 namespace {

@@ -1,13 +1,13 @@
-// orthonormalize on exact-size allocations, against Gram-Schmidt in double precision, under several
-// schedules.
+// orthonormalize on exact-size allocations, against Gram-Schmidt in double precision,
+// under several schedules.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "checks/inputs.h"
 #include "emulate/block.h"
-#include "emulate/check_inputs.h"
 #include "kernels/orthonormalize.h"
 
 namespace {
@@ -173,8 +173,8 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
 }  // namespace
 
 int main() {
-  // Odd, empty, wider than high, no basis, full basis, unaligned; two panels; two tiles of Q, of kept columns
-  // and of rows.
+  // Odd, empty, wider than high, no basis, full basis, unaligned; two panels;
+  // two tiles of Q, of kept columns and of rows.
   const std::vector<Shape> ragged = {{33, 7, 5},
                                      {1, 1, 0},
                                      {6, 2, 6},

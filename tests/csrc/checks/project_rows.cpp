@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <limits>
 
+#include "checks/inputs.h"
 #include "emulate/block.h"
-#include "emulate/check_inputs.h"
 #include "kernels/project_rows.h"
 
 namespace {
@@ -92,8 +92,8 @@ bool check_leak() {
 }  // namespace
 
 int main() {
-  // Every edge in one launch: odd, empty, tall, no basis, full basis, unaligned, several tiles in each
-  // direction.
+  // Every edge in one launch: odd, empty, tall, no basis, full basis, unaligned,
+  // several tiles in each direction.
   const std::vector<Shape> ragged = {{5, 33, 7, false}, {1, 1, 1, false},     {8, 64, 16, false},
                                      {0, 5, 2, false},  {9, 40, 0, false},    {3, 12, 12, false},
                                      {17, 20, 8, true}, {2, 130, 129, false}, {3, 200, 70, true}};

@@ -1,11 +1,11 @@
-// projected_adamw on exact-size allocations, against double precision from the papers' formulas, under
-// several schedules.
+// projected_adamw on exact-size allocations, against double precision from the papers' formulas,
+// under several schedules.
 #include <cstdio>
 #include <cstring>
 #include <limits>
 
+#include "checks/inputs.h"
 #include "emulate/block.h"
-#include "emulate/check_inputs.h"
 #include "kernels/projected_adamw.h"
 
 namespace {

@@ -1,10 +1,10 @@
-// sketch_rows on exact-size allocations, against double precision from the definition, under several
-// schedules.
+// sketch_rows on exact-size allocations, against double precision from the definition,
+// under several schedules.
 #include <cstdio>
 #include <limits>
 
+#include "checks/inputs.h"
 #include "emulate/block.h"
-#include "emulate/check_inputs.h"
 #include "kernels/sketch_rows.h"
 
 namespace {
@@ -110,8 +110,7 @@ bool check_case(const Case& c) {
 int main() {
   const Format f32 = Format::kFloat32, f64 = Format::kFloat64, bf16 = Format::kBfloat16,
                f16 = Format::kFloat16;
-  // Odd, empty, several tiles and steps in each direction, several parts of the tokens (above 256),
-  // unaligned.
+  // Odd, empty, unaligned, several tiles and steps in each direction, several parts of tokens (above 256).
   const std::vector<Case> cases = {{1, 1, 1, 1, f32, f32, false},      {70, 70, 40, 5, f32, f32, false},
                                    {300, 9, 33, 66, f32, bf16, false}, {37, 70, 100, 3, f16, f32, true},
                                    {9, 5, 3, 2, bf16, f16, false},     {0, 5, 3, 2, f32, f32, false},

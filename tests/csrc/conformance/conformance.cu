@@ -2,8 +2,8 @@
 // One source for both: with nvcc it asks whether a GPU does what the emulator takes it to do, with an
 // ordinary compiler whether the emulator does.
 //
-//   nvcc -std=c++20 -I csrc -gencode=arch=compute_90a,code=sm_90a csrc/conformance/conformance.cu -o
-//   conformance
+//   nvcc -std=c++20 -I csrc -I tests/csrc -gencode=arch=compute_90a,code=sm_90a
+//        tests/csrc/conformance/conformance.cu -o conformance
 //
 // Prints one line per primitive. Exit status 1 if one differs, 2 if the GPU cannot be used.
 #include <cstdio>

@@ -64,8 +64,8 @@ std::string check_mma() {
                           static_cast<const T*>(right.get()), sum.get()));
   if (!failed.empty()) return failed;
   const auto values = sum.values();
-  // What a split leaves out and what three sums of eight products round: 2^-22 and a few times 2^-23 of the
-  // products.
+  // What a split leaves out, and what three sums of eight products round:
+  // 2^-22 and a few times 2^-23 of the products.
   const double allowed = kWay == Way::kSplit && sizeof(T) == 4 ? 1.0 / (1 << 19) : 0;
   for (int i = 0; i < 16 * 8; ++i) {
     const double error = values[i] > expected[i] ? values[i] - expected[i] : expected[i] - values[i];

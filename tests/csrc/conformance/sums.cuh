@@ -1,5 +1,4 @@
-// Warp and block sums, shared arrays. Inputs are small integers, so every result is exact and
-// must be equal.
+// Warp and block sums, shared arrays. Inputs are small integers, so every result is exact and must be equal.
 #pragma once
 #include "conformance/machine.h"
 #include "kernels/primitives/block.cuh"

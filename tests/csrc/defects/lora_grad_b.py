@@ -11,3 +11,9 @@ DEFECTS = [
     ("dy from its first column", SOURCE, "static_cast<int64_t>(adapter.start)", "0"),
     ("A of one launch is that of the first", SOURCE, "adapters + first", "adapters"),
 ]
+
+REPRESENTATIVES = {
+    "plain": ("kernels/lora_grad_b.cu", "entry.scale * value -> value"),
+    "sanitized": ("kernels/lora_grad_b.cu", "column + c < entry.columns -> true"),
+    "raced": ("kernels/lora_grad_b.cu", "gpu::await(plan.counters + 1 + range,"),
+}

@@ -10,3 +10,9 @@ DEFECTS = [
     ("rows of out taken as aligned", SOURCE, "entry.cols % 4 == 0", "true"),
     ("another format taken as T", "kernels/any_matrix.cuh", "format == kFormatOf<T>", "true"),
 ]
+
+REPRESENTATIVES = {
+    "plain": ("kernels/merge_weights.cu", "entry.scale * value -> value"),
+    "sanitized": ("kernels/merge_weights.cu", "row + 8 * i >= entry.rows -> false"),
+    "raced": ("kernels/product.cuh", "__syncthreads() -> nothing"),
+}

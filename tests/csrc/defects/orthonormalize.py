@@ -11,3 +11,9 @@ DEFECTS = [
     ("scales forgotten in the transform", "kernels/gram_factor.cuh",
      "upper[packed(from, to)] * space.scale[column]", "upper[packed(from, to)]"),
 ]  # fmt: skip
+
+REPRESENTATIVES = {
+    "plain": ("kernels/orthonormalize.cu", "at.phase == Phase::kSubtract0 ? entry.y : entry.z -> entry.y"),
+    "sanitized": ("kernels/orthonormalize.cu", "row + r >= entry.d -> false"),
+    "raced": ("kernels/orthonormalize.cu", "__syncthreads() -> nothing"),
+}

@@ -8,3 +8,9 @@ DEFECTS = [
     ("every part from the first token", SOURCE, "first * Path::Sum::kColumns", "0"),
     ("halves of a matrix exchanged", "kernels/product_bf16.cuh", "lane / 16 * 8", "8 - lane / 16 * 8"),
 ]
+
+REPRESENTATIVES = {
+    "plain": ("kernels/sketch_rows.cu", "work.scale * value -> value"),
+    "sanitized": ("kernels/sketch_rows.cu", "row + r >= work.width -> false"),
+    "raced": ("kernels/sketch_rows.cu", "gpu::await(work.counters + 1 + part,"),
+}

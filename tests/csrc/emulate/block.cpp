@@ -225,8 +225,7 @@ void* take_shared(size_t index, size_t bytes, size_t reserved) {
     if (block.shared_taken > block.shared_limit)
       stop("the kernel takes " + std::to_string(block.shared_taken) +
            " bytes of shared memory, the launch gave " + std::to_string(block.shared_limit));
-    // An allocation of its own: AddressSanitizer sees an access outside at once, the guards see a write
-    // later.
+    // An allocation of its own: AddressSanitizer sees any access outside at once, the guards a write later.
     auto* memory = new unsigned char[bytes + 2 * kGuard];
     std::memset(memory, kFill, bytes + 2 * kGuard);
     ASAN_POISON_MEMORY_REGION(memory, kGuard);

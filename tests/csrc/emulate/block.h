@@ -26,8 +26,7 @@ enum class Order {
 struct Schedule {
   Order order = Order::kSequential;
   uint64_t seed = 0;
-  // The race detector takes a block to begin after the one before has ended, and reports races inside blocks
-  // only.
+  // The race detector takes a block to begin after the one before has ended, and sees races inside one only.
   bool blocks_ordered = false;
 };
 
@@ -67,8 +66,8 @@ struct Copy {
 };
 void issue_copy(const Copy& copy, Site site);
 void commit_copies();
-// The next copy, taken out, of the groups that may no longer be pending when only the last `left` may; false
-// if none.
+// The next copy, taken out, of the groups that may no longer be pending when only the last `left` may;
+// false if none.
 bool next_copy(int left, Copy* copy);
 
 // Order between blocks: one that awaits sleeps until another has announced something.

@@ -11,8 +11,8 @@ namespace emulate {
 namespace {
 
 // The bits of an mbarrier here: arrivals still expected in this phase, arrivals per phase, bytes still
-// expected plus 2^30 (a copy may land before its bytes are expected), parity of the phase, and a mark that it
-// was initialized.
+// expected plus 2^30 (a copy may land before its bytes are expected), parity of the phase, and a mark that
+// it was initialized.
 struct Mbarrier {
   int pending, count, bytes;
   unsigned parity;
@@ -32,8 +32,7 @@ Mbarrier unpack(uint64_t word) {
           static_cast<int>(word >> 28 & 0xffffffffu) - kManyBytes, static_cast<unsigned>(word >> 60 & 1)};
 }
 
-// One address per phase for the race detector: an arrival happens before the waits for its phase, and only
-// those.
+// One address per phase for the race detector: an arrival happens before the waits for its phase only.
 char* tag(uint64_t* word, unsigned parity) {
   return reinterpret_cast<char*>(word) + parity;
 }

@@ -6,10 +6,8 @@
 #include <sanitizer/tsan_interface.h>
 
 extern "C" {
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
 }
 #endif
 
@@ -29,16 +27,10 @@ inline void acquire(void* tag) {
 // While one lives, accesses to memory are the emulator's own: not the kernel's, and ordered by the scheduler.
 class Unseen {
  public:
-  Unseen() {
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
+  Unseen() { __tsan_ignore_thread_begin(); }
   Unseen(const Unseen&) = delete;
   Unseen& operator=(const Unseen&) = delete;
-  ~Unseen() {
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-  }
+  ~Unseen() { __tsan_ignore_thread_end(); }
 };
 #else
 constexpr bool kRaced = false;

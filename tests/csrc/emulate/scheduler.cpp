@@ -96,8 +96,8 @@ void draw_ranks() {
     if (threads[i].state == State::kReady) set_ready(i);
 }
 
-// The thread to run next, taken out of the ready set; -1 if none can. Bulk copies land as late as possible,
-// or at random.
+// The thread to run next, taken out of the ready set; -1 if none can.
+// Bulk copies land as late as possible, or at random.
 int pick() {
   if (schedule.order == Order::kRandom) {
     const uint64_t dice = random_bits();

@@ -84,8 +84,7 @@ void yield();
 [[noreturn]] void stop(std::string what);
 
 // Runs the threads, which are set up except for their contexts, until all are done. `set` chooses among the
-// sets of contexts: neighbouring blocks use different ones, or the race detector would take two threads for
-// one.
+// sets of contexts: neighbouring blocks use different ones, or two threads would be one to the race detector.
 void run_threads(unsigned set, void (*body)(void*), void* argument);
 
 // The host releases the first, every thread acquires it at its start; the other way round for the second.

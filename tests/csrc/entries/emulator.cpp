@@ -1,4 +1,4 @@
-// C functions through which the tests drive the emulator (ctypes). The ops' are in entry_<op>.cpp.
+// C functions through which the tests drive the emulator (ctypes). The ops' are in <op>.cpp.
 #include <cstdint>
 
 #include "emulate/block.h"

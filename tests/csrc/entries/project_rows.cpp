@@ -1,5 +1,5 @@
-// C functions through which the tests call the emulated project_rows: the launcher's arguments as parallel
-// arrays.
+// C functions through which the tests call the emulated project_rows:
+// the launcher's arguments as parallel arrays.
 #include <cstdint>
 #include <vector>
 

@@ -69,8 +69,8 @@ __global__ void reverse_kernel(const float* x, float* y) {
   y[threadIdx.x] = shared[kWarp - 1 - threadIdx.x];
 }
 
-// total = the sum of x over all blocks, by the block that took the last ticket. counters: tickets,
-// announcements.
+// total = the sum of x over all blocks, by the block that took the last ticket.
+// counters: tickets, announcements.
 enum class Grid {
   kClean,
   kNoAwait,

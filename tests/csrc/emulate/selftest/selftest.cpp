@@ -1,5 +1,4 @@
-// Runs every kernel of kernels.cuh in a process of its own and compares what is found with a column of
-// table.txt.
+// Runs every kernel of kernels.cuh in a process of its own; what is found must be a column of table.txt.
 //
 //   selftest table.txt sequential|random|sanitized|raced|raced_across
 #include <sys/wait.h>
