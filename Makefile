@@ -6,14 +6,15 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.15.0 torchvision==0.29.2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format bench docs clean
+.PHONY: help setup demo test test-kernels lint format bench docs clean
 help:
 	@echo "make demo    set up, then compare KeepLoRA with its baselines on the embedded benchmark (runs/demo)"
-	@echo "make test    set up, then run all tests"
+	@echo "make test    set up, then run all tests but the full proof of the kernels"
+	@echo "make test-kernels   that proof: every mutation, every sanitizer, every GPU architecture"
 	@echo "make lint    formatting, types, import law        make docs   build the documentation"
 	@echo "make bench   the CPU microbenchmarks              make clean  remove what was built"
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 $(BIN)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -35,19 +36,29 @@ setup: $(BIN)/.dev
 demo: $(BIN)/.demo
 	$(BIN)/keeplora demo --out runs/demo
 
+# pyproject.toml deselects the tests marked `proof`; tests/csrc/README.md says which they are and what stands in.
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	@$(BIN)/python tests/csrc/proof.py check || true
+
+# All tests of csrc. What it writes says that the kernels as they are have passed.
+test-kernels: $(BIN)/.dev
+	hash=$$($(BIN)/python tests/csrc/proof.py hash) && \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "proof or not proof" tests/csrc && \
+	$(BIN)/python tests/csrc/proof.py write $$hash
+
+CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/csrc/*' | grep -E '\.(cpp|h|cuh?)$$')
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(BIN)/.dev
 	$(BIN)/python -m bench.run --device cpu --json build/bench.json

@@ -16,7 +16,7 @@ SECONDS = 465  # for all of it; the shell's part before takes a few more
 # Stages of their own, checks of the emulator and of packages, which need no GPU, and what needs downloads.
 LEFT_OUT = [
     "ops",
-    "kernels",
+    "csrc",
     "families",
     "integrations",
     "test_cli.py",
@@ -45,8 +45,8 @@ def stages(out: Path, arch: str) -> list[Stage]:
     nvcc, sanitizer = tool("nvcc"), tool("compute-sanitizer")
     program = "build/conformance"
     conformance = (
-        f"mkdir -p build && {nvcc} -std=c++20 -O2 -I csrc -gencode=arch=compute_{arch},code=sm_{arch} "
-        f"csrc/conformance/conformance.cu -o {program} && ./{program}"
+        f"mkdir -p build && {nvcc} -std=c++20 -O2 -I csrc -I tests/csrc "
+        f"-gencode=arch=compute_{arch},code=sm_{arch} tests/csrc/conformance/conformance.cu -o {program} && ./{program}"
     )
     # The project's own options want plugins that a bare machine may not have.
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "--durations=5"]

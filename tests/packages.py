@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOOLKIT = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")  # where NVIDIA's wheels on PyPI put it
-SHIPPED = ["keeplora", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CMakeLists.txt"]
+SHIPPED = ["keeplora", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
 
 
 def shipped_files():

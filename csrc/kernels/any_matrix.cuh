@@ -27,8 +27,8 @@ __device__ void with_format(Format format, F&& f) {
   }
 }
 
-// As Matrix<T, kAlong>. Numbers that are not T become T on their way to shared memory, which the thread then
-// waits for.
+// As Matrix<T, kAlong>. Numbers that are not T become T on their way to shared memory, and the thread waits
+// for them.
 template <typename T, bool kAlong>
 struct AnyMatrix {
   using Same = Matrix<T, kAlong>;

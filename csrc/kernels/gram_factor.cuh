@@ -12,8 +12,8 @@ namespace keeplora {
 constexpr int kPanel = gpu::kColumns;
 
 // A column whose part outside everything to its left is at most this many eps of its length is dropped: that
-// part is the rounding of the column's own entries, not a direction the caller meant. KEPT_EPS of
-// keeplora/ops.
+// part is the rounding of the column's own entries, not a direction the caller meant.
+// The same number is KEPT_EPS of keeplora/ops.
 constexpr double kKeptEps = 32;
 
 // A column is not decided where making the panel orthonormal would lose more than the root of this many eps

@@ -13,8 +13,7 @@ struct Table {
   int count;
 };
 
-// Entries of the largest table; a kernel may have 32,764 bytes of parameters, a few of which hold other
-// things.
+// Entries of the largest table. A kernel may have 32,764 bytes of parameters; a few hold other things.
 template <typename Entry>
 constexpr int kTableCapacity = (32764 - 128) / sizeof(Entry);
 

@@ -1,5 +1,5 @@
-// The one way kernels are launched. csrc/emulate provides the same function for the CPU, so kernel sources
-// contain no launch syntax of their own.
+// The one way kernels are launched. tests/csrc/emulate provides the same function for the CPU, so kernel
+// sources contain no launch syntax of their own.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -20,8 +20,7 @@ struct Config {
   unsigned cluster = 1;  // blocks that share their shared memory; above 1 from sm_90 on
 };
 
-// Queues `kernel` on the stream and returns without waiting. Shared memory beyond the default 48 KB is asked
-// for.
+// Queues `kernel` on the stream and returns without waiting. Asks for shared memory beyond the default 48 KB.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Arguments&&... arguments) {
   if (config.shared_bytes > 48 * 1024) {

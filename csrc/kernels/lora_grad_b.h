@@ -2,8 +2,9 @@
 //
 //   t = x [A_1; ..; A_n]^T     dB_i = scale_i dy_i^T t_i     dy_i: columns [start_i, stop_i) of dy
 //
-// Shapes   x: [tokens, in], dy: [tokens, ..], rows `pitch` elements apart; A_i: [r_i, in], t: [tokens, sum of
-//          r_i], dB_i: [stop_i - start_i, r_i], row-major and dense. t_i: the columns of t that A_i made.
+// Shapes   x: [tokens, in], dy: [tokens, ..], rows `pitch` elements apart; A_i: [r_i, in],
+//          t: [tokens, sum of r_i], dB_i: [stop_i - start_i, r_i], row-major and dense.
+//          t_i: the columns of t that A_i made.
 // Numbers  x, dy, A in a format each. Sums and results in T: float (on tensor cores as TF32 products, two for
 //          16-bit x or dy and three for float, which keeps the precision of float) or double, which an input
 //          in double needs.
@@ -14,8 +15,8 @@
 //          per 64 ranks of an adapter, 16 in double).
 // Repeats  tokens are divided among blocks by the sizes alone and every sum has a fixed order: equal inputs
 //          give equal bits.
-// Source   the gradient of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, eq. 3, with
-//          A frozen.
+// Source   the gradient of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, eq. 3,
+//          with A frozen.
 #pragma once
 #include <cuda_runtime.h>
 

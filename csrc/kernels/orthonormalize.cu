@@ -278,8 +278,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
 
     const bool decides = at.phase == Phase::kGram0;
     if (decides || at.phase == Phase::kGram1) {
-      // The roundings of a sum of d numbers, kDepth at a time, and of the factor's sums: they are of either
-      // sign.
+      // The roundings of a sum of d numbers, kDepth at a time, and of the factor's sums: of either sign.
       const double noise = 4 * sqrt(entry.d / gpu::kDepth + double{kPanel}) * 0x1p-53;
       const Decided done = factor(
           entry.gram, decides ? entry.gram + kPanel * entry.pitch : nullptr, panel_of(entry, at).count,

@@ -1,5 +1,5 @@
-// orthonormalize -- orthonormal columns spanning what the columns of many matrices add to bases, one launch
-// for all of them.
+// orthonormalize -- orthonormal columns spanning what the columns of many matrices add to bases,
+// one launch for all of them.
 //
 //   Z_i^T Z_i = I,   Q_i^T Z_i = 0,   span[Q_i, Z_i] = span[Q_i, Y_i]
 //
@@ -17,9 +17,8 @@
 //          further rounds of the same cost, in the worst case one per column.
 // Repeats  every sum has a fixed order: equal inputs give equal bits.
 // Source   Giraud, Langou & Rozloznik, "The loss of orthogonality in the Gram-Schmidt orthogonalization
-// process",
-//          2005 (twice is enough); Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm",
-//          2015.
+//          process", 2005 (twice is enough); Yamamoto et al., "Roundoff error analysis of the CholeskyQR2
+//          algorithm", 2015.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -3,8 +3,7 @@
 // ahead of use.
 //
 // A block of four warps owns 16 kRowTiles x 64 elements of C; each warp has all of its rows and 16 of its
-// columns. An operand is any class with the members of Matrix below, so a kernel can also make up the
-// elements of one.
+// columns. An operand is any class with the members of Matrix below, so a kernel can also make up elements.
 #pragma once
 #include <cstdint>
 
@@ -35,16 +34,15 @@ struct Matrix {
   int64_t pitch;
   int lines;
 
-  // Elements of shared memory a tile of kLines lines takes. The padding spreads a warp's reads over all
-  // banks.
+  // Elements of shared memory a tile of kLines lines takes. Padding spreads a warp's reads over all banks.
   template <int kLines>
   static constexpr int kTilePitch =
       kAlong ? kDepth + (sizeof(S) == 2 ? 8 : 4) : kLines + (sizeof(S) == 8 ? 4 : 8);
   template <int kLines>
   static constexpr int kTile = (kAlong ? kLines : kDepth) * kTilePitch<kLines>;
 
-  // Queues the copies of lines [line, line + kLines) and depths [depth, depth + kDepth), zero from `lines`
-  // and `end` on.
+  // Queues the copies of lines [line, line + kLines) and depths [depth, depth + kDepth),
+  // zero from `lines` and `end` on.
   template <int kLines>
   __device__ void fetch(S* tile, int line, int depth, int end) const {
     const bool vector = aligned16(data) && pitch * sizeof(S) % 16 == 0;

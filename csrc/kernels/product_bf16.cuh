@@ -1,6 +1,6 @@
 // The tiled product of bfloat16 numbers with sums in float: one tensor-core instruction where product.cuh
-// needs three at half the speed, and twice the columns per block. For results that need no more than the
-// precision of bfloat16.
+// needs three at half the speed, and twice the columns per block.
+// For results that need no more than the precision of bfloat16.
 #pragma once
 #include "kernels/primitives/ldmatrix.cuh"
 #include "kernels/product.cuh"

@@ -1,13 +1,14 @@
-// projected_adamw -- one AdamW step on many parameters that keeps their rows outside protected subspaces, in
-// one launch.
+// projected_adamw -- one AdamW step on many parameters that keeps their rows outside protected subspaces,
+// one launch for all of them.
 //
 //   g = grad (I - Q Q^T)
 //   m <- m + (1 - beta1)(g - m),   v <- beta2 v + (1 - beta2) g^2
 //   A <- (1 - lr weight_decay) A - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
-//   A <- A (I - Q Q^T), twice      leak = |A Q| / |A|
+//   A <- A (I - Q Q^T), twice
+//   leak = |A Q| / |A|
 //
-// Shapes   A, m, v, grad: [rows, d]; Q: [d, k] with orthonormal columns; row-major and dense; leak: one per
-//          problem.
+// Shapes   A, m, v, grad: [rows, d]; Q: [d, k] with orthonormal columns; row-major and dense;
+//          leak: one per problem.
 // Numbers  A, m, v, Q float or double throughout; grad in any format. float on tensor cores as three TF32
 //          products. The leak of A = 0 is 0.
 // Steps    each problem counts its own, from 1. A count in device memory is read when the kernel runs, so a
@@ -15,8 +16,8 @@
 // Limits   any rows, d, k from 0 on (below 2^31), any mixture of shapes and alignments. A, m and v are
 //          overwritten and must not overlap anything.
 // Cost     14 rows d k operations; Q is read seven times, of which the first is from memory and the others
-//          are too where Q does not fit the L2 cache. A, m, v are read and written once for the step, A twice
-//          more.
+//          are too where Q does not fit the L2 cache. A, m, v are read and written once for the step,
+//          A twice more.
 // Repeats  every sum has a fixed order: equal inputs give equal bits.
 // Source   Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, alg. 2; Saha et al.,
 //          "Gradient Projection Memory", ICLR 2021.

@@ -4,8 +4,7 @@
 // A round is two phases of tiles: T = X Q (multiply), then X <- X - T Q^T (subtract); after the last round
 // one more multiply gives the leak |X Q| / |X|. A block takes a ticket, which names a tile; tickets go
 // through the phases in order, and a tile waits until its problem's earlier phases are done. Problems differ,
-// so while one finishes a phase others are in the next. Nothing is added up in an order that depends on
-// timing.
+// so while one finishes a phase others are in the next. No sum's order depends on timing.
 #pragma once
 #include "kernels/group.cuh"
 #include "kernels/primitives/atomic.cuh"
@@ -65,9 +64,9 @@ using Tiles = gpu::Tiles<T, kLeftTile<T, kRowTiles>, kRightTile<T>>;
 //   Common, common(entry, round)         what the elements of a tile have in common besides, made once
 //   finish(entry, round, at, inside, common)
 //                                        takes `inside` from element `at` of X; returns the new element
-//   kPrepares, prepare(entry, at)        whether there is a phase that makes X element by element; it runs
-//   where
-//                                        Phases::prepares asks for it
+//   kPrepares, prepare(entry, at)        whether there is a phase that makes X element by element;
+//                                        it runs where Phases::prepares asks for it
+//
 // What a block does: one tile of one phase of one entry.
 enum class Phase { kPrepare, kMultiply, kSubtract, kLeak };
 
@@ -221,9 +220,8 @@ cudaError_t run_table(const Op& op, const Fill& fill, int first, int count, Phas
   return gpu::launch(kernel<Op, kRowTiles, kCapacity>, config, table, op, phases, leak);
 }
 
-// Runs `op` on `count` problems. fill(entry, i, workspace) sets an entry's q, rows, d, k and what the op
-// added. With a workspace that only counts nothing is launched, and it has counted what a run needs
-// afterwards.
+// Runs `op` on `count` problems; fill(entry, i, workspace) sets an entry's q, rows, d, k and the op's own.
+// With a workspace that only counts nothing is launched, and it has counted what a run needs afterwards.
 template <typename Op, typename Fill>
 cudaError_t run(const Op& op, const Fill& fill, int count, int rounds, bool prepares,
                 typename Op::Number* leak, gpu::Workspace& workspace, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-"""The emulated kernels (csrc/emulate) as a backend of the op tests: built by CMake, loaded through ctypes."""
+"""The emulated kernels (tests/csrc/emulate) as a backend of the op tests: built by CMake, loaded through ctypes."""
 
 import ctypes
 import fcntl

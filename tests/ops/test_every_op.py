@@ -1,24 +1,18 @@
 """The contract every declared op keeps. A new op is covered the moment it is declared."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from ops.calls import CALLS, clone, overwrite, tensors
 
 import keeplora.ops
 from keeplora.ops.declare import OPS
 
+KERNELS = {path.stem for path in (Path(__file__).parents[2] / "csrc" / "bind" / "cuda").glob("*.cpp")}
 EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
-
-
-def clone(args):
-    if isinstance(args, torch.Tensor):
-        return args.detach().clone()
-    return type(args)(clone(arg) for arg in args) if isinstance(args, list | tuple) else args
-
-
-def tensors(tree):
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    return [t for item in tree for t in tensors(item)] if isinstance(tree, list | tuple) else []
+EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; bench/gpu.sh runs it on one")
 
 
 def run(call, args):
@@ -75,3 +69,59 @@ def test_is_public_and_has_its_own_test_file(op, request):
     function = getattr(keeplora.ops, op.name)
     assert all(part in function.__doc__ for part in (".. math::", "Args:", "Returns:", "Raises:", "Source:", ">>>"))
     assert (request.path.parent / f"test_{op.name}.py").exists()
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_calls_of_every_kernel_are_there():
+    assert {call.op for call in CALLS} == KERNELS
+
+
+@EVERY_CALL
+def test_calls_tell_their_seeds_apart(call, device):
+    """What the tests on streams and graphs rely on, on every device."""
+    arguments, others = call.arguments(device), call.arguments(device, seed=1)
+    inputs = len(tensors(others))
+    first, expected = call.run(clone(arguments)), call.run(clone(others))
+    assert not equal(first[:-inputs], expected[:-inputs])
+    overwrite(arguments, others)
+    assert equal(call.run(arguments), expected)
+
+
+@ON_A_GPU
+@EVERY_CALL
+def test_cuda_kernel_follows_the_current_stream_and_does_not_wait(call):
+    arguments, others = call.arguments("cuda"), call.arguments("cuda", seed=1)
+    expected = call.run(clone(others))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            # In another stream the kernel would not wait for these, and read the old numbers.
+            torch.cuda._sleep(50_000_000)
+            overwrite(arguments, others)
+            results = call.run(arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert equal(results, expected)
+
+
+@ON_A_GPU
+@EVERY_CALL
+def test_cuda_kernel_replays_in_a_graph(call):
+    arguments, others = call.arguments("cuda"), call.arguments("cuda", seed=1)
+    call.run(clone(arguments))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call.run(arguments)
+    overwrite(arguments, others)
+    for _ in range(3):  # an op that writes in place goes on from where it was
+        graph.replay()
+        expected = call.run(others)
+    torch.cuda.synchronize()
+    assert equal(results, expected)

@@ -99,16 +99,16 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"out": torch.ones(3, 3)}, ValueError, r"out must be contiguous \[4, 4\] on cpu, got shape \[3, 3\]"),
-        ({"out": torch.ones(4, 8)[:, ::2]}, ValueError, r"with strides \[8, 2\]"),
-        ({"out": torch.ones(4, 4).double()}, TypeError, r"out must be one of float32, got torch.float64"),
-        ({"energy": torch.ones(())}, TypeError, r"energy must be float64, got torch.float32"),
-        ({"energy": torch.ones(1).double()}, ValueError, r"energy must be a scalar on cpu, got shape \[1\]"),
+        ({"out": torch.ones(3, 3)}, ValueError, r": out must .*\[4, 4\].* got .*\[3, 3\]"),
+        ({"out": torch.ones(4, 8)[:, ::2]}, ValueError, r": out must .* got .*strides \[8, 2\]"),
+        ({"out": torch.ones(4, 4).double()}, TypeError, r": out must .*float32, got torch.float64"),
+        ({"energy": torch.ones(())}, TypeError, r": energy must .*float64, got torch.float32"),
+        ({"energy": torch.ones(1).double()}, ValueError, r": energy must .* got .*\[1\]"),
     ],
 )
 def test_refuses_and_changes_nothing(options, error, message):
     accumulators = {"out": torch.ones(4, 4), "energy": torch.ones(()).double()} | options
     before = {name: value.clone() for name, value in accumulators.items()}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^gram" + message):
         gram(torch.ones(2, 4), **accumulators)
     assert all(torch.equal(accumulators[name], before[name]) for name in before)

@@ -151,15 +151,15 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize(
     ("x", "dy", "rows", "error", "message"),
     [
-        (torch.zeros(2, 3, 4), torch.zeros(6, 5), [(0, 5)], ValueError, r"x must be a matrix .* got shape \[2, 3, 4\]"),
-        (torch.zeros(6, 4), torch.zeros(5, 5), [(0, 5)], ValueError, r"dy must have the tokens of x"),
-        (torch.zeros(6, 3), torch.zeros(6, 5), [(0, 5)], ValueError, r"a\[0\] must have as many columns as x"),
-        (torch.zeros(6, 4), torch.zeros(6, 5), [(0, 6)], ValueError, r"stop <= 5 \(columns of dy\), got \(0, 6\)"),
-        (torch.zeros(6, 4), torch.zeros(6, 5), [(3, 2)], ValueError, r"got \(3, 2\)"),
-        (torch.zeros(6, 4), torch.zeros(6, 5), [], ValueError, r"rows must have one item for each of a"),
-        (torch.zeros(6, 4).int(), torch.zeros(6, 5), [(0, 5)], TypeError, r"got torch.int32"),
+        (torch.zeros(2, 3, 4), torch.zeros(6, 5), [(0, 5)], ValueError, r": x must .* got .*\[2, 3, 4\]"),
+        (torch.zeros(6, 4), torch.zeros(5, 5), [(0, 5)], ValueError, r": dy must .* got \[5, 5\] for .*\[6, 4\]"),
+        (torch.zeros(6, 3), torch.zeros(6, 5), [(0, 5)], ValueError, r": a\[0\] must .* got \[2, 4\] for \[6, 3\]"),
+        (torch.zeros(6, 4), torch.zeros(6, 5), [(0, 6)], ValueError, r": rows\[0\] must .* 5 .* got \(0, 6\)"),
+        (torch.zeros(6, 4), torch.zeros(6, 5), [(3, 2)], ValueError, r": rows\[0\] must .* got \(3, 2\)"),
+        (torch.zeros(6, 4), torch.zeros(6, 5), [], ValueError, r": rows must .*\ba, got 0 for 1"),
+        (torch.zeros(6, 4).int(), torch.zeros(6, 5), [(0, 5)], TypeError, r": x must .* got torch.int32"),
     ],
 )
 def test_refuses(x, dy, rows, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^lora_grad_b" + message):
         lora_grad_b(x, dy, [torch.zeros(2, 4)], rows=rows, scale=1.0)

@@ -197,13 +197,23 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize(
     ("shapes", "options", "error", "message"),
     [
-        (((3, 4), (2, 4), (3, 1)), {}, ValueError, r"b\[0\] times a\[0\] must have the shape of w\[0\]"),
-        (((3, 4), (2, 5), (3, 2)), {}, ValueError, r"got \[3, 2\] times \[2, 5\] for \[3, 4\]"),
-        (((3, 4), (2, 4), (3, 2)), {"dtype": torch.int8}, TypeError, r"dtype must be a floating dtype, got torch.int8"),
-        (((3, 4), (2, 4), (3, 2)), {"scale": float("inf")}, ValueError, r"scale must be finite, got inf"),
+        (
+            ((3, 4), (2, 4), (3, 1)),
+            {},
+            ValueError,
+            r": b\[0\] .*a\[0\] must .*w\[0\], got \[3, 1\] .*\[2, 4\] for \[3, 4\]",
+        ),
+        (
+            ((3, 4), (2, 5), (3, 2)),
+            {},
+            ValueError,
+            r": b\[0\] .*a\[0\] must .*w\[0\], got \[3, 2\] .*\[2, 5\] for \[3, 4\]",
+        ),
+        (((3, 4), (2, 4), (3, 2)), {"dtype": torch.int8}, TypeError, r": dtype must .* got torch.int8"),
+        (((3, 4), (2, 4), (3, 2)), {"scale": float("inf")}, ValueError, r": scale must .* got inf"),
     ],
 )
 def test_refuses(shapes, options, error, message):
     w, a, b = ([torch.zeros(shape)] for shape in shapes)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^merge_weights" + message):
         merge_weights(w, a, b, **{"scale": 1.0} | options)

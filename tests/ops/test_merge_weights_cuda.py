@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, CUDA graphs, large problems, no waiting for the device."""
+"""What only a GPU can show of this op: large problems. Streams and graphs of all ops are in test_every_op.py."""
 
 import pytest
 import torch
@@ -7,12 +7,10 @@ from keeplora.ops import merge_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; bench/gpu.sh runs it on one")
 
-MIXED = [(768, 768, 16, torch.float32), (100, 257, 3, torch.bfloat16), (64, 512, 0, torch.float16)]
 
-
-def group(shapes, seed=0):
+def group(shapes):
     """out, in, r and the dtype of W of each problem."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, device="cuda")
@@ -44,38 +42,7 @@ def test_large_groups(shapes, out):
     assert all(torch.equal(x, y) for x, y in zip(merged, again, strict=True))
 
 
-def test_follows_the_current_stream_and_does_not_wait():
-    w, a, b = group(MIXED)
-    expected = merge_weights(w, a, b, scale=0.5)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            stream.wait_stream(torch.cuda.default_stream())
-            merged = merge_weights(w, a, b, scale=0.5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(merged, expected, strict=True))
-
-
-def test_replays_in_a_cuda_graph():
-    w, a, b = group(MIXED)
-    merge_weights(w, a, b, scale=0.5)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        merged = merge_weights(w, a, b, scale=0.5)
-    for old, new in zip((*w, *a, *b), (m for matrices in group(MIXED, seed=1) for m in matrices), strict=True):
-        old.copy_(new)
-    graph.replay()
-    torch.cuda.synchronize()
-    expected = merge_weights(w, a, b, scale=0.5)
-    assert all(torch.equal(x, y) for x, y in zip(merged, expected, strict=True))
-
-
 def test_second_device_of_a_list_is_refused():
-    w, a, b = group(MIXED[:1])
-    with pytest.raises(RuntimeError, match=r"merge_weights: a must be on GPU 0"):
+    w, a, b = group([(768, 768, 16, torch.float32)])
+    with pytest.raises(RuntimeError, match=r"merge_weights: a must .*GPU 0"):
         torch.ops.keeplora.merge_weights(w, [a[0].cpu()], b, [1.0], None)

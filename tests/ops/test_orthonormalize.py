@@ -217,14 +217,19 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize(
     ("y", "q", "error", "message"),
     [
-        (torch.zeros(3, 2), None, TypeError, r"y must be a sequence of matrices"),
-        ([torch.zeros(3)], None, ValueError, r"y\[0\] must be a matrix"),
-        ([torch.zeros(3, 2)], [], ValueError, r"q must have one item for each of y, got 0 for 1"),
-        ([torch.zeros(3, 2)], [torch.zeros(4, 1)], ValueError, r"q\[0\] must have the rows of y\[0\], got \[4, 1\]"),
-        ([torch.zeros(3, 2)], [torch.zeros(3, 1).double()], TypeError, r"q\[0\] must have the dtype and device"),
-        ([torch.zeros(3, 2).bfloat16()], None, TypeError, r"got torch.bfloat16"),
+        (torch.zeros(3, 2), None, TypeError, r": y must .*\[y\]"),
+        ([torch.zeros(3)], None, ValueError, r": y\[0\] must .* got .*\[3\]"),
+        ([torch.zeros(3, 2)], [], ValueError, r": q must .*\by, got 0 for 1"),
+        ([torch.zeros(3, 2)], [torch.zeros(4, 1)], ValueError, r": q\[0\] must .*y\[0\], got \[4, 1\] for \[3, 2\]"),
+        (
+            [torch.zeros(3, 2)],
+            [torch.zeros(3, 1).double()],
+            TypeError,
+            r": q\[0\] must .*y\[0\], got torch.float64 .* for torch.float32",
+        ),
+        ([torch.zeros(3, 2).bfloat16()], None, TypeError, r": y\[0\] must .* got torch.bfloat16"),
     ],
 )
 def test_refuses(y, q, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^orthonormalize" + message):
         orthonormalize(y, q)

@@ -162,17 +162,35 @@ def test_compiles_in_one_graph(device, random_basis):
 @pytest.mark.parametrize(
     ("g", "q", "options", "error", "message"),
     [
-        (torch.zeros(2, 3), [], {}, TypeError, r"g must be a sequence of matrices, got a single tensor"),
-        ([torch.zeros(3)], [torch.zeros(3, 1)], {}, ValueError, r"g\[0\] must be a matrix .* got shape \[3\]"),
-        ([torch.zeros(2, 3)], [], {}, ValueError, r"q must have one item for each of g, got 0 for 1"),
-        ([torch.zeros(2, 3)], [torch.zeros(4, 1)], {}, ValueError, r"q\[0\] must have as many rows as g\[0\]"),
-        ([torch.zeros(2, 3).half()], [torch.zeros(3, 1)], {}, TypeError, r"g\[0\] must be one of float32, float64"),
-        ([torch.zeros(2, 3)], [torch.zeros(3, 1).double()], {}, TypeError, r"q must have the dtype and device of g"),
-        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"passes": 3}, ValueError, r"passes must be 1 or 2, got 3"),
-        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": [1.0, 2.0]}, ValueError, r"scale must be one number"),
-        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": float("nan")}, ValueError, r"scale must be finite"),
+        (torch.zeros(2, 3), [], {}, TypeError, r": g must .* got a single tensor.*\[g\]"),
+        ([torch.zeros(3)], [torch.zeros(3, 1)], {}, ValueError, r": g\[0\] must .* got .*\[3\]"),
+        ([torch.zeros(2, 3)], [], {}, ValueError, r": q must .*\bg, got 0 for 1"),
+        (
+            [torch.zeros(2, 3)],
+            [torch.zeros(4, 1)],
+            {},
+            ValueError,
+            r": q\[0\] must .*g\[0\].* got \[4, 1\] for \[2, 3\]",
+        ),
+        (
+            [torch.zeros(2, 3).half()],
+            [torch.zeros(3, 1)],
+            {},
+            TypeError,
+            r": g\[0\] must .*float32, float64, got torch.float16",
+        ),
+        (
+            [torch.zeros(2, 3)],
+            [torch.zeros(3, 1).double()],
+            {},
+            TypeError,
+            r": q must .*\bg, got torch.float64 .* for torch.float32",
+        ),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"passes": 3}, ValueError, r": passes must .* got 3"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": [1.0, 2.0]}, ValueError, r": scale must .* got 2 for 1"),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 1)], {"scale": float("nan")}, ValueError, r": scale must .* got nan"),
     ],
 )
 def test_refuses(g, q, options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^project_rows" + message):
         project_rows(g, q, **options)

@@ -208,22 +208,26 @@ def test_compiles_in_one_graph(device, random_basis):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"step": 0}, ValueError, r"step must be at least 1, got 0"),
-        ({"step": torch.ones(1)}, TypeError, r"step must be an int or float32 tensors .*, got torch.float32 \[1\]"),
-        ({"step": torch.tensor(1)}, TypeError, r"step must be an int or float32 tensors .*, got torch.int64 \[\]"),
-        ({"step": [torch.tensor(1.0)] * 2}, ValueError, r"step must have one item for each of a, got 2 for 1"),
-        ({"step": torch.ones((), device="meta")}, ValueError, r"step must be on cpu to fit a\[0\], got meta"),
-        ({"step": 1.5}, TypeError, r"step must be an int or"),
-        ({"lr": -1.0}, ValueError, r"lr must not be negative"),
-        ({"lr": [1.0, 2.0]}, ValueError, r"lr must be one number or one per problem, got 2 for 1"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": -1e-8}, ValueError, r"eps must not be negative"),
-        ({"weight_decay": -0.1}, ValueError, r"weight_decay must not be negative"),
-        ({"grad": [torch.ones(2, 3)]}, ValueError, r"grad\[0\] must be \[2, 4\] on cpu to fit a\[0\], got \[2, 3\]"),
-        ({"q": [torch.zeros(3, 1)]}, ValueError, r"q\[0\] must be \[4, k\]"),
-        ({"exp_avg": []}, ValueError, r"exp_avg must have one item for each of a"),
-        ({"exp_avg": [torch.ones(2, 4).double()]}, TypeError, r"exp_avg\[0\] must be torch.float32 like a\[0\]"),
-        ({"exp_avg_sq": [torch.ones(4, 2).t()]}, ValueError, r"exp_avg_sq\[0\] must be contiguous, got strides"),
+        ({"step": 0}, ValueError, r": step must .* got 0"),
+        ({"step": torch.ones(1)}, TypeError, r": step must .* got torch.float32 \[1\]"),
+        ({"step": torch.tensor(1)}, TypeError, r": step must .* got torch.int64 \[\]"),
+        ({"step": [torch.tensor(1.0)] * 2}, ValueError, r": step must .*\ba, got 2 for 1"),
+        ({"step": torch.ones((), device="meta")}, ValueError, r": step must .*cpu.*a\[0\], got meta"),
+        ({"step": 1.5}, TypeError, r": step must .* got float"),
+        ({"lr": -1.0}, ValueError, r": lr must .* got .*-1.0"),
+        ({"lr": [1.0, 2.0]}, ValueError, r": lr must .* got 2 for 1"),
+        ({"betas": (0.9, 1.0)}, ValueError, r": betas must .*\[0, 1\), got \(0.9, 1.0\)"),
+        ({"eps": -1e-8}, ValueError, r": eps must .* got -1e-08"),
+        ({"weight_decay": -0.1}, ValueError, r": weight_decay must .* got -0.1"),
+        ({"grad": [torch.ones(2, 3)]}, ValueError, r": grad\[0\] must .*\[2, 4\].*a\[0\], got \[2, 3\]"),
+        ({"q": [torch.zeros(3, 1)]}, ValueError, r": q\[0\] must .*\[4, k\].* got \[3, 1\]"),
+        ({"exp_avg": []}, ValueError, r": exp_avg must .*\ba, got 0 for 1"),
+        (
+            {"exp_avg": [torch.ones(2, 4).double()]},
+            TypeError,
+            r": exp_avg\[0\] must .*torch.float32.*a\[0\], got torch.float64",
+        ),
+        ({"exp_avg_sq": [torch.ones(4, 2).t()]}, ValueError, r": exp_avg_sq\[0\] must .* got strides \[1, 2\]"),
     ],
 )
 def test_refuses_and_changes_nothing(changes, error, message):
@@ -231,7 +235,7 @@ def test_refuses_and_changes_nothing(changes, error, message):
     tensors |= {name: value for name, value in changes.items() if name in tensors}
     options = {"step": 1, "lr": 0.1} | {name: value for name, value in changes.items() if name not in tensors}
     before = [t.clone() for group in tensors.values() for t in group]
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^projected_adamw" + message):
         projected_adamw(*tensors.values(), **options)
     after = [t for group in tensors.values() for t in group]
     assert all(torch.equal(x, y) for x, y in zip(after, before, strict=True))

@@ -138,7 +138,7 @@ def test_number_not_finite(name, argument, value):
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if "q" in call])
 def test_basis_is_checked_when_asked(name, basis, off):
     call = {key: [t.to(basis.dtype) for t in value] for key, value in CALLS[name].items() if isinstance(value, list)}
-    message = rf"^{name}: q\[0\] must have orthonormal columns, got .* = {off} > 1e-.*Pass orthonormalize\(\[q\[0\]\]\)"
+    message = rf"^{name}: q\[0\] must .* got .* = {off} > 1e-.*orthonormalize\(\[q\[0\]\]\)"
     refuses(name, call | {"q": [basis], "check_basis": True}, ValueError, message)
     getattr(keeplora.ops, name)(**copy(CALLS[name] | call | {"q": [basis]}))  # not asked
     fixed, _ = keeplora.ops.orthonormalize([eye(4, 2).to(basis.dtype)])
@@ -146,6 +146,6 @@ def test_basis_is_checked_when_asked(name, basis, off):
 
 
 def test_the_second_basis_is_named():
-    with pytest.raises(ValueError, match=r"q\[1\] must have orthonormal columns"):
+    with pytest.raises(ValueError, match=r"^project_rows: q\[1\] must .* got .*3.00e\+00"):
         keeplora.ops.project_rows([ones(2, 4)] * 2, [eye(4, 0), eye(4, 2, scale=2.0)], check_basis=True)
     keeplora.ops.project_rows([], [], check_basis=True)

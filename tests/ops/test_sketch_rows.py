@@ -165,16 +165,16 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"width": 0}, ValueError, r"width must be at least 1, got 0"),
-        ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*63\), got -1"),
-        ({"delta": torch.ones(3, 5)}, ValueError, r"delta must have the tokens and the device of x"),
-        ({"out": torch.ones(2, 5)}, ValueError, r"out must be contiguous \[2, 4\] on cpu, got shape \[2, 5\]"),
-        ({"out": torch.ones(2, 4).half()}, TypeError, r"out must be one of float32, got torch.float16"),
+        ({"width": 0}, ValueError, r": width must .* got 0"),
+        ({"seed": -1}, ValueError, r": seed must .* got -1"),
+        ({"delta": torch.ones(3, 5)}, ValueError, r": delta must .*\bx, got \[3, 5\] .*\[2, 4\]"),
+        ({"out": torch.ones(2, 5)}, ValueError, r": out must .*\[2, 4\].* got .*\[2, 5\]"),
+        ({"out": torch.ones(2, 4).half()}, TypeError, r": out must .*float32, got torch.float16"),
     ],
 )
 def test_refuses_and_changes_nothing(options, error, message):
     arguments = {"delta": torch.ones(2, 5), "width": 2, "seed": 0, "out": torch.ones(2, 4)} | options
     before = arguments["out"].clone()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^sketch_rows" + message):
         sketch_rows(torch.ones(2, 4), **arguments)
     assert torch.equal(arguments["out"], before)

@@ -120,8 +120,7 @@ __device__ inline void mbarrier_wait(Mbarrier* mbarrier, unsigned parity) {
 #endif
 }
 
-// Starts a copy of `bytes` bytes; addresses and size are multiples of 16. One thread calls, and expects the
-// bytes.
+// Starts a copy of `bytes` bytes; addresses and size are multiples of 16. One thread calls and expects them.
 __device__ inline void bulk_copy(void* shared, const void* global, int bytes, Mbarrier* mbarrier) {
 #ifdef KEEPLORA_EMULATE
   emulate::start_bulk_copy(shared, global, bytes, mbarrier_word(mbarrier), EMULATE_SITE);

@@ -1,6 +1,5 @@
 // Order between the blocks of one launch. A kernel whose blocks use what other blocks wrote takes a ticket
-// first and calls the ticket, not blockIdx, its number; it announces what it has written and awaits what it
-// reads:
+// first and calls the ticket, not blockIdx, its number; it announces what it wrote and awaits what it reads:
 //
 //   const unsigned number = gpu::take_ticket(tickets, slot);
 //   if (number > 0) gpu::await(&done[number - 1], 1);
@@ -9,8 +8,8 @@
 //
 // Why this always ends, although the GPU starts blocks in any order and as many as fit: a ticket is taken by
 // a running block, tickets are dense, and running blocks are not suspended for ever. So the holder of the
-// lowest unfinished ticket runs, and awaits only lower tickets, all finished. A block must await
-// announcements of lower tickets only.
+// lowest unfinished ticket runs, and awaits only lower tickets, all finished.
+// A block must await announcements of lower tickets only.
 //
 // Counters lie in global memory and are 0 when the launch begins. Every thread of the block makes each call.
 #pragma once

@@ -1,5 +1,5 @@
-// Numbers as they are stored, and as they are computed with: 16-bit formats widen exactly and round to
-// nearest even.
+// Numbers as they are stored, and as they are computed with.
+// 16-bit formats widen exactly, and round to nearest even.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,5 +1,4 @@
-// Matrices of 16-bit numbers from shared memory, dealt out to the lanes as the products of primitives/mma.cuh
-// want them.
+// Matrices of 16-bit numbers from shared memory, dealt out to the lanes as the products of mma.cuh want them.
 #pragma once
 #include <cstdint>
 #include <cstring>

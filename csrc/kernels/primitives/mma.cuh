@@ -1,8 +1,7 @@
 // Products of small matrices by one warp on tensor cores, and numbers split so that TF32 products keep the
 // precision of float.
 //
-// A 16 x 8 x 8 product C += A B deals its matrices out to the lanes like this (row = lane / 4, col = lane %
-// 4):
+// A 16 x 8 x 8 product C += A B deals its matrices out to the lanes; with row = lane / 4, col = lane % 4:
 //   a[0..3] = A(row, col), A(row + 8, col), A(row, col + 4), A(row + 8, col + 4)
 //   b[0..1] = B(col, row), B(col + 4, row)
 //   c[0..3] = C(row, 2 col), C(row, 2 col + 1), C(row + 8, 2 col), C(row + 8, 2 col + 1)
@@ -28,21 +27,27 @@ struct Share {
 // value(register, i) is the i-th number of a register. (The hardware rounds more often and, for TF32 and
 // 16-bit numbers, towards zero.)
 template <int kPer = 1, typename T, typename Stored, int kA, int kB, typename Value>
-void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value value, emulate::Site site) {
+EMULATE_OWN void multiply(T (&c)[4], const Stored (&a)[kA], const Stored (&b)[kB], Value value,
+                          emulate::Site site) {
   Share<Stored, kA, kB> mine;
   std::memcpy(mine.a, a, sizeof(a));
   std::memcpy(mine.b, b, sizeof(b));
   const auto* all =
       reinterpret_cast<const Share<Stored, kA, kB>*>(emulate::gather(&mine, sizeof(mine), site));
   const int lane = emulate::lane();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
-    long double sum = c[i];
-    for (int k = 0; k < 4 * kPer * kB; ++k) {
+  const int row = lane / 4, column = 2 * (lane % 4);  // the first of two each
+  constexpr int kDepth = 4 * kPer * kB;
+  T rows[2][kDepth], columns[2][kDepth];
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < kDepth; ++k) {
       const int from = k / kPer % 4, at = k / (4 * kPer);
-      sum += static_cast<long double>(value(all[4 * row + from].a[upper + 2 * at], k % kPer)) *
-             value(all[4 * column + from].b[at], k % kPer);
+      rows[i][k] = value(all[4 * row + from].a[i + 2 * at], k % kPer);
+      columns[i][k] = value(all[4 * (column + i) + from].b[at], k % kPer);
     }
+  for (int i = 0; i < 4; ++i) {
+    long double sum = c[i];
+    for (int k = 0; k < kDepth; ++k)
+      sum += static_cast<long double>(rows[i / 2][k]) * columns[i % 2][k];
     c[i] = static_cast<T>(sum);
   }
 }
@@ -92,8 +97,7 @@ __device__ inline void mma_f64(double (&c)[4], const double (&a)[4], const doubl
 }
 
 // One operand's numbers of a 16 x 8 x 8 product, ready for the tensor cores. kExact: the numbers are TF32
-// already, as all 16-bit floats are; otherwise a float is the sum of two TF32 numbers up to 2^-23 of its
-// size.
+// already, as all 16-bit floats are; else a float is the sum of two TF32 numbers up to 2^-23 of its size.
 template <typename T, int kCount, bool kExact>
 struct Fragment;
 
@@ -119,8 +123,7 @@ struct Fragment<double, kCount, kExact> {
   __device__ void set(int i, double x) { value[i] = x; }
 };
 
-// C += A B in the precision of float: the products of the small parts with each other, 2^-22 of the whole,
-// are left out.
+// C += A B in the precision of float: leaves out the products of the small parts, 2^-22 of the whole.
 template <bool kExactA, bool kExactB>
 __device__ inline void multiply_add(float (&c)[4], const Fragment<float, 4, kExactA>& a,
                                     const Fragment<float, 2, kExactB>& b) {

@@ -1,5 +1,5 @@
 // Dynamic shared memory, handed out array by array. On the CPU each array is an allocation of its own, so
-// that a sanitizer sees an access past its end; see csrc/emulate.
+// that a sanitizer sees an access past its end; see tests/csrc/emulate.
 #pragma once
 #include <cstddef>
 

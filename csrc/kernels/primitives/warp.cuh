@@ -1,5 +1,5 @@
-// Sums across the 32 lanes of a warp. All lanes must call; the order of additions is fixed, so results repeat
-// bit for bit.
+// Sums across the 32 lanes of a warp. All lanes must call.
+// The order of additions is fixed, so results repeat bit for bit.
 #pragma once
 #include "kernels/launch.h"
 
@@ -17,9 +17,8 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
-// 32 sums at once: lane i receives the sum over all lanes of their values[i]. 31 shuffles instead of 160: at
-// each step a lane keeps the half of the values that its number selects and passes the other half to its
-// partner.
+// 32 sums at once: lane i receives the sum over all lanes of their values[i]. 31 shuffles instead of 160:
+// at each step a lane keeps the half of the values that its number selects and gives its partner the other.
 template <typename T>
 __device__ inline T warp_sum_transposed(T (&values)[kWarp], int lane) {
 #pragma unroll

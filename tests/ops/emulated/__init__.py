@@ -1,4 +1,4 @@
-"""The emulated kernels: ``call(library, ...)`` of <op>.py hands an op's arguments to csrc/emulate/entry_<op>.cpp."""
+"""The emulated kernels: ``call(library, ...)`` of <op>.py hands an op's arguments to tests/csrc/entries/<op>.cpp."""
 
 import ctypes
 

@@ -1,0 +1,18 @@
+SOURCE = "kernels/merge_weights.cu"
+DEFECTS = [
+    ("scale forgotten", SOURCE, "entry.scale * value", "value"),
+    ("columns of A not dealt out", SOURCE, "line / 2 % 4 * 4 + line / 8 % 2 * 2 + line % 2", "line % 16"),
+    ("rows of W taken as dense", SOURCE, "(row + 8 * i) * entry.pitch", "(row + 8 * i) * entry.cols"),
+    ("a stage too few", SOURCE, "steps < kStages ? steps : kStages", "steps < 2 ? steps : 2"),
+    ("W taken as aligned", SOURCE, "gpu::aligned16(w)", "true"),
+    ("rows of W taken as aligned", SOURCE, "entry.pitch * sizeof(S) % 16 == 0", "true"),
+    ("out taken as aligned", SOURCE, "gpu::aligned16(out)", "true"),
+    ("rows of out taken as aligned", SOURCE, "entry.cols % 4 == 0", "true"),
+    ("another format taken as T", "kernels/any_matrix.cuh", "format == kFormatOf<T>", "true"),
+]
+
+REPRESENTATIVES = {
+    "plain": ("kernels/merge_weights.cu", "entry.scale * value -> value"),
+    "sanitized": ("kernels/merge_weights.cu", "row + 8 * i >= entry.rows -> false"),
+    "raced": ("kernels/product.cuh", "__syncthreads() -> nothing"),
+}

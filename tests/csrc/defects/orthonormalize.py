@@ -1,0 +1,19 @@
+DEFECTS = [
+    ("Y subtracted from twice", "kernels/orthonormalize.cu", "at.phase == Phase::kSubtract0 ? entry.y : entry.z",
+     "entry.y"),
+    ("no projection after the first factor", "kernels/orthonormalize.cu", "at.kept > 0 && bases > 0 ? rows : 0", "0"),
+    ("kept columns not projected out", "kernels/orthonormalize.cu",
+     "applies ? panel.count : with_q ? entry.k : at.rank",
+     "applies ? panel.count : with_q ? entry.k : 0"),
+    ("what is left compared with itself", "kernels/gram_factor.cuh", "lengths[pair] / square", "1"),
+    ("limit without the Gram matrix's error", "kernels/gram_factor.cuh", "square + error <= limit",
+     "square - error <= limit"),
+    ("scales forgotten in the transform", "kernels/gram_factor.cuh",
+     "upper[packed(from, to)] * space.scale[column]", "upper[packed(from, to)]"),
+]  # fmt: skip
+
+REPRESENTATIVES = {
+    "plain": ("kernels/orthonormalize.cu", "at.phase == Phase::kSubtract0 ? entry.y : entry.z -> entry.y"),
+    "sanitized": ("kernels/orthonormalize.cu", "row + r >= entry.d -> false"),
+    "raced": ("kernels/orthonormalize.cu", "__syncthreads() -> nothing"),
+}

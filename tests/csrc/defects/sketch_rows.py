@@ -1,0 +1,16 @@
+SOURCE = "kernels/sketch_rows.cu"
+DEFECTS = [
+    ("signs of every row the same", SOURCE, "static_cast<uint32_t>(line + i)", "0u"),
+    ("signs repeat along the depth", SOURCE, "static_cast<uint32_t>(depth / 32)", "0u"),
+    ("signs of neighbouring pairs", SOURCE, "lane % 4 * 2", "lane % 4"),
+    ("scale forgotten", SOURCE, "work.scale * value", "value"),
+    ("scale forgotten where parts are added up", SOURCE, "work.scale * total[j]", "total[j]"),
+    ("every part from the first token", SOURCE, "first * Path::Sum::kColumns", "0"),
+    ("halves of a matrix exchanged", "kernels/product_bf16.cuh", "lane / 16 * 8", "8 - lane / 16 * 8"),
+]
+
+REPRESENTATIVES = {
+    "plain": ("kernels/sketch_rows.cu", "work.scale * value -> value"),
+    "sanitized": ("kernels/sketch_rows.cu", "row + r >= work.width -> false"),
+    "raced": ("kernels/sketch_rows.cu", "gpu::await(work.counters + 1 + part,"),
+}

@@ -1,6 +1,0 @@
-"""Mistakes in what a kernel means, planted beside the generated ones: a list DEFECTS in <op>.py for each op.
-
-A defect is an expression of the source that becomes another of the same type:
-(what is wrong, file under csrc, find, put). ``find`` must occur once in the file; both may stand between the same
-``return`` or ``name =`` and ``;``.
-"""
