@@ -10,6 +10,7 @@ from keeplora.math import check
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
@@ -88,7 +89,8 @@ def top_directions(
     kinds = [(m.shape, w, 0 if w else b.shape[1]) for m, b, w in zip(g, q, widths, strict=True)]
     found: dict[int, TopDirections] = {}
     for group in same_kind(kinds, g):
-        found.update(_top(g, q, wanted, group, widths[group[0]], seed))
+        with full_precision(*g):
+            found.update(_top(g, q, wanted, group, widths[group[0]], seed))
     return [found[i] for i in range(len(g))]
 
 
@@ -126,7 +128,8 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
                 f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
                 f"{image.dtype} for {list(v.shape)} {v.dtype}."
             )
-        a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
+        with full_precision(image):
+            a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
         level = NOISE * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
         r = int((s[0] > level).sum())
         result.append(TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r]))))
@@ -229,7 +232,8 @@ def weight_basis(w: Sequence[Tensor], energy: float | Sequence[float], *, side: 
     for group in same_kind([(m.shape, m.dtype) for m in w], w):
         batch = stacked(w, group)
         batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
-        found.update(_weight(batch.mT if side == "output" else batch, group, [wanted[i] for i in group]))
+        with full_precision(batch):
+            found.update(_weight(batch.mT if side == "output" else batch, group, [wanted[i] for i in group]))
     return [found[i] for i in range(len(w))]
 
 
@@ -328,7 +332,8 @@ def extend_basis(
         check.orthonormal(name, q)
     found: dict[int, Extension] = {}
     for group in same_kind([(b.shape, b.dtype) for b in q], c):
-        found.update(_extend(c, q, thresholds, group))
+        with full_precision(*c):
+            found.update(_extend(c, q, thresholds, group))
     return [found[i] for i in range(len(c))]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
@@ -65,20 +66,21 @@ def row_space(
     images: list[Tensor] = []
     spectrum: RightSpectrum | None = None
     image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
-    for step in range(steps + 1):
-        first, last = step * width, (step + 1) * width
-        z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
-        columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
-        for frame, k, block in zip(frames, held, columns, strict=True):
-            frame[:, k + first : k + last] = block
-        image = g @ torch.stack(columns)
-        images.append(image)
-        if enough is not None and step >= 2:
-            spectrum = right_spectrum(torch.cat(images, dim=2))
-            energies = _leading_energies(spectrum, enough[0], width)
-            if _expected_gain(energies) <= enough[1] * energies[-1]:
-                break
-    image = torch.cat(images, dim=2)
+    with full_precision(g):
+        for step in range(steps + 1):
+            first, last = step * width, (step + 1) * width
+            z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
+            columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
+            for frame, k, block in zip(frames, held, columns, strict=True):
+                frame[:, k + first : k + last] = block
+            image = g @ torch.stack(columns)
+            images.append(image)
+            if enough is not None and step >= 2:
+                spectrum = right_spectrum(torch.cat(images, dim=2))
+                energies = _leading_energies(spectrum, enough[0], width)
+                if _expected_gain(energies) <= enough[1] * energies[-1]:
+                    break
+        image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
     return v, image, (spectrum or right_spectrum(image)).vectors
 
@@ -155,6 +157,13 @@ def leading_eigenvectors(
     Source: Halko, Martinsson & Tropp 2011 (blocked iteration); Saad, "Numerical Methods for Large Eigenvalue
     Problems", 2011, sec. 4.3 (residual bounds).
     """
+    with full_precision(c):
+        return _leading(c, q, total, threshold, captured, floor, seed)
+
+
+def _leading(
+    c: Tensor, q: Tensor, total: float, threshold: float, captured: float, floor: float, seed: int
+) -> tuple[Tensor, Tensor] | None:
     d, left = c.shape[0], BUDGET
     need = threshold * total - captured
     # Cauchy-Schwarz: j eigenvalues hold at most √j ‖C‖_F, a lower bound of the rank that needs no eigenvalue.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from keeplora.math.check import bases
+from keeplora.math.precision import full_precision
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 
 __all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project"]
@@ -39,7 +40,8 @@ def project(x: Tensor, q: Tensor) -> Tensor:
         raise ValueError(f"project: x must be [..., d] and q [d, k], got shapes {list(x.shape)} and {list(q.shape)}.")
     if q.shape[-1] == 0:
         return x.clone()
-    return x - (x @ q) @ q.mT
+    with full_precision(x):
+        return x - (x @ q) @ q.mT
 
 
 def orthogonality(q: Tensor) -> float:

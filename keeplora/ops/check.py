@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keeplora.ops.precision import full_precision
+
 __all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "same_length", "wide"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,10 +83,8 @@ def orthonormal(op: str, q: Sequence[Tensor]) -> None:
 
     Waits for the device, once for all matrices: what ``check_basis=True`` of an op asks for.
     """
-    off = [
-        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax() if m.numel() else m.new_zeros(())
-        for m in (basis.detach() for basis in q)
-    ]
+    with full_precision(*q):
+        off = [_off_identity(basis.detach()) for basis in q]
     for i, error in enumerate(torch.stack(off).tolist() if off else []):
         allowed = 1e-4 if q[i].dtype == torch.float32 else 1e-10
         if not error <= allowed:  # a NaN neither
@@ -92,3 +92,10 @@ def orthonormal(op: str, q: Sequence[Tensor]) -> None:
                 f"{op}: q[{i}] must have orthonormal columns, got max|QᵀQ - I| = {error:.2e} > {allowed:.0e}. "
                 f"Pass orthonormalize([q[{i}]]) of keeplora.ops."
             )
+
+
+def _off_identity(q: Tensor) -> Tensor:
+    """``max|QᵀQ − I|``, on the device."""
+    if q.numel() == 0:
+        return q.new_zeros(())
+    return (q.T @ q - torch.eye(q.shape[1], dtype=q.dtype, device=q.device)).abs().amax()
