@@ -1,4 +1,4 @@
-"""The guard of :mod:`keeplora.ops.precision`, for the rooms that know this one and not the ops."""
+"""The guard of ``keeplora.ops.precision``, for the rooms that know this one and not the ops."""
 
 from keeplora.ops.precision import full_precision
 

@@ -14,7 +14,7 @@ from keeplora.lora import LoraAdapter
 
 from .lora_method import LoraMethod
 from .method import LossFn
-from .settings import AdapterConfig, check_range
+from .settings import SEEDS, AdapterConfig, check_range, check_whole
 
 __all__ = ["LoraConfig", "SequentialLora"]
 
@@ -28,7 +28,8 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "dropout", 0.0, 1.0, closed=False)
+        check_range(self, "dropout", "[0, 1)")
+        check_whole(self, "seed", SEEDS)
 
 
 class SequentialLora(LoraMethod):

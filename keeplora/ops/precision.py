@@ -23,7 +23,7 @@ _setting = torch._C._get_fp32_precision_getter  # the attribute that torch docum
 
 
 def is_full_precision() -> bool:
-    """Whether the caller has switched on nothing that :class:`full_precision` switches off; cheap.
+    """Whether the caller has switched on nothing that ``full_precision`` switches off; cheap.
 
     False while any thread is inside such a block: what it sets goes when it leaves.
     """
