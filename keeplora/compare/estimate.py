@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keeplora.compare.runs import unfinished
 from keeplora.methods import METHODS
+from keeplora.statistics import first_batches
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import RunConfig
 from keeplora.train.measure import ROUNDS
@@ -72,7 +73,7 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
                 workload.accuracy(model.eval(), task, config.evaluate_on, config.evaluation_batch_size)
         evaluation = time.perf_counter() - started
     steps = config.steps if config.steps is not None else (config.epochs or 1) * len(batches)
-    seen = max(1, round(len(batches) * config.switch_fraction))
+    seen = len(first_batches(batches, config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
     tasks = len(workload.tasks)
     timed = 2 * ROUNDS * evaluation / (tasks + (workload.witness is not None))  # inference, on one task

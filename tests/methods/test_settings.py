@@ -198,7 +198,7 @@ def test_checks_read_the_setting_of_a_config():
 
     assert Own(names=iter("bc")).names == ("b", "c")
     for settings in ({"share": 2}, {"count": 0}, {"energy": {"text": 2}}, {"names": []}, {"seed": -1}):
-        [(name, value)] = settings.items()
+        (name,) = settings
         with pytest.raises(ConfigError, match=rf"^Own: {name} must .*, got "):
             Own(**settings)
     assert issubclass(ConfigTypeError, ConfigError)

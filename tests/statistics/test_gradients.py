@@ -155,7 +155,9 @@ def test_sketch_widths_refuse():
 
 
 def test_first_batches():
-    assert list(first_batches([1, 2, 3, 4], 0.5)) == [1, 2]
+    half = first_batches([1, 2, 3, 4], 0.5)
+    assert len(half) == 2
+    assert list(half) == list(half) == [1, 2]
     assert list(first_batches([1, 2, 3, 4], 0.01)) == [1]
     generator = iter([1, 2])
     assert first_batches(generator, 1.0) is generator
