@@ -77,7 +77,9 @@ def comparison(
     """
     values, where = _read(benchmark)
     if budget not in BUDGETS:
-        raise ConfigError(f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        raise ConfigError(
+            f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}{suggest(budget, BUDGETS)}"
+        )
     groups = values.pop("groups", {})
     budgets = values.pop("budget", {})
     sections = values["method"] = _resolved(values.get("method", {}), where)
@@ -147,9 +149,7 @@ def _labels(
     grouped: list[str] = []
     for name in asked:
         if name not in known:
-            raise ConfigError(
-                f"comparison: methods must be known, got {name!r}{suggest(name, known)}. Known: {', '.join(known)}"
-            )
+            raise ConfigError(f"comparison: methods must be known, got {name!r}{suggest(name, known, listing=True)}")
         found = list(METHODS) if name == ALL else groups.get(name)
         if found is None:
             named.append(name)

@@ -215,8 +215,7 @@ def _known_keys(values: Mapping[str, Any], known: list[str], *, where: str) -> N
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known)}"
-                f" Known: {', '.join(known)}"
+                f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known, listing=True)}"
             )
 
 
