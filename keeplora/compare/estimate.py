@@ -41,12 +41,12 @@ def announcement(config: RunConfig, workload: Workload) -> str:
     """What is about to run and how long it will take, in a sentence."""
     waiting = unfinished(config)
     runs, done = len(config.pairs()), len(config.pairs()) - len(waiting)
-    what = f"{len(config.labels())} methods x {len(config.seeds)} seeds on {config.benchmark}"
+    title = f"{len(config.labels())} methods x {len(config.seeds)} seeds on {config.benchmark}"
     if not waiting:
-        return f"{what}: all {runs} runs are finished in {config.out}"
+        return f"{title}: all {runs} runs are finished in {config.out}"
     left = f"{len(waiting)} of {runs} runs are left" if done else f"{runs} runs"
     return (
-        f"{what}: {left}, {max(config.workers, 1)} at a time, {estimate(config, workload, waiting)}; into {config.out}"
+        f"{title}: {left}, {max(config.workers, 1)} at a time, {estimate(config, workload, waiting)}; into {config.out}"
     )
 
 

@@ -92,8 +92,8 @@ def certificate(
 
     Example:
         >>> q = torch.tensor([[1.0], [0.0], [0.0]])
-        >>> found = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
-        >>> found.leak, found.captured, found.rank, found.free
+        >>> one = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
+        >>> one.leak, one.captured, one.rank, one.free
         (0.0, 0.99, 1, 2)
     """
     return certificates(
@@ -174,8 +174,8 @@ def certificates(
         rounded = torch.zeros_like(inner[0])
         if change is not None:
             moved = change.double()
-            rounded = _share(torch.linalg.vector_norm(moved @ keep), torch.linalg.vector_norm(moved))
-        numbers.append(torch.stack([_share(*inner), rounded, _off_identity(now)]))
+            rounded = _ratio(torch.linalg.vector_norm(moved @ keep), torch.linalg.vector_norm(moved))
+        numbers.append(torch.stack([_ratio(*inner), rounded, _off_identity(now)]))
     host = torch.stack(numbers).tolist() if numbers else []
     return [
         Certificate(
@@ -198,7 +198,7 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
     return norm
 
 
-def _share(inside: Tensor, length: Tensor) -> Tensor:
+def _ratio(inside: Tensor, length: Tensor) -> Tensor:
     return torch.where(length == 0, torch.zeros_like(length), inside / length)  # NaN stays NaN
 
 

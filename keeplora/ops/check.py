@@ -1,14 +1,14 @@
 """Argument checks shared by the ops. Each raises before anything is computed or changed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from keeplora.ops.precision import full_precision
 
-__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "same_length", "wide"]
+__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "repeated", "same_length", "wide"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASTER = (torch.float32, torch.float64)
@@ -44,19 +44,20 @@ def matrices(
     """
     if isinstance(values, Tensor):
         raise TypeError(f"{op}: {name} must be a sequence of matrices, got a single tensor. Pass [{name}].")
-    found = list(values)
-    for i, value in enumerate(found):
+    checked = list(values)
+    for i, value in enumerate(checked):
         matrix(op, f"{name}[{i}]", value, dtypes)
-        if value.device != found[0].device:
+        if value.device != checked[0].device:
             raise ValueError(
                 f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and "
-                f"{found[0].device} at {name}[0]."
+                f"{checked[0].device} at {name}[0]."
             )
-        if uniform and value.dtype != found[0].dtype:
+        if uniform and value.dtype != checked[0].dtype:
             raise TypeError(
-                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at {name}[0]."
+                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {checked[0].dtype} at "
+                f"{name}[0]."
             )
-    return found
+    return checked
 
 
 def same_length(op: str, **named: Sequence[object]) -> None:
@@ -69,13 +70,24 @@ def same_length(op: str, **named: Sequence[object]) -> None:
 
 def float_list(op: str, name: str, value: Sequence[float] | float, count: int) -> list[float]:
     """One finite number per problem; a single number is repeated."""
-    numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
-    if len(numbers) != count:
-        raise ValueError(f"{op}: {name} must be one number or one per problem, got {len(numbers)} for {count}.")
+    numbers = repeated(op, name, value, count, "problem")
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
             raise ValueError(f"{op}: {name} must be finite, got {number} at {name}[{i}].")
     return numbers
+
+
+def repeated(op: str, name: str, value: Sequence[float] | float, count: int, each: str) -> list[float]:
+    """One number for ``each`` of ``count``; a single one is repeated. Booleans and text are no numbers."""
+    if isinstance(value, bool | str) or not isinstance(value, int | float | Iterable):
+        raise TypeError(f"{op}: {name} must be one number or one per {each}, got {value!r}.")
+    items = [value] * count if isinstance(value, int | float) else list(value)
+    if len(items) != count:
+        raise ValueError(f"{op}: {name} must be one number or one per {each}, got {len(items)} for {count} {each}s.")
+    for i, item in enumerate(items):
+        if isinstance(item, bool | str):
+            raise TypeError(f"{op}: {name} must be numbers, got {item!r} at {name}[{i}].")
+    return [float(item) for item in items]
 
 
 def orthonormal(op: str, q: Sequence[Tensor]) -> None:

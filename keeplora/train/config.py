@@ -28,7 +28,7 @@ from keeplora.methods.settings import (
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
-SPLITS = ("test", "validation")
+EVALUATED_SPLITS = ("test", "validation")
 DEVICES = ("cpu", "cuda")
 
 
@@ -243,7 +243,7 @@ def _validate(config: RunConfig) -> None:
         check_whole(config, name, "[1, inf)")
     check_whole(config, "workers", "[0, inf)")
     check_choice(config, "precision", PRECISIONS)
-    check_choice(config, "evaluate_on", SPLITS)
+    check_choice(config, "evaluate_on", EVALUATED_SPLITS)
     check_choice(config, "device", DEVICES)
     check_range(config, "weight_decay", "[0, inf)")
     check_range(config, "switch_fraction", "(0, 1]")

@@ -238,8 +238,8 @@ class _Run:
         """Mean accuracy of the model on the validation splits of the tasks up to ``task``."""
         size = self.config.evaluation_batch_size
         with evaluating(self.model), torch.no_grad(), self.autocast():
-            found = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
-        return math.fsum(found) / len(found)
+            scores = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
+        return math.fsum(scores) / len(scores)
 
     def evaluate(self) -> tuple[list[float], float | None]:
         """Accuracy on every task and on the witness."""

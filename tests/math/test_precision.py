@@ -65,7 +65,7 @@ CASES = {
     "project": lambda: (torch.randn(64, 96), basis(96, 40)),
 }
 OPTIONS = {
-    "leading_eigenvectors": lambda: {"total": 2.5e3, "threshold": 0.5, "captured": 0.0, "floor": 1e-4, "seed": 0},
+    "leading_eigenvectors": lambda: {"total": 2.5e3, "share": 0.5, "captured": 0.0, "floor": 1e-4, "seed": 0},
     "row_space": lambda: {"steps": 4, "seed": 0, "enough": (8, 1e-9)},
 }
 
