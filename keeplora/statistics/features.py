@@ -249,7 +249,8 @@ class _Collector:
         if self.kind == "slot_mean":
             for total in self.sums.values():
                 mean = total.part / batches
-                total.part = mean.T @ mean
+                with full_precision(mean):
+                    total.part = mean.T @ mean
         pooled: dict[frozenset[frozenset[LoraSlot]], FeatureStatistic] = {}
         result = []
         for slot in self.slots:

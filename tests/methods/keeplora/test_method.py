@@ -254,9 +254,11 @@ def test_parity_settings_run():
 
 
 def test_energies_by_tower():
-    keeper, data = keeper_of(weight_energy={}, feature_energy={"model": 0.5}), task(0)
+    config = KeepLoraConfig(weight_energy={"vision": 0.5}, depth_scale={"vision": 0.2})
+    assert (config.weight_energy_of("text"), config.depth_scale_of("text")) == (0.0, 1.0)  # a tower without a number
+    keeper, data = keeper_of(weight_energy={"model": 0}, feature_energy={"model": 0.5}), task(0)
     keeper.before_task(data, loss_fn)
-    assert all(row.protected == 0 for row in keeper.capacity())  # a tower without a number protects no weight
+    assert all(row.protected == 0 for row in keeper.capacity())
     assert keeper.after_task(data).captured >= 0.5 - 1e-5
 
 
