@@ -16,7 +16,7 @@ from bench.harness import Case
 from bench.team import Team
 from keeplora.distributed import processes
 from keeplora.lora import linear_targets, unwrap, wrap
-from keeplora.math.batch import ALONE, BATCH_BYTES
+from keeplora.math.batch import BATCH_BYTES, LARGEST_BATCHED
 from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
 from keeplora.statistics import feature_statistics, mean_gradients
 
@@ -78,7 +78,7 @@ def need(layers: int, d: int, tokens: int, kind: str) -> Count:
     # Kept for every layer: the basis and the adapter; for those worked on at once: three d x d matrices in float64,
     # or two in float32 where blocks of directions do.
     work = (3 * 8 if free < ITERATIVE_FROM else 2 * 4) * d * d
-    together = min(layers, BATCH_BYTES // (8 * d * d)) if kind == "cuda" and d * d <= ALONE else 1
+    together = min(layers, BATCH_BYTES // (8 * d * d)) if kind == "cuda" and d * d <= LARGEST_BATCHED else 1
     return Count(layers * (krylov + basis), layers * 4 * d * (protected(d) + 2 * RANK) + together * work)
 
 

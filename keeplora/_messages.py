@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 
 __all__ = ["listed", "nearest", "suggest", "warn"]
 
 _PACKAGE = os.fspath(Path(__file__).parent) + os.sep
-_WRAPPERS = (f"torch{os.sep}utils{os.sep}_contextlib.py", f"{os.sep}contextlib.py")
-"""Between the user and us where a function is decorated, with ``torch.no_grad`` for one."""
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the first line outside the package, however deep inside it the reason was found."""
+    """Warn at the user's line: the first one outside the package, however deep inside it the reason was found.
+
+    Lines of torch and of contextlib are not the user's either: they come between where a layer is called or a function
+    is decorated, with ``torch.no_grad`` for one.
+    """
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+    between = _between()
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(between) or _is_generated(frame)):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
 
-def _is_ours(file: str) -> bool:
-    return file.startswith(_PACKAGE) or file.endswith(_WRAPPERS)
+def _between() -> tuple[str, ...]:
+    torch = sys.modules.get("torch")  # if it is there: not everything that speaks to users needs it
+    folder = () if torch is None or torch.__file__ is None else (os.path.dirname(torch.__file__) + os.sep,)
+    return (_PACKAGE, contextlib.__file__, *folder)
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Whether this is the ``__init__`` that dataclasses write for a class of ours."""
+    return frame.f_code.co_filename == "<string>" and str(frame.f_globals.get("__name__")).startswith("keeplora.")
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -47,7 +59,17 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0
     return difflib.get_close_matches(name, choices, n=most, cutoff=cutoff) or choices[:most]
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``". Did you mean 'x'?"`` when something close is known, else an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f". Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+def suggest(name: str, known: Iterable[str], *, listing: bool = False) -> str:
+    """What to end a message with that refuses ``name``: the known names that look like it, then all of them if asked.
+
+    >>> suggest("minlm", ["embedded", "minilm"])
+    ". Did you mean 'minilm'?"
+    >>> suggest("xyz", ["embedded", "minilm"], listing=True)
+    '. Known: embedded, minilm'
+    """
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=2, cutoff=0.5)
+    meant = f". Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+    if not listing:
+        return meant
+    return f"{meant or '.'} Known: {', '.join(choices)}"

@@ -80,7 +80,9 @@ def comparison(
     """
     values, where = _read(benchmark)
     if budget not in BUDGETS:
-        raise ConfigError(f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        raise ConfigError(
+            f"comparison: budget must be one of {', '.join(BUDGETS)}, got {budget!r}{suggest(budget, BUDGETS)}"
+        )
     values["plugins"] = join_plugins(values.get("plugins", ()), plugins)
     load_plugins(values["plugins"])
     groups = values.pop("groups", {})
@@ -126,11 +128,11 @@ def _read(benchmark: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
 
 def _resolved(sections: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
     """Every section with what ``like`` brings written out."""
-    found = {}
+    written = {}
     for label, section in sections.items():
         other = section.get("like")
         if other is None:
-            found[label] = dict(section)
+            written[label] = dict(section)
             continue
         if other not in sections or "like" in sections[other]:
             plain = [name for name, entry in sections.items() if "like" not in entry]
@@ -139,8 +141,8 @@ def _resolved(sections: Mapping[str, Mapping[str, Any]], where: str) -> dict[str
                 f"{suggest(str(other), plain)}"
             )
         own = {name: value for name, value in section.items() if name != "like"}
-        found[label] = {"method": other, **sections[other], **own}
-    return found
+        written[label] = {"method": other, **sections[other], **own}
+    return written
 
 
 def _labels(
@@ -152,12 +154,10 @@ def _labels(
     grouped: list[str] = []
     for name in asked:
         if name not in known:
-            raise ConfigError(
-                f"comparison: methods must be known, got {name!r}{suggest(name, known)}. Known: {', '.join(known)}"
-            )
-        found = list(METHODS) if name == ALL else groups.get(name)
-        if found is None:
+            raise ConfigError(f"comparison: methods must be known, got {name!r}{suggest(name, known, listing=True)}")
+        members = list(METHODS) if name == ALL else groups.get(name)
+        if members is None:
             named.append(name)
         else:
-            grouped += found
+            grouped += members
     return list(dict.fromkeys(named)), list(dict.fromkeys(grouped))

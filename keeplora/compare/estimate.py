@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keeplora.compare.runs import unfinished
 from keeplora.methods import METHODS
+from keeplora.statistics import first_batches
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import RunConfig
 from keeplora.train.measure import ROUNDS
@@ -40,12 +41,12 @@ def announcement(config: RunConfig, workload: Workload) -> str:
     """What is about to run and how long it will take, in a sentence."""
     waiting = unfinished(config)
     runs, done = len(config.pairs()), len(config.pairs()) - len(waiting)
-    what = f"{len(config.labels())} methods x {len(config.seeds)} seeds on {config.benchmark}"
+    title = f"{len(config.labels())} methods x {len(config.seeds)} seeds on {config.benchmark}"
     if not waiting:
-        return f"{what}: all {runs} runs are finished in {config.out}"
+        return f"{title}: all {runs} runs are finished in {config.out}"
     left = f"{len(waiting)} of {runs} runs are left" if done else f"{runs} runs"
     return (
-        f"{what}: {left}, {max(config.workers, 1)} at a time, {estimate(config, workload, waiting)}; into {config.out}"
+        f"{title}: {left}, {max(config.workers, 1)} at a time, {estimate(config, workload, waiting)}; into {config.out}"
     )
 
 
@@ -72,7 +73,7 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
                 workload.accuracy(model.eval(), task, config.evaluate_on, config.evaluation_batch_size)
         evaluation = time.perf_counter() - started
     steps = config.steps if config.steps is not None else (config.epochs or 1) * len(batches)
-    seen = max(1, round(len(batches) * config.switch_fraction))
+    seen = len(first_batches(batches, config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
     tasks = len(workload.tasks)
     timed = 2 * ROUNDS * evaluation / (tasks + (workload.witness is not None))  # inference, on one task

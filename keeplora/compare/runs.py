@@ -84,7 +84,7 @@ def check_settings(config: RunConfig) -> None:
         if entry.method not in METHODS:
             raise ConfigError(
                 f"check_methods: methods must be known, got {entry.method!r}"
-                f"{suggest(entry.method, (*METHODS, *config.method))}. Known: {', '.join(METHODS)}"
+                f"{suggest(entry.method, dict.fromkeys((*METHODS, *config.method)), listing=True)}"
             )
         try:
             configure(entry.method, entry.settings)

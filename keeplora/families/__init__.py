@@ -50,19 +50,21 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     """
     path, family, known = _inner(model)
     if family is None:
-        found = linear_targets(model)
+        targets = linear_targets(model)
     else:
         prefix = f"{path}." if path else ""
-        found = [replace(t, name=prefix + t.name, module=prefix + t.module) for t in family.find_targets(known, towers)]
+        targets = [
+            replace(t, name=prefix + t.name, module=prefix + t.module) for t in family.find_targets(known, towers)
+        ]
     if towers is None:
-        return found
+        return targets
     for tower in towers:
-        if tower not in {target.tower for target in found}:
+        if tower not in {target.tower for target in targets}:
             there = sorted({target.tower for target in find_targets(model)})
             raise ValueError(
                 f"find_targets: towers must be towers of the model, got {tower!r}. It has {', '.join(there)}."
             )
-    return [target for target in found if target.tower in towers]
+    return [target for target in targets if target.tower in towers]
 
 
 @contextmanager
@@ -78,14 +80,14 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask | None]:
 
 def _inner(model: nn.Module) -> tuple[str, Family | None, nn.Module]:
     """The outermost model of a known family inside ``model``: its path, its family and itself."""
-    found: list[tuple[str, Family, nn.Module]] = []
+    models: list[tuple[str, Family, nn.Module]] = []
     for path, module in model.named_modules():
-        if any(not outer or path.startswith(f"{outer}.") for outer, *_ in found):
+        if any(not outer or path.startswith(f"{outer}.") for outer, *_ in models):
             continue
-        found += [(path, family, module) for family in FAMILIES if family.owns(module)][:1]
-    if len(found) > 1:
+        models += [(path, family, module) for family in FAMILIES if family.owns(module)][:1]
+    if len(models) > 1:
         raise ValueError(
-            f"find_targets: model must hold one model of a known family, got {len(found)} "
-            f"({', '.join(path for path, *_ in found)}). Make a keeper around one of them, or pass targets."
+            f"find_targets: model must hold one model of a known family, got {len(models)} "
+            f"({', '.join(path for path, *_ in models)}). Make a keeper around one of them, or pass targets."
         )
-    return found[0] if found else ("", None, model)
+    return models[0] if models else ("", None, model)

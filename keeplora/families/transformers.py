@@ -99,10 +99,10 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
 
 def encoder_targets(path: str, encoder: nn.Module, tower: str) -> list[Target]:
     """The linear layers of the blocks of a single encoder that stands at ``path`` of another model."""
-    found = main_blocks(encoder)
-    if found is None:
+    stack = main_blocks(encoder)
+    if stack is None:
         return []
-    inner, blocks = found
+    inner, blocks = stack
     return [t for depth, b in enumerate(blocks) for t in block_targets(f"{path}.{inner}.{depth}", b, depth, tower)]
 
 
@@ -211,10 +211,10 @@ def _single_tower(model: nn.Module) -> str | None:
 
 def _stack(model: nn.Module, tower_module: nn.Module, path: str, tower: str) -> _Stack | None:
     """The main blocks of a tower, and the innermost library model around them: it is given the mask of its tokens."""
-    found = main_blocks(tower_module)
-    if found is None:
+    stack = main_blocks(tower_module)
+    if stack is None:
         return None
-    inner, blocks = found
+    inner, blocks = stack
     owner, here = tower_module, tower_module
     for part in inner.split(".")[:-1]:
         here = getattr(here, part)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+from keeplora._messages import nearest
 
 __all__ = ["Target", "depth_factor", "depth_positions", "linear_targets", "select_targets"]
 
@@ -101,10 +102,9 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
         hits = [i for i, full in enumerate(dotted) if any(f".{alias}." in full for alias in known_as)]
         if not hits:
             known = sorted({part for target in targets for part in _suffixes(target.name)})
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
             raise ValueError(
                 f"select_targets: target_modules must name modules of the model, got {name!r}, which "
-                f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(near)}."
+                f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(nearest(name, known))}."
             )
         chosen.update(hits)
     return [target for i, target in enumerate(targets) if i in chosen]

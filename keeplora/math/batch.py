@@ -11,15 +11,15 @@ __all__ = ["batched", "padded", "portions", "same_kind", "stacked"]
 # A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
 # go one by one; on a CPU torch.linalg loops over the batch anyway.
 BATCH_BYTES = 1 << 30
-ALONE = 1 << 22  # numbers per matrix
+LARGEST_BATCHED = 1 << 22  # numbers per matrix
 
 
 def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield groups of positions whose ``keys`` are equal, in order of first appearance."""
-    found: dict[Hashable, list[int]] = defaultdict(list)
+    positions: dict[Hashable, list[int]] = defaultdict(list)
     for i, key in enumerate(keys):
-        found[key].append(i)
-    for group in found.values():
+        positions[key].append(i)
+    for group in positions.values():
         first = tensors[group[0]]
         size = max(1, BATCH_BYTES // max(1, 8 * first.numel())) if batched(first) else 1
         for start in range(0, len(group), size):
@@ -28,7 +28,7 @@ def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[l
 
 def batched(tensor: Tensor) -> bool:
     """Whether one call for many matrices like this one is faster than a call for each."""
-    return tensor.device.type != "cpu" and tensor.numel() <= ALONE
+    return tensor.device.type != "cpu" and tensor.numel() <= LARGEST_BATCHED
 
 
 def stacked(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keeplora.ops.check import MASTER, matrices, orthonormal, same_length
+from keeplora.ops.check import MASTER, matrices, orthonormal, repeated, same_length
 
 __all__ = ["bases", "finite", "fractions", "orthonormal", "ranks", "second_moments"]
 
 
 def bases(name: str, first: str, like: Sequence[Tensor], q: Sequence[Tensor]) -> list[Tensor]:
     """Return ``q`` as a list of ``[in, k]`` with ``k <= in`` that fit the columns of ``like``, or raise."""
-    found = matrices(name, "q", q, MASTER)
-    same_length(name, **{first: like, "q": found})
-    for i, (matrix, basis) in enumerate(zip(like, found, strict=True)):
+    checked = matrices(name, "q", q, MASTER)
+    same_length(name, **{first: like, "q": checked})
+    for i, (matrix, basis) in enumerate(zip(like, checked, strict=True)):
         if basis.shape[0] != matrix.shape[1]:
             raise ValueError(
                 f"{name}: q[{i}] must have as many rows as {first}[{i}] has columns, got shape "
@@ -31,10 +31,10 @@ def bases(name: str, first: str, like: Sequence[Tensor], q: Sequence[Tensor]) ->
                 f"{name}: q[{i}] must have the dtype and device of {first}[{i}], got {basis.dtype} on "
                 f"{basis.device} for {matrix.dtype} on {matrix.device}."
             )
-    return found
+    return checked
 
 
-def finite(name: str, what: str, values: Sequence[Tensor]) -> None:
+def finite(name: str, argument: str, values: Sequence[Tensor]) -> None:
     """Raise unless no value is NaN or infinite; one transfer to the host for all of them."""
     if not values:
         return
@@ -43,24 +43,26 @@ def finite(name: str, what: str, values: Sequence[Tensor]) -> None:
         if not ok and not bool(values[i].isfinite().all()):
             bad = (~values[i].isfinite()).nonzero()[0].tolist()
             raise ValueError(
-                f"{name}: {what}[{i}] must be finite, got {values[i][tuple(bad)].item()} at {bad}. "
+                f"{name}: {argument}[{i}] must be finite, got {values[i][tuple(bad)].item()} at {bad}. "
                 f"Look for an overflow in the pass that filled it."
             )
 
 
-def fractions(name: str, what: str, value: float | Sequence[float], count: int) -> list[float]:
+def fractions(name: str, argument: str, value: float | Sequence[float], count: int) -> list[float]:
     """One number in [0, 1] per layer; a single number is repeated."""
-    numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
-    if len(numbers) != count:
-        raise ValueError(f"{name}: {what} must be one number or one per layer, got {len(numbers)} for {count} layers.")
+    numbers = repeated(name, argument, value, count, "layer")
     for i, number in enumerate(numbers):
         if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name}: {what} must lie in [0, 1], got {number} at {i}. Give a fraction of the energy.")
+            raise ValueError(
+                f"{name}: {argument} must lie in [0, 1], got {number} at {i}. Give a fraction of the energy."
+            )
     return numbers
 
 
 def ranks(name: str, value: int | Sequence[int], sizes: Sequence[int]) -> list[int]:
     """One rank in ``1 … size`` per layer; a single number is repeated."""
+    if not isinstance(value, int | Sequence) or isinstance(value, bool | str):
+        raise TypeError(f"{name}: rank must be an int or one int per layer, got {value!r}.")
     numbers = [value] * len(sizes) if isinstance(value, int) else list(value)
     if len(numbers) != len(sizes):
         raise ValueError(
@@ -68,7 +70,7 @@ def ranks(name: str, value: int | Sequence[int], sizes: Sequence[int]) -> list[i
         )
     for i, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name}: rank must be an int, got {type(number).__name__} at {i}.")
+            raise TypeError(f"{name}: rank must be an int, got {number!r} at {i}.")
         if not 1 <= number <= size:
             raise ValueError(f"{name}: rank must lie in 1 … {size} (the layer's inputs), got {number} at {i}.")
     return numbers
@@ -79,14 +81,14 @@ def second_moments(name: str, c: Sequence[Tensor]) -> None:
     if not c:
         return
     zero = c[0].new_zeros(())
-    found = [
+    extremes = [
         torch.stack([(m - m.T).abs().amax(), m.abs().amax(), m.diagonal().amax(), m.diagonal().amin()])
         if m.numel()
         else torch.stack([zero] * 4)
         for m in c
     ]
     loose = torch.finfo(c[0].dtype).eps ** 0.5
-    for i, (skew, largest, top, bottom) in enumerate(torch.stack(found).tolist()):
+    for i, (skew, largest, top, bottom) in enumerate(torch.stack(extremes).tolist()):
         if skew > loose * largest:
             raise ValueError(f"{name}: c[{i}] must be symmetric, got max|C - Cᵀ| = {skew:.2e}. Pass (C + Cᵀ) / 2.")
         if bottom < -loose * largest or largest > (1 + loose) * max(top, 0.0):

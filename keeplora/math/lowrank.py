@@ -10,6 +10,7 @@ from keeplora.math import check
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
@@ -20,8 +21,8 @@ __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "t
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
-NOISE = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
-ENOUGH = 2e-4  # of the energy: what further steps would add is not worth them
+NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
+ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
 ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
 
 
@@ -79,17 +80,18 @@ def top_directions(
     name = "top_directions"
     g = matrices(name, "g", g, MASTER)
     q = check.bases(name, "g", g, q)
-    wanted = check.ranks(name, rank, [m.shape[1] for m in g])
+    ranks = check.ranks(name, rank, [m.shape[1] for m in g])
     check.finite(name, "g", g)
     check.finite(name, "q", q)
     if check_basis:
         check.orthonormal(name, q)
-    widths = [_width(m, b, r) for m, b, r in zip(g, q, wanted, strict=True)]
+    widths = [_width(m, b, r) for m, b, r in zip(g, q, ranks, strict=True)]
     kinds = [(m.shape, w, 0 if w else b.shape[1]) for m, b, w in zip(g, q, widths, strict=True)]
-    found: dict[int, TopDirections] = {}
+    tops: dict[int, TopDirections] = {}
     for group in same_kind(kinds, g):
-        found.update(_top(g, q, wanted, group, widths[group[0]], seed))
-    return [found[i] for i in range(len(g))]
+        with full_precision(*g):
+            tops.update(_top(g, q, ranks, group, widths[group[0]], seed))
+    return [tops[i] for i in range(len(g))]
 
 
 def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: int) -> list[TopDirections]:
@@ -126,8 +128,9 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
                 f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
                 f"{image.dtype} for {list(v.shape)} {v.dtype}."
             )
-        a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
-        level = NOISE * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
+        with full_precision(image):
+            a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
+        level = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
         r = int((s[0] > level).sum())
         result.append(TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r]))))
     return result
@@ -141,12 +144,12 @@ def _width(g: Tensor, q: Tensor, rank: int) -> int:
 
 
 def _top(
-    all_g: list[Tensor], all_q: list[Tensor], wanted: list[int], group: list[int], width: int, seed: int
+    all_g: list[Tensor], all_q: list[Tensor], ranks: list[int], group: list[int], width: int, seed: int
 ) -> Iterator[tuple[int, TopDirections]]:
     g, bases = stacked(all_g, group), [all_q[i] for i in group]
-    rank = max(wanted[i] for i in group)
+    rank = max(ranks[i] for i in group)
     if width:
-        enough = None if batched(all_g[group[0]]) else (rank, ENOUGH)
+        enough = None if batched(all_g[group[0]]) else (rank, ENOUGH_GAIN)
         v, image, turn = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
     else:
         v = _whole_row_space(g, padded(all_q, group), bases)
@@ -155,8 +158,8 @@ def _top(
     a, s, b = _triples(image, v, turn, rank)
     host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], s], dim=1).tolist()
     for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
-        level = NOISE * torch.finfo(g.dtype).eps * norm
-        r = sum(value > level for value in values[: wanted[i]])
+        level = NOISE_EPS * torch.finfo(g.dtype).eps * norm
+        r = sum(value > level for value in values[: ranks[i]])
         yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype))
 
 
@@ -178,20 +181,20 @@ def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor,
     return (v.double() @ turn).mT, s.abs(), b * s.sign()[:, None, :]
 
 
-def weight_basis(w: Sequence[Tensor], energy: float | Sequence[float], *, side: str = "input") -> list[Tensor]:
-    r"""What a pretrained weight knows: its fewest leading singular vectors that hold ``energy`` of
-    ``‖W‖_F²``.
+def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *, side: str = "input") -> list[Tensor]:
+    r"""What a pretrained weight knows: its fewest leading singular vectors that hold ``weight_energy``
+    of ``‖W‖_F²``.
 
     .. math:: W = U \Sigma V^T, \qquad Q = V_{:, :k}, \qquad
               k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
 
     From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and
-    rank and energy are float64's up to ``energy = 1``. Sides above ``ITERATIVE_FROM`` first try blocked
+    rank and energy are float64's up to ``weight_energy = 1``. Sides above ``ITERATIVE_FROM`` first try blocked
     subspace iteration, which wins where the rank is small.
 
     Args:
         w: ``[out_i, in_i]`` each, any float dtype, finite.
-        energy: ``ε`` in [0, 1]; one number or one per layer. 0 protects nothing.
+        weight_energy: ``ε_w`` in [0, 1]; one number or one per layer. 0 protects nothing.
         side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place:
             only to repeat the public CLIP code of KeepLoRA, which does so by mistake, and only for square
             matrices.
@@ -200,7 +203,7 @@ def weight_basis(w: Sequence[Tensor], energy: float | Sequence[float], *, side: 
         ``[in_i, k_i]`` with orthonormal columns each; float64 for float64 weights, else float32.
 
     Raises:
-        ValueError: ``energy``, ``side`` or values break the rules above; a matrix is not square with
+        ValueError: ``weight_energy``, ``side`` or values break the rules above; a matrix is not square with
         side="output".
         TypeError: wrong dtype, or a single tensor in place of a list.
 
@@ -215,7 +218,7 @@ def weight_basis(w: Sequence[Tensor], energy: float | Sequence[float], *, side: 
     """
     name = "weight_basis"
     w = matrices(name, "w", w, FLOATS, uniform=False)
-    wanted = check.fractions(name, "energy", energy, len(w))
+    shares = check.fractions(name, "weight_energy", weight_energy, len(w))
     if side not in ("input", "output"):
         raise ValueError(f'{name}: side must be "input" or "output", got {side!r}.')
     for i, matrix in enumerate(w):
@@ -225,15 +228,16 @@ def weight_basis(w: Sequence[Tensor], energy: float | Sequence[float], *, side: 
                 f'Output directions cannot protect inputs; use side="input".'
             )
     check.finite(name, "w", w)
-    found: dict[int, Tensor] = {}
+    bases: dict[int, Tensor] = {}
     for group in same_kind([(m.shape, m.dtype) for m in w], w):
         batch = stacked(w, group)
         batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
-        found.update(_weight(batch.mT if side == "output" else batch, group, [wanted[i] for i in group]))
-    return [found[i] for i in range(len(w))]
+        with full_precision(batch):
+            bases.update(_weight(batch.mT if side == "output" else batch, group, [shares[i] for i in group]))
+    return [bases[i] for i in range(len(w))]
 
 
-def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tuple[int, Tensor]]:
+def _weight(w: Tensor, group: list[int], shares: list[float]) -> Iterator[tuple[int, Tensor]]:
     tall = w.shape[1] >= w.shape[2]
     factor = w if tall else w.mT
     eps = torch.finfo(w.dtype).eps
@@ -241,7 +245,7 @@ def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tu
         gram = factor[0].mT @ factor[0]
         total = float(gram.diagonal().double().sum())
         pairs = total > 0 and leading_eigenvectors(
-            gram, gram[:, :0], total=total, threshold=thresholds[0], captured=0.0, floor=eps * total, seed=0
+            gram, gram[:, :0], total=total, share=shares[0], captured=0.0, floor=eps * total, seed=0
         )
         if pairs:
             yield group[0], _to_input(w[0], pairs[0], tall)
@@ -253,7 +257,7 @@ def _weight(w: Tensor, group: list[int], thresholds: list[float]) -> Iterator[tu
     # Rounding of the entries of W moves its singular values by eps ‖W‖_F, so energies by eps² of the total; the
     # Gram matrix itself is rounded to a few eps of float64.
     floor = max(eps**2, 16 * torch.finfo(torch.float64).eps) * total
-    count, _ = fewest_directions_each(values, total, thresholds, floor=floor)
+    count, _ = fewest_directions_each(values, total, shares, floor=floor)
     for j, (i, k) in enumerate(zip(group, count.tolist(), strict=True)):
         yield i, _to_input(w[j], vectors[j, :, :k], tall)
 
@@ -268,11 +272,12 @@ def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
 def extend_basis(
     q: Sequence[Tensor],
     c: Sequence[Tensor | SketchedMoment],
-    energy: float | Sequence[float],
+    feature_energy: float | Sequence[float],
     *,
     check_basis: bool = False,
 ) -> list[Extension]:
-    r"""Extend every basis by the fewest directions that bring the captured feature energy to ``energy``.
+    r"""Extend every basis by the fewest directions that bring the captured share of the feature energy to
+    ``feature_energy``.
 
     .. math:: \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
               V = \text{leading eigenvectors of } P C P
@@ -286,14 +291,14 @@ def extend_basis(
         q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
             inputs, symmetric positive semidefinite, same dtype: all float32 or all float64. Or a sketch of it each:
             then as :func:`keeplora.math.moment.extend_sketched`.
-        energy: ``ε`` in [0, 1]; one number or one per layer.
+        feature_energy: ``ε_f`` in [0, 1]; one number or one per layer.
         check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
 
     Returns:
         One :class:`Extension` per layer. ``added = 0`` where the basis captures enough already or ``C = 0``.
 
     Raises:
-        ValueError: shapes, lengths, ``energy`` or values break the rules above, or ``c`` is not symmetric
+        ValueError: shapes, lengths, ``feature_energy`` or values break the rules above, or ``c`` is not symmetric
             positive semidefinite up to rounding.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
@@ -314,36 +319,37 @@ def extend_basis(
             raise TypeError(
                 f"{name}: c must be all matrices or all sketches, got {len(sketches)} of {len(c)} sketched."
             )
-        return extend_sketched(q, sketches, energy)
+        return extend_sketched(q, sketches, feature_energy)
     c = matrices(name, "c", [m for m in c if not isinstance(m, SketchedMoment)], MASTER)
     for i, matrix in enumerate(c):
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{name}: c[{i}] must be square, got shape {list(matrix.shape)}. Pass xᵀx, not x.")
     q = check.bases(name, "c", c, q)
-    thresholds = check.fractions(name, "energy", energy, len(c))
+    shares = check.fractions(name, "feature_energy", feature_energy, len(c))
     check.finite(name, "c", c)
     check.finite(name, "q", q)
     check.second_moments(name, c)
     if check_basis:
         check.orthonormal(name, q)
-    found: dict[int, Extension] = {}
+    extensions: dict[int, Extension] = {}
     for group in same_kind([(b.shape, b.dtype) for b in q], c):
-        found.update(_extend(c, q, thresholds, group))
-    return [found[i] for i in range(len(c))]
+        with full_precision(*c):
+            extensions.update(_extend(c, q, shares, group))
+    return [extensions[i] for i in range(len(c))]
 
 
 def _extend(
-    all_c: list[Tensor], all_q: list[Tensor], thresholds: list[float], group: list[int]
+    all_c: list[Tensor], all_q: list[Tensor], all_shares: list[float], group: list[int]
 ) -> Iterator[tuple[int, Extension]]:
-    c, q, wanted = stacked(all_c, group), stacked(all_q, group), [thresholds[i] for i in group]
+    c, q, shares = stacked(all_c, group), stacked(all_q, group), [all_shares[i] for i in group]
     total = c.diagonal(dim1=1, dim2=2).double().sum(1)
     held = ((c @ q) * q).double().sum((1, 2)).clamp_min(0)
     floor = torch.finfo(c.dtype).eps * torch.linalg.matrix_norm(c).double()
     host = torch.stack([total, held], dim=1).tolist()
-    if all(h >= t * e for (e, h), t in zip(host, wanted, strict=True)):
+    if all(h >= share * e for (e, h), share in zip(host, shares, strict=True)):
         vectors, values, count = q[:, :, :0], total[:, None][:, :0], [0] * len(group)
     else:
-        vectors, values, count = _new_directions(c, q, total, wanted, held, floor)
+        vectors, values, count = _new_directions(c, q, total, shares, held, floor)
     energies = values.cumsum(1).tolist()
     for j, (i, added) in enumerate(zip(group, count, strict=True)):
         new = torch.cat([all_q[i], vectors[j, :, :added].to(c.dtype)], dim=1)
@@ -352,14 +358,14 @@ def _extend(
 
 
 def _new_directions(
-    c: Tensor, q: Tensor, total: Tensor, wanted: list[float], held: Tensor, floor: Tensor
+    c: Tensor, q: Tensor, total: Tensor, shares: list[float], held: Tensor, floor: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
-    if len(wanted) == 1 and c.shape[1] - q.shape[2] >= ITERATIVE_FROM:
+    if len(shares) == 1 and c.shape[1] - q.shape[2] >= ITERATIVE_FROM:
         pairs = leading_eigenvectors(
             c[0],
             q[0],
             total=float(total),
-            threshold=wanted[0],
+            share=shares[0],
             captured=float(held),
             floor=float(floor),
             seed=0,
@@ -370,5 +376,5 @@ def _new_directions(
     free = complement(q.double())
     values, turn = torch.linalg.eigh(free.mT @ (c.double() @ free) if q.shape[2] else c.double())
     values, vectors = values.flip(1).clamp_min(0), free @ turn.flip(2)
-    count, _ = fewest_directions_each(values, total, wanted, captured=held, floor=floor)
+    count, _ = fewest_directions_each(values, total, shares, captured=held, floor=floor)
     return vectors, values, count.tolist()

@@ -82,21 +82,22 @@ def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
 
 
 def extend_sketched(
-    q: Sequence[Tensor], moments: Sequence[SketchedMoment], energy: float | Sequence[float]
+    q: Sequence[Tensor], moments: Sequence[SketchedMoment], feature_energy: float | Sequence[float]
 ) -> list[Extension]:
     r"""As :func:`keeplora.math.lowrank.extend_basis`, from sketched moments.
 
     New directions are the leading left singular vectors of ``P F``. ``captured`` counts only energy that the sketch
-    has seen, so it is a lower bound; where the sketch is too narrow to reach ``energy``, all of it is taken.
+    has seen, so it is a lower bound; where the sketch is too narrow to reach ``feature_energy``, all of it is taken.
 
     Args:
-        q: ``[in_i, k_i]`` each, orthonormal columns. moments: one per layer. energy: as there.
+        q: ``[in_i, k_i]`` each, orthonormal columns. moments: one per layer.
+        feature_energy: as there.
 
     Returns:
         One :class:`Extension` per layer.
 
     Raises:
-        ValueError: lengths or shapes do not fit, or ``energy`` is outside [0, 1].
+        ValueError: lengths or shapes do not fit, or ``feature_energy`` is outside [0, 1].
 
     Example:
         >>> c = SketchedMoment(torch.diag(torch.tensor([5.0, 4.0, 1.0]).double().sqrt()), 10.0)
@@ -107,22 +108,22 @@ def extend_sketched(
     name = "extend_sketched"
     q = matrices(name, "q", q, MASTER)
     same_length(name, q=q, moments=moments)
-    thresholds = check.fractions(name, "energy", energy, len(q))
+    shares = check.fractions(name, "feature_energy", feature_energy, len(q))
     result = []
-    for i, (basis, moment, threshold) in enumerate(zip(q, moments, thresholds, strict=True)):
+    for i, (basis, moment, share) in enumerate(zip(q, moments, shares, strict=True)):
         if moment.factor.shape[0] != basis.shape[0]:
             raise ValueError(
                 f"{name}: moments[{i}] must have as many rows as q[{i}], got {list(moment.factor.shape)} for "
                 f"{list(basis.shape)}."
             )
-        result.append(_extend(basis, moment, threshold))
+        result.append(_extend(basis, moment, share))
     return result
 
 
-def _extend(q: Tensor, moment: SketchedMoment, threshold: float) -> Extension:
+def _extend(q: Tensor, moment: SketchedMoment, share: float) -> Extension:
     factor, total = moment.factor, moment.total
     held = min(float((q.double().T @ factor).square().sum()), total)
-    if held >= threshold * total or q.shape[0] == q.shape[1]:
+    if held >= share * total or q.shape[0] == q.shape[1]:
         return Extension(q, 0, held, total)
     left = project(project(factor.T, q.double()), q.double()).T
     u, s, _ = torch.linalg.svd(left, full_matrices=False)
@@ -131,7 +132,7 @@ def _extend(q: Tensor, moment: SketchedMoment, threshold: float) -> Extension:
     count, _ = fewest_directions_each(
         energies[None],
         energies.new_tensor([total]),
-        [threshold],
+        [share],
         captured=energies.new_tensor([held]),
         floor=energies.new_tensor([floor]),
     )

@@ -1,4 +1,4 @@
-"""The library's one rank rule: how many directions a threshold asks for."""
+"""The library's one rank rule: how many directions a share of the energy asks for."""
 
 import math
 
@@ -11,26 +11,26 @@ __all__ = ["fewest_directions", "fewest_directions_each"]
 def fewest_directions(
     energies: Tensor,
     total: float | Tensor,
-    threshold: float,
+    share: float,
     *,
     captured: float = 0.0,
     floor: float | None = None,
 ) -> int:
-    r"""The fewest leading directions that bring the captured energy to ``threshold``.
+    r"""The fewest leading directions that bring the captured energy to ``share`` of the total.
 
     .. math:: \min\,\bigl\{ j \ge 0 :\; c + \textstyle\sum_{i \le j} e_i \;\ge\; \varepsilon\,T - f \bigr\}
 
-    with energies ``e``, already captured energy ``c``, total ``T``, threshold ``ε`` and rounding level ``f``.
+    with energies ``e``, already captured energy ``c``, total ``T``, share ``ε`` and rounding level ``f``.
     An energy that does not exceed the rounding level is noise and is never counted: the answer is at most the
     number of energies above ``f``, so a rank-deficient input is not filled up with noise directions at ``ε =
-    1``. A target missed by no more than the rounding level counts as reached, so ties go to the fewer
+    1``. A share missed by no more than the rounding level counts as reached, so ties go to the fewer
     directions. ``ε = 0`` and ``T = 0`` give 0.
 
     Args:
         energies: ``[n]``, float32 or float64, each ≥ 0, descending (squared singular values or eigenvalues).
-        total: Energy that ``threshold`` is a fraction of, ≥ 0, in the units of ``energies``. It may exceed
+        total: Energy that ``share`` is a fraction of, ≥ 0, in the units of ``energies``. It may exceed
             ``captured + energies.sum()`` where only the leading energies are known.
-        threshold: Fraction of ``total`` to reach, in [0, 1].
+        share: Fraction of ``total`` to reach, in [0, 1].
         captured: Energy that is captured already, ≥ 0, in the units of ``energies``.
         floor: Rounding level ``f``, ≥ 0, in the units of ``energies``. Default: ``eps * total`` with the machine
             epsilon of ``energies.dtype``, and at least the error ``n * 2**-52 * total`` of the sums.
@@ -55,13 +55,13 @@ def fewest_directions(
         >>> fewest_directions(torch.tensor([1.0, 1e-12, 1e-13]), 1.0, 1.0)
         1
     """
-    _check(energies, float(total), threshold, captured, floor)
+    _check(energies, float(total), share, captured, floor)
     if energies.numel() == 0:
         return 0
     count, _ = fewest_directions_each(
         energies[None],
         torch.as_tensor(total, dtype=torch.float64, device=energies.device).reshape(1),
-        [threshold],
+        [share],
         captured=energies.new_tensor([captured], dtype=torch.float64),
         floor=None if floor is None else energies.new_tensor([floor], dtype=torch.float64),
     )
@@ -71,7 +71,7 @@ def fewest_directions(
 def fewest_directions_each(
     energies: Tensor,
     total: Tensor,
-    threshold: list[float],
+    shares: list[float],
     *,
     captured: Tensor | None = None,
     floor: Tensor | None = None,
@@ -81,13 +81,13 @@ def fewest_directions_each(
     Args:
         energies: ``[layers, n]``, descending along ``n``; shorter lists are filled up with zeros, which never
             count.
-        total: ``[layers]`` float64. ``threshold``: one fraction per layer. ``captured``: ``[layers]`` float64
+        total: ``[layers]`` float64. ``shares``: one fraction per layer. ``captured``: ``[layers]`` float64
             or None.
         floor: ``[layers]`` float64 or None, as in :func:`fewest_directions`.
 
     Returns:
         ``(count [layers] int64, reached [layers] bool)`` on the device of ``energies``. ``reached`` is False
-        where even all the given energies leave the target out of reach: the caller knows too few of them.
+        where even all the given energies leave that share out of reach: the caller knows too few of them.
 
     Values are not checked here, for that would need a transfer.
 
@@ -100,27 +100,27 @@ def fewest_directions_each(
     rounding = max(torch.finfo(energies.dtype).eps, energies.shape[1] * torch.finfo(torch.float64).eps)
     level = rounding * total if floor is None else floor
     known = energies.double()
-    target = total * torch.tensor(threshold, dtype=torch.float64, device=energies.device) - level
-    start = torch.zeros_like(target) if captured is None else captured
+    needed = total * torch.tensor(shares, dtype=torch.float64, device=energies.device) - level
+    start = torch.zeros_like(needed) if captured is None else captured
     reach = torch.cat([start[:, None], start[:, None] + known.cumsum(1)], dim=1)
-    missing = (reach < target[:, None]).sum(1)  # positions 0 … n that fall short; n + 1 when none reaches
+    missing = (reach < needed[:, None]).sum(1)  # positions 0 … n that fall short; n + 1 when none reaches
     reached = missing <= energies.shape[1]
     significant = (known > level[:, None]).sum(1)
     return torch.minimum(missing, significant), reached
 
 
-def _check(energies: Tensor, total: float, threshold: float, captured: float, floor: float | None) -> None:
+def _check(energies: Tensor, total: float, share: float, captured: float, floor: float | None) -> None:
     name = "fewest_directions"
     if energies.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: energies must be float32 or float64, got {energies.dtype}. Convert them first.")
     if energies.dim() != 1:
         raise ValueError(f"{name}: energies must be [n], got shape {list(energies.shape)}")
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"{name}: threshold must lie in [0, 1], got {threshold}. Give a fraction, not a percentage.")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name}: share must lie in [0, 1], got {share}. Give a fraction, not a percentage.")
     scalars = {"total": total, "captured": captured, "floor": 0.0 if floor is None else floor}
-    for what, value in scalars.items():
+    for argument, value in scalars.items():
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: {what} must be finite and >= 0, got {value}")
+            raise ValueError(f"{name}: {argument} must be finite and >= 0, got {value}")
     if energies.numel() == 0:
         return
     host = energies.detach().cpu()

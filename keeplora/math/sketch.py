@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
@@ -65,20 +66,21 @@ def row_space(
     images: list[Tensor] = []
     spectrum: RightSpectrum | None = None
     image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
-    for step in range(steps + 1):
-        first, last = step * width, (step + 1) * width
-        z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
-        columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
-        for frame, k, block in zip(frames, held, columns, strict=True):
-            frame[:, k + first : k + last] = block
-        image = g @ torch.stack(columns)
-        images.append(image)
-        if enough is not None and step >= 2:
-            spectrum = right_spectrum(torch.cat(images, dim=2))
-            energies = _leading_energies(spectrum, enough[0], width)
-            if _expected_gain(energies) <= enough[1] * energies[-1]:
-                break
-    image = torch.cat(images, dim=2)
+    with full_precision(g):
+        for step in range(steps + 1):
+            first, last = step * width, (step + 1) * width
+            z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
+            columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
+            for frame, k, block in zip(frames, held, columns, strict=True):
+                frame[:, k + first : k + last] = block
+            image = g @ torch.stack(columns)
+            images.append(image)
+            if enough is not None and step >= 2:
+                spectrum = right_spectrum(torch.cat(images, dim=2))
+                energies = _leading_energies(spectrum, enough[0], width)
+                if _expected_gain(energies) <= enough[1] * energies[-1]:
+                    break
+        image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
     return v, image, (spectrum or right_spectrum(image)).vectors
 
@@ -100,12 +102,12 @@ def right_spectrum(m: Tensor) -> RightSpectrum:
     return RightSpectrum(gram, values.flip(1), vectors.flip(2))
 
 
-def _leading_energies(found: RightSpectrum, count: int, width: int) -> list[float]:
+def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> list[float]:
     """The energy that ``count`` directions can hold inside all blocks but the last two, all but the last, and all."""
-    gram, sizes = found.gram[0], [found.gram.shape[1] - 2 * width, found.gram.shape[1] - width]
+    gram, sizes = spectrum.gram[0], [spectrum.gram.shape[1] - 2 * width, spectrum.gram.shape[1] - width]
     parts = [gram[:n, :n] for n in sizes]
     less = [float((m.diagonal() if len(m) <= count else torch.linalg.eigvalsh(m)[-count:]).sum()) for m in parts]
-    return [*less, float(found.values[0, :count].sum())]
+    return [*less, float(spectrum.values[0, :count].sum())]
 
 
 def _expected_gain(energies: list[float]) -> float:
@@ -121,9 +123,9 @@ def _expected_gain(energies: list[float]) -> float:
 # slowly. It gives up when it would spend half of what the exact eigendecomposition costs, 17 d³ multiplications of
 # float32 (measured, d = 1024 and 2048).
 FIRST_WIDTH = 128
-OVERSAMPLE = 1.25
-BUDGET = 10.0
-LEAST_STEPS = 5  # a width that leaves the budget room for fewer is not begun: three before the first look, and filters
+BLOCK_MARGIN = 1.25
+MOST_COST = 10.0
+LEAST_STEPS = 5  # a width that leaves room for fewer is not begun: three before the first look, and filters
 ROUNDING = 1e-6  # of the total: float32 products cannot tell energies closer than this apart
 SAFETY = 4.0
 GROWTH = 1e8  # of the first column of a block beside its last, in a filter: float32 tells both apart afterwards
@@ -131,14 +133,14 @@ MOST_STEPS = 8  # of a filter
 
 
 def leading_eigenvectors(
-    c: Tensor, q: Tensor, *, total: float, threshold: float, captured: float, floor: float, seed: int
+    c: Tensor, q: Tensor, *, total: float, share: float, captured: float, floor: float, seed: int
 ) -> tuple[Tensor, Tensor] | None:
-    r"""The fewest leading eigenpairs of ``P C P`` that bring the captured energy to ``threshold``, or None if
+    r"""The fewest leading eigenpairs of ``P C P`` that bring the captured energy to ``share`` of the total, or None if
     uncertain.
 
     Blocked subspace iteration with Rayleigh-Ritz values. The captured energy is certain: Ritz values are the
     energies ``vᵀCv`` of the returned columns. The rank is taken as certain when the energy of one direction
-    fewer falls short of the target by more than what its Ritz values can still gain,
+    fewer falls short by more than what its Ritz values can still gain,
 
     .. math:: \sum_{i < j} \lVert r_i \rVert^2 / (\theta_i - \mu), \qquad r_i = P C v_i - \theta_i v_i,
 
@@ -147,7 +149,7 @@ def leading_eigenvectors(
 
     Args:
         c: ``[d, d]`` symmetric, positive semidefinite. q: ``[d, k]``. total, captured, floor: energies as in
-            :func:`keeplora.math.rank.fewest_directions`, ``threshold`` as there.
+            ``keeplora.math.rank.fewest_directions``, ``share`` as there.
 
     Returns:
         ``(v [d, j], theta [j] float64)``, or None: then use the exact path.
@@ -155,11 +157,18 @@ def leading_eigenvectors(
     Source: Halko, Martinsson & Tropp 2011 (blocked iteration); Saad, "Numerical Methods for Large Eigenvalue
     Problems", 2011, sec. 4.3 (residual bounds).
     """
-    d, left = c.shape[0], BUDGET
-    need = threshold * total - captured
+    with full_precision(c):
+        return _leading(c, q, total, share, captured, floor, seed)
+
+
+def _leading(
+    c: Tensor, q: Tensor, total: float, share: float, captured: float, floor: float, seed: int
+) -> tuple[Tensor, Tensor] | None:
+    d, left = c.shape[0], MOST_COST
+    needed = share * total - captured
     # Cauchy-Schwarz: j eigenvalues hold at most √j ‖C‖_F, a lower bound of the rank that needs no eigenvalue.
-    least = (need / float(torch.linalg.matrix_norm(c))) ** 2
-    width = max(FIRST_WIDTH, int(OVERSAMPLE * least) + 16)
+    least = (needed / float(torch.linalg.matrix_norm(c))) ** 2
+    width = max(FIRST_WIDTH, int(BLOCK_MARGIN * least) + 16)
     v = gaussian(d, 0, seed, c)
     while LEAST_STEPS * _cost(width / d) <= left and width <= d - q.shape[1]:
         fresh = gaussian(d, width - v.shape[1], seed + width, c)
@@ -176,12 +185,12 @@ def leading_eigenvectors(
             values, turn = torch.linalg.eigh((v.mT @ moved).double())
             theta, turn = values.flip(0).clamp_min(0), turn.flip(1).to(c.dtype)
             v, moved = v @ turn, moved @ turn
-            count, reached = _wanted(theta, total, threshold, captured, floor)
-            wide = reached and OVERSAMPLE * count <= width
+            count, reached = _rank(theta, total, share, captured, floor)
+            wide = reached and BLOCK_MARGIN * count <= width
             if not wide and (step > 2 or width > d // 8):
                 break  # a narrow block is looked at once more: how its energies fall says how wide it must be
             if wide:
-                lacking = need - floor - float(theta[: count - 1].sum())
+                lacking = needed - floor - float(theta[: count - 1].sum())
                 gain = SAFETY * _gain(v, moved, theta, count)
                 if gain < lacking or gain < ROUNDING * total:
                     return v[:, :count], theta[:count]
@@ -189,8 +198,8 @@ def leading_eigenvectors(
             left -= 2 * (degree - 1) * width / d
             v = _filtered(c, q, v, moved, cut, degree)
         if not reached:
-            count = width + _expected_beyond(theta, need - float(theta.sum()), d)
-        width = int(1.1 * OVERSAMPLE * count) + 32
+            count = width + _expected_beyond(theta, needed - float(theta.sum()), d)
+        width = int(1.1 * BLOCK_MARGIN * count) + 32
         v = moved
     return None
 
@@ -225,14 +234,14 @@ def _expected_beyond(theta: Tensor, missing: float, d: int) -> int:
     return int((reach < missing).sum())
 
 
-def _cost(share: float) -> float:
-    """Multiplications of one step with ``share · d`` columns, in d³: the product, factorisations, turns."""
-    return 2 * share + 12 * share**2 + 20 * share**3
+def _cost(width: float) -> float:
+    """Multiplications of one step with ``width · d`` columns, in d³: the product, factorisations, turns."""
+    return 2 * width + 12 * width**2 + 20 * width**3
 
 
-def _wanted(theta: Tensor, total: float, threshold: float, captured: float, floor: float) -> tuple[int, bool]:
+def _rank(theta: Tensor, total: float, share: float, captured: float, floor: float) -> tuple[int, bool]:
     total_, captured_, floor_ = theta.new_tensor([[total], [captured], [floor]])
-    count, reached = fewest_directions_each(theta[None], total_, [threshold], captured=captured_, floor=floor_)
+    count, reached = fewest_directions_each(theta[None], total_, [share], captured=captured_, floor=floor_)
     return int(count.item()), bool(reached.item())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from keeplora.math.check import bases
+from keeplora.math.precision import full_precision
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 
 __all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project"]
@@ -39,7 +40,8 @@ def project(x: Tensor, q: Tensor) -> Tensor:
         raise ValueError(f"project: x must be [..., d] and q [d, k], got shapes {list(x.shape)} and {list(q.shape)}.")
     if q.shape[-1] == 0:
         return x.clone()
-    return x - (x @ q) @ q.mT
+    with full_precision(x):
+        return x - (x @ q) @ q.mT
 
 
 def orthogonality(q: Tensor) -> float:
@@ -90,8 +92,8 @@ def certificate(
 
     Example:
         >>> q = torch.tensor([[1.0], [0.0], [0.0]])
-        >>> found = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
-        >>> found.leak, found.captured, found.rank, found.free
+        >>> one = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
+        >>> one.leak, one.captured, one.rank, one.free
         (0.0, 0.99, 1, 2)
     """
     return certificates(
@@ -172,8 +174,8 @@ def certificates(
         rounded = torch.zeros_like(inner[0])
         if change is not None:
             moved = change.double()
-            rounded = _share(torch.linalg.vector_norm(moved @ keep), torch.linalg.vector_norm(moved))
-        numbers.append(torch.stack([_share(*inner), rounded, _off_identity(now)]))
+            rounded = _ratio(torch.linalg.vector_norm(moved @ keep), torch.linalg.vector_norm(moved))
+        numbers.append(torch.stack([_ratio(*inner), rounded, _off_identity(now)]))
     host = torch.stack(numbers).tolist() if numbers else []
     return [
         Certificate(
@@ -196,7 +198,7 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
     return norm
 
 
-def _share(inside: Tensor, length: Tensor) -> Tensor:
+def _ratio(inside: Tensor, length: Tensor) -> Tensor:
     return torch.where(length == 0, torch.zeros_like(length), inside / length)  # NaN stays NaN
 
 

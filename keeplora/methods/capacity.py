@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, overload
 
 from keeplora.lora import Target
@@ -45,7 +45,7 @@ class LayerCapacity:
         in_features: Directions in all: ``protected + free``.
         added: Directions the last task added.
         forecast: How many more tasks like the last one fit (:func:`forecast`); None where nothing suggests a limit.
-        added_by_task: Directions each task added; only the last task's after loading a state of version 0.1.
+        added_by_task: Directions each task added.
     """
 
     name: str
@@ -114,8 +114,12 @@ class Capacity(Sequence[LayerCapacity]):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], tasks: int) -> Capacity:
-        """From the ``layers`` of :meth:`to_dict`."""
-        layers = (LayerCapacity(**{**row, "added_by_task": tuple(row.get("added_by_task", ()))}) for row in rows)
+        """From the ``layers`` of :meth:`to_dict`; ``ValueError`` where a row has other names."""
+        names = {entry.name for entry in fields(LayerCapacity)}
+        for row in rows:
+            if set(row) != names:
+                raise ValueError(f"of_rows: rows must have {', '.join(sorted(names))}, got {', '.join(sorted(row))}")
+        layers = (LayerCapacity(**{**row, "added_by_task": tuple(row["added_by_task"])}) for row in rows)
         return cls(tuple(layers), tasks)
 
     @property

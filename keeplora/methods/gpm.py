@@ -19,7 +19,7 @@ from keeplora.ops.project_rows import project_rows
 from .capacity import Capacity
 from .lora_method import LoraMethod, stored
 from .method import LossFn, freeze
-from .settings import check_range
+from .settings import check_names, check_range
 from .state import State, StateError
 
 __all__ = ["Gpm", "GpmConfig"]
@@ -43,10 +43,9 @@ class GpmConfig:
     target_modules: tuple[str, ...] | str = ("attn",)
 
     def __post_init__(self) -> None:
-        check_range(self, "feature_energy", 0.0, 1.0)
-        check_range(self, "energy_step", 0.0, 1.0)
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_range(self, "feature_energy", "[0, 1]")
+        check_range(self, "energy_step", "[0, 1]")
+        check_names(self, "target_modules")
 
 
 class Gpm(LoraMethod):

@@ -18,7 +18,7 @@ from .lora import LoraConfig, SequentialLora
 from .lora_method import stored
 from .method import LossFn
 from .progress import for_all_layers
-from .settings import check_range
+from .settings import ConfigError, check_range
 from .state import State
 
 __all__ = ["Directions", "Hdsd", "HdsdConfig", "ModulatedAdapter", "update_directions"]
@@ -51,11 +51,11 @@ class HdsdConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "general_energy", 0.0, 1.0)
+        check_range(self, "general_energy", "[0, 1]")
         for name in ("general_scale", "task_scale", "threshold"):
-            check_range(self, name, 0.0, float("inf"), closed=False)
+            check_range(self, name, "[0, inf)")
         if self.general_scale == self.task_scale == 0:
-            raise ValueError("HdsdConfig: general_scale and task_scale must not both be 0: nothing could be learned")
+            raise ConfigError("HdsdConfig: general_scale and task_scale must not both be 0: nothing could be learned")
 
 
 class ModulatedAdapter(LoraAdapter):

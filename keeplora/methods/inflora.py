@@ -19,7 +19,7 @@ from keeplora.statistics import FeatureStatistic
 from .capacity import Capacity
 from .lora_method import LoraMethod, stored
 from .method import LossFn
-from .settings import AdapterConfig, check_range
+from .settings import AdapterConfig, check_choice, check_range, check_whole
 from .state import State, StateError
 
 __all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
@@ -49,12 +49,10 @@ class InfLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "feature_energy", 0.0, 1.0)
-        check_range(self, "final_energy", 0.0, 1.0)
-        if isinstance(self.tasks, bool) or not isinstance(self.tasks, int) or self.tasks < 1:
-            raise ValueError(f"InfLoraConfig: tasks must be an int of at least 1, got {self.tasks!r}")
-        if self.statistic not in ("squared", "moment"):
-            raise ValueError(f'InfLoraConfig: statistic must be "squared" or "moment", got {self.statistic!r}')
+        check_range(self, "feature_energy", "[0, 1]")
+        check_range(self, "final_energy", "[0, 1]")
+        check_whole(self, "tasks", "[1, inf)")
+        check_choice(self, "statistic", ("squared", "moment"))
 
     def energy_after(self, task: int) -> float:
         """The share that is protected after task 0, 1, …

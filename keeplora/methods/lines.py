@@ -16,7 +16,7 @@ from keeplora.lora import LoraHost, LoraSlot, Target, depth_factor, depth_positi
 from .capacity import Capacity
 from .lora_method import stored
 from .method import LossFn, Method
-from .settings import check_range
+from .settings import SEEDS, ConfigError, ConfigTypeError, check_name, check_range, check_whole
 from .state import State, StateError
 
 __all__ = ["Lines", "LinesConfig", "layer_scales"]
@@ -46,13 +46,18 @@ class LinesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        if self.alpha is not None:
-            check_range(self, "alpha", 0.0, 1.0)
-        if not self.grid or not all(isinstance(a, int | float) and 0 <= a <= 1 for a in self.grid):
-            raise ValueError(f"LinesConfig: grid must hold numbers in [0, 1], got {self.grid}")
+        check_name(self, "base")
         if not isinstance(self.settings, Mapping):
-            raise ValueError(f"LinesConfig: settings must be names with values, got {self.settings!r}")
+            raise ConfigTypeError(f"LinesConfig: settings must be names with values, got {self.settings!r}")
+        check_range(self, "alpha", "[0, 1]", optional=True)
+        if isinstance(self.grid, str) or not isinstance(self.grid, Iterable):
+            raise ConfigTypeError(f"LinesConfig: grid must hold numbers, got {self.grid!r}")
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if not self.grid:
+            raise ConfigError("LinesConfig: grid must hold at least one number, got (). Or give alpha.")
+        for a in self.grid:
+            check_range(self, "grid", "[0, 1]", value=a)
+        check_whole(self, "seed", SEEDS)
 
 
 def layer_scales(names: Iterable[str], targets: Sequence[Target], alpha: float) -> dict[str, float]:

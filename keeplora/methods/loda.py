@@ -14,7 +14,7 @@ from keeplora.statistics import FeatureStatistic
 
 from .lora_method import LoraMethod, stored
 from .method import LossFn
-from .settings import AdapterConfig, check_range
+from .settings import AdapterConfig, check_flag, check_range
 from .state import State, StateError
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
@@ -41,10 +41,9 @@ class LoDaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "general_share", 0.0, 1.0)
-        check_range(self, "ridge", 1e-8, float("inf"), closed=False)
-        if not isinstance(self.recalibrate, bool):
-            raise ValueError(f"LoDaConfig: recalibrate must be True or False, got {self.recalibrate!r}")
+        check_range(self, "general_share", "[0, 1]")
+        check_range(self, "ridge", "[1e-8, inf)")
+        check_flag(self, "recalibrate")
 
 
 def general_directions(old: Tensor, new: Tensor, rank: int) -> Tensor:

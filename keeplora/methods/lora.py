@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .lora_method import LoraMethod
 from .method import LossFn
-from .settings import AdapterConfig, check_range
+from .settings import SEEDS, AdapterConfig, check_range, check_whole
 
 __all__ = ["LoraConfig", "SequentialLora", "kaiming"]
 
@@ -26,7 +26,8 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "dropout", 0.0, 1.0, closed=False)
+        check_range(self, "dropout", "[0, 1)")
+        check_whole(self, "seed", SEEDS)
 
 
 class SequentialLora(LoraMethod):

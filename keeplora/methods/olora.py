@@ -38,8 +38,8 @@ class OLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "orthogonality", 0.0, float("inf"), closed=False)
-        check_range(self, "decay", 0.0, float("inf"), closed=False)
+        check_range(self, "orthogonality", "[0, inf)")
+        check_range(self, "decay", "[0, inf)")
 
 
 def overlap(past: Tensor, a: Tensor) -> Tensor:

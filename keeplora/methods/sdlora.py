@@ -38,7 +38,7 @@ class SdLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "magnitude", 1e-6, float("inf"), closed=False)
+        check_range(self, "magnitude", "[1e-6, inf)")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,44 @@
-"""Settings: what those of several methods have in common, and how wrong ones are refused."""
+"""Settings: what those of several methods have in common, and how wrong ones are refused.
+
+Every check names the config, the setting and its value. It raises ``ConfigError``, which is a ``ValueError``; where a
+value is of the wrong type ``ConfigTypeError``, which is a ``TypeError`` besides.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["AdapterConfig", "ConfigError", "check_range", "plain"]
+from keeplora._messages import suggest
+
+__all__ = [
+    "SEEDS",
+    "AdapterConfig",
+    "ConfigError",
+    "ConfigTypeError",
+    "check_adapter",
+    "check_by_tower",
+    "check_choice",
+    "check_flag",
+    "check_name",
+    "check_names",
+    "check_range",
+    "check_whole",
+    "plain",
+]
+
+SEEDS = f"[0, {2**32})"
+"""Every seed: what NumPy and Lightning take, too."""
 
 
 class ConfigError(ValueError):
     """Settings that cannot be used; the message says which one and what to write instead."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """A setting of the wrong type."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +46,7 @@ class AdapterConfig:
     """Rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), and which layers.
 
     Raises:
-        ValueError: a setting is out of range; the message names it.
+        ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
     """
 
     r: int = 16
@@ -28,29 +55,179 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | str = ("attn",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"{type(self).__name__}: r must be an int of at least 1, got {self.r!r}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"{type(self).__name__}: alpha must be a positive number, got {self.alpha!r}")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_adapter(self)
 
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-def check_range(config: Any, name: str, low: float, high: float, *, closed: bool = True) -> None:
-    """Refuse a setting outside [low, high], or [low, high) where not ``closed``.
+def check_adapter(config: Any) -> None:
+    """The settings of ``AdapterConfig``; ``target_modules`` becomes a tuple, unless it is one name."""
+    check_whole(config, "r", "[1, inf)", remedy="Typical ranks are 8 to 64.")
+    check_range(config, "alpha", "(0, inf)")
+    check_flag(config, "rslora")
+    check_names(config, "target_modules")
+
+
+_OWN: Any = object()  # stands for the config's attribute of that name
+
+
+def check_range(
+    config: Any,
+    name: str,
+    interval: str,
+    *,
+    value: Any = _OWN,
+    optional: bool = False,
+    where: str = "",
+    remedy: str = "",
+) -> None:
+    """A number in ``interval``, written as in mathematics: ``"[0, 1)"`` has its lower end, ``"(0, inf)"`` neither.
+
+    Args:
+        config: What the message begins with: a name, or an object of that class.
+        value: What to check, if it is not ``config``'s attribute ``name``.
+        optional: Whether None will do.
+        where: What tells this value from others of the setting, a tower or a position.
+        remedy: A sentence to end with.
 
     Raises:
-        ValueError: the message names the config, the setting and its value.
+        ConfigError: the number lies outside; NaN lies in no interval.
+        ConfigTypeError: it is no number. Booleans and strings are none.
+
+    Example:
+        >>> check_range("LoraConfig", "dropout", "[0, 1)", value=1.0)
+        Traceback (most recent call last):
+        keeplora.methods.settings.ConfigError: LoraConfig: dropout must lie in [0, 1), got 1.0
     """
+    value = _value(config, name, value)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(ConfigTypeError, config, name, "be a number", value, where, remedy)
+    if not _inside(value, interval):
+        _refuse(ConfigError, config, name, _rule(interval), value, where, remedy)
+
+
+def check_whole(
+    config: Any,
+    name: str,
+    interval: str,
+    *,
+    value: Any = _OWN,
+    optional: bool = False,
+    where: str = "",
+    remedy: str = "",
+) -> None:
+    """A whole number in ``interval``; the rest as ``check_range``. 2.0 is none.
+
+    Example:
+        >>> check_whole("LoraConfig", "r", "[1, inf)", value=2.0)
+        Traceback (most recent call last):
+        keeplora.methods.settings.ConfigTypeError: LoraConfig: r must be an int, got 2.0
+    """
+    value = _value(config, name, value)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(ConfigTypeError, config, name, "be an int", value, where, remedy)
+    if not _inside(value, interval):
+        _refuse(ConfigError, config, name, _rule(interval).removesuffix(" and finite"), value, where, remedy)
+
+
+def check_by_tower(config: Any, name: str, interval: str) -> None:
+    """One number for every tower, or numbers by tower's name: ``{"vision": 0.85, "text": 0.2}``."""
     value = getattr(config, name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (low <= value <= high and (closed or value < high)):
-        bounds = f"[{low:g}, {high:g}{']' if closed and math.isfinite(high) else ')'}"
-        raise ValueError(f"{type(config).__name__}: {name} must lie in {bounds}, got {value!r}")
+    if not isinstance(value, Mapping):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            _refuse(ConfigTypeError, config, name, "be a number, or numbers by tower", value)
+        check_range(config, name, interval)
+        return
+    if not value:
+        _refuse(ConfigError, config, name, "name at least one tower", value, remedy="One number serves all towers.")
+    for tower, number in value.items():
+        if not isinstance(tower, str):
+            _refuse(ConfigTypeError, config, name, "have towers' names for keys", tower)
+        check_range(config, name, interval, value=number, where=tower)
+
+
+def check_choice(config: Any, name: str, choices: Sequence[str], *, value: Any = _OWN) -> None:
+    """One of a few words.
+
+    Example:
+        >>> check_choice("LoraConfig", "forward", ("merged", "factored"), value="merge")
+        Traceback (most recent call last):
+        keeplora.methods.settings.ConfigError: LoraConfig: forward must be one of merged, factored, got 'merge'. Did you
+        mean 'merged'?
+    """
+    value = _value(config, name, value)
+    if not isinstance(value, str):
+        _refuse(ConfigTypeError, config, name, f"be one of {', '.join(choices)}", value)
+    if value not in choices:
+        _refuse(ConfigError, config, name, f"be one of {', '.join(choices)}", value, remedy=suggest(value, choices))
+
+
+def check_flag(config: Any, name: str, *, value: Any = _OWN) -> None:
+    """True or False; 1 and "yes" are neither."""
+    value = _value(config, name, value)
+    if not isinstance(value, bool):
+        _refuse(ConfigTypeError, config, name, "be True or False", value)
+
+
+def check_name(config: Any, name: str, *, value: Any = _OWN) -> None:
+    """A string that is not empty."""
+    value = _value(config, name, value)
+    if not isinstance(value, str):
+        _refuse(ConfigTypeError, config, name, "be a name", value)
+    if not value:
+        _refuse(ConfigError, config, name, "be a name", value)
+
+
+def check_names(config: Any, name: str, *, optional: bool = False) -> None:
+    """Names, at least one. A single string stays what it is; anything else that yields strings becomes a tuple."""
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    if not isinstance(value, str):
+        if not isinstance(value, Iterable):
+            _refuse(ConfigTypeError, config, name, "be names", value)
+        value = tuple(value)
+        object.__setattr__(config, name, value)
+    entries = (value,) if isinstance(value, str) else value
+    if not all(isinstance(entry, str) for entry in entries):
+        _refuse(ConfigTypeError, config, name, "be names", value)
+    if not entries or "" in entries:
+        _refuse(ConfigError, config, name, "name at least one, and none by an empty string", value)
+
+
+def _value(config: Any, name: str, value: Any) -> Any:
+    return getattr(config, name) if value is _OWN else value
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def _rule(interval: str) -> str:
+    low, high = interval[1:-1].split(", ")
+    if high == "inf":
+        return f"be at least {low} and finite" if interval[0] == "[" else f"be above {low} and finite"
+    return f"lie in {interval}"
+
+
+def _refuse(
+    kind: type[ConfigError], config: Any, name: str, rule: str, value: Any, where: str = "", remedy: str = ""
+) -> NoReturn:
+    owner = config if isinstance(config, str) else type(config).__name__
+    place = f" [{where}]" if where else ""
+    raise kind(f"{owner}: {name} must {rule}, got {value!r}{place}{remedy and '. ' + remedy.removeprefix('. ')}")
 
 
 def plain(config: Any) -> dict[str, Any]:

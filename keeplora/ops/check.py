@@ -1,12 +1,14 @@
 """Argument checks shared by the ops. Each raises before anything is computed or changed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "same_length", "wide"]
+from keeplora.ops.precision import full_precision
+
+__all__ = ["FLOATS", "MASTER", "float_list", "matrices", "matrix", "orthonormal", "repeated", "same_length", "wide"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASTER = (torch.float32, torch.float64)
@@ -42,19 +44,20 @@ def matrices(
     """
     if isinstance(values, Tensor):
         raise TypeError(f"{op}: {name} must be a sequence of matrices, got a single tensor. Pass [{name}].")
-    found = list(values)
-    for i, value in enumerate(found):
+    checked = list(values)
+    for i, value in enumerate(checked):
         matrix(op, f"{name}[{i}]", value, dtypes)
-        if value.device != found[0].device:
+        if value.device != checked[0].device:
             raise ValueError(
                 f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and "
-                f"{found[0].device} at {name}[0]."
+                f"{checked[0].device} at {name}[0]."
             )
-        if uniform and value.dtype != found[0].dtype:
+        if uniform and value.dtype != checked[0].dtype:
             raise TypeError(
-                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {found[0].dtype} at {name}[0]."
+                f"{op}: {name} must have one dtype, got {value.dtype} at {name}[{i}] and {checked[0].dtype} at "
+                f"{name}[0]."
             )
-    return found
+    return checked
 
 
 def same_length(op: str, **named: Sequence[object]) -> None:
@@ -67,13 +70,24 @@ def same_length(op: str, **named: Sequence[object]) -> None:
 
 def float_list(op: str, name: str, value: Sequence[float] | float, count: int) -> list[float]:
     """One finite number per problem; a single number is repeated."""
-    numbers = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
-    if len(numbers) != count:
-        raise ValueError(f"{op}: {name} must be one number or one per problem, got {len(numbers)} for {count}.")
+    numbers = repeated(op, name, value, count, "problem")
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
             raise ValueError(f"{op}: {name} must be finite, got {number} at {name}[{i}].")
     return numbers
+
+
+def repeated(op: str, name: str, value: Sequence[float] | float, count: int, each: str) -> list[float]:
+    """One number for ``each`` of ``count``; a single one is repeated. Booleans and text are no numbers."""
+    if isinstance(value, bool | str) or not isinstance(value, int | float | Iterable):
+        raise TypeError(f"{op}: {name} must be one number or one per {each}, got {value!r}.")
+    items = [value] * count if isinstance(value, int | float) else list(value)
+    if len(items) != count:
+        raise ValueError(f"{op}: {name} must be one number or one per {each}, got {len(items)} for {count} {each}s.")
+    for i, item in enumerate(items):
+        if isinstance(item, bool | str):
+            raise TypeError(f"{op}: {name} must be numbers, got {item!r} at {name}[{i}].")
+    return [float(item) for item in items]
 
 
 def orthonormal(op: str, q: Sequence[Tensor]) -> None:
@@ -81,10 +95,8 @@ def orthonormal(op: str, q: Sequence[Tensor]) -> None:
 
     Waits for the device, once for all matrices: what ``check_basis=True`` of an op asks for.
     """
-    off = [
-        (m.T @ m - torch.eye(m.shape[1], dtype=m.dtype, device=m.device)).abs().amax() if m.numel() else m.new_zeros(())
-        for m in (basis.detach() for basis in q)
-    ]
+    with full_precision(*q):
+        off = [_off_identity(basis.detach()) for basis in q]
     for i, error in enumerate(torch.stack(off).tolist() if off else []):
         allowed = 1e-4 if q[i].dtype == torch.float32 else 1e-10
         if not error <= allowed:  # a NaN neither
@@ -92,3 +104,10 @@ def orthonormal(op: str, q: Sequence[Tensor]) -> None:
                 f"{op}: q[{i}] must have orthonormal columns, got max|QᵀQ - I| = {error:.2e} > {allowed:.0e}. "
                 f"Pass orthonormalize([q[{i}]]) of keeplora.ops."
             )
+
+
+def _off_identity(q: Tensor) -> Tensor:
+    """``max|QᵀQ − I|``, on the device."""
+    if q.numel() == 0:
+        return q.new_zeros(())
+    return (q.T @ q - torch.eye(q.shape[1], dtype=q.dtype, device=q.device)).abs().amax()

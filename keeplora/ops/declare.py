@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keeplora.ops.precision import full_precision, is_full_precision
+
 __all__ = ["NAMESPACE", "OPS", "Op", "declare"]
 
 NAMESPACE = "keeplora"
@@ -41,14 +43,15 @@ def declare(
     """Declare ``schema`` in ``torch.ops.keeplora`` and list it in :data:`OPS`.
 
     ``reference`` is the kernel of every device for which the compiled libraries bring none, so callers
-    never ask which kernels exist. ``fake`` allocates outputs of the right shapes; ``save`` and
-    ``backward`` are the two halves of ``torch.library.register_autograd``. ``samples(device, dtype)``
-    returns argument tuples for the contract tests.
+    never ask which kernels exist. It runs in full precision there, as the compiled ones do. ``fake``
+    allocates outputs of the right shapes; ``save`` and ``backward`` are the two halves of
+    ``torch.library.register_autograd``. ``samples(device, dtype)`` returns argument tuples for the
+    contract tests.
     """
     name = schema.split("(", 1)[0]
     full = f"{NAMESPACE}::{name}"
     _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.impl(name, _guarded(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(full, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(full, backward, setup_context=save, lib=_library)
@@ -58,6 +61,28 @@ def declare(
         _count_versions(name, overload, mutated)
     op = OPS[name] = Op(name, overload, reference, samples)
     return op
+
+
+def _guarded(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as a kernel: autocast and TF32 would reach the products it is made of."""
+
+    def kernel(*args: Any) -> Any:
+        if is_full_precision():
+            return reference(*args)
+        with full_precision(*_first_tensors(args)):
+            return reference(*args)
+
+    return kernel
+
+
+def _first_tensors(args: Sequence[Any]) -> list[Tensor]:
+    """The first tensor of ``args``, alone or in a list: all of an op's lie on one device."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return [arg]
+        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
+            return [arg[0]]
+    return []
 
 
 def _count_versions(name: str, overload: Any, mutated: list[int]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keeplora.ops.check import FLOATS, float_list, matrices, same_length, wide
 from keeplora.ops.declare import declare
+from keeplora.ops.precision import full_precision
 
 __all__ = ["merge_weights"]
 
@@ -67,7 +68,8 @@ def merge_weights(
         raise TypeError(f"merge_weights: dtype must be a floating dtype, got {dtype}.")
     scales = float_list("merge_weights", "scale", scale, len(w))
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in (*w, *a, *b)):
-        return _reference(w, a, b, scales, dtype)
+        with full_precision(*w):
+            return _reference(w, a, b, scales, dtype)
     merged: list[Tensor] = _op.call(w, a, b, scales, dtype)
     return merged
 

@@ -69,14 +69,14 @@ def projected_adamw(
         (tensor([[0.0000, 0.9000]]), tensor([0.]))
     """
     state = {"a": a, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "q": q}
-    found = {name: matrices("projected_adamw", name, values, MASTER) for name, values in state.items()}
-    found["grad"] = matrices("projected_adamw", "grad", grad, uniform=False)
-    same_length("projected_adamw", **found)
-    for i, parameter in enumerate(found["a"]):
-        for name, values in found.items():
+    lists = {name: matrices("projected_adamw", name, values, MASTER) for name, values in state.items()}
+    lists["grad"] = matrices("projected_adamw", "grad", grad, uniform=False)
+    same_length("projected_adamw", **lists)
+    for i, parameter in enumerate(lists["a"]):
+        for name, values in lists.items():
             _check_fit(f"{name}[{i}]", values[i], i, parameter, overwritten=name not in ("q", "grad"))
-    rates = float_list("projected_adamw", "lr", lr, len(found["a"]))
-    steps = _steps(step, found["a"])
+    rates = float_list("projected_adamw", "lr", lr, len(lists["a"]))
+    steps = _steps(step, lists["a"])
     for name, value, fits in (
         ("lr", rates, all(rate >= 0 for rate in rates)),
         ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] < 1),
@@ -87,8 +87,8 @@ def projected_adamw(
             rule = "lie in [0, 1)" if name == "betas" else "not be negative, and be finite"
             raise ValueError(f"projected_adamw: {name} must {rule}, got {value}.")
     if check_basis:
-        orthonormal("projected_adamw", found["q"])
-    flat = {name: [m.detach() for m in values] for name, values in found.items()}
+        orthonormal("projected_adamw", lists["q"])
+    flat = {name: [m.detach() for m in values] for name, values in lists.items()}
     leak: Tensor = _op.call(
         flat["a"], flat["grad"], flat["exp_avg"], flat["exp_avg_sq"], flat["q"],
         steps, rates, betas[0], betas[1], eps, weight_decay,

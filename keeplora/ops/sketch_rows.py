@@ -118,14 +118,14 @@ def _check_signs(op: str, width: int, seed: int) -> None:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}.")
 
 
-_COLUMNS = 512  # of Ψ at a time: all of it would take more memory than the sketch
+_CHUNK = 512  # of Ψ at a time: all of it would take more memory than the sketch
 
 
 def _reference(out: Tensor, x: Tensor, delta: Tensor, seed: int) -> None:
     width, cols = out.shape[0], delta.shape[1]
     mixed = out.new_zeros(width, len(x))
-    for first in range(0, cols, _COLUMNS):
-        last = min(cols, first + _COLUMNS)
+    for first in range(0, cols, _CHUNK):
+        last = min(cols, first + _CHUNK)
         psi = _signs(width, first, last, seed, x.device, out.dtype)
         mixed.addmm_(psi, delta[:, first:last].to(out.dtype).T)
     out.addmm_(mixed, x.to(out.dtype), alpha=width**-0.5)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from keeplora.ops.check import float_list, matrix, wide
 from keeplora.ops.declare import declare
+from keeplora.ops.precision import full_precision
 
 __all__ = ["thin_matmul"]
 
@@ -50,7 +51,8 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
         raise ValueError(f"thin_matmul: a must lie on the device of x, got {a.device} for {x.device}.")
     [factor] = float_list("thin_matmul", "scale", scale, 1)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-        return _reference(x, a, factor)
+        with full_precision(x):
+            return _reference(x, a, factor)
     product: Tensor = _op.call(x, a, factor)
     return product
 

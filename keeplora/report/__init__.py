@@ -28,7 +28,7 @@ def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:
         plot_comparison(chart, summary, runs)
     for label, label_records in runs.items():
         plot_matrix(out / f"accuracy-{label}.png", label, label_records)
-    tightest = {label: found for label, records in runs.items() if (found := tightest_run(records)) is not None}
+    tightest = {label: run for label, records in runs.items() if (run := tightest_run(records)) is not None}
     room = {f"{label}, seed {record.seed}": capacity for label, (record, capacity) in tightest.items()}
     lines = [result_table(summary), ""]
     lines += [f"room left by {title}: {capacity.summary}" for title, capacity in room.items()]

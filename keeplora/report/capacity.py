@@ -20,21 +20,19 @@ _PRETRAINED, _FREE = "#33363b", "#f0f0f0"
 
 
 def record_capacity(record: RunRecord) -> Capacity | None:
-    """The capacity at the end of a run; None where its method keeps no basis, or recorded no forecast (0.1)."""
-    if not record.capacity or "forecast" not in record.capacity[0]:
-        return None
-    return Capacity.of_rows(record.capacity, record.finished_tasks)
+    """The capacity at the end of a run; None where its method keeps no basis."""
+    return Capacity.of_rows(record.capacity, record.finished_tasks) if record.capacity else None
 
 
 def tightest_run(records: Sequence[RunRecord]) -> tuple[RunRecord, Capacity] | None:
     """Of one method's runs the one with room for the fewest tasks, then with the least free space."""
-    found = [(record, capacity) for record in records if (capacity := record_capacity(record)) is not None]
+    limited = [(record, capacity) for record in records if (capacity := record_capacity(record)) is not None]
 
     def room(run: tuple[RunRecord, Capacity]) -> tuple[float, float]:
         capacity = run[1]
         return (float("inf") if capacity.forecast is None else capacity.forecast, capacity.free_share)
 
-    return min(found, key=room, default=None)
+    return min(limited, key=room, default=None)
 
 
 def plot_capacity(
@@ -47,7 +45,15 @@ def plot_capacity(
     Args:
         capacities: By title, for example ``{"my model": keeper.capacity()}``.
         tasks: Names of the tasks so far.
+
+    Raises:
+        ValueError: ``tasks`` does not have one name for each task that a capacity counts.
     """
+    for title, capacity in capacities.items():
+        if tasks is not None and len(tasks) != capacity.tasks:
+            raise ValueError(
+                f"plot_capacity: tasks must have a name for each of {capacity.tasks} tasks, got {list(tasks)} [{title}]"
+            )
     if not capacities:
         return False
     from matplotlib.figure import Figure  # optional, and slow to import
@@ -75,9 +81,8 @@ def _panel(axes: Axes, title: str, capacity: Capacity, tasks: Sequence[str]) -> 
     before = np.array([layer.protected for layer in capacity]) - added.sum(1)
     x = np.arange(len(names), dtype=np.float64)
     x += np.cumsum([0, *(a[0] != b[0] for a, b in pairwise(names))])  # a gap between blocks
-    known = list(tasks)[len(tasks) - added.shape[1] :]
-    first = "pretrained" if len(known) == len(tasks) else "pretrained, earlier tasks"
-    parts = [(first, _PRETRAINED, before), *zip((f"+ {n}" for n in known), _shades(len(known)), added.T, strict=True)]
+    shades = _shades(len(tasks))
+    parts = [("pretrained", _PRETRAINED, before), *zip((f"+ {n}" for n in tasks), shades, added.T, strict=True)]
     bottom = np.zeros(len(names))
     for _, shade, directions in (*parts, ("free", _FREE, sizes - before - added.sum(1))):
         axes.bar(x, 100 * directions / sizes, 0.86, bottom=bottom, color=shade, linewidth=0)

@@ -67,7 +67,7 @@ def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Se
         charts += [out / "last-transfer.png", out / "forgetting.png"]
         plot_last_against_transfer(charts[1], summary)
         plot_forgetting(charts[2], summary, runs)
-    tightest = {label: found[1] for label, records in runs.items() if (found := tightest_run(records)) is not None}
+    tightest = {label: run[1] for label, records in runs.items() if (run := tightest_run(records)) is not None}
     if plot_protected(out / "capacity.png", tightest):
         charts.append(out / "capacity.png")
     lines = [caption(summary), text_table(rows), "", *notes]

@@ -17,7 +17,7 @@ from keeplora.train.record import RunRecord
 
 Array = NDArray[np.float64]
 
-_COLOURS = {"full": "#8c8c8c", "lora": "#e07b28", "keeplora": "#3b78c3", "keeplora++": "#14866d"}
+_METHOD_COLOURS = {"full": "#8c8c8c", "lora": "#e07b28", "keeplora": "#3b78c3", "keeplora++": "#14866d"}
 _SPARE = (
     "#9657a8", "#c23b5a", "#7a6a2f", "#2aa3b5", "#5b5fc7", "#a0522d", "#4f8f2f", "#d0679d", "#b8860b", "#35607d",
     "#8b1e3f", "#6d8f8a", "#c46f5c", "#3f3f8f", "#98a33a", "#7b4b94",
@@ -29,7 +29,7 @@ _BARS = (("last", "Last", "all tasks, at the end"), ("avg", "Avg", "all tasks, a
 def colours(labels: Sequence[str]) -> dict[str, str]:
     """One colour for each method, the same in every chart."""
     spare = iter(_SPARE * (1 + len(labels)))
-    return {label: _COLOURS.get(label) or next(spare) for label in labels}
+    return {label: _METHOD_COLOURS.get(label) or next(spare) for label in labels}
 
 
 def plot_comparison(path: Path, summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> None:

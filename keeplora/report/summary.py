@@ -40,6 +40,7 @@ def run_values(record: RunRecord) -> dict[str, float]:
     if record.witness:
         values["witness"] = 100 * record.witness[-1]
         values["witness_avg"] = 100 * float(np.mean(record.witness))
+    ours, plain = record.inference_seconds
     return {
         **values,
         "train_seconds": sum(record.train_seconds),
@@ -48,15 +49,8 @@ def run_values(record: RunRecord) -> dict[str, float]:
         "peak_bytes": record.peak_bytes,
         "trainable_parameters": max(record.trainable, default=0),
         "seconds_per_step": sum(record.train_seconds) / max(record.steps, 1),
-        **_overhead(record),
+        "inference_overhead": 100 * (ours / plain - 1),
     }
-
-
-def _overhead(record: RunRecord) -> dict[str, float]:
-    if not record.inference_seconds:
-        return {}
-    ours, plain = record.inference_seconds
-    return {"inference_overhead": 100 * (ours / plain - 1)}
 
 
 def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -77,8 +71,8 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
         "capacity": {
             label: {"seed": record.seed, **{name: getattr(capacity, name) for name in ROOM}}
             for label, runs in by_label.items()
-            if (found := tightest_run(runs)) is not None
-            for record, capacity in [found]
+            if (tightest := tightest_run(runs)) is not None
+            for record, capacity in [tightest]
         },
         "settings": {
             label: {
@@ -95,10 +89,10 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
 
 def worst_certificate(records: Iterable[RunRecord]) -> dict[str, float] | None:
     """The worst figures of all certificates of these runs, or None where the method gives none."""
-    found = [entry for record in records for entry in record.certificates if entry is not None]
+    certificates = [entry for record in records for entry in record.certificates if entry is not None]
     result: dict[str, float] = {}
     for name, worst in (("leak", max), ("leak_after_rounding", max), ("orthogonality", max), ("captured", min)):
-        values = [entry[name] for entry in found if entry.get(name) is not None]
+        values = [entry[name] for entry in certificates if entry.get(name) is not None]
         if values:
             result[name] = worst(values)
     return result or None

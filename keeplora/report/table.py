@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_COLUMNS = (("transfer", "Transfer"), ("avg", "Avg"), ("last", "Last"), ("forgetting", "Forgetting"),
+_METRICS = (("transfer", "Transfer"), ("avg", "Avg"), ("last", "Last"), ("forgetting", "Forgetting"),
             ("learn", "Learned"), ("witness", "Witness"))  # fmt: skip
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
     """A table of ``summary.json`` for the terminal, percentages as mean ± std over seeds."""
-    present = [(key, title) for key, title in _COLUMNS if all(key in row for row in summary["methods"].values())]
+    present = [(key, title) for key, title in _METRICS if all(key in row for row in summary["methods"].values())]
     header = ["", *(title for _, title in present), "train s", "switch s", "leak"]
     zero = [
         "zero-shot",

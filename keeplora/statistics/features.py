@@ -228,13 +228,13 @@ class _Collector:
         self.sums = {}
         for names in sorted(set().union(*everyone)):
             theirs = [described[names] for described in everyone if names in described]
-            if any(names[0] not in by_name or found.kind != theirs[0].kind for found in theirs):
+            if any(names[0] not in by_name or sent.kind != theirs[0].kind for sent in theirs):
                 raise ValueError(
                     f"feature_statistics: every process must gather the same statistics, got "
-                    f"{' and '.join(sorted({str(found.kind) for found in theirs}))} [{names[0]}]. Give all processes "
+                    f"{' and '.join(sorted({str(sent.kind) for sent in theirs}))} [{names[0]}]. Give all processes "
                     "the same model and settings."
                 )
-            rows = max(found.rows for found in theirs)  # of slot_mean: as many as the longest batch of any process
+            rows = max(sent.rows for sent in theirs)  # of slot_mean: as many as the longest batch of any process
             width, dtype = theirs[0].kind
             part = by_name[names[0]].weight.new_zeros(rows, width, dtype=dtype)
             if names in own:
@@ -242,14 +242,15 @@ class _Collector:
                 part[: len(mine)] = mine
                 del mine
             peers.add(part)
-            tokens, energy = sum(found.tokens for found in theirs), sum(found.energy for found in theirs)
+            tokens, energy = sum(sent.tokens for sent in theirs), sum(sent.energy for sent in theirs)
             self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, tokens, energy)
 
     def result(self, batches: int) -> list[FeatureStatistic]:
         if self.kind == "slot_mean":
             for total in self.sums.values():
                 mean = total.part / batches
-                total.part = mean.T @ mean
+                with full_precision(mean):
+                    total.part = mean.T @ mean
         pooled: dict[frozenset[frozenset[LoraSlot]], FeatureStatistic] = {}
         result = []
         for slot in self.slots:

@@ -18,8 +18,8 @@ from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping
 
 __all__ = ["mean_gradients", "sketch_widths"]
 
-OVERSAMPLE = 8  # rows of a sketch for each wanted direction: 0.98 of the optimal energy on real gradients
-BUDGET = 0.2  # of the free memory
+ROWS_PER_DIRECTION = 8  # of a sketch: 0.98 of the optimal energy on real gradients
+FREE_SHARE = 0.2  # of the free memory
 
 
 def sketch_widths(
@@ -48,9 +48,9 @@ def sketch_widths(
         raise ValueError(f"sketch_widths: memory_budget must not be negative, got {memory_budget} bytes")
     if kind == "auto":
         needed = sum(4 * slot.weight.numel() for slot in slots)
-        budget = BUDGET * _free_bytes(slots[0].weight.device) if memory_budget is None else memory_budget
+        budget = FREE_SHARE * _free_bytes(slots[0].weight.device) if memory_budget is None else memory_budget
         kind = "exact" if needed <= budget else "sketch"
-    width = OVERSAMPLE * rank
+    width = ROWS_PER_DIRECTION * rank
     return [None if kind == "exact" or slot.weight.shape[0] <= width else width for slot in slots]
 
 
@@ -207,15 +207,15 @@ class _Gradients:
     def mean(self, batches: int) -> list[Tensor]:
         if not self.touched:
             raise RuntimeError(_NO_GRADIENT)
-        found = [self.sums[slot.host, slot.slot].div_(batches) for slot in self.slots]
-        finite = torch.stack([torch.isfinite(matrix).all() for matrix in found]).tolist()
+        gradients = [self.sums[slot.host, slot.slot].div_(batches) for slot in self.slots]
+        finite = torch.stack([torch.isfinite(matrix).all() for matrix in gradients]).tolist()
         for slot, good in zip(self.slots, finite, strict=True):
             if not good:
                 raise ValueError(
                     f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
                     "Lower the loss scale, or run this pass in float32 or bfloat16."
                 )
-        return found
+        return gradients
 
 
 class _Tap(torch.autograd.Function):

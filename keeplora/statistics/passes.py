@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -109,12 +109,15 @@ def naming_batch(function: str, index: int, batch: Any) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a layer or a mask of ours raised it, with a message that needs no more."""
+    """Whether a layer, a mask or a statistic of ours raised it, with a message that needs no more."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
-    return raised_in.startswith(("keeplora.lora.", "keeplora.statistics.", "keeplora.families."))
+    return raised_in.startswith(_OURS)
+
+
+_OURS = tuple(f"keeplora.{room}." for room in ("ops", "math", "lora", "statistics", "families", "integrations"))
 
 
 def _described(batch: Any, depth: int = 0) -> str:
@@ -134,11 +137,32 @@ def _described(batch: Any, depth: int = 0) -> str:
     return f"{article}{kind}"
 
 
+class Counted(Protocol):
+    """A pass over data whose batches are counted."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@overload
+def first_batches(loader: Counted, fraction: float) -> Counted: ...
+
+
+@overload
+def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]: ...
+
+
 def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
-    """The first ``fraction`` of the loader's batches, at least one.
+    """The first ``fraction`` of the loader's batches, at least one; they have a length, as the loader does.
 
     Raises:
         TypeError: ``fraction`` is below 1 and the loader has no length.
+
+    Example:
+        >>> part = first_batches(["a", "b", "c", "d"], 0.5)
+        >>> len(part), list(part)
+        (2, ['a', 'b'])
     """
     if fraction == 1:
         return loader
@@ -152,7 +176,7 @@ def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class _First:
-    """A loader's first ``count`` batches; it has a length, as the loader does."""
+    """A loader's first ``count`` batches."""
 
     loader: Iterable[Any]
     count: int

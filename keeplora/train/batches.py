@@ -1,30 +1,15 @@
-"""What a task's passes over data are made of: the first batches of one, several as one."""
+"""Several passes over data as one."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from keeplora.tasks.workload import Batches
 
-__all__ = ["First", "Union"]
-
-
-@dataclass(frozen=True)
-class First:
-    """The first ``length`` batches of a pass."""
-
-    whole: Batches
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.whole), self.length)
+__all__ = ["Union"]
 
 
 @dataclass(frozen=True)

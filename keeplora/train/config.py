@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -16,12 +15,22 @@ from typing import Any
 import torch
 
 from keeplora._messages import suggest
-from keeplora.methods.settings import ConfigError
+from keeplora.methods.settings import (
+    SEEDS,
+    ConfigError,
+    ConfigTypeError,
+    check_choice,
+    check_flag,
+    check_name,
+    check_range,
+    check_whole,
+)
 from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
-SPLITS = ("test", "validation")
+EVALUATED_SPLITS = ("test", "validation")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -210,62 +219,50 @@ def _known_keys(values: Mapping[str, Any], known: list[str], *, where: str) -> N
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known)}"
-                f" Known: {', '.join(known)}"
+                f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known, listing=True)}"
             )
 
 
-def _require(condition: bool, name: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"RunConfig: {name} must {rule}, got {value!r}")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _validate(config: RunConfig) -> None:
-    _require(isinstance(config.benchmark, str) and config.benchmark != "", "benchmark", "be a name", config.benchmark)
-    _require(len(config.methods) > 0, "methods", "name at least one method", list(config.methods))
+    check_name(config, "benchmark")
+    check_name(config, "out")
+    for name in ("methods", "seeds"):
+        _check_list(config, name)
+    for label in config.methods:
+        check_name(config, "methods", value=label)
+        if not all(c.isalnum() or c in "+-_." for c in label):
+            raise ConfigError(f"RunConfig: methods must be names of letters, digits and + - _ ., got {label!r}")
+    for seed in config.seeds:
+        check_whole(config, "seeds", SEEDS, value=seed)
     for name in ("methods", "seeds"):
         entries = getattr(config, name)
-        _require(len(set(entries)) == len(entries), name, "have no entry twice", list(entries))
-    for label in config.methods:
-        plain = isinstance(label, str) and label != "" and all(c.isalnum() or c in "+-_." for c in label)
-        _require(plain, "methods", "be names of letters, digits and + - _ .", label)
-    _require(len(config.seeds) > 0, "seeds", "name at least one seed", list(config.seeds))
-    for seed in config.seeds:
-        _require(_whole(seed) and 0 <= seed < 2**31, "seeds", "be whole numbers from 0 to 2**31 - 1", seed)
+        if len(set(entries)) < len(entries):
+            raise ConfigError(f"RunConfig: {name} must have no entry twice, got {list(entries)}")
     given = [name for name in ("epochs", "steps") if getattr(config, name) is not None]
-    _require(len(given) == 1, "epochs, steps", "be given exactly once, as one or the other", given)
-    for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
-        value = getattr(config, name)
-        _require(_whole(value) and value >= 1, name, "be a whole number >= 1", value)
-    _require(_whole(config.workers) and config.workers >= 0, "workers", "be a whole number >= 0", config.workers)
-    _require(config.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", config.precision)
-    _require(config.evaluate_on in SPLITS, "evaluate_on", f"be one of {', '.join(SPLITS)}", config.evaluate_on)
-    _require(config.device in ("cpu", "cuda"), "device", "be one of cpu, cuda", config.device)
-    _require(_number(config.weight_decay) and config.weight_decay >= 0, "weight_decay", "be >= 0", config.weight_decay)
-    _require(
-        _number(config.switch_fraction) and 0 < config.switch_fraction <= 1,
-        "switch_fraction",
-        "lie in (0, 1]",
-        config.switch_fraction,
-    )
-    for name in ("tensorboard", "keep_states"):
-        _require(isinstance(getattr(config, name), bool), name, "be true or false", getattr(config, name))
-    for label, entry in config.method.items():
-        where = f"method.{label}"
-        _require(isinstance(entry.method, str), f"{where}.method", "be the name of a method", entry.method)
-        _require(
-            _number(entry.learning_rate) and entry.learning_rate > 0,
-            f"{where}.learning_rate",
-            "be > 0",
-            entry.learning_rate,
+    if len(given) != 1:
+        raise ConfigError(
+            f"RunConfig: exactly one of epochs and steps must be given, got {' and '.join(given) or None}"
         )
-        decay = entry.weight_decay
-        _require(decay is None or (_number(decay) and decay >= 0), f"{where}.weight_decay", "be >= 0", decay)
+    for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
+        check_whole(config, name, "[1, inf)")
+    check_whole(config, "workers", "[0, inf)")
+    check_choice(config, "precision", PRECISIONS)
+    check_choice(config, "evaluate_on", EVALUATED_SPLITS)
+    check_choice(config, "device", DEVICES)
+    check_range(config, "weight_decay", "[0, inf)")
+    check_range(config, "switch_fraction", "(0, 1]")
+    check_flag(config, "tensorboard")
+    check_flag(config, "keep_states")
+    for label, entry in config.method.items():
+        name = f"method.{label}"
+        check_name(config, f"{name}.method", value=entry.method)
+        check_range(config, f"{name}.learning_rate", "(0, inf)", value=entry.learning_rate)
+        check_range(config, f"{name}.weight_decay", "[0, inf)", value=entry.weight_decay, optional=True)
+
+
+def _check_list(config: RunConfig, name: str) -> None:
+    entries = getattr(config, name)
+    if not isinstance(entries, list | tuple):
+        raise ConfigTypeError(f"RunConfig: {name} must be a list, got {entries!r}")
+    if not entries:
+        raise ConfigError(f"RunConfig: {name} must hold at least one entry, got {entries!r}")

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keeplora.methods import METHODS, create
 from keeplora.methods.method import Method
-from keeplora.statistics.passes import evaluating
+from keeplora.statistics.passes import evaluating, first_batches
 from keeplora.tasks.workload import Batches, Workload
-from keeplora.train.batches import First, Union
+from keeplora.train.batches import Union
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener, silent
 from keeplora.train.measure import fastest, peak_bytes, reset_peak
@@ -222,8 +222,7 @@ class _Run:
 
     def part(self, task: int, purpose: str) -> Batches:
         """The batches a method sees before or after a task."""
-        whole = self._sized(task, purpose)
-        return First(whole, max(1, round(len(whole) * self.config.switch_fraction)))
+        return first_batches(self._sized(task, purpose), self.config.switch_fraction)
 
     def _sized(self, task: int, purpose: str) -> Batches:
         if self.method.joint:
@@ -241,8 +240,8 @@ class _Run:
         """Mean accuracy of the model on the validation splits of the tasks up to ``task``."""
         size = self.config.evaluation_batch_size
         with evaluating(self.model), torch.no_grad(), self.autocast():
-            found = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
-        return math.fsum(found) / len(found)
+            scores = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
+        return math.fsum(scores) / len(scores)
 
     def evaluate(self) -> tuple[list[float], float | None]:
         """Accuracy on every task and on the witness."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import State, StateError, has_state, read_state, write_state
 from keeplora.train.config import RunConfig
 
+SCHEMA = 1
+"""Of a result, and of a run between two tasks."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.json"
 
@@ -24,8 +26,7 @@ class RunRecord:
     """What is measured in one run of one method with one seed. Accuracies are fractions.
 
     ``accuracy[i][j]`` is task j after task i; ``witness[i]`` the task that is never trained. ``inference_seconds`` are
-    those of one evaluation at the end of the run and of the same by the untouched pretrained model; empty in results
-    of 0.1's first runs, which did not measure them.
+    those of one evaluation at the end of the run and of the same by the untouched pretrained model.
     """
 
     label: str
@@ -62,41 +63,46 @@ def run_folder(out: str | os.PathLike[str], label: str, seed: int) -> Path:
 
 def save_progress(folder: Path, record: RunRecord, method_state: State, identity: Mapping[str, Any]) -> None:
     """Save a run between two tasks, atomically."""
-    meta = {"identity": dict(identity), "record": asdict(record), "method": method_state.meta}
+    meta = {**_written(record, identity), "method": method_state.meta}
     write_state(folder / "state", State(tensors=method_state.tensors, meta=meta))
 
 
 def load_progress(folder: Path, identity: Mapping[str, Any]) -> tuple[RunRecord, State] | None:
     """The state of an interrupted run, or None when there is none.
 
-    Raises :class:`~keeplora.methods.settings.ConfigError` when it was made with other settings.
+    Raises:
+        ConfigError: it was made with other settings.
+        StateError: it is damaged, or of another schema.
     """
     if not has_state(folder / "state"):
         return None
     saved = read_state(folder / "state")
-    _same_settings(saved.meta["identity"], identity, folder / "state")
-    return RunRecord(**saved.meta["record"]), State(tensors=saved.tensors, meta=saved.meta["method"])
+    record = _read("load_progress", saved.meta, identity, folder / "state")
+    return record, State(tensors=saved.tensors, meta=saved.meta["method"])
 
 
 def save_result(folder: Path, record: RunRecord, identity: Mapping[str, Any], *, keep_state: bool) -> None:
     """Save a finished run; the state it would resume from goes, unless it is wanted."""
-    write_json(folder / RESULT_FILE, {"identity": dict(identity), "record": asdict(record)})
+    write_json(folder / RESULT_FILE, _written(record, identity))
     if not keep_state:
         shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
-    """The result of a finished run, or None. Raises ``ConfigError`` when it was made with other settings."""
+    """The result of a finished run, or None.
+
+    Raises:
+        ConfigError: it was made with other settings.
+        StateError: it is damaged, or of another schema.
+    """
     file = folder / RESULT_FILE
     if not file.is_file():
         return None
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        record = RunRecord(**saved["record"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise StateError(f"load_result: {file} must be a result of this version: {error}. Delete it") from error
-    _same_settings(saved["identity"], identity, file)
-    return record
+    except json.JSONDecodeError as error:
+        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again") from error
+    return _read("load_result", saved, identity, file)
 
 
 def claim_folder(config: RunConfig, data: str) -> None:
@@ -121,10 +127,27 @@ def claim_folder(config: RunConfig, data: str) -> None:
     write_json(file, {**config.as_dict(), "data": data})
 
 
-def _same_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    changed = [name for name in wanted if saved.get(name) != wanted[name]]
+def _written(record: RunRecord, identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "identity": dict(identity), "record": asdict(record)}
+
+
+def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -> RunRecord:
+    """The record in what :func:`_written` gave, if it is of a run with these settings."""
+    schema = saved.get("schema") if isinstance(saved, Mapping) else None
+    if schema != SCHEMA:
+        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again")
+    names = {entry.name for entry in fields(RunRecord)}
+    record, theirs = saved.get("record"), saved.get("identity")
+    if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
+        got = sorted(record) if isinstance(record, Mapping) else record
+        raise StateError(
+            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. "
+            "It is damaged: delete it to run again"
+        )
+    changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
         raise ConfigError(
-            f"load_progress: {where} was made with other settings ({', '.join(changed)} changed). "
+            f"{function}: {where} was made with other settings ({', '.join(changed)} changed). "
             "Give another --out, or delete the folder to start again"
         )
+    return RunRecord(**record)

@@ -9,10 +9,9 @@ import pytest
 import tiny_workload
 
 from keeplora import cli
-from keeplora.compare import runs
 from keeplora.compare.comparison import BUDGETS, comparison, shipped_comparisons
 from keeplora.compare.estimate import announcement, estimate
-from keeplora.compare.runs import run_benchmark
+from keeplora.compare.runs import run_benchmark, unfinished
 from keeplora.methods import METHODS, create
 from keeplora.methods.settings import ConfigError
 from keeplora.train import loop
@@ -179,7 +178,7 @@ def test_estimates_count_what_is_left(tiny, tmp_path):
     assert everything.step > 0
     assert str(everything).startswith("about ")
     run_benchmark(chosen.config, console=lambda event: None, workload=chosen.workload)
-    assert runs.unfinished(chosen.config) == []
+    assert unfinished(chosen.config) == []
     assert "all 3 runs are finished" in announcement(chosen.config, chosen.workload)
 
 

@@ -178,5 +178,5 @@ def test_towers_the_model_does_not_have():
         find_targets(nn.Sequential(nn.Linear(2, 2)), ["vision"])
     with pytest.raises(ValueError, match=r"hold one model of a known family, got 2 \(a, b\)"):
         find_targets(nn.ModuleDict({"a": start("clip")[0], "b": start("llama")[0]}))
-    with pytest.raises(ValueError, match="towers must name at least one tower"):
+    with pytest.raises(ValueError, match=r"towers must .*got \(\)"):
         keeplora.KeepLoraConfig(towers=())

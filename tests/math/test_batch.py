@@ -16,7 +16,7 @@ def test_groups_stay_within_memory(monkeypatch):
     monkeypatch.setattr(batch, "BATCH_BYTES", 8 * 6 * 2)
     tensors = [torch.empty(3, 2, device="meta")] * 5
     assert list(same_kind([0] * 5, tensors)) == [[0, 1], [2, 3], [4]]
-    monkeypatch.setattr(batch, "ALONE", 5)
+    monkeypatch.setattr(batch, "LARGEST_BATCHED", 5)
     assert list(same_kind([0] * 5, tensors)) == [[0], [1], [2], [3], [4]]
 
 

@@ -200,8 +200,12 @@ BROKEN = EYE.clone().index_put_((torch.tensor(1), torch.tensor(2)), torch.tensor
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: weight_basis([EYE], 1.5), ValueError, r"energy must lie in \[0, 1\], got 1.5"),
+        (lambda: weight_basis([EYE], 1.5), ValueError, r"weight_energy must lie in \[0, 1\], got 1.5"),
         (lambda: weight_basis([EYE], float("nan")), ValueError, "got nan"),
+        (lambda: weight_basis([EYE], "0.5"), TypeError, r"weight_energy must be .*got '0\.5'"),
+        (lambda: weight_basis([EYE], True), TypeError, r"weight_energy must be .*got True"),
+        (lambda: weight_basis([EYE], ["0.5"]), TypeError, r"weight_energy must be .*got '0\.5' at weight_energy\[0\]"),
+        (lambda: extend_basis([NONE], [EYE], None), TypeError, "feature_energy must be .*got None"),
         (lambda: weight_basis([EYE], [0.1, 0.2]), ValueError, "got 2 for 1 layers"),
         (lambda: weight_basis([EYE], 0.5, side="left"), ValueError, "got 'left'"),
         (lambda: weight_basis([EYE, BROKEN], 0.5), ValueError, r"w\[1\] must be finite, got inf at \[1, 2\]"),

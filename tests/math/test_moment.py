@@ -89,7 +89,7 @@ def test_refuses():
         extend_sketched([torch.eye(3)[:, :1]], [good], 0.5)
     with pytest.raises(ValueError, match="moments must have one item for each of q"):
         extend_sketched([torch.eye(4)[:, :1]], [], 0.5)
-    with pytest.raises(ValueError, match="energy must lie in"):
+    with pytest.raises(ValueError, match=r"feature_energy must lie in .*got 1\.5"):
         extend_sketched([torch.eye(4)[:, :1]], [good], 1.5)
     with pytest.raises(ValueError, match=r"y must have the shape of omega, got \[4, 2\] for \[4, 3\]"):
         nystrom(torch.ones(4, 2), torch.ones(4, 3), 1.0)

@@ -92,8 +92,8 @@ def test_many_layers_agree_with_one(device):
     [
         ((torch.ones(2, 2), 1.0, 0.5), ValueError, r"energies must be \[n\], got shape \[2, 2\]"),
         ((torch.ones(2, dtype=torch.int64), 1.0, 0.5), TypeError, "got torch.int64"),
-        ((torch.ones(2), 2.0, 1.01), ValueError, r"threshold must lie in \[0, 1\], got 1.01"),
-        ((torch.ones(2), 2.0, float("nan")), ValueError, r"threshold must lie in \[0, 1\], got nan"),
+        ((torch.ones(2), 2.0, 1.01), ValueError, r"share must lie in \[0, 1\], got 1.01"),
+        ((torch.ones(2), 2.0, float("nan")), ValueError, r"share must lie in \[0, 1\], got nan"),
         ((torch.ones(2), -1.0, 0.5), ValueError, "total must be finite and >= 0, got -1.0"),
         ((torch.ones(2), float("inf"), 0.5), ValueError, "total must be finite"),
         ((torch.tensor([1.0, -0.5]), 2.0, 0.5), ValueError, "got -0.5 at 1"),

@@ -34,7 +34,7 @@ def test_certified_rank_is_the_exact_one(name):
     certified = 0
     # The fine ones end just inside the first block, where Ritz values converge last.
     for threshold in (0.1004, 0.3004, 0.6004, 0.8504, 0.9704, *np.arange(0.3304, 0.42, 0.01)):
-        pairs = leading_eigenvectors(c, q, total=total, threshold=threshold, captured=held, floor=1e-8 * total, seed=0)
+        pairs = leading_eigenvectors(c, q, total=total, share=threshold, captured=held, floor=1e-8 * total, seed=0)
         if pairs is None:
             continue
         certified += 1
@@ -50,7 +50,7 @@ def test_certified_rank_is_the_exact_one(name):
 
 def test_flat_spectra_are_left_to_the_exact_path():
     c = moment(400, "flat", np.random.default_rng(0))
-    assert leading_eigenvectors(c, c[:, :0], total=400.0, threshold=0.9, captured=0.0, floor=1e-6, seed=0) is None
+    assert leading_eigenvectors(c, c[:, :0], total=400.0, share=0.9, captured=0.0, floor=1e-6, seed=0) is None
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 0.999])

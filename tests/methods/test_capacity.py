@@ -143,8 +143,9 @@ def test_json_and_back():
     assert plain["forecast"] == 5
     assert plain["free_share"] == pytest.approx(20 / 24, rel=1e-12)
     assert Capacity.of_rows(plain["layers"], plain["tasks"]) == capacity
-    old = [{key: value for key, value in plain["layers"][0].items() if key not in ("forecast", "added_by_task")}]
-    assert Capacity.of_rows(old, 1)[0].free == 20
+    short = [{key: value for key, value in plain["layers"][0].items() if key != "forecast"}]
+    with pytest.raises(ValueError, match=r"of_rows: rows must have .*forecast.*, got added, added_by_task, depth"):
+        Capacity.of_rows(short, 1)
 
 
 def test_states_remember_what_each_task_added(tmp_path):

@@ -141,5 +141,6 @@ def test_weights_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("settings", [{"feature_energy": 1.2}, {"feature_energy": True}, {"energy_step": -0.1}])
 def test_bad_settings(settings):
-    with pytest.raises(ValueError, match=r"GpmConfig: \w+ must lie in \[0, 1\], got "):
+    [(name, value)] = settings.items()
+    with pytest.raises(ValueError, match=f"GpmConfig: {name} .*got {value}"):
         GpmConfig(**settings)

@@ -139,11 +139,11 @@ def test_a_high_threshold_merges_what_was_learned():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"general_energy": 1.5}, r"general_energy must lie in \[0, 1\], got 1.5"),
-        ({"general_scale": -1.0}, r"general_scale must lie in \[0, inf\), got -1.0"),
-        ({"threshold": float("nan")}, r"threshold must lie in \[0, inf\), got nan"),
+        ({"general_energy": 1.5}, "general_energy .*got 1.5"),
+        ({"general_scale": -1.0}, "general_scale .*got -1.0"),
+        ({"threshold": float("nan")}, "threshold .*got nan"),
         ({"general_scale": 0.0, "task_scale": 0.0}, "must not both be 0"),
-        ({"alpha": 0.0}, "HdsdConfig: alpha must be a positive number"),
+        ({"alpha": 0.0}, "HdsdConfig: alpha .*got 0.0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -38,6 +38,7 @@ CALLS = {
     "gram": {"x": ones(5, 4), "out": ones(4, 4), "energy": ones(dtype=torch.float64)},
 }
 NUMBERS = ("scale", "lr", "eps", "weight_decay")
+LISTS = ("scale", "lr")
 
 
 def spoiled(kind, make):
@@ -123,6 +124,15 @@ def test_devices_mixed(name, argument, bad):
 )
 def test_number_not_finite(name, argument, value):
     refuses(name, {argument: value}, ValueError, rf"^{name}: {argument} must .*finite")
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, [True], ["0.5"]])
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, call in CALLS.items() for argument in call if argument in LISTS]
+)
+def test_what_is_no_number_is_refused(name, argument, value):
+    got = repr(value[0] if isinstance(value, list) else value)
+    refuses(name, {argument: value}, TypeError, rf"^{name}: {argument} must be .*got {got}")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def record_of(label, seed):
         capacity = Capacity(layers, 3).to_dict()["layers"]
     return RunRecord(
         label, seed, TASKS, accuracy, [0.4, 0.3, 0.2], [1.0] * 3, [2.0] * 3, [0.5] * 3, [0.25] * 3, certificates,
-        capacity, [64, 64, 32], 30, 1000 + seed,
+        capacity, [64, 64, 32], 30, 1000 + seed, [0.22, 0.2],
     )  # fmt: skip
 
 
@@ -189,21 +189,14 @@ def test_the_room_that_is_left_is_reported_of_the_tightest_seed(finished):
     }
 
 
-def test_results_without_a_forecast_are_not_given_one():
-    record = record_of("keeplora", 0)
-    for layer in record.capacity:
-        del layer["forecast"]
-    assert record_capacity(record) is None
-
-
 def test_a_keepers_capacity_can_be_drawn(tmp_path):
     from matplotlib.image import imread
 
     capacity = record_capacity(record_of("keeplora", 0))
     whole, partly, fresh = tmp_path / "whole.png", tmp_path / "partly.png", tmp_path / "fresh.png"
     assert plot_capacity(whole, {"mine": capacity})
-    remembered = [replace(layer, added_by_task=layer.added_by_task[-1:]) for layer in capacity]
-    assert plot_capacity(partly, {"an old state": Capacity(tuple(remembered), 3)})
+    late = [replace(layer, added_by_task=layer.added_by_task[-1:]) for layer in capacity]
+    assert plot_capacity(partly, {"most of it before its one task": Capacity(tuple(late), 1)})
     unused = [layer_capacity(Target(n, "", "weight", None, 0, "model"), 32, 0, (), r=4) for n in "ab"]
     assert plot_capacity(fresh, {"before the first task": Capacity(tuple(unused), 0)})
     grey, dark = ((np.array([value] * 3)) for value in (0xF0, 0x33))
@@ -213,7 +206,9 @@ def test_a_keepers_capacity_can_be_drawn(tmp_path):
         return (np.abs(found - colour).sum(-1) <= 12).sum()
 
     assert pixels(fresh, grey) > pixels(whole, grey) > 5000
-    assert pixels(partly, dark) > pixels(whole, dark) > 5000  # what earlier tasks added is drawn with the pretrained
+    assert pixels(partly, dark) > pixels(whole, dark) > 5000
+    with pytest.raises(ValueError, match=r"tasks must have a name for each of 3 tasks, got \['a'\] \[mine\]"):
+        plot_capacity(whole, {"mine": capacity}, ["a"])
 
 
 def test_zero_shot_alone_still_reports(tmp_path):

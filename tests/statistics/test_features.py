@@ -1,6 +1,7 @@
 import pytest
 import torch
 from close import assert_rounded
+from precision import FASTER
 from torch import nn
 
 from keeplora.lora import LoraAdapter, linear_targets, wrap
@@ -206,3 +207,20 @@ def test_a_width_that_changes_names_its_layer():
     data = [torch.randn(3, WIDTH), torch.randn(3, WIDTH + 1)]
     with pytest.raises(ValueError, match=rf"must have the layer's {WIDTH} columns, got {WIDTH + 1} \[0\]"):
         feature_statistics(model, slots, data, lambda model, batch: model(batch))
+
+
+@pytest.mark.parametrize("faster", FASTER.values(), ids=FASTER.keys())
+@pytest.mark.parametrize("kind", ["second_moment", "slot_mean", "sketch"])
+def test_sums_are_exact_whatever_the_caller_switched_on(kind, faster):
+    """A model's own products follow the caller; those of the statistics do not."""
+    layer = nn.Linear(96, 8)
+    slots = wrap(model := nn.Sequential(layer), linear_targets(model))
+    data = [torch.randn(64, 96) for _ in range(3)]
+
+    def moment():
+        [statistic] = feature_statistics(model, slots, data, lambda m, x: m(x), kind=kind, sketch_share=0.5)
+        return statistic.moment.factor if kind == "sketch" else statistic.moment
+
+    expected = moment()
+    with faster():
+        assert torch.equal(moment(), expected)

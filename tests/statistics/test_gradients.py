@@ -1,6 +1,7 @@
 import pytest
 import torch
 from close import assert_rounded
+from precision import FASTER
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -155,7 +156,9 @@ def test_sketch_widths_refuse():
 
 
 def test_first_batches():
-    assert list(first_batches([1, 2, 3, 4], 0.5)) == [1, 2]
+    half = first_batches([1, 2, 3, 4], 0.5)
+    assert len(half) == 2
+    assert list(half) == list(half) == [1, 2]
     assert list(first_batches([1, 2, 3, 4], 0.01)) == [1]
     generator = iter([1, 2])
     assert first_batches(generator, 1.0) is generator
@@ -214,3 +217,19 @@ def test_a_gradient_that_is_not_finite_names_its_layer():
     with pytest.raises(ValueError, match=r"gradients must be finite, got NaN or Inf \[0\]"):
         # The root of zero: a finite loss with an infinite slope.
         mean_gradients(model, slots, [torch.zeros(3, WIDTH)], lambda m, x: (m(x) + 0 * x.sum()).square().sum().sqrt())
+
+
+@pytest.mark.parametrize("faster", sorted(FASTER.keys() - {"autocast"}))
+@pytest.mark.parametrize("keep", [None, 4, "frame"])
+def test_sums_are_exact_whatever_the_caller_switched_on(keep, faster):
+    """Under autocast the layer's own product, and so the gradient of its output, is of 16 bits."""
+    slots = wrap(model := nn.Sequential(nn.Linear(96, 64)), linear_targets(model))
+    keep = torch.linalg.qr(torch.randn(96, 32)).Q if keep == "frame" else keep
+    data, weights = [torch.randn(48, 96) for _ in range(3)], torch.randn(64)
+
+    def sums():
+        return mean_gradients(model, slots, data, lambda m, x: (m(x) * weights).mean(), keep=[keep])[0]
+
+    expected = sums()
+    with FASTER[faster]():
+        assert torch.equal(sums(), expected)

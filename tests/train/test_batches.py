@@ -10,15 +10,9 @@ import torch
 from keeplora.methods import METHODS
 from keeplora.methods.lora import SequentialLora
 from keeplora.methods.registry import Registered
-from keeplora.train.batches import First, Union
+from keeplora.train.batches import Union
 from keeplora.train.config import parse_config
 from keeplora.train.loop import run_one
-
-
-def test_first_batches_of_a_pass():
-    part = First(["a", "b", "c"], 2)
-    assert len(part) == 2
-    assert list(part) == list(part) == ["a", "b"]
 
 
 def test_a_union_yields_every_batch_once_in_an_order_the_seed_decides():

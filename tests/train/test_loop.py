@@ -1,6 +1,7 @@
 """One run: what it measures, that it repeats itself, stops at bad losses and resumes exactly."""
 
 import dataclasses
+import json
 import math
 import time
 
@@ -10,6 +11,7 @@ import torch
 
 from keeplora.methods import ZeroShot, create
 from keeplora.methods.settings import ConfigError
+from keeplora.methods.state import StateError
 from keeplora.train.config import parse_config
 from keeplora.train.loop import NonFiniteLossError, derive_seed, run_one
 from keeplora.train.record import RunRecord, load_progress
@@ -300,6 +302,41 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, workload):
         run_one(config_of(), workload, "lora", 0, folder=tmp_path, listener=interrupt_at(1, 1))
     with pytest.raises(ConfigError, match=r"other settings \(batch_size changed\)"):
         run_one(config_of(batch_size=8), workload, "lora", 0, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("schema"), "must have schema 1, got None"),
+        (lambda saved: saved.update(schema=2), "must have schema 1, got 2"),
+        (lambda saved: saved["record"].pop("inference_seconds"), r"inference_seconds.*, got \['accuracy', 'capacity'"),
+        (lambda saved: saved.pop("record"), "an identity and a record .*got None"),
+        (lambda saved: saved.update(identity=3), "an identity and a record"),
+    ],
+)
+def test_results_and_progress_of_another_schema_are_refused(tmp_path, workload, change, message):
+    """A run that is not finished is as particular about what it goes on from."""
+    finished, stopped = tmp_path / "finished", tmp_path / "stopped"
+    run_one(config_of(epochs=1), workload, "lora", 0, folder=finished)
+    saved = json.loads((finished / "result.json").read_text())
+    change(saved)
+    (finished / "result.json").write_text(json.dumps(saved))
+    with pytest.raises(StateError, match=f"load_result: .*{message}"):
+        run_one(config_of(epochs=1), workload, "lora", 0, folder=finished)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(config_of(), workload, "lora", 0, folder=stopped, listener=interrupt_at(1, 1))
+    saved = json.loads((stopped / "state" / "state.json").read_text())
+    change(saved["meta"])
+    (stopped / "state" / "state.json").write_text(json.dumps(saved))
+    with pytest.raises(StateError, match=f"load_progress: .*{message}"):
+        run_one(config_of(), workload, "lora", 0, folder=stopped)
+
+
+def test_a_result_that_is_no_json_is_refused(tmp_path, workload):
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(StateError, match=r"load_result: .*result\.json must be JSON: "):
+        run_one(config_of(), workload, "lora", 0, folder=tmp_path)
 
 
 def test_tensorboard_scalars_of_a_resumed_run(tmp_path, workload):

@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.run import machine
 from keeplora.methods import create
+from keeplora.statistics import first_batches
 from keeplora.tasks.catalog import load_workload
 from keeplora.tasks.workload import Workload
-from keeplora.train.batches import First
 from keeplora.train.config import RunConfig, load_config
 from tools.sweep.__main__ import HERE, Sweep
 from tools.sweep.search import TABLE, as_method, cells, label_of
@@ -66,7 +66,7 @@ def costs(base: RunConfig, workload: Workload, settings: dict[str, Any], steps: 
     """Median seconds of a step, and seconds of what comes before and after the first task."""
     method = create("keeplora", workload.model(), dict(as_method("keeplora", settings).settings))
     batches = workload.batches(0, base.batch_size, SEED)
-    seen = First(batches, max(1, round(len(batches) * base.switch_fraction)))
+    seen = first_batches(batches, base.switch_fraction)
     before = seconds(lambda: method.before_task(seen, workload.loss))
     optimizer = method.optimizer(lr=settings["learning_rate"])
 

@@ -15,7 +15,7 @@ from keeplora.families.class_tokens import class_tokens
 from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod, stored
 from keeplora.methods.method import LossFn
-from keeplora.methods.settings import check_range
+from keeplora.methods.settings import check_range, check_whole
 from keeplora.methods.state import State
 
 from .experts import ExpertPool, ago_loss, most_used
@@ -55,12 +55,8 @@ class DacConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("active", "merged"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and 1 <= value <= self.r):
-                raise ValueError(f"DacConfig: {name} must be an int from 1 to r = {self.r}, got {value!r}")
-        check_range(self, "ago_weight", 0.0, float("inf"), closed=False)
-        check_range(self, "dropout", 0.0, 1.0, closed=False)
+            check_whole(self, name, f"[1, {self.r}]", optional=True, remedy="There are r experts.")
+        check_range(self, "ago_weight", "[0, inf)")
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -59,9 +59,8 @@ class DualLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.feature_energy <= 1:
-            raise ValueError(f"DualLoraConfig: feature_energy must lie in (0, 1], got {self.feature_energy!r}")
-        check_range(self, "calibration", 0.0, float("inf"), closed=False)
+        check_range(self, "feature_energy", "(0, 1]")
+        check_range(self, "calibration", "[0, inf)")
 
 
 class DualLora(LoraMethod):

@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from keeplora.methods.settings import (
+    SEEDS,
+    ConfigError,
+    check_adapter,
+    check_by_tower,
+    check_choice,
+    check_flag,
+    check_names,
+    check_range,
+    check_whole,
+)
+
 __all__ = ["KeepLoraConfig"]
 
 PerTower = float | Mapping[str, float]
@@ -14,6 +26,14 @@ PerTower = float | Mapping[str, float]
 _DEFAULTS: dict[str, dict[str, float]] = {
     "depth_scale": {"vision": 0.2, "language": 0.2, "text": 1.0, "model": 0.2},
     "weight_energy": {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6},
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "weight_side": ("input", "output"),
+    "feature_statistic": ("second_moment", "slot_mean", "sketch"),
+    "directions": ("gradient", "random"),
+    "init_b": ("zero", "gradient"),
+    "forward": ("auto", "merged", "factored"),
+    "gradient_statistic": ("auto", "exact", "sketch"),
 }
 
 
@@ -65,7 +85,7 @@ class KeepLoraConfig:
         seed: Of the randomised decompositions.
 
     Raises:
-        ValueError, TypeError: a setting is out of range; the message names it.
+        ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
 
     Example:
         >>> KeepLoraConfig(r=8, depth_scale={"vision": 0.2}).depth_scale_of("text")
@@ -94,74 +114,38 @@ class KeepLoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int):
-            raise TypeError(f"KeepLoraConfig: r must be an int, got {self.r!r}")
-        if self.r <= 0:
-            raise ValueError(f"KeepLoraConfig: r must be at least 1, got {self.r}. Typical ranks are 8 to 64.")
-        for name in ("alpha", "seed"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
-                raise TypeError(f"KeepLoraConfig: {name} must be a number, got {getattr(self, name)!r}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"KeepLoraConfig: alpha must be a positive number, got {self.alpha!r}")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-            if not all(isinstance(name, str) for name in self.target_modules):
-                raise TypeError(f"KeepLoraConfig: target_modules must be names, got {self.target_modules!r}")
-        if self.towers is not None:
-            object.__setattr__(self, "towers", (self.towers,) if isinstance(self.towers, str) else tuple(self.towers))
-            if not self.towers or not all(isinstance(name, str) for name in self.towers):
-                raise ValueError(
-                    f"KeepLoraConfig: towers must name at least one tower, or be None, got {self.towers!r}"
-                )
+        check_adapter(self)
+        check_names(self, "towers", optional=True)
+        if isinstance(self.towers, str):
+            object.__setattr__(self, "towers", (self.towers,))
         for name in ("depth_scale", "weight_energy", "feature_energy"):
-            self._check_fractions(name, getattr(self, name))
-        choices = {
-            "weight_side": ("input", "output"),
-            "feature_statistic": ("second_moment", "slot_mean", "sketch"),
-            "directions": ("gradient", "random"),
-            "init_b": ("zero", "gradient"),
-            "forward": ("auto", "merged", "factored"),
-            "gradient_statistic": ("auto", "exact", "sketch"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"KeepLoraConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+            check_by_tower(self, name, "[0, 1]")
+        for name, choices in _CHOICES.items():
+            check_choice(self, name, choices)
+        check_range(self, "sketch_share", "(0, 1]")
+        check_range(self, "dropout", "[0, 1)")
+        check_range(self, "data_fraction", "(0, 1]")
+        check_flag(self, "train_a")
+        check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
+        check_whole(self, "seed", SEEDS)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.directions == "random" and self.init_b == "gradient":
-            raise ValueError(
-                'KeepLoraConfig: init_b must be "zero" with directions="random", got "gradient": '
+            raise ConfigError(
+                f'{type(self).__name__}: init_b must be "zero" with directions="random", got "gradient": '
                 "without a gradient pass there is none to start B from"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"KeepLoraConfig: dropout must lie in [0, 1), got {self.dropout}")
         if self.dropout and self.forward == "merged":
-            raise ValueError(
-                f'KeepLoraConfig: forward must be "auto" or "factored" with dropout, got "merged" with {self.dropout}: '
-                "a merged weight cannot drop inputs of A alone"
+            raise ConfigError(
+                f'{type(self).__name__}: forward must be "auto" or "factored" with dropout, got "merged" with '
+                f"{self.dropout}: a merged weight cannot drop inputs of A alone"
             )
-        if not isinstance(self.train_a, bool):
-            raise TypeError(f"KeepLoraConfig: train_a must be True or False, got {self.train_a!r}")
         if self.train_a and self.forward == "merged":
-            raise ValueError(
-                'KeepLoraConfig: forward must be "auto" or "factored" with train_a, got "merged": '
+            raise ConfigError(
+                f'{type(self).__name__}: forward must be "auto" or "factored" with train_a, got "merged": '
                 "the merged product keeps nothing that A's gradient could be computed from"
             )
-        for name in ("data_fraction", "sketch_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"KeepLoraConfig: {name} must lie in (0, 1], got {getattr(self, name)}")
-        if self.memory_budget is not None and (isinstance(self.memory_budget, bool) or self.memory_budget < 0):
-            raise ValueError(f"KeepLoraConfig: memory_budget must be a number of bytes, got {self.memory_budget!r}")
-
-    def _check_fractions(self, name: str, value: PerTower) -> None:
-        values = value.items() if isinstance(value, Mapping) else [("every tower", value)]
-        for tower, number in values:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(
-                    f"KeepLoraConfig: {name} must be a number or numbers by tower, got {number!r} [{tower}]"
-                )
-            if not 0 <= number <= 1:
-                raise ValueError(f"KeepLoraConfig: {name} must lie in [0, 1], got {number} [{tower}]")
 
     def check_towers(self, towers: set[str]) -> None:
         """Refuse settings for towers the model does not have; the defaults, which name all, are fine."""
@@ -170,13 +154,13 @@ class KeepLoraConfig:
             if not isinstance(value, Mapping):
                 continue
             if value != _DEFAULTS.get(name) and not set(value) <= towers:
-                raise ValueError(
-                    f"KeepLoraConfig: {name} must name towers of the model ({', '.join(sorted(towers))}), "
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must name towers of the model ({', '.join(sorted(towers))}), "
                     f"got {', '.join(sorted(set(value) - towers))}"
                 )
             if name == "feature_energy" and not towers <= set(value):
-                raise ValueError(
-                    f"KeepLoraConfig: feature_energy must name every tower of the model, got none for "
+                raise ConfigError(
+                    f"{type(self).__name__}: feature_energy must name every tower of the model, got none for "
                     f"{', '.join(sorted(towers - set(value)))}. Without one, nothing learned there would be protected."
                 )
 

@@ -17,6 +17,7 @@ from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.method import KeepLora
 from keeplora.methods.lora_method import stored
 from keeplora.methods.method import LossFn
+from keeplora.methods.settings import ConfigError, check_range
 from keeplora.methods.state import State, StateError
 
 from .classifiers import ClassMeans, CosineClassifiers
@@ -40,14 +41,9 @@ class KeepLoraClsConfig(KeepLoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.classifier_scale, bool) or not isinstance(self.classifier_scale, int | float):
-            raise TypeError(f"KeepLoraClsConfig: classifier_scale must be a number, got {self.classifier_scale!r}")
-        if not 0 < self.classifier_scale < float("inf"):
-            raise ValueError(
-                f"KeepLoraClsConfig: classifier_scale must be a positive number, got {self.classifier_scale}"
-            )
+        check_range(self, "classifier_scale", "(0, inf)")
         if self.directions != "gradient":
-            raise ValueError(
+            raise ConfigError(
                 f"KeepLoraClsConfig: directions must be 'gradient', got {self.directions!r}: the classifiers start at "
                 "class means, which the gradient pass collects. Use keeplora++ for random directions."
             )

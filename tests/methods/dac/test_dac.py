@@ -248,11 +248,11 @@ def test_a_copy_of_the_model_follows_its_own_texts():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"active": 13}, "active must be an int from 1 to r = 12, got 13"),
-        ({"merged": 0}, "merged must be an int from 1 to r = 12, got 0"),
-        ({"ago_weight": -1.0}, r"ago_weight must lie in \[0, inf\), got -1.0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"r": 0}, "DacConfig: r must be an int of at least 1"),
+        ({"active": 13}, "active .*12.* got 13"),
+        ({"merged": 0}, "merged .*12.* got 0"),
+        ({"ago_weight": -1.0}, "ago_weight .*got -1.0"),
+        ({"dropout": 1.0}, "dropout .*got 1.0"),
+        ({"r": 0}, "DacConfig: r .*got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -365,9 +365,9 @@ def test_image_features_of_several_processes_are_added_up(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"feature_energy": 0.0}, r"feature_energy must lie in \(0, 1\], got 0.0"),
-        ({"calibration": -1.0}, r"calibration must lie in \[0, inf\), got -1.0"),
-        ({"r": 0}, "DualLoraConfig: r must be an int"),
+        ({"feature_energy": 0.0}, "feature_energy .*got 0.0"),
+        ({"calibration": -1.0}, "calibration .*got -1.0"),
+        ({"r": 0}, "DualLoraConfig: r .*got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -63,7 +63,7 @@ def test_some_layers_sketched_and_some_exact(init_b):
     [
         ({"gradient_statistic": "dense"}, "gradient_statistic must be one of auto, exact, sketch, got 'dense'"),
         ({"data_fraction": 0.0}, r"data_fraction must lie in \(0, 1\], got 0.0"),
-        ({"memory_budget": -1}, "memory_budget must be a number of bytes, got -1"),
+        ({"memory_budget": -1}, "memory_budget .*got -1"),
     ],
 )
 def test_gradient_settings_refuse(options, message):
