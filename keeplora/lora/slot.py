@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.math.batch import portions
-from keeplora.math.precision import full_precision
 from keeplora.ops.merge_weights import merge_weights
 
 from .adapter import LoraAdapter
@@ -123,13 +122,12 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
     for group in portions([slot.weight for slot, _ in held]):
         members = [held[i] for i in group]
-        with full_precision(members[0][1].A.device):
-            merged = merge_weights(
-                [slot.exact_weight for slot, _ in members],
-                [adapter.A.detach() for _, adapter in members],
-                [adapter.update().detach() for _, adapter in members],
-                scale=[adapter.scaling for _, adapter in members],
-            )
+        merged = merge_weights(
+            [slot.exact_weight for slot, _ in members],
+            [adapter.A.detach() for _, adapter in members],
+            [adapter.update().detach() for _, adapter in members],
+            scale=[adapter.scaling for _, adapter in members],
+        )
         for (slot, adapter), exact in zip(members, merged, strict=True):
             slot.set_exact_weight(exact)
             if slot.learned is not None:

@@ -10,11 +10,11 @@ from keeplora.math import check
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
-from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.sketch import leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.precision import full_precision
 
 __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
 

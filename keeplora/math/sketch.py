@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.precision import full_precision
 
 __all__ = ["gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from keeplora.math.check import bases
-from keeplora.math.precision import full_precision
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
+from keeplora.ops.precision import full_precision
 
 __all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project"]
 

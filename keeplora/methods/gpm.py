@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
-from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
 
 from .capacity import Capacity
@@ -153,8 +152,7 @@ class Gpm(LoraMethod):
             (new,) = extend_basis([self.bases[i].to(moment)], [moment], energy)
             return new
 
-        with full_precision(self.slots[0].weight.device):
-            new = self.each_layer(extended, "bases", statistics, shared)
+        new = self.each_layer(extended, "bases", statistics, shared)
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
         for slot in self.slots:
@@ -206,8 +204,7 @@ class Gpm(LoraMethod):
             rows = self.slots[i].rows
             span = slice(None) if rows is None else slice(*rows)
             basis = self.bases[i]
-            with full_precision(gradient.device):
-                (free,), _ = project_rows([gradient[span].to(basis.dtype)], [basis], passes=1)
+            (free,), _ = project_rows([gradient[span].to(basis.dtype)], [basis], passes=1)
             result[span] = free
         return result
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from keeplora.lora import LoraAdapter
 from keeplora.math.lowrank import weight_basis
-from keeplora.math.precision import full_precision
+from keeplora.ops.precision import full_precision
 
 from .lora import LoraConfig, SequentialLora
 from .lora_method import stored
@@ -173,8 +173,7 @@ class Hdsd(SequentialLora):
         def compute(group: list[int]) -> list[Tensor]:
             return weight_basis([self.slots[i].exact_weight.detach() for i in group], energy)
 
-        with full_precision(self.slots[0].weight.device):
-            bases = for_all_layers(self.slots, compute, "weights", shown=self.progress)
+        bases = for_all_layers(self.slots, compute, "weights", shown=self.progress)
         fresh = self.fresh_factors()
         self.attach([self.adapter_of(i, {**fresh[i], "basis": q.to(fresh[i]["A"])}) for i, q in enumerate(bases)])
 

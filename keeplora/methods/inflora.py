@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.orthonormal import complement, reorthogonalize
-from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
 from keeplora.statistics import FeatureStatistic
 
@@ -167,7 +166,7 @@ class InfLora(LoraMethod):
             a: Tensor = (space @ vectors.flip(1)[:, :count]).T / math.sqrt(3)
             return a.to(energy.dtype)
 
-        with torch.no_grad(), full_precision(self.slots[0].weight.device):
+        with torch.no_grad():
             designs = self.each_layer(design, "adapters", statistics, self.bases)
         self.warn_of_ranks([len(a) for a in designs], none="useful free direction left")
         self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
@@ -175,10 +174,9 @@ class InfLora(LoraMethod):
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         share = self.config.energy_after(self.tasks_learned)
         statistics = self.features(loader, loss_fn)
-        with full_precision(self.slots[0].weight.device):
-            new = self.each_layer(
-                lambda i: self._basis(i).extended(self._energy(statistics[i]), share), "bases", statistics, self.bases
-            )
+        new = self.each_layer(
+            lambda i: self._basis(i).extended(self._energy(statistics[i]), share), "bases", statistics, self.bases
+        )
         self.merge_adapters()
         counts = [n.protected - self._basis(i).protected for i, n in enumerate(new)]
         self.added = [(*before, count) for before, count in zip(self.added, counts, strict=True)]

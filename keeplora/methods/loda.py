@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.math.precision import full_precision
 from keeplora.statistics import FeatureStatistic
 
 from .lora_method import LoraMethod, stored
@@ -165,7 +164,7 @@ class LoDa(LoraMethod):
             isolated = isolated_directions(old, new, r - len(general), self.config.ridge)
             return torch.cat([general, isolated]).to(new.dtype), len(general)
 
-        with torch.no_grad(), full_precision(self.slots[0].weight.device):
+        with torch.no_grad():
             designs = self.each_layer(design, "adapters", statistics, self.moments)
         self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left")
         self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
@@ -173,15 +172,14 @@ class LoDa(LoraMethod):
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         statistics = self.features(loader, loss_fn)
-        with full_precision(self.slots[0].weight.device):
-            moments = self.each_layer(
-                lambda i: _sum(self.moments[i], _mean(statistics[i])), "memory", statistics, self.moments
-            )
-            updates = [self._recalibrated(i, _mean(statistics[i])) for i in range(len(self.slots))]
-            for slot, b in zip(self.slots, updates, strict=True):
-                if b is not None and slot.adapter is not None:
-                    slot.adapter.B.copy_(b)
-            self.merge_adapters()
+        moments = self.each_layer(
+            lambda i: _sum(self.moments[i], _mean(statistics[i])), "memory", statistics, self.moments
+        )
+        updates = [self._recalibrated(i, _mean(statistics[i])) for i in range(len(self.slots))]
+        for slot, b in zip(self.slots, updates, strict=True):
+            if b is not None and slot.adapter is not None:
+                slot.adapter.B.copy_(b)
+        self.merge_adapters()
         self.moments = list(moments)
 
     def _recalibrated(self, i: int, new: Tensor) -> Tensor | None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot, TokenMask
 from keeplora.math.moment import SketchedMoment, nystrom
-from keeplora.math.precision import full_precision
 from keeplora.math.sketch import gaussian
 from keeplora.ops.gram import gram
+from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers, evaluating, naming_batch, observing
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot
-from keeplora.math.precision import full_precision
+from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
 from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping

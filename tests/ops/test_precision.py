@@ -8,9 +8,9 @@ import torch
 from ops.test_every_op import EVERY_OP, run
 from precision import FASTER, settings
 
-from keeplora.math.precision import full_precision
 from keeplora.ops import merge_weights, orthonormalize, project_rows, thin_matmul
 from keeplora.ops.declare import OPS, declare
+from keeplora.ops.precision import full_precision
 
 EVERY_WAY = pytest.mark.parametrize("faster", FASTER.values(), ids=FASTER.keys())
 

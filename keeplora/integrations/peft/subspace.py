@@ -14,7 +14,6 @@ from keeplora.distributed import together
 from keeplora.lora import LoraAdapter, Target, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
-from keeplora.math.precision import full_precision
 from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.directions import TaskGradients
@@ -125,8 +124,7 @@ def initialize(
         if state.bases:
             bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
         else:
-            with full_precision(slots[0].weight.device):
-                bases = weight_bases(slots, settings, shown=progress)
+            bases = weight_bases(slots, settings, shown=progress)
         directions = gradients.directions(bases)
     _warn_of_ranks(layers, bases, directions, ranks)
     for layer, top in zip(layers, directions, strict=True):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from keeplora.distributed import processes
 from keeplora.families.class_head import ClassHead
 from keeplora.math.lowrank import extend_basis
-from keeplora.math.precision import full_precision
 from keeplora.math.subspace import project
 
 __all__ = ["ImageFeatures", "KnownTask", "TaskCalibration"]
@@ -89,8 +88,7 @@ class TaskCalibration(ClassHead):
         if features.moment is None:
             return
         moment = features.moment.float()
-        with full_precision(moment.device):
-            (extension,) = extend_basis([moment.new_zeros(len(moment), 0)], [moment], energy)
+        (extension,) = extend_basis([moment.new_zeros(len(moment), 0)], [moment], energy)
         self.tasks.append(
             KnownTask(torch.stack(list(features.prompts.values())), extension.q, max(1 - extension.fraction, _LEAST))
         )

@@ -17,7 +17,6 @@ from keeplora.families.class_tokens import class_tokens
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions
 from keeplora.math.moment import Extension, SketchedMoment
-from keeplora.math.precision import full_precision
 from keeplora.math.rank import fewest_directions
 from keeplora.math.subspace import project
 from keeplora.methods.lora import LoraConfig, kaiming
@@ -26,6 +25,7 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.settings import check_range
 from keeplora.methods.state import State, StateError
+from keeplora.ops.precision import full_precision
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
 from .calibration import ImageFeatures, KnownTask, TaskCalibration
@@ -272,8 +272,7 @@ class DualLora(LoraMethod):
             energy = self.config.feature_energy
             return extend_basis([bases[i] for i in group], [moments[i] for i in group], energy)
 
-        with full_precision(self.slots[0].weight.device):
-            return for_all_layers(self.slots, compute, "bases", shown=self.progress)
+        return for_all_layers(self.slots, compute, "bases", shown=self.progress)
 
     def _adapter(
         self, slot: LoraSlot, a: Tensor, b: Tensor, basis: Tensor, residuals: list[ResidualAdapter]

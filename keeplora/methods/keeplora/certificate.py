@@ -12,7 +12,6 @@ from torch import Tensor
 from keeplora.lora import LoraSlot, merge_adapters
 from keeplora.math.batch import portions
 from keeplora.math.lowrank import Extension
-from keeplora.math.precision import full_precision
 from keeplora.math.subspace import Certificate, certificates
 from keeplora.methods.progress import for_all_layers
 
@@ -108,9 +107,8 @@ def certified(
         proofs = certificates(a, b, [bases[i] for i in group], basis=[new[i].q for i in group], delta=changes)
         return [_layer(slots[i].name, proof, new[i]) for i, proof in zip(group, proofs, strict=True)]
 
-    with full_precision(slots[0].weight.device):
-        together = portions([slot.weight for slot in slots])
-        return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
+    together = portions([slot.weight for slot in slots])
+    return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
 
 
 def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keeplora.methods.settings import (
@@ -16,6 +16,7 @@ from keeplora.methods.settings import (
     check_names,
     check_range,
     check_whole,
+    plain,
 )
 
 __all__ = ["KeepLoraConfig"]
@@ -180,9 +181,7 @@ class KeepLoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``KeepLoraConfig(**config.to_dict())`` gives it back."""
-        plain = asdict(self)
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+        return plain(self)
 
 
 def _of(setting: PerTower, tower: str, missing: float) -> float:

@@ -12,7 +12,6 @@ from keeplora.distributed import processes
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import TopDirections, directions_within, top_directions
 from keeplora.math.orthonormal import reorthogonalize
-from keeplora.math.precision import full_precision
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.statistics import first_batches, mean_gradients, sketch_widths
@@ -53,13 +52,12 @@ class RandomDirections:
         """r directions outside of every basis, fewer where less is free; ``s`` is 1."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn_directions = []
-        with full_precision(self.slots[0].weight.device):
-            for slot, q in zip(self.slots, bases, strict=True):
-                r = min(self.r, q.shape[0] - q.shape[1])
-                drawn = torch.randn(q.shape[0], r, generator=generator).to(q.device)
-                (columns,) = reorthogonalize([drawn], [q]) if r else [drawn]
-                nothing = q.new_zeros(slot.weight.shape[0], columns.shape[1])
-                drawn_directions.append(TopDirections(columns.T.contiguous(), q.new_ones(columns.shape[1]), nothing))
+        for slot, q in zip(self.slots, bases, strict=True):
+            r = min(self.r, q.shape[0] - q.shape[1])
+            drawn = torch.randn(q.shape[0], r, generator=generator).to(q.device)
+            (columns,) = reorthogonalize([drawn], [q]) if r else [drawn]
+            nothing = q.new_zeros(slot.weight.shape[0], columns.shape[1])
+            drawn_directions.append(TopDirections(columns.T.contiguous(), q.new_ones(columns.shape[1]), nothing))
         return drawn_directions
 
 
@@ -118,16 +116,14 @@ class TaskGradients:
                     (tops_of[i],) = directions_within([image], [frame], ranks[i])
             return [tops_of[i] for i in group]
 
-        with full_precision(self.slots[0].weight.device):
-            return for_all_layers(self.slots, compute, "adapters", shown=self.shown)
+        return for_all_layers(self.slots, compute, "adapters", shown=self.shown)
 
     def _frames(self, bases: Sequence[Tensor]) -> list[Tensor | None]:
         """Orthonormal columns that span the rows of each sketch outside the basis; None for exact gradients."""
         frames: list[Tensor | None] = [None] * len(self.slots)
         for i, width in enumerate(self.widths):
             if width is not None:
-                with full_precision(self.matrices[i].device):
-                    (frames[i],) = reorthogonalize([self.matrices[i].T.contiguous()], [bases[i]])
+                (frames[i],) = reorthogonalize([self.matrices[i].T.contiguous()], [bases[i]])
         return frames
 
     def _pass(self, keep: Sequence[int | Tensor | None], phase: str) -> list[Tensor]:

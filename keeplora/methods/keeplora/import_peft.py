@@ -10,7 +10,6 @@ from torch import Tensor
 
 from keeplora.lora import LoraSlot, peft_checkpoint
 from keeplora.lora.peft_checkpoint import Update
-from keeplora.math.precision import full_precision
 from keeplora.ops.project_rows import project_rows
 
 from .trained_a import LEAK, leak_of_rows
@@ -31,11 +30,10 @@ def imported_adapters(
     updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
     if not updates:
         raise ValueError(f"import_peft: {os.fspath(path)} must hold an update of the targets, got B = 0 everywhere")
-    with full_precision(slots[0].weight.device):
-        return [
-            _confined(slot, updates[slot.name], q, scaling, project=project) if slot.name in updates else None
-            for slot, q, scaling in zip(slots, bases, scalings, strict=True)
-        ]
+    return [
+        _confined(slot, updates[slot.name], q, scaling, project=project) if slot.name in updates else None
+        for slot, q, scaling in zip(slots, bases, scalings, strict=True)
+    ]
 
 
 def _confined(slot: LoraSlot, update: Update, q: Tensor, scaling: float, *, project: bool) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from keeplora.lora import (
     select_targets,
 )
 from keeplora.math.lowrank import TopDirections
-from keeplora.math.precision import full_precision
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod, stored
 from keeplora.methods.method import LossFn
@@ -299,8 +298,7 @@ class KeepLora(LoraMethod):
         """What is protected; before the first task what the pretrained weights know."""
         if self._protected is not None:
             return self._protected
-        with full_precision(self.slots[0].weight.device):
-            return [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
+        return [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
 
     def _bases_to_keep(self, function: str) -> dict[nn.Parameter, Tensor]:
         """The basis of every A that is trained."""

@@ -12,7 +12,6 @@ from keeplora.distributed import processes
 from keeplora.families import token_mask
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
-from keeplora.math.precision import full_precision
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.statistics import feature_statistics
@@ -65,5 +64,4 @@ def extended_bases(
         moments = [statistics[i].moment for i in group]
         return extend_basis([bases[i] for i in group], moments, [energies[i] for i in group])
 
-    with full_precision(slots[0].weight.device):
-        return for_all_layers(slots, compute, "bases", shown=shown)
+    return for_all_layers(slots, compute, "bases", shown=shown)
