@@ -23,8 +23,8 @@ constexpr int kProductThreads = kProductWarps * kWarp;
 constexpr int kColumnTiles = kColumns / kProductWarps / 8;  // of a warp
 
 // A matrix in global memory as an operand. Its lines are rows of C (left operand) or columns of C (right
-// operand), its depth is what the product sums over. kAlong: element (line, depth) lies at data[line * pitch
-// + depth], so a line is contiguous; otherwise at data[depth * pitch + line].
+// operand), its depth is what the product sums over. kAlong: element (line, depth) lies at
+// data[line * pitch + depth], so a line is contiguous; otherwise at data[depth * pitch + line].
 template <typename S, bool kAlong>
 struct Matrix {
   using Stored = S;
@@ -111,8 +111,7 @@ __device__ void stream_tiles(const Left& left, int row, const Right& right, int 
     fetch(step);
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
-    __syncthreads();  // this step's tiles are there for all, and all are done with the tiles fetched over
-                      // next
+    __syncthreads();  // this step's tiles are there for all, and all are done with those fetched over next
     fetch(step + kStages - 1);
     const int stage = step % kStages;
     use(left_tiles + stage * kLeft, right_tiles + stage * kRight, min(kDepth, to - from - step * kDepth));

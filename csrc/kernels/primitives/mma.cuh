@@ -67,8 +67,8 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
 #endif
 }
 
-// 16 x 8 x 16 of bfloat16 numbers: as above with two numbers per register, those of depths 2 col and 2 col +
-// 1 where one number has depth col, and depths 8 further on where it has 4.
+// 16 x 8 x 16 of bfloat16 numbers: as above with two numbers per register, those of depths 2 col and
+// 2 col + 1 where one number has depth col, and depths 8 further on where it has 4.
 __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef KEEPLORA_EMULATE
   const auto value = [](uint32_t bits, int i) { return float_of(i ? bits & 0xffff0000u : bits << 16); };

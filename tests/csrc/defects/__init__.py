@@ -5,5 +5,6 @@ A defect is an expression of the source that becomes another of the same type:
 ``return`` or ``name =`` and ``;``.
 
 REPRESENTATIVES are what `make test` tries: for each build of the op's check program one mutation, from this list or
-a generated one, that this build must notice. (file, how ``str`` of it begins behind the line); the first one counts.
+generated, that this build must notice; where there is one, a mutation that only this build notices. (file, how the key
+of the mutation begins); the first one in the file counts.
 """

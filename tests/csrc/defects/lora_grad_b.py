@@ -14,6 +14,6 @@ DEFECTS = [
 
 REPRESENTATIVES = {
     "plain": ("kernels/lora_grad_b.cu", "entry.scale * value -> value"),
-    "sanitized": ("kernels/lora_grad_b.cu", "column + c < entry.columns -> true"),
+    "sanitized": ("kernels/lora_grad_b.cu", "rank + i < plan.ranks -> true"),
     "raced": ("kernels/lora_grad_b.cu", "gpu::await(plan.counters + 1 + range,"),
 }

@@ -13,6 +13,6 @@ DEFECTS = [
 
 REPRESENTATIVES = {
     "plain": ("kernels/merge_weights.cu", "entry.scale * value -> value"),
-    "sanitized": ("kernels/merge_weights.cu", "row + 8 * i >= entry.rows -> false"),
+    "sanitized": ("kernels/merge_weights.cu", "row + 8 * i < entry.rows -> true"),
     "raced": ("kernels/product.cuh", "__syncthreads() -> nothing"),
 }

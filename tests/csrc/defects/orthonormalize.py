@@ -14,6 +14,6 @@ DEFECTS = [
 
 REPRESENTATIVES = {
     "plain": ("kernels/orthonormalize.cu", "at.phase == Phase::kSubtract0 ? entry.y : entry.z -> entry.y"),
-    "sanitized": ("kernels/orthonormalize.cu", "row + r >= entry.d -> false"),
-    "raced": ("kernels/orthonormalize.cu", "__syncthreads() -> nothing"),
+    "sanitized": ("kernels/orthonormalize.cu", "column < count -> true"),
+    "raced": ("kernels/orthonormalize.cu", "threadIdx.x % gpu::kWarp < kSlice -> true"),
 }

@@ -11,6 +11,6 @@ DEFECTS = [
 
 REPRESENTATIVES = {
     "plain": ("kernels/sketch_rows.cu", "work.scale * value -> value"),
-    "sanitized": ("kernels/sketch_rows.cu", "row + r >= work.width -> false"),
+    "sanitized": ("kernels/sketch_rows.cu", "first + j * kProductThreads < size -> true"),
     "raced": ("kernels/sketch_rows.cu", "gpu::await(work.counters + 1 + part,"),
 }

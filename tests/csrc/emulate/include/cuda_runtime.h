@@ -37,7 +37,8 @@ inline dim3 blockDim, gridDim;
     __FILE__, __LINE__ \
   }
 
-// A function that reads what the emulator keeps, which the race detector need not see.
+// A function whose accesses are the emulator's own, as those of Unseen are: the race detector skips them, which
+// is most of its time in the products.
 #define EMULATE_OWN __attribute__((no_sanitize("thread")))
 
 #define __syncthreads() emulate::block_barrier(EMULATE_SITE)
