@@ -3,11 +3,13 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from stock_peft import WIDTH, adapter_layers, logits, lora, loss_fn, net, stock, task, train
 from torch import nn
 
@@ -332,3 +334,34 @@ def test_the_stock_models_sum_of_tasks(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(net(), lora()).load_adapter(tmp_path, "again")
+
+
+# Two tasks of the net, the second one open, as exported on 2026-11-29 before the lifecycle was one (146a812).
+FIXTURE = Path(__file__).parent / "peft_adapter"
+
+
+def test_an_adapter_of_an_earlier_day_loads_and_is_written_the_same_way(tmp_path):
+    expected = load_file(FIXTURE / "expected.safetensors")["logits"]
+    same(logits(PeftModel.from_pretrained(net(), FIXTURE)), expected)
+    config = KeepLoraConfig(r=2, alpha=4, target_modules=["up", "down"], weight_energy=0.3, feature_energy=0.5)
+    keeper = KeepLora(net(), config)
+    learn(keeper, task(1))
+    learn(keeper, task(2), close=False)
+    keeper.export_peft(tmp_path)
+    written, then = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, FIXTURE))
+    for version in (written, then):
+        del version["peft_version"]  # PEFT's own
+    assert {key: written[key] for key in then} == then
+    mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, FIXTURE))
+    assert {key: (value.shape, value.dtype) for key, value in mine.items()} == {
+        key: (value.shape, value.dtype) for key, value in theirs.items()
+    }
+    ours = logits(PeftModel.from_pretrained(net(), tmp_path))  # trained anew: other CPUs sum in another order
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+def test_an_adapter_of_an_earlier_day_becomes_an_open_task(tmp_path):
+    keeper = KeepLora(net(), KeepLoraConfig(r=4, alpha=8, target_modules=["up", "down"], weight_energy=0.0))
+    keeper.import_peft(FIXTURE)
+    same(logits(keeper.model), load_file(FIXTURE / "expected.safetensors")["logits"])
+    assert keeper.after_task(task(1), loss_fn).leak <= 1e-6
