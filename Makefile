@@ -38,7 +38,7 @@ demo: $(BIN)/.demo
 
 # pyproject.toml deselects the tests marked `proof`; tests/csrc/README.md says which they are and what stands in.
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 	@$(BIN)/python tests/csrc/proof.py check || true
 
 # All tests of csrc. What it writes says that the kernels as they are have passed.
