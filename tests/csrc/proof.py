@@ -15,10 +15,10 @@ CONTENT = ("CMakeLists.txt", "csrc", "tests/csrc")
 
 
 def files(root):
-    """What is hashed: all files in these places, but for what Python and this script leave there."""
+    """What is hashed: all files in these places, but for prose, and what Python and this script leave there."""
     places = [root / place for place in CONTENT]
     found = [path for place in places for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
-    left = {path for path in found if "__pycache__" in path.parts} | {root / PROVED}
+    left = {path for path in found if "__pycache__" in path.parts or path.suffix == ".md"} | {root / PROVED}
     return sorted((path for path in found if path not in left), key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -54,6 +54,7 @@ def test_what_is_no_source_does_not_change_it(tree):
     (tree / "csrc" / "__pycache__").mkdir()
     (tree / "csrc" / "__pycache__" / "a.pyc").touch()
     (tree / "README.md").write_text("new")
+    (tree / "csrc" / "README.md").write_text("prose proves nothing")
     (tree / "tests" / "test_other.py").write_text("new")
     proof.write(before, tree)
     assert proof.tree_hash(tree) == before == proof.proved(tree)
