@@ -16,6 +16,7 @@ __all__ = [
     "is_image_text_model",
     "observed",
     "put_class_head",
+    "require_no_head",
 ]
 
 _NAME = "keeplora_head"
@@ -65,18 +66,24 @@ def class_head(model: nn.Module) -> ClassHead | None:
     return head if isinstance(head, ClassHead) else None
 
 
+def require_no_head(model: nn.Module) -> None:
+    """Refuse a model that another method has put its head on already; RuntimeError."""
+    if hasattr(model, _NAME):
+        raise RuntimeError(f"put_class_head: the model must not have a {_NAME} yet, got one. Use a fresh model.")
+
+
 def put_class_head(model: nn.Module, head: ClassHead | None) -> None:
     """Make ``head`` a part of ``model``, or take it off (None).
 
     Raises:
         RuntimeError: there is one already.
     """
-    if head is not None and hasattr(model, _NAME):
-        raise RuntimeError(f"put_class_head: the model must not have a {_NAME} yet, got one. Use a fresh model.")
+    if head is not None:
+        require_no_head(model)
     if head is None:
         delattr(model, _NAME)
     else:
-        model.add_module(_NAME, head)
+        model.add_module(_NAME, head.train(model.training))
 
 
 def adjusted_logits(model: nn.Module, logits: Tensor, images: Tensor, tokens: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from keeplora.lora import LoraSlot
 
 from . import open_clip, transformers
 
-__all__ = ["ClassTokens", "class_tokens"]
+__all__ = ["ClassTokens", "class_tokens", "class_tokens_of"]
 
 Place = Literal["first", "last", "end", "mean"]
 """The first or last token, the one with the end-of-text id, or the mean of all where a tower pools no single token."""
@@ -116,6 +117,18 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
     if places["text"] != "end" or not isinstance(embedding, nn.Module):
         return tokens, []
     return tokens, [embedding.register_forward_hook(tokens.remember)]
+
+
+@contextmanager
+def class_tokens_of(model: nn.Module) -> Iterator[tuple[ClassTokens, list[RemovableHandle]]]:
+    """:func:`class_tokens`, whose hooks stay if the block gets through; an error in it takes them away."""
+    tokens, hooks = class_tokens(model)
+    try:
+        yield tokens, hooks
+    except BaseException:
+        for hook in hooks:
+            hook.remove()
+        raise
 
 
 def _has_class_token(clip: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class LoraHost(nn.Module):
     merged_ahead: dict[str, Ahead]
 
     def _init_host(self) -> None:
-        self.slots = nn.ModuleDict()
+        self.slots = nn.ModuleDict().train(self.training)
         self.by_parameter = {}
         self.observer = None
         self.tap = None

@@ -47,6 +47,7 @@ class LoraSlot(nn.Module):
         self.adapter = None
         self.learned: list[tuple[Tensor, Tensor]] | None = []
         self.master: Tensor | None = None
+        self.train(host.training)
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class LoraSlot(nn.Module):
                 f"attach: adapter must be for a weight of shape {list(weight.shape)}, got A "
                 f"{list(adapter.A.shape)} and B {list(adapter.B.shape)} [{self.name}]"
             )
-        self.adapter = adapter.to(weight.device)
+        self.adapter = adapter.to(weight.device).train(self.host.training)
 
     def detach(self) -> None:
         self.adapter = None

@@ -96,6 +96,11 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
         path = target.module
         if path not in modules:
             raise ValueError(f"wrap: targets must name modules of the model, got {path!r} [{target.name}]")
+        if not path:
+            raise ValueError(
+                f"wrap: model must hold the layers that are adapted, got {type(model).__name__}, which is one of them. "
+                "Put it into a module first: nn.Sequential(layer)."
+            )
         parent, _, leaf = path.rpartition(".")
         if leaf in _READ_BY and isinstance(modules.get(parent), _READ_BY[leaf]):
             path = parent  # it reads the weight without calling the layer

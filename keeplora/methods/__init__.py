@@ -4,11 +4,12 @@ from .capacity import Capacity, LayerCapacity
 from .full import FullFineTuning
 from .keeplora import KeepLora, KeepLoraConfig, LayerCertificate, RetentionCertificate
 from .lora import LoraConfig, SequentialLora
-from .lora_method import LoraMethod, stored
+from .lora_method import LoraMethod
 from .method import LossFn, Method
 from .registry import METHODS, Registered, configure, create, load
 from .settings import AdapterConfig, ConfigError
 from .state import State, StateError
+from .stored import stored
 from .zero_shot import ZeroShot
 
 __all__ = [

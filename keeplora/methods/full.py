@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
@@ -60,18 +61,19 @@ class FullFineTuning(Method):
         return State({f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | before)
 
     def recall_weights(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        own = self.model.state_dict()
         held: list[dict[str, Tensor]] = []
         for kind in ("model", "before") if state.meta["training_task"] else ("model",):
-            tensors = {name: state.tensors.get(f"{kind}.{name}") for name in shapes}
+            tensors = {name: state.tensors.get(f"{kind}.{name}") for name in own}
             for name, tensor in tensors.items():
-                if tensor is None or tensor.shape != shapes[name]:
-                    got = None if tensor is None else list(tensor.shape)
-                    raise StateError(f"load_state: {kind}.{name} must have shape {list(shapes[name])}, got {got}")
+                if tensor is None or tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                    got = None if tensor is None else f"{list(tensor.shape)} in {tensor.dtype}"
+                    raise StateError(
+                        f"load_state: {kind}.{name} must be {list(own[name].shape)} in {own[name].dtype}, got {got}"
+                    )
+                if not bool(torch.isfinite(tensor).all()):
+                    raise StateError(f"load_state: {kind}.{name} must be finite, got NaN or Inf")
             held.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
-        strangers = [name for name in state.tensors if name.partition(".")[2] not in shapes]
-        if strangers:
-            raise StateError(f"load_state: tensors must be of this model, got {len(strangers)} more ({strangers[0]})")
         return held[0], held[1] if len(held) > 1 else {}
 
     def set_weights(self, weights: tuple[dict[str, Tensor], dict[str, Tensor]], *, open_task: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +18,11 @@ from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.ops.project_rows import project_rows
 
 from .capacity import Capacity
-from .lora_method import LoraMethod, stored
+from .lora_method import LoraMethod
 from .method import LossFn, freeze
 from .settings import check_names, check_range
 from .state import State, StateError
+from .stored import is_counts, stored, stored_basis
 
 __all__ = ["Gpm", "GpmConfig"]
 
@@ -100,10 +103,34 @@ class Gpm(LoraMethod):
     def _train(self) -> None:
         """Let the chosen weights be trained, with projected gradients."""
         freeze(self.model)
-        for parameter, slots in self._weights().items():
+        for parameter in self._weights():
             parameter.requires_grad_(True)
+        self._project()
+
+    def _project(self) -> None:
+        for parameter, slots in self._weights().items():
             hook = partial(self._projected, slots)
             self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gpm:
+        """torch copies no hooks of parameters: without them the copy's gradients would stay as they are."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy({**vars(self), "_handles": []}, memo))
+        if twin.training_task:
+            twin._project()
+        return twin
+
+    def export_peft(self, path: str | os.PathLike[str], *, open_task_only: bool = False) -> None:
+        """Refused: whole weights are trained, which no adapter of a task's rank can say.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "export_peft: what was learned must be updates by adapters, got weights that 'gpm' has trained as a whole. "
+            "Save the merged model."
+        )
 
     def _rest(self) -> None:
         """No weight is trained any more."""
@@ -125,7 +152,7 @@ class Gpm(LoraMethod):
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An SGD over :meth:`trainable_parameters`; weight decay is left out, because it would not stay outside M."""
-        return torch.optim.SGD(self.trainable_parameters(), **{**options, "weight_decay": 0.0})
+        return torch.optim.SGD(self._trained("optimizer"), **{**options, "weight_decay": 0.0})
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse what is not SGD without weight decay.
@@ -174,11 +201,11 @@ class Gpm(LoraMethod):
         return State(tensors, {"added": [list(counts) for counts in self.added]})
 
     def recall(self, state: State) -> _Memory:
-        bases = [stored(state, f"{slot.name}.basis", (slot.weight.shape[1], None)) for slot in self.slots]
-        added = [tuple(row) for row in state.meta.get("added", ())]
-        counts = [basis.shape[1] for basis in bases]
-        if [sum(row) for row in added] != counts:
-            raise StateError(f"load_state: added must add up to the directions of every basis, {counts}, got {added}")
+        bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
+        rows, counts = state.meta.get("added"), [basis.shape[1] for basis in bases]
+        if not is_counts(rows, len(self.slots), state.meta["tasks_learned"]) or [sum(row) for row in rows] != counts:
+            raise StateError(f"load_state: added must add up to the directions of every basis, {counts}, got {rows!r}")
+        added = [tuple(row) for row in rows]
         opened = self.slots if state.meta["training_task"] else []
         before = [stored(state, f"{slot.name}.before", slot.weight.shape) for slot in opened]
         return _Memory(bases, added, before)

@@ -15,11 +15,11 @@ from keeplora.math.lowrank import weight_basis
 from keeplora.ops.precision import full_precision
 
 from .lora import LoraConfig, SequentialLora
-from .lora_method import stored
 from .method import LossFn
 from .progress import for_all_layers
 from .settings import ConfigError, check_range
 from .state import State
+from .stored import stored
 
 __all__ = ["Directions", "Hdsd", "HdsdConfig", "ModulatedAdapter", "update_directions"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +16,11 @@ from keeplora.math.rank import fewest_directions
 from keeplora.statistics import FeatureStatistic
 
 from .capacity import Capacity
-from .lora_method import LoraMethod, stored
+from .lora_method import LoraMethod
 from .method import LossFn
 from .settings import AdapterConfig, check_choice, check_range, check_whole
 from .state import State, StateError
+from .stored import is_counts, stored_basis
 
 __all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
 
@@ -194,16 +195,18 @@ class InfLora(LoraMethod):
         )
 
     def recall(self, state: State) -> tuple[list[DualBasis | None], list[tuple[int, ...]]]:
-        added = [tuple(row) for row in state.meta.get("added", ())]
-        free = state.meta.get("free", ())
-        if len(added) != len(self.slots) or len(free) != len(self.slots):
+        counts, free = state.meta.get("added"), state.meta.get("free")
+        if not is_counts(counts, len(self.slots), state.meta["tasks_learned"]):
             raise StateError(
-                f"load_state: added and free must have {len(self.slots)} entries, got {len(added)} and {len(free)}"
+                f"load_state: added must have {state.meta['tasks_learned']} numbers for each of {len(self.slots)} "
+                f"targets, got {counts!r}"
             )
+        if not isinstance(free, list) or [type(f) for f in free] != [bool] * len(self.slots):
+            raise StateError(f"load_state: free must be {len(self.slots)} times true or false, got {free!r}")
+        added = [tuple(row) for row in counts]
         bases: list[DualBasis | None] = [None] * len(self.slots)
         if state.meta["tasks_learned"]:
-            shapes: list[Sequence[int | None]] = [(slot.weight.shape[1], None) for slot in self.slots]
-            columns = [stored(state, f"{slot.name}.basis", s) for slot, s in zip(self.slots, shapes, strict=True)]
+            columns = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
             bases = [
                 DualBasis(q.to(slot.weight.device), free=f)
                 for slot, q, f in zip(self.slots, columns, free, strict=True)

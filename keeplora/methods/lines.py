@@ -14,13 +14,14 @@ from keeplora.families import find_targets
 from keeplora.lora import LoraHost, LoraSlot, Target, depth_factor, depth_positions
 
 from .capacity import Capacity
-from .lora_method import stored
 from .method import LossFn, Method
 from .settings import SEEDS, ConfigError, ConfigTypeError, check_name, check_range, check_whole
 from .state import State, StateError
 
 __all__ = ["Lines", "LinesConfig", "layer_scales"]
 
+_BEFORE = "lines:before:"
+"""Begins the names of a state's tensors that are not the base method's."""
 GRID = tuple(i / 10 for i in range(10, -1, -1))
 
 
@@ -276,17 +277,32 @@ class Lines(Method):
     def weights_state(self) -> State:
         """The base method's state, the α that were chosen, and in an open task the weights it began with."""
         inner = self.base.state()
-        before = {f"before.{i}": tensor for i, tensor in enumerate(self._before)}
+        before = {f"{_BEFORE}{i}": tensor for i, tensor in enumerate(self._before)}
         return State(inner.tensors | before, {"base": inner.meta, "alphas": list(self.alphas)})
 
     def recall_weights(self, state: State) -> _Weights:
         inner, alphas = state.meta.get("base"), state.meta.get("alphas")
-        if not isinstance(inner, dict) or not isinstance(alphas, list):
-            raise StateError(f"load_state: base and alphas must be those of a LiNeS state, got {inner!r}, {alphas!r}")
+        tasks, training = state.meta["tasks_learned"], state.meta["training_task"]
+        if not isinstance(inner, dict) or (inner.get("tasks_learned"), inner.get("training_task")) != (tasks, training):
+            raise StateError(f"load_state: base must be a state after {tasks} tasks, open: {training}, got {inner!r}")
+        if not isinstance(alphas, list) or not all(type(a) in (int, float) and 0 <= a <= 1 for a in alphas):
+            raise StateError(f"load_state: alphas must be numbers in [0, 1], got {alphas!r}")
+        if len(alphas) > tasks:
+            raise StateError(f"load_state: alphas must be at most one for each of {tasks} tasks, got {len(alphas)}")
         cells = _cells(self.model) if state.meta["training_task"] else []
-        before = [stored(state, f"before.{i}", cell.read().shape) for i, cell in enumerate(cells)]
-        tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("before.")}
+        before = [self._stored(state, i, cell) for i, cell in enumerate(cells)]
+        tensors = {name: state.tensors[name] for name in state.tensors if not name.startswith(_BEFORE)}
         return _Weights(self.base._checked(State(tensors, inner)), before, alphas)
+
+    def _stored(self, state: State, i: int, cell: _Cell) -> Tensor:
+        """What the open task found in a cell: of a weight that is adapted exact, of others in the model's dtype."""
+        tensor, now = state.tensors.get(f"{_BEFORE}{i}"), cell.read()
+        if tensor is None or tensor.shape != now.shape or tensor.dtype != now.dtype:
+            got = None if tensor is None else (list(tensor.shape), tensor.dtype)
+            raise StateError(f"load_state: {_BEFORE}{i} must be {list(now.shape)} in {now.dtype}, got {got}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise StateError(f"load_state: {_BEFORE}{i} must be finite, got NaN or Inf")
+        return tensor
 
     def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
         inner, before, self.alphas = weights

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from keeplora.statistics import FeatureStatistic
 
-from .lora_method import LoraMethod, stored
+from .lora_method import LoraMethod
 from .method import LossFn
 from .settings import AdapterConfig, check_flag, check_range
 from .state import State, StateError
+from .stored import is_counts, stored
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
 
@@ -196,9 +197,10 @@ class LoDa(LoraMethod):
         return State(moments, {"general": self.general if self.training_task else None})
 
     def recall(self, state: State) -> tuple[list[Tensor | None], list[int]]:
-        general = state.meta.get("general") or [0] * len(self.slots)
-        if len(general) != len(self.slots):
-            raise StateError(f"load_state: general must have {len(self.slots)} entries, got {len(general)}")
+        rows = [state.meta.get("general") if state.meta["training_task"] else [0] * len(self.slots)]
+        if not is_counts(rows, 1, len(self.slots)) or max(rows[0]) > self.config.r:
+            raise StateError(f"load_state: general must be {len(self.slots)} numbers up to r, got {rows[0]!r}")
+        general = rows[0]
         if not state.meta["tasks_learned"]:
             return [None] * len(self.slots), general
         widths = [slot.weight.shape[1] for slot in self.slots]

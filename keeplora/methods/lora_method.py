@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,13 @@ from .fingerprint import fingerprint
 from .method import LossFn, Method, freeze
 from .progress import for_all_layers, progress
 from .state import State, StateError
+from .stored import is_names, stored
 
-__all__ = ["LoraMethod", "stored"]
+__all__ = ["LoraMethod"]
 
 T = TypeVar("T")
+SAVED = (torch.float32, torch.float64, torch.int64, torch.bool)
+"""Dtypes of an adapter's tensors."""
 
 
 class LoraMethod(Method):
@@ -58,6 +61,8 @@ class LoraMethod(Method):
 
     train_a: bool = False
     """Whether A is trained along with B, of adapters that :meth:`adapter_of` makes."""
+    rests_with_adapters: ClassVar[bool] = False
+    """Whether slots hold adapters between tasks too: what cannot be merged."""
 
     def __init__(
         self,
@@ -226,9 +231,11 @@ class LoraMethod(Method):
                 "Load the same pretrained weights first; only adapted weights are in the state."
             )
         held, unknown = meta.get("adapters"), meta.get("unknown_updates")
-        if not isinstance(held, dict) or not set(held) <= set(names):
-            raise StateError(f"load_state: adapters must be tensors by target, got {held!r}")
-        if not isinstance(unknown, list) or not set(unknown) <= set(names):
+        if not isinstance(held, dict) or not set(held) <= set(names) or not all(map(is_names, held.values())):
+            raise StateError(f"load_state: adapters must be names of tensors by target, got {held!r}")
+        if held and not meta["training_task"] and not self.rests_with_adapters:
+            raise StateError(f"load_state: adapters must be none between tasks of {self.name!r}, got {len(held)}")
+        if not is_names(unknown) or not set(unknown) <= set(names):
             raise StateError(f"load_state: unknown_updates must be names of targets, got {unknown!r}")
         return [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
 
@@ -240,10 +247,17 @@ class LoraMethod(Method):
             prefix = f"{slot.name}.adapter"
             rank = len(stored(state, f"{prefix}.A", (None, width)))
             stored(state, f"{prefix}.B", (out, rank))
-            try:
-                adapter = self.adapter_of(i, {key: state.tensors[f"{prefix}.{key}"] for key in held})
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise StateError(f"load_state: the adapter must be whole, got {error} [{slot.name}]") from error
+            if "origin" in held:
+                stored(state, f"{prefix}.origin", (out, rank))
+            tensors = {key: state.tensors[f"{prefix}.{key}"] for key in held}
+            adapter = self.adapter_of(i, tensors)
+            for key, made in adapter.tensors().items():  # what comes back must be what was given
+                given = tensors.get(key)
+                if given is None or (given.shape, given.dtype) != (made.shape, made.dtype) or made.dtype not in SAVED:
+                    got = None if given is None else f"{list(given.shape)} in {given.dtype}"
+                    raise StateError(f"load_state: {prefix}.{key} must be of an adapter of {self.name!r}, got {got}")
+                if not bool(torch.isfinite(made).all()):
+                    raise StateError(f"load_state: {prefix}.{key} must be finite, got NaN or Inf")
         if not unknown:
             a = stored(state, f"{slot.name}.learned.A", (None, width))
             b = stored(state, f"{slot.name}.learned.B", (out, len(a)))
@@ -336,21 +350,3 @@ def _learned(slot: LoraSlot) -> list[Update]:
             "model."
         )
     return [Update(a, b) for a, b in slot.learned]
-
-
-def stored(state: State, name: str, shape: Sequence[int | None]) -> Tensor:
-    """The state's tensor ``name``; None in ``shape`` is any size.
-
-    Raises:
-        StateError: it is missing or of another shape.
-    """
-    tensor = state.tensors.get(name)
-    fits = (
-        tensor is not None
-        and tensor.dim() == len(shape)
-        and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
-    )
-    if tensor is None or not fits:
-        got = None if tensor is None else list(tensor.shape)
-        raise StateError(f"load_state: {name} must have shape {list(shape)}, got {got}")
-    return tensor

@@ -78,6 +78,7 @@ class Method(Saved):
     def _begin(self) -> None:
         self._flags = _flags(self.model)
         self._flags_before = self._flags
+        self._buffers_before: list[tuple[Tensor, Tensor]] = []  # running statistics move in train()
         self._loss_fn: LossFn | None = None
         self._given_back = False
 
@@ -137,7 +138,7 @@ class Method(Saved):
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An AdamW over :meth:`trainable_parameters` with these options: what the method is best trained with."""
-        return torch.optim.AdamW(self.trainable_parameters(), **options)
+        return torch.optim.AdamW(self._trained("optimizer"), **options)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> Any:
         """Make an optimizer of somebody else's keep what the method promises, or refuse it.
@@ -183,13 +184,14 @@ class Method(Saved):
         for parameter in trained:
             parameter.grad = None  # or it would stay with what outlives the task
         self.tasks_learned += 1
-        self.training_task = False
+        self.training_task, self._buffers_before = False, []
         return report
 
     def abandon_task(self) -> None:
         """Close the open task without learning or protecting anything: all is as it was before :meth:`before_task`.
 
-        The model's outputs are to the last bit, and so are its gradient flags; the next task can be opened.
+        The model's outputs are to the last bit, and so are its buffers and gradient flags; the next task can be opened.
+        After :meth:`load_state` buffers stay as they are: a state has none of them.
 
         Raises:
             RuntimeError: no task is open.
@@ -199,6 +201,10 @@ class Method(Saved):
         self.drop_task()
         for parameter, flag in self._flags_before.items():
             parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, before in self._buffers_before:
+                buffer.copy_(before)
+        self._buffers_before = []
         self.training_task, self._loss_fn = False, None
 
     def capacity(self) -> Capacity | None:
@@ -235,9 +241,10 @@ class Method(Saved):
     @contextmanager
     def _opening(self, loss_fn: LossFn | None) -> Iterator[None]:
         """A task is open once the block has got through."""
-        flags = _flags(self.model)
+        flags, buffers = _flags(self.model), [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         yield
-        self._flags_before, self._loss_fn, self.training_task = flags, loss_fn, True
+        self._flags_before, self._buffers_before = flags, buffers
+        self._loss_fn, self.training_task = loss_fn, True
 
     def _trained(self, function: str) -> list[nn.Parameter]:
         self._require(function, task=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoraConfig, SequentialLora
-from .lora_method import stored
 from .method import LossFn
 from .settings import check_range
 from .state import State
+from .stored import stored
 
 __all__ = ["OLora", "OLoraConfig", "overlap"]
 

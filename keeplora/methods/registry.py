@@ -26,7 +26,7 @@ from .loda import LoDa, LoDaConfig
 from .lora import LoraConfig, SequentialLora
 from .method import Method
 from .olora import OLora, OLoraConfig
-from .saved import resumed, saved_settings
+from .saved import made, resumed
 from .sdlora import SdLora, SdLoraConfig
 from .state import StateError, read_state
 from .zero_shot import NoConfig, ZeroShot
@@ -163,11 +163,10 @@ def load(
     """
     state = read_state(path)
     name = state.meta.get("method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise StateError(f"load: {os.fspath(path)} must be of a registered method, got {name!r}")
     entry = METHODS[name]
-    method = entry.build(model, entry.config(**saved_settings(state, path)), targets=targets, progress=progress)
-    return resumed(method, state)
+    return resumed(made(entry.build, entry.config, state, path, model, targets=targets, progress=progress), state)
 
 
 def _registered(function: str, name: str) -> Registered:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keeplora._version import __version__
 from keeplora.lora import Target
@@ -16,9 +16,11 @@ from keeplora.lora import Target
 from .settings import plain
 from .state import State, StateError, read_state, write_state
 
-__all__ = ["Saved", "resumed", "saved_settings"]
+__all__ = ["Saved", "made", "resumed"]
 
 S = TypeVar("S", bound="Saved")
+MOST_TASKS = 2**20
+"""More than anybody learns; a number of tasks seeds generators."""
 
 
 class Saved(ABC):
@@ -107,14 +109,38 @@ class Saved(ABC):
         self._continue(self._checked(state))
 
     def _checked(self, state: State) -> _Checked:
-        """``state``, which fits; nothing is changed."""
+        """``state``, which fits; nothing is changed.
+
+        A state may come from anywhere: whatever its values break while they are read is said as a StateError.
+        """
+        try:
+            return self._read(state)
+        except StateError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise StateError(
+                f"load_state: state must be one of {self.name!r} for this model, got one that cannot be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _read(self, state: State) -> _Checked:
         tasks, training = state.meta.get("tasks_learned"), state.meta.get("training_task")
         check_method(self.name, state)
         if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 0:
             raise StateError(f"load_state: tasks_learned must be a number of tasks, got {tasks!r}")
         if not isinstance(training, bool):
             raise StateError(f"load_state: training_task must be true or false, got {training!r}")
-        return _Checked(tasks, training, self.recall_weights(state), self.recall(state))
+        if tasks >= MOST_TASKS:
+            raise StateError(f"load_state: tasks_learned must be below {MOST_TASKS}, got {tasks}")
+        read = Reading(state.tensors)
+        recorded = State(read, state.meta)
+        checked = _Checked(tasks, training, self.recall_weights(recorded), self.recall(recorded))
+        if strangers := sorted(set(state.tensors) - read.names):
+            raise StateError(
+                f"load_state: tensors must be those of {self.name!r} at this point of its life, got {len(strangers)} "
+                f"more (first: {strangers[0]})"
+            )
+        return checked
 
     def _continue(self, checked: _Checked) -> None:
         if self.training_task:
@@ -129,6 +155,7 @@ class Saved(ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        self._require("save", task=None)
         write_state(path, self.state())
 
     @classmethod
@@ -147,9 +174,7 @@ class Saved(ABC):
         """
         state = read_state(path)
         check_method(cls.name, state, f"load: {os.fspath(path)}")
-        config = cls.config_type(**saved_settings(state, path))
-        method = cls(model, config, targets=targets, progress=progress)
-        return resumed(method, state)
+        return resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)
 
     @abstractmethod
     def abandon_task(self) -> None:
@@ -162,6 +187,22 @@ class Saved(ABC):
     @abstractmethod
     def _require(self, function: str, *, task: bool | None) -> None:
         """Refuse a call at the wrong time."""
+
+
+class Reading(dict[str, Tensor]):
+    """A state's tensors, and which of them have been asked for: those nobody asks for belong to something else."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
 
 
 class _Checked(NamedTuple):
@@ -177,7 +218,7 @@ def resumed(method: S, state: State) -> S:
     """``method``, fresh around its model, with ``state``; on an error the model has its ordinary layers again."""
     try:
         method.load_state(state)
-    except StateError:
+    except Exception:
         method.release()
         raise
     return method
@@ -187,6 +228,22 @@ def check_method(name: str, state: State, where: str = "load_state: state") -> N
     """Refuse a state of another method."""
     if state.meta.get("method") != name:
         raise StateError(f"{where} must be of method {name!r}, got {state.meta.get('method')!r}")
+
+
+def made(
+    build: Callable[..., S],
+    config_type: type,
+    state: State,
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    **options: Any,
+) -> S:
+    """The method with the settings that ``state`` was saved with, fresh around ``model``."""
+    settings = saved_settings(state, path)
+    try:
+        return build(model, config_type(**settings), **options)
+    except (TypeError, ValueError) as error:
+        raise StateError(f"load: {os.fspath(path)} must fit the model it is loaded into: {error}") from error
 
 
 def saved_settings(state: State, path: str | os.PathLike[str]) -> dict[str, Any]:

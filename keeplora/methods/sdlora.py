@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from keeplora.lora import LoraAdapter
 
 from .lora import LoraConfig, SequentialLora
-from .lora_method import stored
 from .method import LossFn
 from .settings import check_range
 from .state import State
+from .stored import stored
 
 __all__ = ["Directions", "SdLora", "SdLoraConfig"]
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from keeplora.methods import METHODS, State, load
+from keeplora.methods import METHODS, State, StateError, load
+from keeplora.methods.state import write_state
 from tests.methods.contract import (
     LOOKS_AFTER,
     LOOKS_BEFORE,
@@ -209,3 +210,117 @@ def test_calls_out_of_order_are_refused(name):
         method.before_task(task(0), loss_fn)
     with pytest.raises(RuntimeError, match="merge: "):
         method.merge()
+
+
+def tampered(state):
+    """States that somebody has edited: (what was done, the state)."""
+    meta, tensors = copy.deepcopy(state.meta), state.tensors
+    for key in sorted(meta):
+        for value in (None, True, -1, "x", [["x"]], {"a": [5]}, 10**30):
+            if key not in ("versions", "config") and value != meta[key]:
+                yield f"{key}={value!r}", State(dict(tensors), {**copy.deepcopy(meta), key: value})
+    for name in sorted(tensors):
+        for change in ("missing", "nan", "int8", "complex64", "flat"):
+            changed = dict(tensors)
+            tensor = changed.pop(name)
+            if change == "nan" and tensor.is_floating_point() and tensor.numel():
+                changed[name] = torch.full_like(tensor, float("nan"))
+            elif change in ("int8", "complex64"):
+                changed[name] = tensor.to(getattr(torch, change))
+            elif change == "flat":
+                changed[name] = tensor.reshape(-1, 1, 1)
+            elif change == "nan":
+                continue
+            yield f"{name} {change}", State(changed, copy.deepcopy(meta))
+    yield "one more tensor", State({**tensors, "stranger": torch.zeros(1)}, copy.deepcopy(meta))
+
+
+@pytest.mark.parametrize("tasks", [0, 1])
+def test_whatever_is_edited_in_a_state_is_refused_and_changes_nothing(name, tasks):
+    start = Net()
+    method, _ = opened(name, start, tasks)
+    whole, fresh = method.state(), make(name, copy.deepcopy(start))
+    before = fresh.state()
+    accepted = []
+    for what, state in tampered(whole):
+        try:
+            fresh.load_state(state)
+        except StateError:
+            assert same(fresh.state(), before), what
+        else:
+            accepted.append(what)
+            fresh = make(name, copy.deepcopy(start))
+    assert [what for what in accepted if not what.startswith(ACCEPTED)] == []
+
+
+ACCEPTED = ("training_task=",)
+"""What no state can know: a method that trains nothing has no open task to miss."""
+
+
+def test_bases_that_protect_nothing_are_refused(name):
+    start = Net()
+    method, fresh = make(name, copy.deepcopy(start)), make(name, copy.deepcopy(start))
+    learn(method, task(0))
+    state = method.state()
+    bases = [key for key in state.tensors if key.endswith(".basis") and ".adapter." not in key]
+    for key in bases:
+        if state.tensors[key].numel():
+            with pytest.raises(StateError, match="must have orthonormal columns"):
+                fresh.load_state(State({**state.tensors, key: 0 * state.tensors[key]}, copy.deepcopy(state.meta)))
+    assert bases or name not in {"keeplora", "keeplora++", "keeplora++cls", "gpm", "inflora", "duallora"}
+
+
+@pytest.mark.parametrize("meta", [{"method": ["x"]}, {"config": {"zzz": 1}}, {"config": 5}, {"tasks_learned": "x"}])
+def test_a_load_that_fails_leaves_the_model_as_it_was(name, meta, tmp_path):
+    method = make(name)
+    learn(method, task(0))
+    state = method.state()
+    write_state(tmp_path, State(state.tensors, {**state.meta, **meta}))
+    model = Net()
+    kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    with pytest.raises(StateError, match=r"^load"):
+        load(tmp_path, model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_is_put_into_a_model_in_evaluation_is_in_evaluation(name, tmp_path):
+    start = Net()
+    method, _ = opened(name, start, 1)
+    method.save(tmp_path)
+    loaded, other = load(tmp_path, copy.deepcopy(start).eval()), make(name, copy.deepcopy(start).eval())
+    other.before_task(task(0), loss_fn)
+    for each in (loaded, other):
+        assert [path for path, module in each.model.named_modules() if module.training] == []
+        each.abandon_task()
+        assert [path for path, module in each.model.named_modules() if module.training] == []
+
+
+def test_running_statistics_are_abandoned_too(name):
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x):
+            return self.norm(super().forward(x))
+
+    method = make(name, Normed())
+    before = outputs(method, x := torch.randn(2, 4, WIDTH))
+    method.before_task(task(0), loss_fn)
+    for batch in task(0):
+        loss_fn(method.model, batch)
+    assert not torch.equal(outputs(method, x)[0], before[0])
+    method.abandon_task()
+    assert all(map(torch.equal, outputs(method, x), before))
+
+
+def test_a_copy_of_an_open_task_is_trained_as_the_task_is(name):
+    method, _ = opened(name, Net(), 1)
+    twin = copy.deepcopy(method)
+    for each in (method, twin):
+        if each.trains:
+            steps(each, torch.optim.SGD(each.trainable_parameters(), lr=0.1), task(1), 2)
+        each.after_task(task(1))
+    assert agree(method, twin, torch.randn(2, 4, WIDTH))

@@ -19,6 +19,7 @@ from keeplora.methods.fingerprint import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.state import State, StateError, read_state, write_state
+from keeplora.methods.stored import is_counts, stored, stored_basis
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter
 
@@ -119,7 +120,7 @@ class SubspaceState:
             )
         try:
             targets = tuple(Target(n, n, "weight", None, depth, tower) for n, depth, tower in meta["targets"])
-            return cls(
+            loaded = cls(
                 config=KeepLoraConfig(**meta["config"]),
                 targets=targets,
                 bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
@@ -137,8 +138,30 @@ class SubspaceState:
                 pretrained=meta["pretrained"],
                 current=meta["current"],
             )
+            loaded._check(state)
+        except StateError:
+            raise
         except KeyError as error:
             raise StateError(f"load: {os.fspath(path)} must hold {error}, got a state without it") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise StateError(
+                f"load: {os.fspath(path)} must be whole, got values that cannot be read: {error}"
+            ) from error
+        return loaded
+
+    def _check(self, state: State) -> None:
+        """Refuse a state whose bases protect nothing, or whose updates fit no layer."""
+        tasks = self.tasks_learned
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or len(self.learned) != tasks:
+            raise StateError(f"load: tasks_learned must count the {len(self.learned)} tasks of learned, got {tasks!r}")
+        names = [target.name for target in self.targets]
+        if not is_counts([list(self.added.get(name, ())) for name in names], len(names), tasks):
+            raise StateError(f"load: added must have {tasks} numbers for each of {len(names)} layers, got {self.added}")
+        for name in names:
+            width = len(stored_basis(state, f"{name}.basis", self.bases[name].shape[0]))
+            for task in (i for i, updates in enumerate(self.learned) if name in updates):
+                a = stored(state, f"{name}.learned.{task}.A", (None, width))
+                stored(state, f"{name}.learned.{task}.B", (None, len(a)))
 
     def restore(self, model: Any) -> None:
         """Bring a ``PeftModel`` that was just loaded to where this state was saved.
@@ -153,6 +176,14 @@ class SubspaceState:
         """
         adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
         held = fingerprint(adapter.layers)
+        for layer in adapter.layers:
+            sizes = (layer.base.out_features, layer.base.in_features)
+            for update in (updates[layer.name] for updates in self.learned if layer.name in updates):
+                if (update.b.shape[0], update.a.shape[1]) != sizes:
+                    raise StateError(
+                        f"restore: the state's updates must be for a weight of {list(sizes)}, got "
+                        f"{[update.b.shape[0], update.a.shape[1]]} [{layer.name}]"
+                    )
         if held == self.pretrained:
             for updates in self.learned:
                 self._merge(adapter, updates)

@@ -18,7 +18,7 @@ from keeplora.methods.keeplora.certificate import RetentionCertificate, certifie
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.directions import TaskGradients
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
-from keeplora.methods.keeplora.trained_a import restore_confinement
+from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
@@ -204,14 +204,16 @@ def update_subspace(
         )
     bases = [state.bases[layer.name].to(layer.base.weight.device) for layer in layers]
     _check_finite(layers)
-    restore_confinement(
-        "update_subspace",
-        {layer.name: (layer.a, q) for layer, q in zip(layers, bases, strict=True)},
-        "PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call keeplora.freeze_a(model) after "
-        "those.",
-    )
-    updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
-    with borrow(adapter, state.masters) as slots:
+    with (
+        confined_again(
+            "update_subspace",
+            {layer.name: (layer.a, q) for layer, q in zip(layers, bases, strict=True)},
+            "PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call keeplora.freeze_a(model) "
+            "after those.",
+        ),
+        borrow(adapter, state.masters) as slots,
+    ):
+        updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
         new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))

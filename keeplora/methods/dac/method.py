@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.distributed import processes
-from keeplora.families.class_tokens import class_tokens
+from keeplora.families.class_tokens import class_tokens_of
 from keeplora.methods.lora import LoraConfig, kaiming
-from keeplora.methods.lora_method import LoraMethod, stored
+from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
 from keeplora.methods.settings import check_range, check_whole
 from keeplora.methods.state import State
+from keeplora.methods.stored import stored
 
 from .experts import ExpertPool, ago_loss, most_used
 
@@ -107,8 +108,8 @@ class Dac(LoraMethod):
     config: DacConfig
 
     def __init__(self, model: nn.Module, config: DacConfig | None = None, **options: Any):
-        self.tokens, hooks = class_tokens(model)
-        super().__init__(model, config, **options)
+        with class_tokens_of(model) as (self.tokens, hooks):
+            super().__init__(model, config, **options)
         self._hooks += hooks
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # a merged weight has no gates
@@ -156,7 +157,8 @@ class Dac(LoraMethod):
         return State({f"{slot.name}.past": past for slot, past in zip(self.slots, self.past, strict=True)})
 
     def recall(self, state: State) -> list[Tensor]:
-        return [stored(state, f"{slot.name}.past", [slot.weight.shape[0], None]) for slot in self.slots]
+        count = self.config.counts[1] * state.meta["tasks_learned"]
+        return [stored(state, f"{slot.name}.past", [slot.weight.shape[0], count]) for slot in self.slots]
 
     def remember(self, memory: list[Tensor]) -> None:
         self.past = [past.to(slot.weight.device) for slot, past in zip(self.slots, memory, strict=True)]

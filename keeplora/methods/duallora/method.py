@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
-from keeplora.families.class_head import is_image_text_model, observed, put_class_head
-from keeplora.families.class_tokens import class_tokens
+from keeplora.families.class_head import is_image_text_model, observed, put_class_head, require_no_head
+from keeplora.families.class_tokens import class_tokens_of
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions
 from keeplora.math.moment import Extension, SketchedMoment
 from keeplora.math.rank import fewest_directions
 from keeplora.math.subspace import project
 from keeplora.methods.lora import LoraConfig, kaiming
-from keeplora.methods.lora_method import LoraMethod, stored
+from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.settings import check_range
 from keeplora.methods.state import State, StateError
+from keeplora.methods.stored import stored, stored_basis
 from keeplora.ops.precision import full_precision
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
@@ -112,11 +113,13 @@ class DualLora(LoraMethod):
     name: ClassVar[str] = "duallora"
     config_type: ClassVar[type] = DualLoraConfig
     merges = False
+    rests_with_adapters = True
     config: DualLoraConfig
 
     def __init__(self, model: nn.Module, config: DualLoraConfig | None = None, **options: Any):
-        self.tokens, hooks = class_tokens(model)
-        super().__init__(model, config, **options)
+        require_no_head(model)
+        with class_tokens_of(model) as (self.tokens, hooks):
+            super().__init__(model, config, **options)
         self._hooks += hooks
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # a merged weight cannot depend on the sample
@@ -146,7 +149,7 @@ class DualLora(LoraMethod):
             residuals = self._residuals(slot)
             if psi.shape[1]:
                 start = torch.eye(psi.shape[1], dtype=psi.dtype, device=psi.device)
-                residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share))
+                residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share, new=True))
             adapters.append(self._adapter(slot, a[:rank].to(phi), phi.new_zeros(out, rank), phi, residuals))
         full = [slot.name for slot, adapter in zip(self.slots, adapters, strict=True) if not adapter.rank]
         if full:
@@ -178,7 +181,7 @@ class DualLora(LoraMethod):
 
     def drop_task(self) -> None:
         for slot, basis in zip(self.slots, self.bases, strict=True):
-            earlier = [task for task in self._residuals(slot) if not task.R.requires_grad]
+            earlier = [task for task in self._residuals(slot) if not task.new]
             slot.detach()
             self._rest(slot, basis, earlier)
 
@@ -187,7 +190,7 @@ class DualLora(LoraMethod):
         statistics = self._class_token_moments(loader, loss_fn, features)
         open_bases = []
         for slot, phi in zip(self.slots, self.bases, strict=True):
-            mine = [task.basis for task in self._residuals(slot) if task.R.requires_grad]
+            mine = [task.basis for task in self._residuals(slot) if task.new]
             open_bases.append(torch.cat([phi, *mine], dim=1))
         new = self._extended(open_bases, [statistic.moment for statistic in statistics])
         if self.head is not None:
@@ -214,20 +217,21 @@ class DualLora(LoraMethod):
 
     def recall(self, state: State) -> tuple[list[Tensor], list[KnownTask]]:
         identities = state.meta.get("identities")
-        if not isinstance(identities, list):
-            raise StateError(f"load_state: identities must be a list of numbers, got {identities!r}")
-        bases = [stored(state, f"{slot.name}.basis", [slot.weight.shape[1], None]) for slot in self.slots]
+        if not isinstance(identities, list) or not all(isinstance(i, float) and 0 < i <= 1 for i in identities):
+            raise StateError(f"load_state: identities must be a list of numbers in (0, 1], got {identities!r}")
+        bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
         known = []
         for i, rest in enumerate(identities):
-            tokens = stored(state, f"identity.{i}.tokens", [None, None])
-            known.append(KnownTask(tokens, stored(state, f"identity.{i}.basis", [None, None]), rest))
+            tokens = stored(state, f"identity.{i}.tokens", [None, None], whole=True)
+            width = len(stored(state, f"identity.{i}.basis", [None, None]))
+            known.append(KnownTask(tokens, stored_basis(state, f"identity.{i}.basis", width), rest))
         return bases, known
 
     def remember(self, memory: tuple[list[Tensor], list[KnownTask]]) -> None:
         bases, known = memory
         self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, bases, strict=True)]
         if self.head is not None:
-            self.head.tasks = nn.ModuleList(known).to(self.slots[0].weight.device)
+            self.head.tasks = nn.ModuleList(known).to(self.slots[0].weight.device).train(self.head.training)
 
     def release(self) -> None:
         for slot in self.slots:
@@ -284,6 +288,8 @@ class DualLora(LoraMethod):
     def _rest(self, slot: LoraSlot, basis: Tensor, residuals: list[ResidualAdapter]) -> None:
         """Between tasks a slot holds its residual adapters, frozen."""
         out, width = slot.weight.shape
+        for task in residuals:
+            task.new = False
         if residuals:
             none = basis.new_zeros(0, width), basis.new_zeros(out, 0)
             slot.attach(self._adapter(slot, *none, basis[:, :0], residuals).requires_grad_(False))

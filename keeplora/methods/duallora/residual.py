@@ -41,21 +41,22 @@ class ResidualAdapter(nn.Module):
 
     Args:
         r: R ``[q, k]``. b: B ``[out, q]``. basis: Ψ ``[in, k]``, the task's residual bases. share: As in
-            :func:`relevance`.
+            :func:`relevance`. new: Whether it is the open task's.
     """
 
     basis: Tensor
 
-    def __init__(self, r: Tensor, b: Tensor, basis: Tensor, share: float):
+    def __init__(self, r: Tensor, b: Tensor, basis: Tensor, share: float, *, new: bool = False):
         super().__init__()
+        self.new = new
         self.R, self.B = nn.Parameter(r.detach().clone()), nn.Parameter(b.detach().clone())
         self.register_buffer("basis", basis.detach().clone())
         self.share = float(share)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that makes it again: R, B, Ψ, ρ and whether it is being trained."""
+        """All that makes it again: R, B, Ψ, ρ and whether it is the open task's."""
         share = torch.tensor(self.share, dtype=torch.float64)
-        return {**self.state_dict(), "share": share, "trained": torch.tensor(self.R.requires_grad)}
+        return {**self.state_dict(), "share": share, "new": torch.tensor(self.new)}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> ResidualAdapter:
@@ -67,9 +68,8 @@ class ResidualAdapter(nn.Module):
         r, b, basis = tensors["R"], tensors["B"], tensors["basis"]
         if not r.dim() == b.dim() == basis.dim() == 2 or (r.shape[1], b.shape[1]) != (basis.shape[1], r.shape[0]):
             raise ValueError(f"R [q, k], B [out, q] and a basis [in, k], got {[list(t.shape) for t in (r, b, basis)]}")
-        adapter = ResidualAdapter(r, b, basis, float(tensors["share"]))
-        adapter.requires_grad_(bool(tensors["trained"]))
-        return adapter
+        new = bool(tensors["new"])
+        return ResidualAdapter(r, b, basis, float(tensors["share"]), new=new).requires_grad_(new)
 
     def down(self) -> Tensor:
         """A = R Ψᵀ ``[q, in]``."""

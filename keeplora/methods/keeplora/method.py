@@ -22,16 +22,17 @@ from keeplora.lora import (
 )
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
-from keeplora.methods.lora_method import LoraMethod, stored
+from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
 from keeplora.methods.state import State, StateError
+from keeplora.methods.stored import is_counts, stored_basis
 
 from .certificate import RetentionCertificate, certified
 from .config import KeepLoraConfig
 from .directions import direction_finder
 from .import_peft import imported_adapters
 from .protected import Protected, extended_bases, weight_bases
-from .trained_a import restore_confinement
+from .trained_a import confined_again
 
 __all__ = ["KeepLora"]
 
@@ -168,7 +169,7 @@ class KeepLora(LoraMethod):
         Args:
             options: Of :class:`keeplora.lora.ProjectedAdamW`: lr, betas, eps, weight_decay, capturable, fused.
         """
-        return ProjectedAdamW(self.trainable_parameters(), bases=self._bases_to_keep("optimizer"), **options)
+        return ProjectedAdamW(self._trained("optimizer"), bases=self._bases_to_keep("optimizer"), **options)
 
     def confine(self, optimizer: torch.optim.Optimizer) -> Confinement:
         """Let every step of an optimizer of one's own keep a trained A outside of what is protected.
@@ -201,12 +202,12 @@ class KeepLora(LoraMethod):
         assert self._protected is not None
         old, bases = self._protected, [p.basis for p in self._protected]
         held = [(slot, q) for slot, q in zip(self.slots, bases, strict=True) if slot.adapter is not None]
-        restore_confinement(
+        with confined_again(
             "after_task",
             {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
             "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
-        )
-        new = extended_bases(self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress)
+        ):
+            new = extended_bases(self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress)
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
         self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers))
@@ -245,12 +246,12 @@ class KeepLora(LoraMethod):
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
         if added is None and not tasks and not state.meta["training_task"]:
             return None
-        if not isinstance(added, list) or [len(row) for row in added] != [tasks] * len(self.slots):
+        if not is_counts(added, len(self.slots), tasks):
             raise StateError(
                 f"load_state: added_by_task must have a row of {tasks} numbers for each of {len(self.slots)} targets, "
                 f"got {added!r}"
             )
-        bases = [stored(state, f"{slot.name}.basis", (slot.weight.shape[1], None)) for slot in self.slots]
+        bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
         for slot, basis, row in zip(self.slots, bases, added, strict=True):
             if not 0 <= sum(row) <= basis.shape[1] <= basis.shape[0]:
                 raise StateError(

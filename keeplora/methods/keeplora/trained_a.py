@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,36 +11,44 @@ from torch import Tensor, nn
 from keeplora._messages import warn
 from keeplora.ops.project_rows import project_rows
 
-__all__ = ["LEAK", "leak_of_rows", "restore_confinement"]
+__all__ = ["LEAK", "confined_again", "leak_of_rows"]
 
 LEAK = 1e-6
 """The most of a row of A, relative to the row, that may lie inside the basis."""
 
 
-@torch.no_grad()
-def restore_confinement(function: str, factors: Mapping[str, tuple[nn.Parameter, Tensor]], remedy: str) -> None:
+@contextmanager
+def confined_again(function: str, factors: Mapping[str, tuple[nn.Parameter, Tensor]], remedy: str) -> Iterator[None]:
     """Take what is protected out of every A that training has let in; a warning names the worst.
 
-    An optimizer that knows nothing of the bases leaves A's free space even when A's gradient lies in it.
+    An optimizer that knows nothing of the bases leaves A's free space even when A's gradient lies in it. If the block
+    fails, every A is what it was.
 
     Args:
         factors: A ``[r, in]`` and its protected basis ``[in, k]``, by layer. remedy: How to train it next time.
     """
-    if not factors:
-        return
     leaks = {name: leak_of_rows(a.detach(), q) for name, (a, q) in factors.items()}
     astray = [(a, q.to(a)) for name, (a, q) in factors.items() if leaks[name] > LEAK]
     if not astray:
+        yield
         return
-    rows, _ = project_rows([a.detach() for a, _ in astray], [q for _, q in astray])
-    for (a, _), projected in zip(astray, rows, strict=True):
-        a.copy_(projected)
-    worst = max(leaks, key=leaks.__getitem__)
-    warn(
-        f"{function}: {len(astray)} of {len(factors)} A were trained and had left their free space, by "
-        f"{leaks[worst]:.1e} of a row's length in the worst layer [{worst}]. They were projected back, which changes "
-        f"what was learned. {remedy}"
-    )
+    before = [a.detach().clone() for a, _ in astray]
+    with torch.no_grad():
+        rows, _ = project_rows(before, [q for _, q in astray])
+        try:
+            for (a, _), projected in zip(astray, rows, strict=True):
+                a.copy_(projected)
+            worst = max(leaks, key=leaks.__getitem__)
+            warn(
+                f"{function}: {len(astray)} of {len(factors)} A were trained and had left their free space, by "
+                f"{leaks[worst]:.1e} of a row's length in the worst layer [{worst}]. They were projected back, which "
+                f"changes what was learned. {remedy}"
+            )
+            yield
+        except BaseException:
+            for (a, _), own in zip(astray, before, strict=True):
+                a.copy_(own)
+            raise
 
 
 def leak_of_rows(a: Tensor, q: Tensor) -> float:

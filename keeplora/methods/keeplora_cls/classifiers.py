@@ -45,7 +45,7 @@ class CosineClassifiers(ClassHead):
 
     def add(self, weight: Tensor, tokens: Tensor) -> CosineClassifier:
         """One more task's classifier. Of two with the same prompts the later one counts."""
-        classifier = CosineClassifier(weight, tokens)
+        classifier = CosineClassifier(weight, tokens).train(self.training)
         self.tasks.append(classifier)
         return classifier
 

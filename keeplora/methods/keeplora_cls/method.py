@@ -10,15 +10,15 @@ from torch import nn
 
 from keeplora._messages import warn
 from keeplora.distributed import processes
-from keeplora.families.class_head import is_image_text_model, observed, put_class_head
+from keeplora.families.class_head import is_image_text_model, observed, put_class_head, require_no_head
 from keeplora.lora import Target
 from keeplora.methods.keeplora.certificate import RetentionCertificate
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.method import KeepLora
-from keeplora.methods.lora_method import stored
 from keeplora.methods.method import LossFn
 from keeplora.methods.settings import ConfigError, check_range
 from keeplora.methods.state import State, StateError
+from keeplora.methods.stored import stored
 
 from .classifiers import ClassMeans, CosineClassifiers
 
@@ -93,6 +93,7 @@ class KeepLoraCls(KeepLora):
                 "KeepLoraCls: model must have image features (encode_image, encode_text, logit_scale, as open_clip's "
                 f"models do), got {type(model).__name__}. Use keeplora++ for other models."
             )
+        require_no_head(model)
         super().__init__(model, config, targets=targets, progress=progress)
         self.head = CosineClassifiers(self.config.classifier_scale)
         put_class_head(model, self.head)
@@ -114,13 +115,17 @@ class KeepLoraCls(KeepLora):
         means = ClassMeans()
         with observed(self.head, means.observe):
             super().open_task(loader, means.of_loss(loss_fn))
-        start, empty = means.start()
+        try:
+            start, empty = means.start()
+            if empty:
+                warn(
+                    f"KeepLoraCls: {empty} of {len(start)} classes had no image in the pass before the task and start "
+                    "at their texts. Let the pass see more of the data."
+                )
+        except BaseException:  # a warning may be an error
+            super().drop_task()
+            raise
         self.head.add(start, means.tokens)
-        if empty:
-            warn(
-                f"KeepLoraCls: {empty} of {len(start)} classes had no image in the pass before the task and start at "
-                "their texts. Let the pass see more of the data."
-            )
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The adapters' parameters and the task's classifier ``[classes, d]``."""
@@ -156,7 +161,7 @@ class KeepLoraCls(KeepLora):
             )
         classifiers = []
         for i in range(count):
-            tokens = stored(state, f"classifier.{i}.tokens", (None, None))
+            tokens = stored(state, f"classifier.{i}.tokens", (None, None), whole=True)
             classifiers.append((stored(state, f"classifier.{i}.weight", (len(tokens), None)), tokens))
         return super().recall(state), classifiers
 
@@ -164,7 +169,7 @@ class KeepLoraCls(KeepLora):
         protected, classifiers = memory
         super().remember(protected)
         device = self.slots[0].weight.device
-        self.head.tasks = nn.ModuleList()
+        self.head.tasks = nn.ModuleList().train(self.head.training)
         for weight, tokens in classifiers:
             self.head.add(weight.to(device), tokens.to(device)).weight.requires_grad_(False)
 

@@ -1,0 +1,69 @@
+"""What may stand in a state: tensors of a shape, orthonormal bases, counts and names; everything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .state import State, StateError
+
+__all__ = ["is_counts", "is_names", "stored", "stored_basis"]
+
+
+def stored(state: State, name: str, shape: Sequence[int | None], *, whole: bool = False) -> Tensor:
+    """The state's tensor ``name``; None in ``shape`` is any size.
+
+    Args:
+        whole: Whether it holds whole numbers; otherwise float32 or float64.
+
+    Raises:
+        StateError: it is missing, of another shape or dtype, or not finite.
+    """
+    tensor = state.tensors.get(name)
+    fits = (
+        tensor is not None
+        and tensor.dim() == len(shape)
+        and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
+    )
+    if tensor is None or not fits:
+        got = None if tensor is None else list(tensor.shape)
+        raise StateError(f"load_state: {name} must have shape {list(shape)}, got {got}")
+    if tensor.dtype not in ((torch.int64, torch.int32) if whole else (torch.float32, torch.float64)):
+        kinds = "int64 or int32" if whole else "float32 or float64"
+        raise StateError(f"load_state: {name} must be {kinds}, got {tensor.dtype}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise StateError(f"load_state: {name} must be finite, got NaN or Inf")
+    return tensor
+
+
+def stored_basis(state: State, name: str, width: int) -> Tensor:
+    """The state's orthonormal columns ``name [width, k]``: what else they were, nothing would be protected by them.
+
+    Raises:
+        StateError: as :func:`stored`, or they are not orthonormal (by one random combination: it costs one product).
+    """
+    basis = stored(state, name, (width, None))
+    drawn = torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide, mix = basis.double(), drawn.to(basis.device)
+    off = float(((wide.T @ (wide @ mix)) - mix).abs().max()) if basis.shape[1] else 0.0
+    if basis.shape[1] > width or off > 1e-3:
+        raise StateError(f"load_state: {name} must have orthonormal columns, got some that are off by {off:.1e}")
+    return basis
+
+
+def is_counts(value: Any, rows: int, columns: int | None = None) -> TypeGuard[list[list[int]]]:
+    """Whether a JSON value is that many lists of whole numbers, at least 0, each of that length."""
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(isinstance(row, list) and columns in (None, len(row)) for row in value)
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for row in value for n in row)
+    )
+
+
+def is_names(value: Any) -> TypeGuard[list[str]]:
+    """Whether a JSON value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
