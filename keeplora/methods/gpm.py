@@ -227,12 +227,12 @@ class Gpm(LoraMethod):
     def _projected(self, slots: list[int], gradient: Tensor) -> Tensor:
         """``G − G M Mᵀ`` in the rows of every slot, 0 elsewhere."""
         result = torch.zeros_like(gradient)
-        for i in slots:
-            rows = self.slots[i].rows
-            span = slice(None) if rows is None else slice(*rows)
-            basis = self.bases[i]
-            (free,), _ = project_rows([gradient[span].to(basis.dtype)], [basis], passes=1)
-            result[span] = free
+        spans = [slice(None) if (rows := self.slots[i].rows) is None else slice(*rows) for i in slots]
+        bases = [self.bases[i] for i in slots]
+        parts = [gradient[span].to(basis.dtype) for span, basis in zip(spans, bases, strict=True)]
+        free, _ = project_rows(parts, bases, passes=1)
+        for span, part in zip(spans, free, strict=True):
+            result[span] = part
         return result
 
 

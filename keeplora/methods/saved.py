@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from keeplora._version import __version__
 from keeplora.lora import Target
@@ -124,22 +124,17 @@ class Saved(ABC):
             ) from error
 
     def _read(self, state: State) -> _Checked:
-        tasks, training = state.meta.get("tasks_learned"), state.meta.get("training_task")
+        tensors, meta = Reading(state.tensors), Reading(state.meta)
         check_method(self.name, state)
-        if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 0:
-            raise StateError(f"load_state: tasks_learned must be a number of tasks, got {tasks!r}")
+        tasks, training = meta.get("tasks_learned"), meta.get("training_task")
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or not 0 <= tasks < MOST_TASKS:
+            raise StateError(f"load_state: tasks_learned must be a number of tasks below {MOST_TASKS}, got {tasks!r}")
         if not isinstance(training, bool):
             raise StateError(f"load_state: training_task must be true or false, got {training!r}")
-        if tasks >= MOST_TASKS:
-            raise StateError(f"load_state: tasks_learned must be below {MOST_TASKS}, got {tasks}")
-        read = Reading(state.tensors)
-        recorded = State(read, state.meta)
+        recorded = State(tensors, meta)
         checked = _Checked(tasks, training, self.recall_weights(recorded), self.recall(recorded))
-        if strangers := sorted(set(state.tensors) - read.names):
-            raise StateError(
-                f"load_state: tensors must be those of {self.name!r} at this point of its life, got {len(strangers)} "
-                f"more (first: {strangers[0]})"
-            )
+        tensors.require_all_read("tensors", self.name)
+        meta.require_all_read("meta", self.name, besides=("method", "config", "versions"))
         return checked
 
     def _continue(self, checked: _Checked) -> None:
@@ -189,20 +184,28 @@ class Saved(ABC):
         """Refuse a call at the wrong time."""
 
 
-class Reading(dict[str, Tensor]):
-    """A state's tensors, and which of them have been asked for: those nobody asks for belong to something else."""
+class Reading(dict[str, Any]):
+    """Part of a state, and which of its entries have been asked for: what nobody asks for belongs to something else."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        super().__init__(tensors)
+    def __init__(self, entries: Mapping[str, Any]):
+        super().__init__(entries)
         self.names: set[str] = set()
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Any:
         self.names.add(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         self.names.add(name)
         return super().get(name, default)
+
+    def require_all_read(self, part: str, method: str, besides: Sequence[str] = ()) -> None:
+        """Refuse entries that were not asked for."""
+        if strangers := sorted(set(self) - self.names - set(besides)):
+            raise StateError(
+                f"load_state: {part} must be those of {method!r} at this point of its life, got {len(strangers)} more "
+                f"(first: {strangers[0]})"
+            )
 
 
 class _Checked(NamedTuple):

@@ -232,6 +232,7 @@ def tampered(state):
             elif change == "nan":
                 continue
             yield f"{name} {change}", State(changed, copy.deepcopy(meta))
+    yield "one more value", State(dict(tensors), {**copy.deepcopy(meta), "added_before": None})
     yield "one more tensor", State({**tensors, "stranger": torch.zeros(1)}, copy.deepcopy(meta))
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from keeplora._files import write_json
-from keeplora.methods.method import State
-from keeplora.methods.state import SCHEMA, StateError, has_state, read_state, write_state
+from keeplora.methods.state import SCHEMA, State, StateError, has_state, read_state, write_state
 
 
 def example(value=0.0):

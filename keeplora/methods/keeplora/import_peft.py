@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from keeplora.lora import LoraSlot, peft_checkpoint
-from keeplora.lora.peft_checkpoint import Update
 from keeplora.ops.project_rows import project_rows
 
 from .trained_a import LEAK, leak_of_rows
@@ -30,23 +29,29 @@ def imported_adapters(
     updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
     if not updates:
         raise ValueError(f"import_peft: {os.fspath(path)} must hold an update of the targets, got B = 0 everywhere")
-    return [
-        _confined(slot, updates[slot.name], q, scaling, project=project) if slot.name in updates else None
-        for slot, q, scaling in zip(slots, bases, scalings, strict=True)
-    ]
-
-
-def _confined(slot: LoraSlot, update: Update, q: Tensor, scaling: float, *, project: bool) -> dict[str, Tensor]:
-    a, b = update.a.to(q), update.b.to(q)
-    if scaling == 0:
-        raise ValueError(f"import_peft: depth_scale must not be 0 where the adapter has an update [{slot.name}]")
-    leak = leak_of_rows(a, q)
-    if leak > LEAK and not project:
+    held = [i for i, slot in enumerate(slots) if slot.name in updates]
+    for i in held:
+        if scalings[i] == 0:
+            raise ValueError(
+                f"import_peft: depth_scale must not be 0 where the adapter has an update [{slots[i].name}]"
+            )
+    rows = {i: updates[slots[i].name].a.to(bases[i]) for i in held}
+    leaks = {i: leak_of_rows(a, bases[i]) for i, a in rows.items()}
+    astray = [i for i in held if leaks[i] > LEAK]
+    if astray and not project:
+        worst = max(astray, key=leaks.__getitem__)
         raise ValueError(
-            f"import_peft: the adapter must keep out of what is protected, got {leak:.1e} of a row of A inside it "
-            f"[{slot.name}]. Pass project=True to drop that part of it; or, before the first task, merge it with "
-            "PEFT (merge_and_unload) and make the keeper of the result, so that it is protected too."
+            f"import_peft: the adapter must keep out of what is protected, got {leaks[worst]:.1e} of a row of A inside "
+            f"it [{slots[worst].name}, the worst of {len(astray)} layers]. Pass project=True to drop that part of it; "
+            "or, before the first task, merge it with PEFT (merge_and_unload) and make the keeper of the result, so "
+            "that it is protected too."
         )
-    if leak > LEAK:
-        (a, *_), _ = project_rows([a], [q])
-    return {"A": a, "B": b if update.scaling == scaling else b * (update.scaling / scaling)}
+    if astray:
+        projected, _ = project_rows([rows[i] for i in astray], [bases[i] for i in astray])
+        rows |= dict(zip(astray, projected, strict=True))
+    parts: list[dict[str, Tensor] | None] = [None] * len(slots)
+    for i, a in rows.items():
+        update = updates[slots[i].name]
+        b = update.b.to(a)
+        parts[i] = {"A": a, "B": b if update.scaling == scalings[i] else b * (update.scaling / scalings[i])}
+    return parts
