@@ -8,10 +8,10 @@ from precision import FASTER, settings
 from torch.overrides import TorchFunctionMode
 
 import keeplora.math
-from keeplora.math import lowrank, moment, orthonormal, precision, rank, sketch, subspace
+from keeplora.math import lowrank, moment, orthonormal, rank, sketch, subspace
 from keeplora.math.lowrank import ITERATIVE_FROM
 
-ROOMS = (lowrank, moment, orthonormal, precision, rank, sketch, subspace)
+ROOMS = (lowrank, moment, orthonormal, rank, sketch, subspace)
 FUNCTIONS = {
     name: getattr(room, name)
     for room in ROOMS
