@@ -10,6 +10,7 @@ import re
 
 import pages
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from pages import NOT_RUN, PAGES, ROOT, blocks, fences
 
 REASONS = ("pretrained=", "from_pretrained(", "cuda", "load_dataset(", "hf_hub_download(")
@@ -21,6 +22,8 @@ def named(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    for state in (AcceleratorState, GradientState, PartialState):  # a reader's process has had no other Accelerator
+        state._reset_state()
     monkeypatch.chdir(tmp_path)
     with pages.running(page, tmp_path):
         pass

@@ -6,10 +6,10 @@ from .keeplora import KeepLora, KeepLoraConfig, LayerCertificate, RetentionCerti
 from .lora import LoraConfig, SequentialLora
 from .lora_method import LoraMethod
 from .method import LossFn, Method
+from .reading import stored
 from .registry import METHODS, Registered, configure, create, load
 from .settings import AdapterConfig, ConfigError
 from .state import State, StateError
-from .stored import stored
 from .zero_shot import ZeroShot
 
 __all__ = [

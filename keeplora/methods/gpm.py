@@ -20,9 +20,9 @@ from keeplora.ops.project_rows import project_rows
 from .capacity import Capacity
 from .lora_method import LoraMethod
 from .method import LossFn, freeze
+from .reading import is_counts, stored, stored_basis
 from .settings import check_names, check_range
 from .state import State, StateError
-from .stored import is_counts, stored, stored_basis
 
 __all__ = ["Gpm", "GpmConfig"]
 

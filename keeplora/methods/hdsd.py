@@ -17,9 +17,9 @@ from keeplora.ops.precision import full_precision
 from .lora import LoraConfig, SequentialLora
 from .method import LossFn
 from .progress import for_all_layers
+from .reading import stored
 from .settings import ConfigError, check_range
 from .state import State
-from .stored import stored
 
 __all__ = ["Directions", "Hdsd", "HdsdConfig", "ModulatedAdapter", "update_directions"]
 

@@ -18,9 +18,9 @@ from keeplora.statistics import FeatureStatistic
 from .capacity import Capacity
 from .lora_method import LoraMethod
 from .method import LossFn
+from .reading import is_counts, stored_basis
 from .settings import AdapterConfig, check_choice, check_range, check_whole
 from .state import State, StateError
-from .stored import is_counts, stored_basis
 
 __all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
 

@@ -13,9 +13,9 @@ from keeplora.statistics import FeatureStatistic
 
 from .lora_method import LoraMethod
 from .method import LossFn
+from .reading import is_counts, stored
 from .settings import AdapterConfig, check_flag, check_range
 from .state import State, StateError
-from .stored import is_counts, stored
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
 
@@ -197,18 +197,18 @@ class LoDa(LoraMethod):
         return State(moments, {"general": self.general if self.training_task else None})
 
     def recall(self, state: State) -> tuple[list[Tensor | None], list[int]]:
-        rows = [state.meta.get("general") if state.meta["training_task"] else [0] * len(self.slots)]
+        general = state.meta.get("general")
+        rows = [general if state.meta["training_task"] else [0] * len(self.slots)]
         if not is_counts(rows, 1, len(self.slots)) or max(rows[0]) > self.config.r:
-            raise StateError(f"load_state: general must be {len(self.slots)} numbers up to r, got {rows[0]!r}")
-        general = rows[0]
+            raise StateError(f"load_state: general must be {len(self.slots)} numbers up to r, got {general!r}")
         if not state.meta["tasks_learned"]:
-            return [None] * len(self.slots), general
+            return [None] * len(self.slots), rows[0]
         widths = [slot.weight.shape[1] for slot in self.slots]
         moments: list[Tensor | None] = [
             stored(state, f"{slot.name}.moment", (n, n)).to(slot.weight.device)
             for slot, n in zip(self.slots, widths, strict=True)
         ]
-        return moments, general
+        return moments, rows[0]
 
     def remember(self, memory: tuple[list[Tensor | None], list[int]]) -> None:
         self.moments, self.general = memory

@@ -30,8 +30,8 @@ from .capacity import Capacity, layer_capacity
 from .fingerprint import fingerprint
 from .method import LossFn, Method, freeze
 from .progress import for_all_layers, progress
+from .reading import is_names, stored
 from .state import State, StateError
-from .stored import is_names, stored
 
 __all__ = ["LoraMethod"]
 

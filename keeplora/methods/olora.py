@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .lora import LoraConfig, SequentialLora
 from .method import LossFn
+from .reading import stored
 from .settings import check_range
 from .state import State
-from .stored import stored
 
 __all__ = ["OLora", "OLoraConfig", "overlap"]
 

@@ -14,9 +14,9 @@ from keeplora.lora import LoraAdapter
 
 from .lora import LoraConfig, SequentialLora
 from .method import LossFn
+from .reading import stored
 from .settings import check_range
 from .state import State
-from .stored import stored
 
 __all__ = ["Directions", "SdLora", "SdLoraConfig"]
 

@@ -18,8 +18,8 @@ from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.fingerprint import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
+from keeplora.methods.reading import is_counts, stored, stored_basis
 from keeplora.methods.state import State, StateError, read_state, write_state
-from keeplora.methods.stored import is_counts, stored, stored_basis
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter
 

@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families.class_tokens import class_tokens_of
 from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
+from keeplora.methods.reading import stored
 from keeplora.methods.settings import check_range, check_whole
 from keeplora.methods.state import State
-from keeplora.methods.stored import stored
 
 from .experts import ExpertPool, ago_loss, most_used
 
@@ -144,6 +145,11 @@ class Dac(LoraMethod):
         for pool in self._pools():
             pool.counts = pool.counts.to(pool.router.device)
             processes().add(pool.counts)
+        if not any(bool(pool.counts.any()) for pool in self._pools()):
+            warn(
+                "Dac: no batch was routed in train() mode, so no expert has a vote: the first of each layer are kept. "
+                "Call model.train() before training."
+            )
         kept = [pool.strongest(self.config.counts[1]) for pool in self._pools()]
         for slot, adapter in zip(self.slots, kept, strict=True):
             slot.detach()

@@ -23,9 +23,9 @@ from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
+from keeplora.methods.reading import stored, stored_basis
 from keeplora.methods.settings import check_range
 from keeplora.methods.state import State, StateError
-from keeplora.methods.stored import stored, stored_basis
 from keeplora.ops.precision import full_precision
 from keeplora.statistics import FeatureStatistic, feature_statistics
 

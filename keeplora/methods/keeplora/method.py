@@ -24,8 +24,8 @@ from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
+from keeplora.methods.reading import is_counts, stored_basis
 from keeplora.methods.state import State, StateError
-from keeplora.methods.stored import is_counts, stored_basis
 
 from .certificate import RetentionCertificate, certified
 from .config import KeepLoraConfig

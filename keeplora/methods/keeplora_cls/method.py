@@ -16,9 +16,9 @@ from keeplora.methods.keeplora.certificate import RetentionCertificate
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.method import KeepLora
 from keeplora.methods.method import LossFn
+from keeplora.methods.reading import stored
 from keeplora.methods.settings import ConfigError, check_range
 from keeplora.methods.state import State, StateError
-from keeplora.methods.stored import stored
 
 from .classifiers import ClassMeans, CosineClassifiers
 

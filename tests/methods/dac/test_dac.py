@@ -215,6 +215,7 @@ def test_the_towers_of_a_clip_are_routed_and_evaluated_without_a_task():
     data = loader(learned.train, learned.tokens, 16, seed=0)
     method.before_task(data, classification_loss)
     assert {slot.adapter.tower for slot in method.slots} == {"vision", "text"}
+    model.train()
     for _ in range(2):  # the second step starts with a B that is not zero
         for batch in data:
             classification_loss(model, batch).backward()
@@ -274,3 +275,12 @@ def test_a_state_without_its_past_is_refused():
     del state.tensors["2.past"]
     with pytest.raises(ValueError, match=r"2\.past must have shape"):
         Dac(net(), CONFIG).load_state(state)
+
+
+def test_training_in_evaluation_mode_is_told():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    method = create("dac", model, {"r": 3, "target_modules": "all-linear"})
+    method.before_task([], lambda model, batch: model(batch).sum())
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"Dac: no batch was routed in train\(\)"):
+        method.after_task([])

@@ -336,7 +336,7 @@ def test_a_clip_state_is_restored_bitwise(learned):
     with pytest.raises(ValueError, match=r"identity\.1\.basis must have shape"):
         fresh.load_state(damaged)
     assert all(slot.adapter is None for slot in fresh.slots)
-    with pytest.raises(ValueError, match="identities must be a list of numbers, got None"):
+    with pytest.raises(ValueError, match=r"identities must be a list of numbers in \(0, 1\], got None"):
         fresh.load_state(type(state)(state.tensors, {**state.meta, "identities": None}))
 
 

@@ -156,7 +156,7 @@ def test_damaged_states_are_refused_before_anything_changes(learned):
     whole = keeper.state()
     for damage, message in (
         (
-            State({**whole.tensors, "classifier.1.tokens": torch.zeros(2, 6)}, whole.meta),
+            State({**whole.tensors, "classifier.1.tokens": torch.zeros(2, 6, dtype=torch.int64)}, whole.meta),
             r"classifier\.1\.weight must have shape \[2, None\], got \[3, 16\]",
         ),
         (State(whole.tensors, {**whole.meta, "classifiers": 1}), "classifiers must be one for each of 2 tasks, got 1"),
