@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,11 +173,10 @@ class Gpm(LoraMethod):
         energy = min(self.config.feature_energy + self.config.energy_step * self.tasks_learned, 1.0)
         statistics, shared = self.features(loader, loss_fn), [b if b.shape[1] else None for b in self.bases]
 
-        def extended(i: int) -> Extension:
-            moment = statistics[i].moment
-            assert isinstance(moment, Tensor)
-            (new,) = extend_basis([self.bases[i].to(moment)], [moment], energy)
-            return new
+        def extended(group: list[int]) -> list[Extension]:
+            moments = [cast(Tensor, statistics[i].moment) for i in group]
+            bases = [self.bases[i].to(moment) for i, moment in zip(group, moments, strict=True)]
+            return extend_basis(bases, moments, energy)
 
         new = self.each_layer(extended, "bases", statistics, shared)
         self.bases = [extension.q for extension in new]

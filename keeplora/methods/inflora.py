@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from .reading import is_counts, stored_basis
 from .settings import AdapterConfig, check_choice, check_range, check_whole
 from .state import State, StateError
 
-__all__ = ["DualBasis", "InfLora", "InfLoraConfig"]
+__all__ = ["DualBasis", "InfLora", "InfLoraConfig", "extended"]
 
 
 @dataclass(frozen=True)
@@ -88,30 +88,8 @@ class DualBasis:
         wide: Tensor = self.columns.double()
         return wide if self.free else complement(wide)
 
-    def extended(self, moment: Tensor, energy: float) -> DualBasis:
-        r"""With the fewest more directions of ``moment`` protected that bring the captured share to ``energy``.
-
-        .. math:: \frac{\mathrm{tr}\,S - \mathrm{tr}(F^\top S F)}{\mathrm{tr}\,S} \ge \varepsilon
-
-        for F the basis of what stays free: the leading eigenvectors of ``FᵀSF`` leave it. Where more than half of all
-        directions are protected, the complement is kept from then on.
-
-        Args:
-            moment: S ``[in, in]``, symmetric positive semidefinite, float32 or float64.
-
-        Example:
-            >>> s = torch.diag(torch.tensor([6.0, 3.0, 1.0, 0.0]))
-            >>> one = DualBasis(torch.zeros(4, 0)).extended(s, 0.6)
-            >>> two = one.extended(s, 0.95)
-            >>> one.protected, one.free, two.protected, two.free, list(two.columns.shape)
-            (1, False, 3, True, [4, 1])
-        """
-        if not self.free:
-            (new,) = extend_basis([self.columns.to(moment)], [moment], energy)
-            width, count = new.q.shape
-            if 2 * count <= width:
-                return DualBasis(new.q)
-            return DualBasis(complement(new.q.double()).to(new.q.dtype), free=True)
+    def _without(self, moment: Tensor, energy: float) -> DualBasis:
+        """Of a basis of what is free: less the leading eigenvectors of FᵀSF."""
         space, wide = self.columns.double(), moment.double()
         values, vectors = torch.linalg.eigh(space.T @ wide @ space)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -121,6 +99,35 @@ class DualBasis:
         count = fewest_directions(values, total, energy, captured=captured, floor=floor)
         (left,) = reorthogonalize([(space @ vectors[:, count:]).to(self.columns.dtype)])
         return DualBasis(left, free=True)
+
+
+def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: float) -> list[DualBasis]:
+    r"""With the fewest more directions of every moment protected that bring its captured share to ``energy``.
+
+    .. math:: \frac{\mathrm{tr}\,S - \mathrm{tr}(F^\top S F)}{\mathrm{tr}\,S} \ge \varepsilon
+
+    for F the basis of what stays free: the leading eigenvectors of ``FᵀSF`` leave it. Where more than half of all
+    directions are protected, the complement is kept from then on.
+
+    Args:
+        moments: S ``[in, in]`` for each basis, symmetric positive semidefinite, all float32 or all float64.
+
+    Example:
+        >>> s = torch.diag(torch.tensor([6.0, 3.0, 1.0, 0.0]))
+        >>> (one,) = extended([DualBasis(torch.zeros(4, 0))], [s], 0.6)
+        >>> (two,) = extended([one], [s], 0.95)
+        >>> one.protected, one.free, two.protected, two.free, list(two.columns.shape)
+        (1, False, 3, True, [4, 1])
+    """
+    held = [i for i, basis in enumerate(bases) if not basis.free]
+    grown = extend_basis([bases[i].columns.to(moments[i].dtype) for i in held], [moments[i] for i in held], energy)
+    new = {i: _smaller(extension.q) for i, extension in zip(held, grown, strict=True)}
+    return [new[i] if i in new else basis._without(moments[i], energy) for i, basis in enumerate(bases)]
+
+
+def _smaller(q: Tensor) -> DualBasis:
+    width, count = q.shape
+    return DualBasis(q) if 2 * count <= width else DualBasis(complement(q.double()).to(q.dtype), free=True)
 
 
 class InfLora(LoraMethod):
@@ -168,16 +175,18 @@ class InfLora(LoraMethod):
             return a.to(energy.dtype)
 
         with torch.no_grad():
-            designs = self.each_layer(design, "adapters", statistics, self.bases)
+            designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.bases)
         self.warn_of_ranks([len(a) for a in designs], none="useful free direction left")
         self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         share = self.config.energy_after(self.tasks_learned)
         statistics = self.features(loader, loss_fn)
-        new = self.each_layer(
-            lambda i: self._basis(i).extended(self._energy(statistics[i]), share), "bases", statistics, self.bases
-        )
+
+        def grown(group: list[int]) -> list[DualBasis]:
+            return extended([self._basis(i) for i in group], [self._energy(statistics[i]) for i in group], share)
+
+        new = self.each_layer(grown, "bases", statistics, self.bases)
         self.merge_adapters()
         counts = [n.protected - self._basis(i).protected for i, n in enumerate(new)]
         self.added = [(*before, count) for before, count in zip(self.added, counts, strict=True)]

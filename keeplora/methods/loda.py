@@ -166,7 +166,7 @@ class LoDa(LoraMethod):
             return torch.cat([general, isolated]).to(new.dtype), len(general)
 
         with torch.no_grad():
-            designs = self.each_layer(design, "adapters", statistics, self.moments)
+            designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.moments)
         self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left")
         self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
         self.general = [count for _, count in designs]
@@ -174,7 +174,10 @@ class LoDa(LoraMethod):
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         statistics = self.features(loader, loss_fn)
         moments = self.each_layer(
-            lambda i: _sum(self.moments[i], _mean(statistics[i])), "memory", statistics, self.moments
+            lambda group: [_sum(self.moments[i], _mean(statistics[i])) for i in group],
+            "memory",
+            statistics,
+            self.moments,
         )
         updates = [self._recalibrated(i, _mean(statistics[i])) for i in range(len(self.slots))]
         for slot, b in zip(self.slots, updates, strict=True):

@@ -135,20 +135,22 @@ class LoraMethod(Method):
         with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
             return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
 
-    def each_layer(self, compute: Callable[[int], T], phase: str, *inputs: Sequence[Any]) -> list[T]:
-        """``compute(i)`` for every slot i, once for those whose entries of all ``inputs`` are the same objects.
+    def each_layer(self, compute: Callable[[list[int]], Iterable[T]], phase: str, *inputs: Sequence[Any]) -> list[T]:
+        """``compute`` for every slot: given the positions of several, their results.
 
-        Slots that read one tensor, as q, k and v do, share its statistic.
+        Of slots whose entries of all ``inputs`` are the same objects the first stands for all: slots that read one
+        tensor, as q, k and v do, share its statistic.
         """
         known: dict[tuple[int, ...], T] = {}
 
-        def result(i: int) -> T:
-            key = tuple(id(column[i]) for column in inputs) or (i,)
-            if key not in known:
-                known[key] = compute(i)
-            return known[key]
+        def results(group: list[int]) -> list[T]:
+            keys = {i: tuple(id(column[i]) for column in inputs) or (i,) for i in group}
+            first = {keys[i]: i for i in reversed(group) if keys[i] not in known}
+            if first:
+                known.update(zip(first, compute([*first.values()]), strict=True))
+            return [known[keys[i]] for i in group]
 
-        return for_all_layers(self.slots, lambda group: [result(i) for i in group], phase, shown=self.progress)
+        return for_all_layers(self.slots, results, phase, shown=self.progress)
 
     def generator(self) -> torch.Generator:
         """Of the numbers a task draws: they follow from the config's seed and the number of tasks learned."""

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from keeplora.lora import linear_targets, peft_checkpoint
+from keeplora.math import extend_basis
 from keeplora.methods import METHODS, create
 from keeplora.methods.lora_method import LoraMethod
 from tests.methods.contract import (
@@ -186,3 +188,23 @@ def test_unknown_names_offer_the_nearest():
 def test_lora_refuses_bad_settings(settings):
     with pytest.raises(ValueError, match="LoraConfig: "):
         create("lora", Net(), settings)
+
+
+def test_a_switch_extends_the_bases_of_all_layers_of_a_shape_in_one_call(name, monkeypatch):
+    calls = []
+
+    def counted(bases, *args, **options):
+        calls.append(len(bases))
+        return extend_basis(bases, *args, **options)
+
+    monkeypatch.setattr("keeplora.math.batch.batched", lambda tensor: True)  # as on a GPU
+    users = [m for n, m in [*sys.modules.items()] if n.startswith("keeplora.methods") and hasattr(m, "extend_basis")]
+    assert len(users) >= 4
+    for module in users:
+        if not module.__name__.endswith("calibration"):  # of a task as a whole: it has one basis
+            monkeypatch.setattr(module, "extend_basis", counted)
+    method = make(name)
+    for seed in range(3):
+        learn(method, task(seed))
+    assert len(calls) in (0, 3)
+    assert not calls or min(calls) > 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_net import inputs, loss_fn, net, projector, task, train, weights
 
-from keeplora.methods.inflora import DualBasis, InfLora, InfLoraConfig
+from keeplora.methods.inflora import DualBasis, InfLora, InfLoraConfig, extended
 
 ENERGY = {"feature_energy": 0.9, "final_energy": 0.99, "tasks": 6}
 SETTINGS = {"r": 3, "alpha": 3.0, "target_modules": "all-linear", **ENERGY}
@@ -106,7 +106,7 @@ def test_the_memory_switches_past_half_and_protects_the_same_space_either_way(wi
         mix = np.linalg.qr(rng.standard_normal((width, width)))[0] * 0.7 ** np.arange(width)
         c = mix @ mix.T
         reference.update(c, min(energy, 1 - 1e-12))
-        dual = dual.extended(torch.from_numpy(c @ c), energy)
+        (dual,) = extended([dual], [torch.from_numpy(c @ c)], energy)
         plain = np.linalg.svd(plain @ plain.T)[0][:, : plain.shape[1]]
         left = c - plain @ (plain.T @ c)
         u, s, _ = np.linalg.svd(left)
