@@ -174,7 +174,7 @@ def test_models_of_other_kinds_are_refused(build, message):
 def test_towers_the_model_does_not_have():
     with pytest.raises(ValueError, match=r"got 'text' of LlavaForConditionalGeneration. It has vision, language"):
         find_targets(start("llava")[0], ["text"])
-    with pytest.raises(ValueError, match=r"towers must be towers of the model, got 'vision'. It has model"):
+    with pytest.raises(ValueError, match=r"towers must .*got 'vision'. It has model"):
         find_targets(nn.Sequential(nn.Linear(2, 2)), ["vision"])
     with pytest.raises(ValueError, match=r"hold one model of a known family, got 2 \(a, b\)"):
         find_targets(nn.ModuleDict({"a": start("clip")[0], "b": start("llama")[0]}))

@@ -75,7 +75,7 @@ def test_hooks_added_later_are_not_dropped():
     model = nn.Sequential(nn.Linear(4, 4))
     wrap(model, [WHOLE])
     handle = model[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="unwrap: layers must not carry hooks"):
+    with pytest.raises(RuntimeError, match="unwrap: layers must"):
         unwrap(model)
     handle.remove()
     unwrap(model)

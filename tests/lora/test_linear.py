@@ -82,7 +82,7 @@ def test_takes_over_the_parameters_and_gives_them_back():
     assert model[0].weight is base.weight
     assert set(model.state_dict()) == keys
     slot.attach(LoraAdapter(torch.zeros(1, 4), torch.zeros(3, 1), 1.0))
-    with pytest.raises(RuntimeError, match=r"unwrap: adapters must be merged or detached first, got 1 attached"):
+    with pytest.raises(RuntimeError, match=r"unwrap: adapters must .*got 1 attached"):
         unwrap(model)
     slot.detach()
     unwrap(model)
@@ -99,7 +99,7 @@ def test_refuses():
     slots[0].attach(LoraAdapter(torch.zeros(3, 10), torch.zeros(4, 3), 1.0))
     with pytest.raises(RuntimeError, match="already holds an adapter"):
         slots[0].attach(LoraAdapter(torch.zeros(3, 10), torch.zeros(4, 3), 1.0))
-    with pytest.raises(ValueError, match=r"rows must not overlap another slot, got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"rows must .*got \(3, 6\)"):
         model[0].add_slot("more", "weight", (3, 6))
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 12\] with start < stop, got \(10, 13\)"):
         model[0].add_slot("more", "weight", (10, 13))

@@ -273,7 +273,7 @@ def test_bases_that_do_not_fit_are_refused(make, parameter, q, error, message):
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_bases_of_strangers_are_refused(make):
     (a, q), (b, p) = confined(2, 8, 3), confined(2, 8, 3)
-    with pytest.raises(ValueError, match=r"bases must be for parameters of the optimizer, got 1 of 2 for others"):
+    with pytest.raises(ValueError, match=r"bases must .*got 1 of 2 for others"):
         make([a], {a: q, b: p})
 
 

@@ -87,11 +87,11 @@ def test_refuses():
     good = SketchedMoment(torch.ones(4, 2).double(), 8.0)
     with pytest.raises(ValueError, match=r"moments\[0\] must have as many rows as q\[0\], got \[4, 2\] for \[3, 1\]"):
         extend_sketched([torch.eye(3)[:, :1]], [good], 0.5)
-    with pytest.raises(ValueError, match="moments must have one item for each of q"):
+    with pytest.raises(ValueError, match="moments must"):
         extend_sketched([torch.eye(4)[:, :1]], [], 0.5)
     with pytest.raises(ValueError, match=r"feature_energy must lie in .*got 1\.5"):
         extend_sketched([torch.eye(4)[:, :1]], [good], 1.5)
-    with pytest.raises(ValueError, match=r"y must have the shape of omega, got \[4, 2\] for \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"y must .*got \[4, 2\] for \[4, 3\]"):
         nystrom(torch.ones(4, 2), torch.ones(4, 3), 1.0)
     with pytest.raises(TypeError, match="all matrices or all sketches, got 1 of 2 sketched"):
         extend_basis([torch.eye(4)[:, :1]] * 2, [good, torch.eye(4)], 0.5)

@@ -1,6 +1,7 @@
 """The life of a task in every registered method: closed, saved, broken, abandoned, and gone on with."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_damaged_states_are_refused_before_anything_changes(name):
 
 def test_states_of_other_methods_are_refused(name):
     method = make(name)
-    with pytest.raises(ValueError, match="state must be of method"):
+    with pytest.raises(ValueError, match="state must"):
         method.load_state(State({}, {"method": "another"}))
 
 
@@ -206,7 +207,7 @@ def test_calls_out_of_order_are_refused(name):
     with pytest.raises(RuntimeError, match="trainable_parameters: a task must be open"):
         method.trainable_parameters()
     method.before_task(task(0), loss_fn)
-    with pytest.raises(RuntimeError, match="previous task must be closed first"):
+    with pytest.raises(RuntimeError, match="previous task must"):
         method.before_task(task(0), loss_fn)
     with pytest.raises(RuntimeError, match="merge: "):
         method.merge()
@@ -266,7 +267,7 @@ def test_bases_that_protect_nothing_are_refused(name):
     bases = [key for key in state.tensors if key.endswith(".basis") and ".adapter." not in key]
     for key in bases:
         if state.tensors[key].numel():
-            with pytest.raises(StateError, match="must have orthonormal columns"):
+            with pytest.raises(StateError, match=re.escape(key)):
                 fresh.load_state(State({**state.tensors, key: 0 * state.tensors[key]}, copy.deepcopy(state.meta)))
     assert bases or name not in {"keeplora", "keeplora++", "keeplora++cls", "gpm", "inflora", "duallora"}
 

@@ -146,7 +146,7 @@ def test_a_model_without_linear_layers_is_refused_by_what_adapts_them(name):
         pytest.skip("it has no layers to choose")
     if name == "keeplora++cls":
         pytest.skip("it asks for image features before it asks for layers")
-    with pytest.raises(ValueError, match="select_targets: targets must not be empty, got a model without any linear"):
+    with pytest.raises(ValueError, match=r"select_targets: targets must .*got a model without"):
         make(name, nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten()))
 
 
@@ -176,7 +176,7 @@ def test_a_merged_model_is_made_of_plain_layers_and_computes_the_same(name):
 
 
 def test_unknown_names_offer_the_nearest():
-    with pytest.raises(ValueError, match=r"name must be a method, got 'keplora'. Nearest names: keeplora"):
+    with pytest.raises(ValueError, match=r"name must .*got 'keplora'. Nearest names: keeplora"):
         create("keplora", Net())
     with pytest.raises(ValueError, match=r"method 'keeplora' do not include 'alfa'.* Nearest names: alpha"):
         create("keeplora", Net(), {"alfa": 3})

@@ -134,7 +134,7 @@ def test_full_memory_leaves_nothing_to_adapt_and_says_so():
     method.before_task(data, loss_fn)
     method.after_task(data)
     assert [layer.free for layer in method.capacity()] == [0, 0]
-    with pytest.warns(UserWarning, match="2 of 2 layers have no useful free direction left and do not adapt: 0, 2"):
+    with pytest.warns(UserWarning, match=r"2 of 2 layers .*: 0, 2"):
         method.before_task(data, loss_fn)
     assert method.trainable_parameters() == []
     before = weights(method)
@@ -146,7 +146,7 @@ def test_less_room_than_r_is_used_and_said():
     method, data = InfLora(net(), InfLoraConfig(**{**SETTINGS, "r": 9, "alpha": 9.0})), task(0)
     method.before_task(data, loss_fn)
     method.after_task(data)
-    with pytest.warns(UserWarning, match="1 of 2 layers have fewer than r = 9 useful free directions and use those: 0"):
+    with pytest.warns(UserWarning, match=r"1 of 2 layers .* r = 9 .*: 0"):
         method.before_task(data, loss_fn)
     assert 0 < len(method.slots[0].adapter.A) < 9
 

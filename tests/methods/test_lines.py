@@ -118,7 +118,7 @@ def test_ties_go_to_the_first_of_the_grid():
 
 def test_without_a_score_it_stops_before_any_training():
     lines = lines_on(net(), **LORA)
-    with pytest.raises(RuntimeError, match="before_task: validate must be set for alpha to be chosen, got None"):
+    with pytest.raises(RuntimeError, match=r"before_task: validate must .*got None"):
         lines.before_task(task(0), loss_fn)
     assert not lines.base.training_task
 
@@ -184,9 +184,9 @@ def test_what_it_cannot_stand_on_is_refused(monkeypatch):
             create("lines", net(), {"base": base})
     with pytest.raises(ValueError, match=r"Lines: base must be another method, .* got 'zero-shot'"):
         Lines(ZeroShot(net()))
-    with pytest.raises(ValueError, match=r"base must be another method, got 'lora\+'. Nearest names: lora"):
+    with pytest.raises(ValueError, match=r"base must .*got 'lora\+'. Nearest names: lora"):
         create("lines", net(), {"base": "lora+"})
-    with pytest.raises(ValueError, match="base must be another method, got 'lines'"):
+    with pytest.raises(ValueError, match=r"base must .*got 'lines'"):
         create("lines", net(), {"base": "lines"})
     with pytest.raises(ValueError, match="method 'lora' do not include 'rank'"):
         create("lines", net(), {"base": "lora", "settings": {"rank": 3}})

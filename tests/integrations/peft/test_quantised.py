@@ -83,7 +83,7 @@ def test_tasks_follow_each_other_as_adapters_and_resume(quantised, tmp_path):
     model = adapted(quantised())
     state = keeplora.initialize(model, task(1, width=WIDE), loss_fn, config=CONFIG)
     train(model, task(1, width=WIDE))
-    with pytest.raises(TypeError, match=r"must not be quantised to be merged into, got 4 .* Pass merge=False"):
+    with pytest.raises(TypeError, match=r"must .*got 4 .* Pass merge=False"):
         keeplora.update_subspace(model, task(1, width=WIDE), state)
     certificate = keeplora.update_subspace(model, task(1, width=WIDE), state, merge=False)
     assert certificate.leak <= 1e-6
@@ -133,6 +133,6 @@ def test_weights_that_nobody_can_read_are_refused():
 
 def test_a_keeper_merges_and_so_refuses_them():
     model = torchao_int8()
-    with pytest.raises(TypeError, match=r"adapted weights must be floating point, got torchao.* keeplora\.initialize"):
+    with pytest.raises(TypeError, match=r"adapted weights must .*got torchao.* keeplora\.initialize"):
         wrap(model, linear_targets(model))
     assert type(model.blocks[0].up) is nn.Linear

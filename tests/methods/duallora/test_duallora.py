@@ -219,7 +219,7 @@ def test_a_full_space_is_named_and_goes_on():
     method = trained(DualLora(net(), config), 0)
     method.after_task(task(0))
     assert [phi.shape[1] for phi in method.bases] == [12, 16]
-    with pytest.warns(UserWarning, match="2 of 2 layers have no free direction left and do not adapt: 0, 2"):
+    with pytest.warns(UserWarning, match=r"2 of 2 layers .*: 0, 2"):
         method.before_task(task(1), loss_fn)
     assert method.trainable_parameters() == []
     learned = method.model(task(1)[0][0])
@@ -354,7 +354,7 @@ def test_image_features_of_several_processes_are_added_up(monkeypatch):
 
     monkeypatch.setattr("keeplora.methods.duallora.calibration.processes", Other)
     features, images = ImageFeatures(), torch.randn(4, 3)
-    with pytest.raises(ValueError, match="every process must have a batch"):
+    with pytest.raises(ValueError, match="every process must"):
         features.add_up()
     features.observe(images, torch.tensor([[0, 1]]))
     features.add_up()
@@ -376,5 +376,5 @@ def test_bad_settings_are_refused(settings, message):
 
 
 def test_names_of_bases_are_checked():
-    with pytest.raises(ValueError, match="basis: name must be one of the targets, got 'x'"):
+    with pytest.raises(ValueError, match=r"basis: name must .*got 'x'"):
         DualLora(net(), CONFIG).basis("x")

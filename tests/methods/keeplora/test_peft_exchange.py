@@ -207,7 +207,7 @@ def test_rows_that_are_no_target_are_not_dropped(tmp_path):
     learn(keeper, task(1), close=False)
     keeper.export_peft(tmp_path)
     narrow = KeepLora(attention(), KeepLoraConfig(**{**SMALL.to_dict(), "target_modules": ["q_proj"]}))
-    with pytest.raises(ValueError, match=r"cover what the checkpoint changes, got rows of attn that are no target"):
+    with pytest.raises(ValueError, match=r"got rows of attn"):
         narrow.import_peft(tmp_path)
 
 
@@ -309,7 +309,7 @@ def test_files_that_are_not_there_or_do_not_fit(tmp_path):
     keeper = KeepLora(net(), CONFIG)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
         keeper.import_peft(tmp_path)
-    with pytest.raises(ValueError, match="there must be an update, got none"):
+    with pytest.raises(ValueError, match=r"there must .*got none"):
         keeper.export_peft(tmp_path)
     assert not list(tmp_path.iterdir())
     narrow = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(3, 3)})])})
@@ -318,7 +318,7 @@ def test_files_that_are_not_there_or_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"must fit the model's, got 3 x 3 for \[48, 24\] \[blocks\.0\.up\]"):
         keeper.import_peft(tmp_path)
     keeper.before_task(task(1), loss_fn)
-    with pytest.raises(RuntimeError, match="import_peft: the open task must be closed first"):
+    with pytest.raises(RuntimeError, match="import_peft: the open task must"):
         keeper.import_peft(tmp_path)
 
 

@@ -166,14 +166,14 @@ def test_goes_on_from_a_saved_open_task(tmp_path):
 
 def test_optimizers_are_for_open_tasks():
     keeper = keeper_of()
-    with pytest.raises(RuntimeError, match=r"a task must be open, got none"):
+    with pytest.raises(RuntimeError, match=r"a task must"):
         keeper.optimizer(lr=1e-3)
-    with pytest.raises(RuntimeError, match=r"confine: a task must be open, got none"):
+    with pytest.raises(RuntimeError, match=r"confine: a task must"):
         keeper.confine(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     data = task(0)
     keeper.before_task(data, loss_fn)
     only_b = torch.optim.SGD([slot.adapter.B for slot in keeper.slots])
-    with pytest.raises(ValueError, match=r"bases must be for parameters of the optimizer, got 3 of 3 for others"):
+    with pytest.raises(ValueError, match=r"bases must .*got 3 of 3 for others"):
         keeper.confine(only_b)
 
 

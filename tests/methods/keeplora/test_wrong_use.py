@@ -38,7 +38,7 @@ def test_target_names_that_match_nothing_offer_the_nearest():
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(ValueError, match=r"got a model without any linear layer: adapters need an nn\.Linear"):
+    with pytest.raises(ValueError, match=r"got a model without .*nn\.Linear"):
         keeplora.KeepLora(nn.Sequential(nn.Conv2d(3, 4, 3)), CONFIG)
 
 
@@ -120,7 +120,7 @@ def test_after_task_twice():
     keeper.before_task(data(), loss_fn)
     keeper.after_task(data())
     before = keeper.state()
-    with pytest.raises(RuntimeError, match="after_task: a task must be open, got none"):
+    with pytest.raises(RuntimeError, match="after_task: a task must"):
         keeper.after_task(data())
     after = keeper.state()
     assert before.meta == after.meta
@@ -131,9 +131,7 @@ def test_a_generator_that_is_exhausted():
     batches = iter(data())
     keeper = keeplora.KeepLora(net(), CONFIG)
     keeper.before_task(batches, loss_fn)
-    with pytest.raises(
-        ValueError, match=r"loader must yield at least one batch, got none. A generator can be used once"
-    ):
+    with pytest.raises(ValueError, match=r"loader must .*got none. A generator can be used once"):
         keeper.after_task(batches)
     assert keeper.training_task
     keeper.after_task(data())

@@ -182,11 +182,11 @@ def test_losses_and_batches_without_what_is_needed_are_refused_before_training()
         scores = text_logits(model, normalize(batch.images), batch.tokens)[1]
         return nn.functional.cross_entropy(scores, batch.labels)
 
-    with pytest.raises(TypeError, match="loss_fn must pass its logits through"):
+    with pytest.raises(TypeError, match="loss_fn must"):
         keeper.before_task(data(task), bare)
     with pytest.raises(TypeError, match=r"labels, integers \[16\], got NoneType"):
         keeper.before_task([tuple(batch) for batch in data(task)], lambda m, b: classification_loss(m, Batch(*b)))
-    with pytest.raises(ValueError, match="every batch must score the classes of the task"):
+    with pytest.raises(ValueError, match="every batch must"):
         keeper.before_task([next(iter(data(task))), next(iter(data(tiny_workload.task(1))))], classification_loss)
     assert not keeper.training_task
     assert not len(keeper.head.tasks)
@@ -196,7 +196,7 @@ def test_losses_and_batches_without_what_is_needed_are_refused_before_training()
 def test_several_processes_are_refused_before_anything_changes(monkeypatch):
     keeper, task = KeepLoraCls(tiny_workload.model(), CONFIG), tiny_workload.task(0)
     monkeypatch.setattr("keeplora.methods.keeplora_cls.method.processes", lambda: SimpleNamespace(size=2))
-    with pytest.raises(RuntimeError, match="class means are taken in one process, got 2"):
+    with pytest.raises(RuntimeError, match=r"class means .*got 2"):
         keeper.before_task(data(task), classification_loss)
     assert not keeper.training_task
 
