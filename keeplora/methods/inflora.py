@@ -41,7 +41,6 @@ class InfLoraConfig(AdapterConfig):
     """
 
     r: int = 10
-    alpha: float = 10.0
     feature_energy: float = 0.98
     final_energy: float = 1.0
     tasks: int = 10

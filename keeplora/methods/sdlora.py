@@ -33,7 +33,6 @@ class SdLoraConfig(LoraConfig):
     """
 
     r: int = 10
-    alpha: float = 10.0
     magnitude: float = 0.8
 
     def __post_init__(self) -> None:

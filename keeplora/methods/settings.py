@@ -43,14 +43,22 @@ class ConfigTypeError(ConfigError, TypeError):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), and which layers.
+    """Rank, scale, and which layers.
+
+    Args:
+        r: Rank of every adapter; less where less free space is left.
+        alpha: LoRA's alpha, ``r`` if None. The update is scaled by ``alpha / r``, so by 1 if None; or by
+            ``alpha / sqrt(r)`` with ``rslora``, so by ``sqrt(r)`` if None.
+        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn`` (also where it is
+            called ``self_attn`` or ``attention``), ``q_proj``, ``mlp.c_fc``, or ``"all-linear"``.
 
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
     """
 
     r: int = 16
-    alpha: float = 16.0
+    alpha: float | None = None
     rslora: bool = False
     target_modules: tuple[str, ...] | str = ("attn",)
 
@@ -59,13 +67,19 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        """s = ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``."""
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the class makes the settings of them again."""
+        return plain(self)
 
 
 def check_adapter(config: Any) -> None:
     """The settings of ``AdapterConfig``; ``target_modules`` becomes a tuple, unless it is one name."""
     check_whole(config, "r", "[1, inf)", remedy="Typical ranks are 8 to 64.")
-    check_range(config, "alpha", "(0, inf)")
+    check_range(config, "alpha", "(0, inf)", optional=True)
     check_flag(config, "rslora")
     check_names(config, "target_modules")
 
@@ -235,7 +249,7 @@ def plain(config: Any) -> dict[str, Any]:
 
     Example:
         >>> plain(AdapterConfig(r=2))
-        {'r': 2, 'alpha': 16.0, 'rslora': False, 'target_modules': ['attn']}
+        {'r': 2, 'alpha': None, 'rslora': False, 'target_modules': ['attn']}
     """
     values: dict[str, Any] = _plain(asdict(config))
     return values

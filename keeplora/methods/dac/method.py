@@ -31,7 +31,7 @@ class DacConfig(LoraConfig):
 
     Args:
         r: Rank-1 experts per adapted weight.
-        alpha: The update is scaled by ``alpha / r``.
+        alpha: The update is scaled by ``alpha / r``; 1 in the public code, here r (None), as for every method.
         active: Experts a sample votes for, and experts a batch is computed with; ``⌈2 r / 3⌉`` (8 of 12) if None.
         merged: Experts that stay after the task; ``⌈r / 3⌉`` (4 of 12) if None.
         ago_weight: Weight of the AGO loss.
@@ -48,7 +48,6 @@ class DacConfig(LoraConfig):
     """
 
     r: int = 12
-    alpha: float = 1.0
     active: int | None = None
     merged: int | None = None
     ago_weight: float = 0.1

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from keeplora._messages import suggest
 from keeplora.methods.settings import (
     SEEDS,
+    AdapterConfig,
     ConfigError,
-    check_adapter,
     check_by_tower,
     check_choice,
     check_flag,
     check_names,
     check_range,
     check_whole,
-    plain,
 )
 
-__all__ = ["KeepLoraConfig"]
+__all__ = ["PRESETS", "KeepLoraConfig"]
 
 PerTower = float | Mapping[str, float]
 """One number for every tower, or numbers by tower: ``{"vision": 0.85, "text": 0.2}``."""
@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, dict[str, float]] = {
     "weight_energy": {"vision": 0.85, "text": 0.2, "language": 0.6, "model": 0.6},
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "feature_source": ("inputs", "gradients"),
     "weight_side": ("input", "output"),
     "feature_statistic": ("second_moment", "slot_mean", "sketch"),
     "directions": ("gradient", "random"),
@@ -38,16 +39,34 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+_CLIP: dict[str, Any] = {
+    "r": 16, "alpha": 1.0, "target_modules": ("attn",), "towers": ("vision", "text"),
+    "depth_scale": {"vision": 0.2, "text": 1.0}, "weight_energy": {"vision": 0.85, "text": 0.2},
+    "feature_energy": 0.99, "feature_statistic": "slot_mean",
+}  # fmt: skip
+_LLAVA: dict[str, Any] = {
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "towers": ("language",), "depth_scale": {"language": 0.2}, "weight_energy": {"language": 0.6},
+    "feature_energy": 0.99, "feature_source": "gradients", "dropout": 0.05,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "mtil": _CLIP,
+    "parity": {**_CLIP, "depth_scale": 1.0, "weight_side": "output", "init_b": "gradient"},
+    "mllm_dcl": {**_LLAVA, "r": 64, "alpha": 128.0, "data_fraction": 0.2},
+    "ucit": {**_LLAVA, "r": 32, "alpha": 8.0, "data_fraction": 0.2},
+    "cl_vista": {**_LLAVA, "r": 64, "alpha": 128.0, "data_fraction": 0.1},
+}
+"""What of published experiments is not the default."""
+
+
 @dataclass(frozen=True)
-class KeepLoraConfig:
+class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r: Rank of every adapter; less where less free space is left.
-        alpha: LoRA's alpha; the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
-        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
-        target_modules: Names of the adapted layers, matched as whole dotted components: ``attn`` (also where it is
-            called ``self_attn`` or ``attention``), ``q_proj``, ``mlp.c_fc``, or ``"all-linear"``.
+        r, alpha, rslora, target_modules: As :class:`~keeplora.methods.settings.AdapterConfig` has them: rank 16,
+            scale 1 (``alpha=None`` means r), the attention's layers. The paper's CLIP has alpha 1, a scale of 1/16,
+            at which little is learned at usual learning rates: see :meth:`preset`.
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
@@ -59,6 +78,9 @@ class KeepLoraConfig:
             tower of the model must be named. The papers' 0.99 belongs to their statistic (``slot_mean``); of the
             second moment it fills the space in a task or two, and 0.95 was measured to keep as much and learn more
             (docs/settings.md).
+        feature_source: What the directions that a task adds are taken from: ``"inputs"``, the inputs of the adapted
+            layers; or ``"gradients"``, the row space of the mean gradient of the task's loss after training, as in the
+            public LLaVA code: ``feature_energy`` is then a share of that gradient's energy.
         weight_side: ``"input"`` protects input directions, as derived; ``"output"`` repeats the public CLIP code,
             which takes output directions for input ones (square weights only; for parity runs).
         feature_statistic: ``"second_moment"``; ``"sketch"``, a one-pass sketch of it for layers so wide that ``in²``
@@ -93,14 +115,11 @@ class KeepLoraConfig:
         1.0
     """
 
-    r: int = 16
-    alpha: float = 1.0
-    rslora: bool = False
-    target_modules: tuple[str, ...] | str = ("attn",)
     towers: tuple[str, ...] | None = None
     depth_scale: PerTower = field(default_factory=lambda: dict(_DEFAULTS["depth_scale"]))
     weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
     feature_energy: PerTower = 0.95
+    feature_source: Literal["inputs", "gradients"] = "inputs"
     weight_side: Literal["input", "output"] = "input"
     feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
     sketch_share: float = 0.25
@@ -115,7 +134,7 @@ class KeepLoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_adapter(self)
+        super().__post_init__()
         check_names(self, "towers", optional=True)
         if isinstance(self.towers, str):
             object.__setattr__(self, "towers", (self.towers,))
@@ -137,6 +156,11 @@ class KeepLoraConfig:
                 f'{type(self).__name__}: init_b must be "zero" with directions="random", got "gradient": '
                 "without a gradient pass there is none to start B from"
             )
+        if self.feature_source == "gradients" and self.feature_statistic != "second_moment":
+            raise ConfigError(
+                f'{type(self).__name__}: feature_statistic must be "second_moment" with feature_source="gradients", '
+                f"got {self.feature_statistic!r}: it is a statistic of inputs"
+            )
         if self.dropout and self.forward == "merged":
             raise ConfigError(
                 f'{type(self).__name__}: forward must be "auto" or "factored" with dropout, got "merged" with '
@@ -147,6 +171,33 @@ class KeepLoraConfig:
                 f'{type(self).__name__}: forward must be "auto" or "factored" with train_a, got "merged": '
                 "the merged product keeps nothing that A's gradient could be computed from"
             )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The settings of a published experiment, all of them.
+
+        Args:
+            name: ``"mtil"``, CLIP ViT-B/16 on MTIL; ``"parity"``, the same with the side of the weight basis and the
+                start of B as the public CLIP code of the first paper has them; ``"mllm_dcl"`` and ``"ucit"``,
+                LLaVA-1.5-7B; ``"cl_vista"``, Video-LLaVA-7B.
+            changes: Settings to have otherwise.
+
+        Source: github.com/MaolinLuo/KeepLoRA, the CLIP folders at 7abf7ec (KeepLoRA++; ``parity`` at a17f9c2), the
+        LLaVA folders at f12b4dd and 536498e. What belongs to the loop (rates, epochs, batches) is in docs/settings.md.
+
+        Example:
+            >>> ucit = KeepLoraConfig.preset("ucit")
+            >>> ucit.r, ucit.scaling, ucit.feature_source
+            (32, 0.25, 'gradients')
+            >>> KeepLoraConfig.preset("mtil", seed=3).seed
+            3
+        """
+        if name not in PRESETS:
+            choices = ", ".join(PRESETS)
+            raise ConfigError(
+                f"{cls.__name__}.preset: name must be one of {choices}, got {name!r}{suggest(name, PRESETS)}"
+            )
+        return cls(**{**PRESETS[name], **changes})
 
     def check_towers(self, towers: set[str]) -> None:
         """Refuse settings for towers the model does not have; the defaults, which name all, are fine."""
@@ -165,11 +216,6 @@ class KeepLoraConfig:
                     f"{', '.join(sorted(towers - set(value)))}. Without one, nothing learned there would be protected."
                 )
 
-    @property
-    def scaling(self) -> float:
-        """s = ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``."""
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
-
     def depth_scale_of(self, tower: str) -> float:
         return _of(self.depth_scale, tower, 1.0)
 
@@ -178,10 +224,6 @@ class KeepLoraConfig:
 
     def feature_energy_of(self, tower: str) -> float:
         return _of(self.feature_energy, tower, 0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``KeepLoraConfig(**config.to_dict())`` gives it back."""
-        return plain(self)
 
 
 def _of(setting: PerTower, tower: str, missing: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,14 @@ from keeplora.distributed import processes
 from keeplora.families import token_mask
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
+from keeplora.math.moment import SketchedMoment
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
+from keeplora.ops import gram
 from keeplora.statistics import feature_statistics
 
 from .config import KeepLoraConfig
+from .directions import TaskGradients
 
 __all__ = ["Protected", "extended_bases", "weight_bases"]
 
@@ -52,16 +55,35 @@ def extended_bases(
     *,
     shown: bool | None,
 ) -> list[Extension]:
-    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for."""
+    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
+
+    With ``feature_source="gradients"`` C is GᵀG, for the mean gradient G or a sketch of its rows.
+    """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
+    source = _of_gradients if config.feature_source == "gradients" else _of_inputs
+    moment = source(model, slots, loader, forward, config, shown)
+
+    def compute(group: list[int]) -> list[Extension]:
+        return extend_basis([bases[i] for i in group], [moment(i) for i in group], [energies[i] for i in group])
+
+    return for_all_layers(slots, compute, "bases", shown=shown)
+
+
+def _of_inputs(
+    model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], forward: LossFn, config: KeepLoraConfig,
+    shown: bool | None,
+) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
     with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
             model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
             sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
         )  # fmt: skip
+    return lambda i: statistics[i].moment
 
-    def compute(group: list[int]) -> list[Extension]:
-        moments = [statistics[i].moment for i in group]
-        return extend_basis([bases[i] for i in group], moments, [energies[i] for i in group])
 
-    return for_all_layers(slots, compute, "bases", shown=shown)
+def _of_gradients(
+    model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], loss_fn: LossFn, config: KeepLoraConfig,
+    shown: bool | None,
+) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
+    rows = TaskGradients(model, slots, loader, loss_fn, config, shown=shown).matrices
+    return lambda i: gram(rows[i])[0]
