@@ -31,7 +31,7 @@ class OLoraConfig(LoraConfig):
     """
 
     r: int = 8
-    alpha: float = 32.0
+    alpha: float | None = 32.0
     dropout: float = 0.1
     orthogonality: float = 0.5
     decay: float = 0.0
