@@ -16,6 +16,7 @@ from keeplora.lora import (
     LoraAdapter,
     LoraSlot,
     Target,
+    TokenMask,
     merge_adapters,
     merge_ahead,
     peft_checkpoint,
@@ -52,6 +53,7 @@ class LoraMethod(Method):
             adapters, until :meth:`merge`; it stays the same object.
         config: Settings, ``target_modules`` among them.
         targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
@@ -70,9 +72,11 @@ class LoraMethod(Method):
         config: Any = None,
         *,
         targets: Sequence[Target] | None = None,
+        token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ):
         super().__init__(model, config, progress=progress)
+        self.token_mask = token_mask
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
         self.slots: list[LoraSlot] = wrap(model, self.targets)
@@ -132,7 +136,10 @@ class LoraMethod(Method):
 
     def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
         """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
-        with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
+        with (
+            token_mask(self.model, self.token_mask) as mask,
+            progress(loader, "features", "batch", shown=self.progress) as batches,
+        ):
             return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
 
     def each_layer(self, compute: Callable[[list[int]], Iterable[T]], phase: str, *inputs: Sequence[Any]) -> list[T]:

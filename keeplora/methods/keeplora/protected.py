@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from keeplora.distributed import processes
 from keeplora.families import token_mask
-from keeplora.lora import LoraSlot
+from keeplora.lora import LoraSlot, TokenMask
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
@@ -50,11 +50,12 @@ def extended_bases(
     config: KeepLoraConfig,
     bases: Sequence[Tensor],
     *,
+    own_mask: TokenMask | None = None,
     shown: bool | None,
 ) -> list[Extension]:
     """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for."""
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
-    with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
+    with token_mask(model, own_mask) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
             model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
             sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
