@@ -22,16 +22,17 @@ __all__ = ["encoder_targets", "find_targets", "owns", "padding_mask", "token_mas
 
 _VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "video_tower")
 _TOWERS = {"language_model": "language", "text_model": "text"} | dict.fromkeys(_VISION, "vision")
+_TOWERS_OF = {"GitModel": {"image_encoder": "vision", "encoder": "language"}}
+"""Models whose towers have names that mean something else elsewhere."""
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """One list of blocks of a tower, and the module whose forward is given the mask of its tokens."""
+    """The blocks of a tower, with their paths and depths, and the module they stand in."""
 
     tower: str
-    path: str
-    blocks: nn.ModuleList
-    owner: nn.Module
+    blocks: list[tuple[str, nn.Module, int]]
+    module: nn.Module
 
 
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
@@ -61,7 +62,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     """
     stacks = _stacks(model)
     there = list(dict.fromkeys(stack.tower for stack in stacks))
-    if not there and main_blocks(model) is None:
+    if not there and not main_blocks(model):
         raise ValueError(
             f"find_targets: model must have nn.Linear layers in a list of blocks, got {type(model).__name__} with none "
             "(transformers' Conv1D, as in GPT-2, is not supported)."
@@ -75,8 +76,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     targets: list[Target] = []
     for stack in stacks:
         if stack.tower in wanted:
-            for depth, block in enumerate(stack.blocks):
-                path = f"{stack.path}.{depth}"
+            for path, block, depth in stack.blocks:
                 targets += block_targets(path, block, depth, stack.tower, split_qkv=stack.tower == "vision")
     missing = [tower for tower in wanted if tower not in {target.tower for target in targets}]
     if missing:
@@ -89,11 +89,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
 
 def encoder_targets(path: str, encoder: nn.Module, tower: str) -> list[Target]:
     """The linear layers of the blocks of a single encoder that stands at ``path`` of another model."""
-    stack = main_blocks(encoder)
-    if stack is None:
-        return []
-    inner, blocks = stack
-    return [t for depth, b in enumerate(blocks) for t in block_targets(f"{path}.{inner}.{depth}", b, depth, tower)]
+    return [t for inner, b, depth in main_blocks(encoder) for t in block_targets(f"{path}.{inner}", b, depth, tower)]
 
 
 @contextmanager
@@ -121,32 +117,40 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
 
 
 def _stacks(model: nn.Module) -> list[_Stack]:
-    """The lists of blocks of the model's towers; empty where it has towers that are not known."""
+    """The blocks of the model's towers; empty where it has towers that are not known."""
     holder, path = _holder(model)
     if holder is None:
         tower = _single_tower(model)
-        return [s for s in [_stack(model, model, "", tower)] if s] if tower else []
+        return [s for s in [_stack(model, "", tower)] if s.blocks] if tower else []
     contrastive = isinstance(getattr(holder, "logit_scale", None), nn.Parameter)
-    stacks: list[_Stack] = []
+    towers, stacks = _towers(holder), []
     for name, child in holder.named_children():
-        if name in _TOWERS:
-            tower = _TOWERS[name]
-            if tower == "text" and not contrastive and "vision" in {_TOWERS.get(n) for n, _ in holder.named_children()}:
+        if name in towers:
+            tower = towers[name]
+            if _is_encoder_decoder(child):  # BLIP-2 on T5, Florence: two stacks in one
+                return []
+            if tower == "text" and not contrastive and "vision" in {towers.get(n) for n, _ in holder.named_children()}:
                 tower = "language"  # Idefics and its kin call their language model text_model
-            stack = _stack(model, child, f"{path}.{name}".lstrip("."), tower)
-            stacks += [stack] if stack else []
+            stack = _stack(child, f"{path}.{name}".lstrip("."), tower)
+            stacks += [stack] if stack.blocks else []
     if not any(stack.tower == "language" for stack in stacks):
-        known = [stack.owner for stack in stacks]
-        if _has_other_blocks(holder, known):
+        known = [stack.module for stack in stacks]
+        if _has_other_blocks(holder if contrastive else model, known):
             return []
     return stacks
+
+
+def _towers(holder: nn.Module) -> dict[str, str]:
+    """Towers by the names of the children that are."""
+    return _TOWERS_OF.get(type(holder).__name__, _TOWERS)
 
 
 def _holder(model: nn.Module) -> tuple[nn.Module | None, str]:
     """The shallowest module that has a tower among its children, and its path."""
     modules = sorted(model.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
     for path, module in modules:
-        if any(name in _TOWERS and main_blocks(child) for name, child in module.named_children()):
+        towers = _towers(module)
+        if any(name in towers and main_blocks(child) for name, child in module.named_children()):
             return module, path
     return None, ""
 
@@ -157,9 +161,13 @@ def _has_other_blocks(holder: nn.Module, known: Sequence[nn.Module]) -> bool:
     return any(isinstance(layer, nn.Linear) for blocks in lists for layer in blocks.modules())
 
 
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
 def _single_tower(model: nn.Module) -> str | None:
     """The tower of a model that has one; None for encoder-decoder models and for inputs other than text and images."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _is_encoder_decoder(model):
         return None
     main_input = getattr(model, "main_input_name", None)
     if main_input == "pixel_values":
@@ -172,17 +180,9 @@ def _single_tower(model: nn.Module) -> str | None:
     return "language" if causal or type(model).__name__.endswith("ForCausalLM") else "model"
 
 
-def _stack(model: nn.Module, tower_module: nn.Module, path: str, tower: str) -> _Stack | None:
-    """The main blocks of a tower, and the innermost library model around them: it is given the mask of its tokens."""
-    stack = main_blocks(tower_module)
-    if stack is None:
-        return None
-    inner, blocks = stack
-    owner, here = tower_module, tower_module
-    for part in inner.split(".")[:-1]:
-        here = getattr(here, part)
-        owner = here if owns(here) else owner
-    return _Stack(tower, f"{path}.{inner}".lstrip("."), blocks, owner)
+def _stack(module: nn.Module, path: str, tower: str) -> _Stack:
+    blocks = [(f"{path}.{inner}".lstrip("."), block, depth) for inner, block, depth in main_blocks(module)]
+    return _Stack(tower, blocks, module)
 
 
 def _is_contrastive(model: nn.Module) -> bool:

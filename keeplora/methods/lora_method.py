@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
+from keeplora.families.coverage import Targets, coverage, warn_of_left_out
 from keeplora.lora import (
     LoraAdapter,
     LoraSlot,
@@ -84,9 +85,21 @@ class LoraMethod(Method):
 
     # ------------------------------------------------------------------ what a method is
 
-    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
-        """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be."""
-        return select_targets(find_targets(self.model) if targets is None else targets, self.config.target_modules)
+    def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
+        """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be.
+
+        Warns:
+            UserWarning: ``"all-linear"`` does not reach all weights of the blocks, or other names pass over blocks.
+        """
+        among, names = self.targets_among(targets), self.config.target_modules
+        chosen = coverage(self.model, select_targets(among, names), among)
+        if targets is None:
+            warn_of_left_out(type(self).__name__, self.model, chosen, among, names)
+        return chosen
+
+    def targets_among(self, targets: Sequence[Target] | None) -> Sequence[Target]:
+        """What ``target_modules`` chooses of."""
+        return find_targets(self.model) if targets is None else targets
 
     def scaling_of(self, i: int) -> float:
         """c of slot i's adapter."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
+from keeplora.families.coverage import Targets
 from keeplora.lora import (
     Confinement,
     LoraAdapter,
@@ -19,7 +20,6 @@ from keeplora.lora import (
     confine,
     depth_factor,
     depth_positions,
-    select_targets,
 )
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
@@ -111,14 +111,15 @@ class KeepLora(LoraMethod):
         ]
         self._protected: list[Protected] | None = None
 
-    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
-        config = self.config
+    def targets_among(self, targets: Sequence[Target] | None) -> Sequence[Target]:
+        towers = self.config.towers
         if targets is None:
-            targets = find_targets(self.model, config.towers)
-        elif config.towers is not None:
-            targets = [target for target in targets if target.tower in config.towers]
-        chosen = select_targets(targets, config.target_modules)
-        config.check_towers({target.tower for target in chosen})
+            return find_targets(self.model, towers)
+        return targets if towers is None else [target for target in targets if target.tower in towers]
+
+    def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
+        chosen = super().choose_targets(targets)
+        self.config.check_towers({target.tower for target in chosen})
         return chosen
 
     def scaling_of(self, i: int) -> float:
