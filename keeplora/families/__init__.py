@@ -15,9 +15,10 @@ from torch import nn
 
 from keeplora.lora import Target, TokenMask, linear_targets
 
+from .coverage import Targets, WeightKind
 from .family import Family
 
-__all__ = ["FAMILIES", "Family", "find_targets", "token_mask"]
+__all__ = ["FAMILIES", "Family", "Targets", "WeightKind", "find_targets", "token_mask"]
 
 
 _PARTS = ("owns", "find_targets", "token_mask")
