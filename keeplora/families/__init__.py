@@ -15,9 +15,10 @@ from torch import nn
 
 from keeplora.lora import Target, TokenMask, linear_targets
 
+from .coverage import Targets, WeightKind
 from .family import Family
 
-__all__ = ["FAMILIES", "Family", "find_targets", "token_mask"]
+__all__ = ["FAMILIES", "Family", "Targets", "WeightKind", "find_targets", "token_mask"]
 
 
 _PARTS = ("owns", "find_targets", "token_mask")
@@ -68,11 +69,18 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
 
 
 @contextmanager
-def token_mask(model: nn.Module) -> Iterator[TokenMask | None]:
-    """Which tokens of the model's inputs count as features; None where the family is unknown: all do."""
-    _, family, known = _inner(model)
+def token_mask(model: nn.Module, own: TokenMask | None = None) -> Iterator[TokenMask | None]:
+    """Which tokens of the model's inputs count as features; None where the family is unknown: all do.
+
+    Args:
+        own: The user's, instead of what the family tells.
+
+    Warns:
+        UserWarning: the family cannot tell the tokens of a layer; all of them count.
+    """
+    _, family, known = _inner(model) if own is None else ("", None, model)
     if family is None:
-        yield None
+        yield own
         return
     with family.token_mask(known) as mask:
         yield mask

@@ -6,26 +6,56 @@ from torch import nn
 
 from keeplora.lora import Target, attention_targets
 
-__all__ = ["block_targets", "main_blocks"]
+__all__ = ["block_targets", "by_design", "main_blocks", "outermost_lists"]
 
 _CROSS_ATTENTION = ("cross_attn", "cross_attention", "crossattention", "encoder_attn", "EncDecAttention")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-_NOT_ADAPTED = frozenset((*_CROSS_ATTENTION, *_ROUTERS, "rel_pos"))
-"""Keys and values of another tower, choices between experts, biases of positions: none of these maps tokens."""
+_NOT_CALLED = ("dt_proj",)
+_NOT_ADAPTED = frozenset((*_CROSS_ATTENTION, *_ROUTERS, "rel_pos", *_NOT_CALLED))
+"""Keys and values of another tower, choices between experts, biases of positions: none of these maps tokens. And
+what is read without a call: a state-space block's ``dt_proj``."""
+_BESIDE = {"attentions": "ffns"}
+"""Lists whose blocks are halves: XLM's attention and its MLPs."""
 
 
-def main_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The list of blocks that holds most of the model's linear layers, with its path; lists inside it do not count."""
+def by_design(name: str) -> bool:
+    """Whether a layer of this name stays frozen in every family."""
+    return not _NOT_ADAPTED.isdisjoint(name.split("."))
+
+
+def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of modules by path; lists inside them do not count."""
     outermost: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(not outer or path.startswith(f"{outer}.") for outer in outermost)
         if isinstance(module, nn.ModuleList) and not inside:
             outermost[path] = module
-    sizes = {path: sum(isinstance(m, nn.Linear) for m in blocks.modules()) for path, blocks in outermost.items()}
+    return outermost
+
+
+def main_blocks(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
+    """Path, block and depth of the list of blocks that holds most of the model's linear layers.
+
+    Other lists of blocks of the same class go on in depth, in order of definition (Mllama's images, CANINE's
+    characters); where blocks are halves, both stand at one depth.
+    """
+    lists = outermost_lists(model)
+    sizes = {path: sum(isinstance(m, nn.Linear) for m in blocks.modules()) for path, blocks in lists.items()}
     if not any(sizes.values()):
-        return None
-    path = max(sizes, key=sizes.__getitem__)
-    return path, outermost[path]
+        return []
+    main = max(sizes, key=sizes.__getitem__)
+    found: list[tuple[str, nn.Module, int]] = []
+    depth = 0
+    for path, blocks in lists.items():
+        if path == main or (sizes[path] and {type(b) for b in blocks} == {type(b) for b in lists[main]}):
+            parent, _, name = path.rpartition(".")
+            beside = f"{parent}.{_BESIDE.get(name, '')}".lstrip(".")
+            for i, block in enumerate(blocks):
+                found.append((f"{path}.{i}", block, depth))
+                if name in _BESIDE and beside in lists:
+                    found.append((f"{beside}.{i}", lists[beside][i], depth))
+                depth += 1
+    return found
 
 
 def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_qkv: bool = False) -> list[Target]:
@@ -39,7 +69,7 @@ def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_
     attention: list[str] = []
     for name, layer in block.named_modules():
         full = f"{path}.{name}" if name else path
-        if not _NOT_ADAPTED.isdisjoint(name.split(".")) or any(name.startswith(f"{a}.") for a in attention):
+        if by_design(name) or any(name.startswith(f"{a}.") for a in attention):
             continue
         if isinstance(layer, nn.MultiheadAttention):
             attention.append(name)

@@ -14,6 +14,7 @@ from . import transformers
 from ._blocks import block_targets
 from ._open_clip_attention import attention_host
 from ._open_clip_attention import attention_targets as packed_targets
+from ._padding import match, mismatch, untold
 from ._timm_attention import eva_host
 
 __all__ = ["find_targets", "owns", "token_mask"]
@@ -119,30 +120,33 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
     """
     encoder = _hf_encoder(model)
     if encoder is not None:
-        with transformers.padding_mask([encoder]) as mask:
+        with transformers.padding_mask(encoder) as mask:
             yield mask
         return
     text = getattr(model, "text", model)
     embedding = getattr(text, "token_embedding", None)
+    sequence_first = not getattr(getattr(text, "transformer", None), "batch_first", True)
     seen: list[Tensor] = []
 
     def remember(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         seen[:] = [args[0]]
 
     def text_mask(slot: LoraSlot, x: Tensor) -> Tensor | None:
-        if slot.target.tower != "text" or not seen:
+        keep = _reaching(text, seen[0]) if slot.target.tower == "text" and seen else None
+        if keep is None:
             return None
-        keep = _reaching(text, seen[0])
-        return keep if keep is not None and keep.shape == x.shape[:-1] else None
+        matched = match([keep], x, sequence_first)
+        if matched is None:
+            layers.setdefault(slot.name, mismatch([keep], x))
+        return None if matched is None else matched.keep
 
-    if not isinstance(embedding, nn.Module):
-        yield text_mask
-        return
-    handle = embedding.register_forward_hook(remember)
+    handles = [embedding.register_forward_hook(remember)] if isinstance(embedding, nn.Module) else []
     try:
-        yield text_mask
+        with untold() as layers:
+            yield text_mask
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _reaching(text: nn.Module, ids: Tensor) -> Tensor | None:

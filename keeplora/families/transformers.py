@@ -7,41 +7,32 @@ resamplers, heads and embeddings stay frozen.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from keeplora.lora import LoraSlot, Target, TokenMask
+from keeplora.lora import Target, TokenMask
 
 from ._blocks import block_targets, main_blocks
+from ._given_masks import owns, padding_mask
 
 __all__ = ["encoder_targets", "find_targets", "owns", "padding_mask", "token_mask"]
 
 _VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "video_tower")
 _TOWERS = {"language_model": "language", "text_model": "text"} | dict.fromkeys(_VISION, "vision")
-_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
+_TOWERS_OF = {"GitModel": {"image_encoder": "vision", "encoder": "language"}}
+"""Models whose towers have names that mean something else elsewhere."""
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """One list of blocks of a tower, and the module whose forward is given the mask of its tokens."""
+    """The blocks of a tower, with their paths and depths, and the module they stand in."""
 
     tower: str
-    path: str
-    blocks: nn.ModuleList
-    owner: nn.Module
-
-
-def owns(model: nn.Module) -> bool:
-    """Whether ``model`` is a ``transformers.PreTrainedModel``."""
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
-    )
+    blocks: list[tuple[str, nn.Module, int]]
+    module: nn.Module
 
 
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
@@ -71,7 +62,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     """
     stacks = _stacks(model)
     there = list(dict.fromkeys(stack.tower for stack in stacks))
-    if not there and main_blocks(model) is None:
+    if not there and not main_blocks(model):
         raise ValueError(
             f"find_targets: model must have nn.Linear layers in a list of blocks, got {type(model).__name__} with none "
             "(transformers' Conv1D, as in GPT-2, is not supported)."
@@ -85,8 +76,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     targets: list[Target] = []
     for stack in stacks:
         if stack.tower in wanted:
-            for depth, block in enumerate(stack.blocks):
-                path = f"{stack.path}.{depth}"
+            for path, block, depth in stack.blocks:
                 targets += block_targets(path, block, depth, stack.tower, split_qkv=stack.tower == "vision")
     missing = [tower for tower in wanted if tower not in {target.tower for target in targets}]
     if missing:
@@ -99,91 +89,68 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
 
 def encoder_targets(path: str, encoder: nn.Module, tower: str) -> list[Target]:
     """The linear layers of the blocks of a single encoder that stands at ``path`` of another model."""
-    stack = main_blocks(encoder)
-    if stack is None:
-        return []
-    inner, blocks = stack
-    return [t for depth, b in enumerate(blocks) for t in block_targets(f"{path}.{inner}.{depth}", b, depth, tower)]
+    return [t for inner, b, depth in main_blocks(encoder) for t in block_targets(f"{path}.{inner}", b, depth, tower)]
 
 
 @contextmanager
 def token_mask(model: nn.Module) -> Iterator[TokenMask]:
-    """A mask of the tokens that are not padding, from the attention mask that each tower's forward is given.
+    """A mask of the tokens that are not padding, from the masks that the modules around each layer are given.
 
-    The mask may be ``[batch, tokens]``, longer where a cache holds earlier tokens, or prepared ``[batch, heads,
-    queries, keys]``: there a token counts if any query may see it. Without one, every token counts. CLIP's text tower
-    is causal and pools at the end-of-text token, so what stands behind it does not count either, mask or not. SigLIP's
-    text tower sees its padding, as it did in pretraining: there padding counts unless an attention mask is passed.
+    First asked is the model of the library that a layer stands in, and what its user gave: ``[batch, tokens]``, longer
+    where a cache holds earlier tokens or has empty places, or prepared ``[batch, heads, queries, keys]``, where a token
+    counts that sees another one or is seen by one. Where that has other axes than the layer's tokens, the blocks are
+    asked, and their masks that the model made for itself: flex attention's, or those of text behind an image. Without
+    a mask every token counts. CLIP's text tower is causal and pools at the end-of-text token, so what stands behind it
+    does not count either, mask or not. SigLIP's text tower sees its padding, as it did in pretraining: there padding
+    counts unless an attention mask is passed.
 
-    Raises:
-        ValueError (from the mask): tokens are padded and a layer's input cannot be matched with them.
+    Warns:
+        UserWarning: tokens are padded and a layer's input cannot be matched with them, or as many samples as tokens
+            leave open which axis is which (all tokens of these layers count); a text has padding and no mask.
     """
-    stacks = _stacks(model)
     pools = hasattr(model, "text_projection")
-    with padding_mask([s.owner for s in stacks], pools_at_end=[s.owner for s in stacks if pools]) as mask:
+    with padding_mask(model, pools_at_end=pools, sees_padding=_is_contrastive(model)) as mask:
         yield mask
-
-
-@contextmanager
-def padding_mask(owners: Sequence[nn.Module], *, pools_at_end: Sequence[nn.Module] = ()) -> Iterator[TokenMask]:
-    """The mask of layers inside each of ``owners``, from what the owner's forward was last given."""
-    tower_of = {id(module): i for i, owner in enumerate(owners) for module in owner.modules()}
-    seen: dict[int, Tensor | None] = {}
-
-    def remember(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _arguments(module, args, kwargs)
-        seen[index] = _counting(given)
-        if any(module is owner for owner in pools_at_end):
-            seen[index] = _up_to_end(module, given.get("input_ids"), seen[index])
-
-    def mask(slot: LoraSlot, x: Tensor) -> Tensor | None:
-        keep = seen.get(tower_of.get(id(slot.host), -1))
-        return None if keep is None else _fit(keep, x, slot)
-
-    handles = []
-    for i, owner in enumerate(owners):
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = i) -> None:
-            remember(index, module, args, kwargs)
-
-        handles.append(owner.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield mask
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---------------------------------------------------------------------- towers
 
 
 def _stacks(model: nn.Module) -> list[_Stack]:
-    """The lists of blocks of the model's towers; empty where it has towers that are not known."""
+    """The blocks of the model's towers; empty where it has towers that are not known."""
     holder, path = _holder(model)
     if holder is None:
         tower = _single_tower(model)
-        return [s for s in [_stack(model, model, "", tower)] if s] if tower else []
+        return [s for s in [_stack(model, "", tower)] if s.blocks] if tower else []
     contrastive = isinstance(getattr(holder, "logit_scale", None), nn.Parameter)
-    stacks: list[_Stack] = []
+    towers, stacks = _towers(holder), []
     for name, child in holder.named_children():
-        if name in _TOWERS:
-            tower = _TOWERS[name]
-            if tower == "text" and not contrastive and "vision" in {_TOWERS.get(n) for n, _ in holder.named_children()}:
+        if name in towers:
+            tower = towers[name]
+            if _is_encoder_decoder(child):  # BLIP-2 on T5, Florence: two stacks in one
+                return []
+            if tower == "text" and not contrastive and "vision" in {towers.get(n) for n, _ in holder.named_children()}:
                 tower = "language"  # Idefics and its kin call their language model text_model
-            stack = _stack(model, child, f"{path}.{name}".lstrip("."), tower)
-            stacks += [stack] if stack else []
+            stack = _stack(child, f"{path}.{name}".lstrip("."), tower)
+            stacks += [stack] if stack.blocks else []
     if not any(stack.tower == "language" for stack in stacks):
-        known = [stack.owner for stack in stacks]
-        if _has_other_blocks(holder, known):
+        known = [stack.module for stack in stacks]
+        if _has_other_blocks(holder if contrastive else model, known):
             return []
     return stacks
+
+
+def _towers(holder: nn.Module) -> dict[str, str]:
+    """Towers by the names of the children that are."""
+    return _TOWERS_OF.get(type(holder).__name__, _TOWERS)
 
 
 def _holder(model: nn.Module) -> tuple[nn.Module | None, str]:
     """The shallowest module that has a tower among its children, and its path."""
     modules = sorted(model.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
     for path, module in modules:
-        if any(name in _TOWERS and main_blocks(child) for name, child in module.named_children()):
+        towers = _towers(module)
+        if any(name in towers and main_blocks(child) for name, child in module.named_children()):
             return module, path
     return None, ""
 
@@ -194,9 +161,13 @@ def _has_other_blocks(holder: nn.Module, known: Sequence[nn.Module]) -> bool:
     return any(isinstance(layer, nn.Linear) for blocks in lists for layer in blocks.modules())
 
 
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
 def _single_tower(model: nn.Module) -> str | None:
     """The tower of a model that has one; None for encoder-decoder models and for inputs other than text and images."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _is_encoder_decoder(model):
         return None
     main_input = getattr(model, "main_input_name", None)
     if main_input == "pixel_values":
@@ -209,66 +180,10 @@ def _single_tower(model: nn.Module) -> str | None:
     return "language" if causal or type(model).__name__.endswith("ForCausalLM") else "model"
 
 
-def _stack(model: nn.Module, tower_module: nn.Module, path: str, tower: str) -> _Stack | None:
-    """The main blocks of a tower, and the innermost library model around them: it is given the mask of its tokens."""
-    stack = main_blocks(tower_module)
-    if stack is None:
-        return None
-    inner, blocks = stack
-    owner, here = tower_module, tower_module
-    for part in inner.split(".")[:-1]:
-        here = getattr(here, part)
-        owner = here if owns(here) else owner
-    return _Stack(tower, f"{path}.{inner}".lstrip("."), blocks, owner)
+def _stack(module: nn.Module, path: str, tower: str) -> _Stack:
+    blocks = [(f"{path}.{inner}".lstrip("."), block, depth) for inner, block, depth in main_blocks(module)]
+    return _Stack(tower, blocks, module)
 
 
-# ---------------------------------------------------------------------- masks
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _counting(given: Mapping[str, Any]) -> Tensor | None:
-    """``[batch, tokens]``, True where a token counts, of an attention mask in any of the forms the library takes."""
-    mask = next((given[name] for name in _MASKS if given.get(name) is not None), None)
-    if isinstance(mask, Mapping):  # one prepared mask per kind of attention
-        mask = next(iter(mask.values()), None)
-    return _tokens_seen(mask) if isinstance(mask, Tensor) else None
-
-
-def _tokens_seen(mask: Tensor) -> Tensor:
-    """``[batch, tokens]`` of a mask of tokens, or of queries and keys (boolean, 0 and 1, or added)."""
-    if mask.dim() < 4:
-        return torch.ne(mask, 0).flatten(1)
-    visible = mask > torch.finfo(mask.dtype).min / 2 if mask.dtype.is_floating_point else mask != 0
-    seen: Tensor = visible.any(dim=1).any(dim=1)
-    return seen
-
-
-def _up_to_end(module: nn.Module, ids: Any, keep: Tensor | None) -> Tensor | None:
-    """Also without what stands behind the end-of-text token at which a causal tower pools, as CLIP's does."""
-    eos = getattr(module, "eos_token_id", None)
-    if eos is None or not isinstance(ids, Tensor):
-        return keep
-    ids = ids.view(-1, ids.shape[-1])
-    last = (ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)).unsqueeze(-1)
-    reached: Tensor = torch.arange(ids.shape[-1], device=ids.device) <= last
-    return reached if keep is None else reached & keep.to(ids.device)
-
-
-def _fit(keep: Tensor, x: Tensor, slot: LoraSlot) -> Tensor | None:
-    """The mask of the tokens of x; None if all of them count."""
-    tokens = x.shape[:-1]
-    if len(tokens) == 2 and keep.shape[0] == tokens[0] and keep.shape[1] > tokens[1]:
-        keep = keep[:, -tokens[1] :]  # the rest is in the cache
-    if keep.numel() == tokens.numel():
-        return keep.reshape(tokens).to(x.device)
-    if bool(keep.all()) or int(keep.sum()) == tokens.numel():  # nothing is padded, or the layer gets what is not
-        return None
-    raise ValueError(
-        f"token_mask: a padded batch must have a mask for every token of an adapted layer, got a mask of "
-        f"{list(keep.shape)} for an input of {list(x.shape)} [{slot.name}]. Leave the layer out of target_modules, or "
-        "pass batches without padding."
-    )
+def _is_contrastive(model: nn.Module) -> bool:
+    return any(isinstance(getattr(module, "logit_scale", None), nn.Parameter) for module in model.modules())

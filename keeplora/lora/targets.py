@@ -77,7 +77,7 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     A name matches a target if it is a run of whole dotted components of the target's name: ``attn`` takes
     q, k, v and out_proj of every block, ``q_proj`` every query, ``visual.transformer`` one tower,
     ``resblocks.0.attn.q_proj`` one matrix per tower. ``"attn"`` alone also stands for what other libraries call their
-    attention: ``self_attn``, ``attention``, ``SelfAttention``. ``"all-linear"`` takes everything.
+    attention: ``self_attn``, ``linear_attn``, ``attention``, ``SelfAttention``. ``"all-linear"`` takes everything.
 
     Raises:
         ValueError: a name matches nothing (the nearest names are offered), or ``targets`` is empty.
@@ -110,7 +110,7 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     return [target for i, target in enumerate(targets) if i in chosen]
 
 
-_ATTENTION = ("attn", "self_attn", "attention", "SelfAttention")
+_ATTENTION = ("attn", "self_attn", "linear_attn", "attention", "SelfAttention")
 
 
 def _suffixes(name: str) -> list[str]:

@@ -196,6 +196,7 @@ class Lines(Method):
                 "Set method.validate to a function that scores the model on held-out data, or give alpha."
             )
         self.base.progress, self.base.validate = self.progress, self.validate
+        self.base.token_mask = self.token_mask
         before = [cell.read().clone() for cell in _cells(self.model)]
         self.base.before_task(loader, loss_fn)
         self._before = before

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
+from keeplora.families.coverage import Targets, coverage, warn_of_left_out
 from keeplora.lora import (
     LoraAdapter,
     LoraSlot,
     Target,
+    TokenMask,
     merge_adapters,
     merge_ahead,
     peft_checkpoint,
@@ -52,6 +54,7 @@ class LoraMethod(Method):
             adapters, until :meth:`merge`; it stays the same object.
         config: Settings, ``target_modules`` among them.
         targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
@@ -70,9 +73,11 @@ class LoraMethod(Method):
         config: Any = None,
         *,
         targets: Sequence[Target] | None = None,
+        token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ):
         super().__init__(model, config, progress=progress)
+        self.token_mask = token_mask
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
         self.slots: list[LoraSlot] = wrap(model, self.targets)
@@ -80,9 +85,21 @@ class LoraMethod(Method):
 
     # ------------------------------------------------------------------ what a method is
 
-    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
-        """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be."""
-        return select_targets(find_targets(self.model) if targets is None else targets, self.config.target_modules)
+    def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
+        """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be.
+
+        Warns:
+            UserWarning: ``"all-linear"`` does not reach all weights of the blocks, or other names pass over blocks.
+        """
+        among, names = self.targets_among(targets), self.config.target_modules
+        chosen = coverage(self.model, select_targets(among, names), among)
+        if targets is None:
+            warn_of_left_out(type(self).__name__, self.model, chosen, among, names)
+        return chosen
+
+    def targets_among(self, targets: Sequence[Target] | None) -> Sequence[Target]:
+        """What ``target_modules`` chooses of."""
+        return find_targets(self.model) if targets is None else targets
 
     def scaling_of(self, i: int) -> float:
         """c of slot i's adapter."""
@@ -132,7 +149,10 @@ class LoraMethod(Method):
 
     def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
         """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
-        with token_mask(self.model) as mask, progress(loader, "features", "batch", shown=self.progress) as batches:
+        with (
+            token_mask(self.model, self.token_mask) as mask,
+            progress(loader, "features", "batch", shown=self.progress) as batches,
+        ):
             return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
 
     def each_layer(self, compute: Callable[[list[int]], Iterable[T]], phase: str, *inputs: Sequence[Any]) -> list[T]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
-from keeplora.lora import Target, unwrap
+from keeplora.lora import Target, TokenMask, unwrap
 from keeplora.math.finite import first_not_finite
 
 from .capacity import Capacity
@@ -52,6 +52,10 @@ class Method(Saved):
 
     model: nn.Module
     progress: bool | None = None
+
+    token_mask: TokenMask | None = None
+    """Which inputs of a layer count as features, instead of what the model's family tells: ``mask(slot, x)`` gives
+    ``bool [x.shape[:-1]]``, True where a token counts, or None where all do. Read in every pass over features."""
 
     validate: Callable[[], float] | None = None
     """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.

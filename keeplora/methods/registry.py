@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from keeplora._messages import nearest
-from keeplora.lora import Target
+from keeplora.lora import Target, TokenMask
 
 from .dac.method import Dac, DacConfig
 from .duallora.method import DualLora, DualLoraConfig
@@ -117,6 +117,7 @@ def create(
     settings: Mapping[str, Any] | None = None,
     *,
     targets: Sequence[Target] | None = None,
+    token_mask: TokenMask | None = None,
     progress: bool | None = None,
 ) -> Method:
     """Make the method ``name`` around ``model``.
@@ -124,6 +125,7 @@ def create(
     Args:
         settings: Of the method's configuration; its defaults where they say nothing.
         targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
@@ -136,7 +138,9 @@ def create(
         2
     """
     config = configure(name, settings)
-    return METHODS[name].build(model, config, targets=targets, progress=progress)
+    method = METHODS[name].build(model, config, targets=targets, progress=progress)
+    method.token_mask = token_mask
+    return method
 
 
 def load(
@@ -144,6 +148,7 @@ def load(
     model: nn.Module,
     *,
     targets: Sequence[Target] | None = None,
+    token_mask: TokenMask | None = None,
     progress: bool | None = None,
 ) -> Method:
     """The method that ``method.save(path)`` wrote, whichever it is, around the pretrained ``model`` it was made with.
@@ -166,7 +171,9 @@ def load(
     if not isinstance(name, str) or name not in METHODS:
         raise StateError(f"load: {os.fspath(path)} must be of a registered method, got {name!r}")
     entry = METHODS[name]
-    return resumed(made(entry.build, entry.config, state, path, model, targets=targets, progress=progress), state)
+    method = resumed(made(entry.build, entry.config, state, path, model, targets=targets, progress=progress), state)
+    method.token_mask = token_mask
+    return method
 
 
 def _registered(function: str, name: str) -> Registered:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keeplora._version import __version__
-from keeplora.lora import Target
+from keeplora.lora import Target, TokenMask
 
 from .settings import plain
 from .state import State, StateError, read_state, write_state
@@ -36,6 +36,7 @@ class Saved(ABC):
     """False for methods that never take an optimizer step (zero-shot)."""
 
     config: Any
+    token_mask: TokenMask | None = None
     tasks_learned: int = 0
     training_task: bool = False
     _flags: dict[nn.Parameter, bool]  # requires_grad as it was before the method was made,
@@ -160,6 +161,7 @@ class Saved(ABC):
         model: nn.Module,
         *,
         targets: Sequence[Target] | None = None,
+        token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ) -> Self:
         """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
@@ -169,7 +171,9 @@ class Saved(ABC):
         """
         state = read_state(path)
         check_method(cls.name, state, f"load: {os.fspath(path)}")
-        return resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)
+        method = resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)
+        method.token_mask = token_mask
+        return method
 
     @abstractmethod
     def abandon_task(self) -> None:

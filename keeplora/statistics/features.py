@@ -163,6 +163,11 @@ class _Collector:
             if self.last is None or not self.last.is_same(x, slot):
                 self.flush()
                 mask = None if self.token_mask is None else self.token_mask(slot, x)
+                if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+                    raise ValueError(
+                        f"feature_statistics: token_mask must return bool {list(x.shape[:-1])} or None, got "
+                        f"{list(mask.shape)} in {mask.dtype} [{slot.name}]"
+                    )
                 rows = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
                 if rows.shape[1] != slot.weight.shape[1]:
                     raise ValueError(

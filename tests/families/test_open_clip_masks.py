@@ -78,3 +78,19 @@ def test_the_tokens_that_count_are_those_that_reach_the_embedding(name):
             keep = torch.ones_like(expected) if keep is None else keep
             assert torch.equal(keep, expected), slot.name
     assert expected.all() == (name == "everything attended to")
+
+
+@pytest.mark.parametrize("texts", [TOKENS, TOKENS.repeat(2, 1)[:7]], ids=["", "square"])
+def test_towers_whose_layers_see_tokens_first(texts):
+    torch.manual_seed(3)
+    text = clip.transformer.TextTransformer(**TEXT, pool_type="argmax", output_dim=16)
+    text.transformer = clip.transformer.Transformer(24, layers=2, heads=2, batch_first=False)
+    model = tower_in_clip(text)
+    slot = next(slot for slot in wrap(model, find_targets(model)) if slot.target.tower == "text")
+    seen = {}
+    slot.host.observer = lambda host, inputs: seen.update(x=next(iter(inputs.values())))
+    with token_mask(model) as mask, torch.no_grad():
+        model.encode_text(texts)
+        keep = mask(slot, seen["x"])
+    last = texts.argmax(1, keepdim=True)
+    assert torch.equal(keep, (torch.arange(7) <= last).T)

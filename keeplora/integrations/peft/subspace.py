@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keeplora._messages import listed, warn
 from keeplora.distributed import together
-from keeplora.lora import LoraAdapter, Target, depth_factor, depth_positions
+from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
@@ -148,6 +148,7 @@ def update_subspace(
     *,
     loss_fn: LossFn | None = None,
     merge: bool = True,
+    token_mask: TokenMask | None = None,
     progress: bool | None = None,
 ) -> RetentionCertificate:
     r"""Close the task: protect what its inputs look like, put the update into the base weights, and prove retention.
@@ -168,6 +169,7 @@ def update_subspace(
         state: Changed when everything has succeeded.
         loss_fn: Runs the model on a batch; by default the one :func:`initialize` was given.
         merge: Whether the update goes into the base weights.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -214,7 +216,7 @@ def update_subspace(
         borrow(adapter, state.masters) as slots,
     ):
         updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
-        new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
+        new = extended_bases(model, slots, loader, forward, state.config, bases, own_mask=token_mask, shown=progress)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
         proofs = certified(slots, bases, new, merge=merge, shown=progress)

@@ -250,7 +250,12 @@ class DualLora(LoraMethod):
                 stack.enter_context(observed(self.head, features.observe))
             batches = stack.enter_context(progress(loader, "class tokens", "batch", shown=self.progress))
             statistics = feature_statistics(
-                self.model, self.slots, batches, loss_fn, token_mask=self.tokens.mask, peers=processes()
+                self.model,
+                self.slots,
+                batches,
+                loss_fn,
+                token_mask=self.token_mask or self.tokens.mask,
+                peers=processes(),
             )
         if features is not None:
             features.add_up()

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
+from keeplora.families.coverage import Targets
 from keeplora.lora import (
     Confinement,
     LoraAdapter,
     ProjectedAdamW,
     Target,
+    TokenMask,
     confine,
     depth_factor,
     depth_positions,
-    select_targets,
 )
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
@@ -56,6 +57,8 @@ class KeepLora(LoraMethod):
             layers are replaced in place by ones that can hold adapters; it stays the same object.
         config: Settings; :class:`KeepLoraConfig` () is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
         targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells:
+            ``mask(slot, x)`` gives ``bool [x.shape[:-1]]``, True where a token counts, or None where all do.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
@@ -94,9 +97,10 @@ class KeepLora(LoraMethod):
         config: KeepLoraConfig | None = None,
         *,
         targets: Sequence[Target] | None = None,
+        token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ):
-        super().__init__(model, config, targets=targets, progress=progress)
+        super().__init__(model, config, targets=targets, token_mask=token_mask, progress=progress)
         self.train_a = self.config.train_a
         for slot in self.slots:
             slot.host.forward_mode = self.config.forward
@@ -107,14 +111,15 @@ class KeepLora(LoraMethod):
         ]
         self._protected: list[Protected] | None = None
 
-    def choose_targets(self, targets: Sequence[Target] | None) -> list[Target]:
-        config = self.config
+    def targets_among(self, targets: Sequence[Target] | None) -> Sequence[Target]:
+        towers = self.config.towers
         if targets is None:
-            targets = find_targets(self.model, config.towers)
-        elif config.towers is not None:
-            targets = [target for target in targets if target.tower in config.towers]
-        chosen = select_targets(targets, config.target_modules)
-        config.check_towers({target.tower for target in chosen})
+            return find_targets(self.model, towers)
+        return targets if towers is None else [target for target in targets if target.tower in towers]
+
+    def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
+        chosen = super().choose_targets(targets)
+        self.config.check_towers({target.tower for target in chosen})
         return chosen
 
     def scaling_of(self, i: int) -> float:
@@ -207,7 +212,10 @@ class KeepLora(LoraMethod):
             {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
             "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
         ):
-            new = extended_bases(self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress)
+            new = extended_bases(
+                self.model, self.slots, loader, loss_fn, self.config, bases,
+                own_mask=self.token_mask, shown=self.progress,
+            )  # fmt: skip
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
         self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers))

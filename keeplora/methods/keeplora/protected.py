@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from keeplora.distributed import processes
 from keeplora.families import token_mask
-from keeplora.lora import LoraSlot
+from keeplora.lora import LoraSlot, TokenMask
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.methods.method import LossFn
@@ -53,6 +53,7 @@ def extended_bases(
     config: KeepLoraConfig,
     bases: Sequence[Tensor],
     *,
+    own_mask: TokenMask | None = None,
     shown: bool | None,
 ) -> list[Extension]:
     """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
@@ -61,7 +62,7 @@ def extended_bases(
     """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs
-    moment = source(model, slots, loader, forward, config, shown)
+    moment = source(model, slots, loader, forward, config, own_mask, shown)
 
     def compute(group: list[int]) -> list[Extension]:
         return extend_basis([bases[i] for i in group], [moment(i) for i in group], [energies[i] for i in group])
@@ -71,9 +72,9 @@ def extended_bases(
 
 def _of_inputs(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], forward: LossFn, config: KeepLoraConfig,
-    shown: bool | None,
+    own_mask: TokenMask | None, shown: bool | None,
 ) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
-    with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
+    with token_mask(model, own_mask) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
             model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
             sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
@@ -83,7 +84,7 @@ def _of_inputs(
 
 def _of_gradients(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], loss_fn: LossFn, config: KeepLoraConfig,
-    shown: bool | None,
+    _: TokenMask | None, shown: bool | None,
 ) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
     rows = TaskGradients(model, slots, loader, loss_fn, config, shown=shown).matrices
     return lambda i: gram(rows[i])[0]

@@ -11,7 +11,7 @@ from torch import nn
 from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families.class_head import is_image_text_model, observed, put_class_head, require_no_head
-from keeplora.lora import Target
+from keeplora.lora import Target, TokenMask
 from keeplora.methods.keeplora.certificate import RetentionCertificate
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.method import KeepLora
@@ -86,6 +86,7 @@ class KeepLoraCls(KeepLora):
         config: KeepLoraClsConfig | None = None,
         *,
         targets: Sequence[Target] | None = None,
+        token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ):
         if not is_image_text_model(model):
@@ -94,7 +95,7 @@ class KeepLoraCls(KeepLora):
                 f"models do), got {type(model).__name__}. Use keeplora++ for other models."
             )
         require_no_head(model)
-        super().__init__(model, config, targets=targets, progress=progress)
+        super().__init__(model, config, targets=targets, token_mask=token_mask, progress=progress)
         self.head = CosineClassifiers(self.config.classifier_scale)
         put_class_head(model, self.head)
 
