@@ -79,7 +79,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         methods=None if parsed.methods is None else tuple(parsed.methods),
     )
     check_machine(config)
-    records = run_benchmark(config)
+    records = run_benchmark(config, accept_versions=parsed.accept_versions)
     print(report_run(config, records))
     return 0
 
@@ -102,7 +102,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     )
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
-    records = run_benchmark(chosen.config, workload=chosen.workload)
+    records = run_benchmark(chosen.config, workload=chosen.workload, accept_versions=parsed.accept_versions)
     print(report_comparison(chosen.config, records, chosen.notes()))
     return 0
 
@@ -175,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
 def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str | None = None) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
     parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
+    parser.add_argument(
+        "--accept-versions", action="store_true", help="go on in a folder begun with another keeplora or torch"
+    )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
     only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
     parser.add_argument(

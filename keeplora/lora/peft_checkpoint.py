@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keeplora._files import write_atomic, write_json
+from keeplora._files import flush, one_writer, staged
 from keeplora.lora import LoraHost, LoraSlot
 
 __all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
@@ -174,12 +175,29 @@ def check_plain_lora(function: str, config: Any) -> None:
 
 
 def write(path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update]) -> None:
-    """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two."""
+    """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two.
+
+    Raises:
+        OSError: it cannot be written. What was there before is as it was.
+    """
     tensors, config = checkpoint(model, layers)
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder = Path(path)
-    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
-    write_atomic(folder / ADAPTER_TENSORS, lambda temporary: save_file(tensors, temporary))
-    write_json(folder / ADAPTER_CONFIG, config)
+    with (
+        one_writer(folder),
+        staged(folder / ADAPTER_TENSORS) as new_tensors,
+        staged(folder / ADAPTER_CONFIG) as new_config,
+    ):
+        save_file(tensors, new_tensors)
+        new_config.write_text(text, encoding="utf-8")
+        flush(new_tensors)
+        flush(new_config)
+        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+        flush(folder)
+        os.replace(new_tensors, folder / ADAPTER_TENSORS)
+        flush(folder)
+        os.replace(new_config, folder / ADAPTER_CONFIG)
+        flush(folder)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Update]:

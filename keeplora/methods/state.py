@@ -2,7 +2,8 @@
 
 A saved state is a folder with one ``state.json`` and the tensor file it names, ``tensors-<hash>.safetensors``.
 The tensor file is complete on disk before ``state.json`` is replaced, and the previous tensor file is deleted
-only afterwards. Whenever the power fails, a reader meets the old state or the new one, never a mix.
+only afterwards. Whenever the power fails, a reader meets the old state or the new one, never a mix. Writers take turns;
+readers wait for nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeplora._files import flush, write_json
+from keeplora._files import flush, is_abandoned, one_writer, staged, write_json
 
 FORMAT = "keeplora-state"
 SCHEMA = 2
@@ -45,7 +46,9 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
     """Save ``state`` in the folder ``path``, replacing what is saved there in one step.
 
     Tensors of any dtype are written as they are (on the CPU, contiguous). ``state.meta`` must fit JSON without
-    NaN or infinity; otherwise ``ValueError`` or ``TypeError`` is raised and the folder keeps its old state.
+    NaN or infinity; otherwise ``ValueError`` or ``TypeError`` is raised and the folder keeps its old state. So it does
+    where it cannot be written to (``OSError``). Several processes may save into one folder: they take turns, and the
+    last one's state stays. Of other files only the tensors of the state before are deleted.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -61,27 +64,31 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
         raise type(error)(f"write_state: state.meta must fit strict JSON, got: {error}") from error
     if not isinstance(meta, dict):
         raise TypeError(f"write_state: state.meta must be a dict, got {type(state.meta).__name__}")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = _own_storage(state.tensors)
+    with one_writer(folder):
+        before = _named(folder)
+        with staged(folder / "tensors.safetensors") as temporary:
+            save_file(tensors, temporary)
+            digest = _sha256(temporary.read_bytes())
+            name = f"tensors-{digest[:16]}.safetensors"
+            flush(temporary)
+            os.replace(temporary, folder / name)
+            flush(folder)
+        write_json(
+            folder / STATE_FILE,
+            {"format": FORMAT, "schema": SCHEMA, "tensors": {"file": name, "sha256": digest}, "meta": meta},
+        )
+        for file in folder.glob(_TENSOR_FILES):
+            if file.name != name and (file.name == before or is_abandoned(file)):
+                file.unlink(missing_ok=True)
 
-    staged = folder / f".tensors.{os.getpid()}.tmp"
+
+def _named(folder: Path) -> str | None:
+    """The tensor file of the state that is saved in ``folder``, if one is."""
     try:
-        save_file(tensors, staged)
-        digest = _sha256(staged.read_bytes())
-        name = f"tensors-{digest[:16]}.safetensors"
-        flush(staged)
-        os.replace(staged, folder / name)
-    finally:
-        staged.unlink(missing_ok=True)
-    flush(folder)
-
-    write_json(
-        folder / STATE_FILE,
-        {"format": FORMAT, "schema": SCHEMA, "tensors": {"file": name, "sha256": digest}, "meta": meta},
-    )
-    for file in folder.glob(_TENSOR_FILES):
-        if file.name != name:
-            file.unlink(missing_ok=True)
+        return str(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["tensors"]["file"])
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None  # nothing to read: then nothing of it is deleted
 
 
 def has_state(path: str | os.PathLike[str]) -> bool:
@@ -102,7 +109,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         try:
             raw = file.read_bytes()
         except FileNotFoundError:
-            if _read_header(folder) != header:  # a writer replaced the state between our two reads
+            if _read_header(folder) != header or file.exists():  # a writer replaced the state between our two reads
                 continue
             raise StateError(
                 f"read_state: {file} must exist, it is named by {STATE_FILE}. "
