@@ -1,6 +1,6 @@
 """Files that are whole or not there, whoever writes beside us: one mechanism for all that the package writes.
 
-A file is written under a name of its own beside its place, flushed to disk, renamed. Where several files belong
+A file is written in a folder of its own beside its place, flushed to disk, renamed. Where several files belong
 together, one writer at a time holds the folder's lock (``filelock``, which torch depends on, too: the system frees its
 lock when a process dies, and it knows network folders). Readers need no lock, so folders may be read-only for them.
 """
@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -85,9 +86,10 @@ def _acquire(folder: Path, stack: ExitStack, patience: float) -> None:
 
 @contextmanager
 def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``target`` to write to, nobody else's; what is there afterwards is deleted.
+    """A path to write to, in a folder beside ``target`` that is nobody else's and is deleted afterwards.
 
-    So is what killed processes left there when they wrote ``target``.
+    So are those that killed processes left when they wrote ``target``. The path has a folder of its own because
+    libraries may put files of theirs beside it, as safetensors does.
 
     Raises:
         WriteError: the block could not write.
@@ -97,12 +99,13 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         for other in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
             if is_abandoned(other):
-                other.unlink(missing_ok=True)
-        temporary = target.with_name(f".{target.name}~{_HOST}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
+                shutil.rmtree(other, ignore_errors=True)
+        own = target.with_name(f".{target.name}~{_HOST}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
         try:
-            yield temporary
+            own.mkdir()
+            yield own / target.name
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -138,15 +141,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_abandoned(file: Path) -> bool:
-    """Whether whoever was writing ``file`` is gone: a process of this machine that ended, or nobody for an hour."""
-    owner = _OWNED.search(file.name)
+def is_abandoned(path: Path) -> bool:
+    """Whether whoever was writing ``path`` is gone: a process of this machine that ended, or nobody for an hour."""
+    owner = _OWNED.search(path.name)
     if owner is not None and owner[1] == _HOST and not _is_alive(int(owner[2])):
         return True
     try:
-        return time.time() - file.stat().st_mtime > _ABANDONED
+        touched = max(each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ())))
     except FileNotFoundError:
         return False
+    return time.time() - touched > _ABANDONED
 
 
 def _is_alive(process: int) -> bool:

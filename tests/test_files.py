@@ -55,12 +55,14 @@ def dead_process():
 
 
 def left_over(path, owner, age=0.0, host=files._HOST):
-    """A temporary file as another process would have left it."""
-    path = path.with_name(f".{path.name}~{host}~{owner}~{secrets.token_hex(4)}.tmp")
-    path.write_text("half")
+    """What another process would have left of writing a file."""
+    folder = path.with_name(f".{path.name}~{host}~{owner}~{secrets.token_hex(4)}.tmp")
+    folder.mkdir()
+    (folder / path.name).write_text("half")
     then = time.time() - age
-    os.utime(path, (then, then))
-    return path
+    for place in (folder / path.name, folder):
+        os.utime(place, (then, then))
+    return folder
 
 
 # Names
@@ -68,10 +70,11 @@ def left_over(path, owner, age=0.0, host=files._HOST):
 
 def test_a_temporary_name_is_nobody_elses(tmp_path):
     with staged(tmp_path / "a.json") as first, staged(tmp_path / "a.json") as second:
-        assert first != second
-        for name in (first.name, second.name):
+        assert first.parent != second.parent
+        for name in (first.parent.name, second.parent.name):
             assert files._HOST in name
             assert str(os.getpid()) in name
+            assert name.startswith(".")
 
 
 def test_what_killed_processes_left_goes_when_the_file_is_written_again(tmp_path):
@@ -86,6 +89,9 @@ def test_what_killed_processes_left_goes_when_the_file_is_written_again(tmp_path
         left_over(target, dead_process(), host="another-host"),  # who knows what runs there
         left_over(tmp_path / "b.json", dead_process()),  # another file's
     ]
+    growing = left_over(target, 1, age=4000, host="another-host")
+    os.utime(growing / target.name)  # a large file: its folder is old, it is not
+    kept.append(growing)
     write_json(target, {})
     assert not any(file.exists() for file in gone)
     assert all(file.exists() for file in kept)

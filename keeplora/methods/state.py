@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
             folder / STATE_FILE,
             {"format": FORMAT, "schema": SCHEMA, "tensors": {"file": name, "sha256": digest}, "meta": meta},
         )
-        for file in folder.glob(_TENSOR_FILES):
-            if file.name != name and (file.name == before or is_abandoned(file)):
-                file.unlink(missing_ok=True)
+        with suppress(OSError):  # the state is saved; what cannot be deleted now goes with a later one
+            for file in folder.glob(_TENSOR_FILES):
+                if file.name != name and (file.name == before or is_abandoned(file)):
+                    file.unlink(missing_ok=True)
 
 
 def _named(folder: Path) -> str | None:
