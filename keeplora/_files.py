@@ -26,7 +26,17 @@ from safetensors import SafetensorError
 
 from ._messages import warn
 
-__all__ = ["BusyError", "WriteError", "flush", "is_abandoned", "one_writer", "staged", "write_atomic", "write_json"]
+__all__ = [
+    "BusyError",
+    "WriteError",
+    "flush",
+    "is_abandoned",
+    "one_writer",
+    "staged",
+    "told",
+    "write_atomic",
+    "write_json",
+]
 
 LOCK = ".keeplora.lock"
 PATIENCE = 600.0
@@ -58,7 +68,7 @@ def one_writer(folder: str | os.PathLike[str], *, patience: float = PATIENCE) ->
         WriteError: the folder cannot be written to.
     """
     with ExitStack() as stack:
-        with _told(Path(folder)):
+        with told(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             _acquire(Path(folder), stack, patience)
         yield
@@ -95,7 +105,7 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         WriteError: the block could not write.
     """
     target = Path(target)
-    with _told(target):
+    with told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for other in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
             if is_abandoned(other):
@@ -147,7 +157,7 @@ def is_abandoned(path: Path) -> bool:
     if owner is not None and owner[1] == _HOST and not _is_alive(int(owner[2])):
         return True
     try:
-        touched = max(each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ())))
+        touched: float = max(each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ())))
     except FileNotFoundError:
         return False
     return time.time() - touched > _ABANDONED
@@ -166,7 +176,7 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
     """One sentence for whatever the system, or safetensors for it, says of a file that cannot be written."""
     try:
         yield

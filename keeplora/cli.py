@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 _EXAMPLES = """examples:
   keeplora demo                                   the embedded benchmark, all methods, three seeds
@@ -21,16 +25,17 @@ Ctrl-C stops a run; the same command continues it. Finished runs are never repea
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     parsed = _parser().parse_args(arguments)
     if arguments is None and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # modules of the user's own are here, as for python -m; workers inherit it
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
-    except KeyboardInterrupt:
+        with _terminable():
+            return command(parsed)
+    except KeyboardInterrupt as stop:
         print("keeplora: stopped. The same command continues where it was.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:  # the reader of our output left, as in `keeplora info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -47,6 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, WorkerError | NonFiniteLossError):
             return _complain(error, 1)
         raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which job schedulers and containers send, ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # the only one that may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: Exception, code: int) -> int:
