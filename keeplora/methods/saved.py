@@ -149,7 +149,13 @@ class Saved(ABC):
         self.set_weights(weights, open_task=training)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle.
+
+        Several processes may save into one folder: they take turns, and the last one's state stays.
+
+        Raises:
+            OSError: the folder cannot be written to, or another process does not get through. What was there stays.
+        """
         self._require("save", task=None)
         write_state(path, self.state())
 

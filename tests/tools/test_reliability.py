@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tools.reliability import __main__ as command
 from tools.reliability import children, disk, hostile, kills, memory, mutations, ranks, writers
 from tools.reliability.subjects import fingerprint, learned, pretrained, same, same_values, unsound
 from tools.reliability.trials import Trial, run
+
+PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
 def losses(tries, most=1000):
@@ -200,9 +203,18 @@ def test_the_command_counts_and_fails_where_something_is_lost(tmp_path, monkeypa
 
     right = Trial("right", lambda folder, numbers: iter([None] * 3), whole=True)
     monkeypatch.setattr(command, "TRIALS", [right, Trial("wrong", tries, whole=True)])
-    out = tmp_path / "out.json"
-    assert command.main(["--minutes", "0", "--place", str(tmp_path), "--json", str(out), "--seed", "3"]) == 1
+    out, page = tmp_path / "out.json", tmp_path / "page.md"
+    page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n")
+    assert (command.BEGIN in PAGE) and (command.END in PAGE.partition(command.BEGIN)[2])
+    options = ["--minutes", "0", "--place", str(tmp_path), "--json", str(out), "--page", str(page), "--seed", "3"]
+    assert command.main(options) == 1
     shown = capsys.readouterr()
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{command.END}\nafter\n")
+    assert "old" not in text
+    assert "| wrong | 2 | 1 | 0 |" in text
+    assert "--minutes 0 --seed 3" in text
     assert "| wrong | 2 | 1 | 0 |" in shown.out
     assert "1 x wrong: gone" in shown.err
     assert [outcome["tries"] for outcome in json.loads(out.read_text())["outcomes"]] == [3, 2]
