@@ -19,6 +19,7 @@ LEAVES = {
     "_version": set(PLACE),
     "_messages": {*PLACE, "_files"},
     "_files": set(PLACE),
+    "_untrusted": set(PLACE),
     "_lazy": set(PLACE),
     "distributed": {"train", "integrations", "methods"},
 }

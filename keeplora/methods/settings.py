@@ -43,7 +43,7 @@ class ConfigTypeError(ConfigError, TypeError):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), and which layers.
+    """Rank, ``alpha / r`` scaling (``alpha / sqrt(r)`` with rslora), which layers, and whether buffers are frozen too.
 
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
@@ -53,6 +53,7 @@ class AdapterConfig:
     alpha: float = 16.0
     rslora: bool = False
     target_modules: tuple[str, ...] | str = ("attn",)
+    frozen_buffers: bool = True
 
     def __post_init__(self) -> None:
         check_adapter(self)
@@ -68,6 +69,7 @@ def check_adapter(config: Any) -> None:
     check_range(config, "alpha", "(0, inf)")
     check_flag(config, "rslora")
     check_names(config, "target_modules")
+    check_flag(config, "frozen_buffers")
 
 
 _OWN: Any = object()  # stands for the config's attribute of that name
@@ -235,7 +237,7 @@ def plain(config: Any) -> dict[str, Any]:
 
     Example:
         >>> plain(AdapterConfig(r=2))
-        {'r': 2, 'alpha': 16.0, 'rslora': False, 'target_modules': ['attn']}
+        {'r': 2, 'alpha': 16.0, 'rslora': False, 'target_modules': ['attn'], 'frozen_buffers': True}
     """
     values: dict[str, Any] = _plain(asdict(config))
     return values

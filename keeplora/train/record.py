@@ -139,7 +139,7 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again") from error
+        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again.") from error
     record = _read("load_result", saved, identity, file)
     if not record.done:
         raise StateError(
@@ -194,14 +194,14 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     """The record in what :func:`_written` gave, if it is of a run with these settings."""
     schema = saved.get("schema") if isinstance(saved, Mapping) else None
     if schema != SCHEMA:
-        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again")
+        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again.")
     names = {entry.name for entry in fields(RunRecord)}
     record, theirs = saved.get("record"), saved.get("identity")
     if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
         got = sorted(record) if isinstance(record, Mapping) else record
         raise StateError(
             f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. "
-            "It is damaged: delete it to run again"
+            "It is damaged: delete it to run again."
         )
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:

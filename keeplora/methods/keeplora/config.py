@@ -84,6 +84,9 @@ class KeepLoraConfig:
             sketches where exact sums would pass ``memory_budget``.
         memory_budget: Bytes for the gradient statistics; 20 % of what is free on the device if None.
         seed: Of the randomised decompositions.
+        frozen_buffers: Whether running statistics and all other buffers stay as they are while a task is learned. False
+            lets them move as in any training: they are then in the state, and the certificate names them, since nothing
+            protects what moves with them.
 
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
@@ -113,6 +116,7 @@ class KeepLoraConfig:
     gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
     memory_budget: int | None = None
     seed: int = 0
+    frozen_buffers: bool = True
 
     def __post_init__(self) -> None:
         check_adapter(self)
