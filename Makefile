@@ -6,11 +6,15 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.15.0 torchvision==0.29.2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-kernels lint format bench docs clean
+# make reliability MINUTES=1, or HOURS=3 ARGUMENTS="--page docs/reliability.md"
+MINUTES ?= 5
+
+.PHONY: help setup demo test test-kernels reliability lint format bench docs clean
 help:
 	@echo "make demo    set up, then compare KeepLoRA with its baselines on the embedded benchmark (runs/demo)"
 	@echo "make test    set up, then run all tests but the full proof of the kernels"
 	@echo "make test-kernels   that proof: every mutation, every sanitizer, every GPU architecture"
+	@echo "make reliability    kills, full disks, hostile files, several writers: a table of what was lost"
 	@echo "make lint    formatting, types, import law        make docs   build the documentation"
 	@echo "make bench   the CPU microbenchmarks              make clean  remove what was built"
 
@@ -46,6 +50,10 @@ test-kernels: $(BIN)/.dev
 	hash=$$($(BIN)/python tests/csrc/proof.py hash) && \
 	PYTEST_ADDOPTS= $(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=10 -m "proof or not proof" tests/csrc && \
 	$(BIN)/python tests/csrc/proof.py write $$hash
+
+# Tries for five minutes (docs/reliability.md) to lose something; fails where it can.
+reliability: $(BIN)/.dev
+	$(BIN)/python -m tools.reliability $(if $(HOURS),--hours $(HOURS),--minutes $(MINUTES)) $(ARGUMENTS)
 
 CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/csrc/*' | grep -E '\.(cpp|h|cuh?)$$')
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 _EXAMPLES = """examples:
   keeplora demo                                   the embedded benchmark, all methods, three seeds
@@ -21,16 +25,17 @@ Ctrl-C stops a run; the same command continues it. Finished runs are never repea
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     parsed = _parser().parse_args(arguments)
     if arguments is None and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # modules of the user's own are here, as for python -m; workers inherit it
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
-    except KeyboardInterrupt:
+        with _terminable():
+            return command(parsed)
+    except KeyboardInterrupt as stop:
         print("keeplora: stopped. The same command continues where it was.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:  # the reader of our output left, as in `keeplora info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -47,6 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, WorkerError | NonFiniteLossError):
             return _complain(error, 1)
         raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which job schedulers and containers send, ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # the only one that may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -79,7 +103,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         methods=None if parsed.methods is None else tuple(parsed.methods),
     )
     check_machine(config)
-    records = run_benchmark(config)
+    records = run_benchmark(config, accept_versions=parsed.accept_versions)
     print(report_run(config, records))
     return 0
 
@@ -102,7 +126,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     )
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
-    records = run_benchmark(chosen.config, workload=chosen.workload)
+    records = run_benchmark(chosen.config, workload=chosen.workload, accept_versions=parsed.accept_versions)
     print(report_comparison(chosen.config, records, chosen.notes()))
     return 0
 
@@ -175,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
 def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str | None = None) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
     parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
+    parser.add_argument(
+        "--accept-versions", action="store_true", help="go on in a folder begun with another keeplora or torch"
+    )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
     only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
     parser.add_argument(

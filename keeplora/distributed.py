@@ -44,13 +44,13 @@ class Processes:
         """A block that all processes get through, or in which all raise: the one that failed its own error.
 
         Raises:
-            PeerError: another process failed.
+            PeerError: another process failed, or was stopped.
         """
         try:
             yield
         except PeerError:
             raise  # all know
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             if not vars(error).get("told_peers"):
                 vars(error)["told_peers"] = True
                 self._exchange(None, f"{type(error).__name__}: {error}")
@@ -73,7 +73,8 @@ class Processes:
     def add(self, tensor: Tensor) -> None:
         """Add up ``tensor`` over all processes, in place. Shape and dtype must be the same everywhere."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _in_step():
+                dist.all_reduce(tensor)
 
     def require_same(self, function: str, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors that differ between processes, by their sums in float64.
@@ -99,8 +100,26 @@ class Processes:
         if self.size == 1:
             return [(value, error)]
         replies: list[Any] = [None] * self.size
-        dist.all_gather_object(replies, (value, error))
+        with _in_step():
+            dist.all_gather_object(replies, (value, error))
         return replies
+
+
+@contextmanager
+def _in_step() -> Iterator[None]:
+    """An exchange with the others. Who is torn out of it is out of step: it says nothing more, and its end says it all.
+
+    Raises:
+        PeerError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PeerError(f"another process must answer, but has ended or cannot be reached: {reason}") from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        vars(error)["told_peers"] = True
+        raise
 
 
 def processes() -> Processes:

@@ -79,7 +79,7 @@ def test_the_same_command_again_computes_nothing(tiny, tmp_path, capsys):
 
 def test_demo_takes_its_options(monkeypatch):
     seen = []
-    monkeypatch.setattr("keeplora.compare.runs.run_benchmark", lambda config: seen.append(config) or [])
+    monkeypatch.setattr("keeplora.compare.runs.run_benchmark", lambda config, **options: seen.append(config) or [])
     monkeypatch.setattr("keeplora.report.report_run", lambda config, records: "the table")
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--seeds", "1", "--out", "x", "--workers", "4", "--methods", "lora", "keeplora++"]) == 0
@@ -129,7 +129,7 @@ def test_a_damaged_folder_is_exit_code_2(tiny, tmp_path, capsys):
 
 
 def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
-    def stop(config):
+    def stop(config, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("keeplora.compare.runs.run_benchmark", stop)
@@ -138,7 +138,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
 
 
 def test_a_defect_is_not_disguised_as_bad_input(monkeypatch):
-    def broken(config):
+    def broken(config, **options):
         raise ValueError("a bug")
 
     monkeypatch.setattr("keeplora.compare.runs.run_benchmark", broken)

@@ -17,8 +17,9 @@ PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms.spli
 # Leaves import no room. Who may import them:
 LEAVES = {
     "_version": set(PLACE),
-    "_messages": set(PLACE),
+    "_messages": {*PLACE, "_files"},
     "_files": set(PLACE),
+    "_untrusted": set(PLACE),
     "_lazy": set(PLACE),
     "distributed": {"train", "integrations", "methods"},
 }

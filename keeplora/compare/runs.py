@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from keeplora._files import one_writer
 from keeplora._messages import suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
@@ -20,22 +21,33 @@ __all__ = ["check_methods", "check_settings", "read_records", "refusal", "run_be
 
 
 def run_benchmark(
-    config: RunConfig, *, console: Listener | None = None, workload: Workload | None = None
+    config: RunConfig,
+    *,
+    console: Listener | None = None,
+    workload: Workload | None = None,
+    accept_versions: bool = False,
 ) -> list[RunRecord]:
     """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
 
     Results land in ``config.out`` (see :mod:`keeplora.train.record`). Finished pairs are read back, pairs
     that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
-    loaded already need not be loaded again.
+    loaded already need not be loaded again. A folder that was begun with another keeplora or torch is gone on with if
+    ``accept_versions``.
 
-    Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``WorkerError``
-    when a run fails; ``KeyboardInterrupt`` after Ctrl-C, when the workers have stopped and the folder can be
-    resumed.
+    Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``OSError`` for a folder
+    that another process runs in, or that cannot be written to; ``WorkerError`` when a run fails; ``KeyboardInterrupt``
+    after Ctrl-C, when the workers have stopped and the folder can be resumed.
     """
     if workload is None:
         workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
     check_methods(config, workload)
-    claim_folder(config, workload.fingerprint())
+    with one_writer(config.out, patience=0):
+        claim_folder(config, workload.fingerprint(), accept_versions=accept_versions)
+        _run_all(config, workload, console)
+    return read_records(config)
+
+
+def _run_all(config: RunConfig, workload: Workload, console: Listener | None) -> None:
     shown = Console(len(workload.tasks) * len(config.pairs())) if console is None else None
     listener: Listener = console if console is not None else shown  # type: ignore[assignment]
     try:
@@ -52,7 +64,6 @@ def run_benchmark(
     finally:
         if shown is not None:
             shown.close()
-    return read_records(config)
 
 
 def read_records(config: RunConfig) -> list[RunRecord]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from keeplora._messages import warn
+from keeplora.lora import LoraSlot
 from keeplora.methods.method import Method
 from keeplora.methods.state import read_state, write_state
 
@@ -45,7 +47,9 @@ class KeepLoraCallback(TrainerCallback):
     The loss that Trainer logs is ℓ alone.
 
     Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process :meth:`resume` reads it,
-    before ``train(resume_from_checkpoint=…)`` reads the rest. Optimizers that split parameters up (DeepSpeed ZeRO,
+    before ``train(resume_from_checkpoint=…)`` reads the rest. What a task has learned is in the model's own weights
+    after ``after_task`` alone: ``trainer.save_model()`` before it writes a file that behaves like the model before the
+    task, and a warning says so. Optimizers that split parameters up (DeepSpeed ZeRO,
     FSDP) are refused.
 
     Args:
@@ -158,6 +162,39 @@ class KeepLoraCallback(TrainerCallback):
             )
         write_state(checkpoint / FOLDER, self.method.state())
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._hooks is not None:
-            self._hooks.close()
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if self._hooks is None or model is None:
+            return
+        self._hooks.close()
+        told = model.register_state_dict_pre_hook(_SavedTooSoon(self.method))  # type: ignore[no-untyped-call]
+        self._hooks.add(told)  # until training goes on
+
+
+class _SavedTooSoon:
+    """Says once that a model whose task is open is saved without what the task has learned."""
+
+    def __init__(self, method: Method):
+        self.method: Method | None = method
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"method": None}  # a copy of the model, or a pickle, does not carry the method with it
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        method = self.method
+        if method is None or not method.training_task:
+            return
+        if any(isinstance(module, LoraSlot) and module.adapter is not None for module in model.modules()):
+            self.method = None
+            warn(
+                f"KeepLoraCallback: the task must be closed before the model is saved, got an open task of "
+                f"{method.name!r}: its adapters are not in the model's own weights yet, and the file behaves like the "
+                "model before the task. Call after_task(loader), and merge() for plain layers, then save; or save the "
+                "open task with the method's save(folder)."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from keeplora._files import write_atomic, write_json
+from keeplora._files import flush, one_writer, staged
+from keeplora._untrusted import MOST_JSON, check_tensor_file, parse_json, read_bytes
 from keeplora.lora import LoraHost, LoraSlot
 
 __all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
@@ -22,6 +25,7 @@ __all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 _HARMLESS = {
@@ -174,12 +178,29 @@ def check_plain_lora(function: str, config: Any) -> None:
 
 
 def write(path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update]) -> None:
-    """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two."""
+    """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two.
+
+    Raises:
+        OSError: it cannot be written. What was there before is as it was.
+    """
     tensors, config = checkpoint(model, layers)
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder = Path(path)
-    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
-    write_atomic(folder / ADAPTER_TENSORS, lambda temporary: save_file(tensors, temporary))
-    write_json(folder / ADAPTER_CONFIG, config)
+    with (
+        one_writer(folder),
+        staged(folder / ADAPTER_TENSORS) as new_tensors,
+        staged(folder / ADAPTER_CONFIG) as new_config,
+    ):
+        save_file(tensors, new_tensors)
+        new_config.write_text(text, encoding="utf-8")
+        flush(new_tensors)
+        flush(new_config)
+        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+        flush(folder)
+        os.replace(new_tensors, folder / ADAPTER_TENSORS)
+        flush(folder)
+        os.replace(new_config, folder / ADAPTER_CONFIG)
+        flush(folder)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Update]:
@@ -194,11 +215,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
 
     folder = Path(path)
     for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise FileNotFoundError(
                 f"import_peft: {folder / name} must exist. Pass a local folder; adapters in another format than "
                 "safetensors are not read: load them with PEFT and save them again."
             )
+    config_file, tensor_file = folder / ADAPTER_CONFIG, folder / ADAPTER_TENSORS
+    try:
+        settings = parse_json(read_bytes(config_file, most=MOST_JSON))
+    except ValueError as error:
+        raise ValueError(f"import_peft: {config_file} must be {error}. Save the adapter again with PEFT.") from None
+    _check_settings(settings)
     config: Any = PeftConfig.from_pretrained(os.fspath(folder))
     check_plain_lora("import_peft", config)
     if config.modules_to_save:
@@ -206,12 +233,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
             f"import_peft: the checkpoint must hold an adapter alone, got modules_to_save="
             f"{sorted(config.modules_to_save)}. Load those into the model yourself and save the adapter without them."
         )
-    tensors = load_file(folder / ADAPTER_TENSORS)
+    try:
+        tensors = load(read_bytes(tensor_file, size=check_tensor_file(tensor_file)))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"import_peft: {tensor_file} must be {error}. Save the adapter again with PEFT.") from None
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
         if match is None:
             raise ValueError(f"import_peft: tensors must be lora_A and lora_B of linear layers, got {key}")
+        if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"import_peft: tensors must be finite floating-point numbers, got {tensor.dtype} or NaN or Inf [{key}]"
+            )
         factors.setdefault(match[1], {})[match[2]] = tensor
     layers = {}
     for name, pair in factors.items():
@@ -221,8 +255,31 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
             raise ValueError(f"import_peft: A [r, in] and B [out, r] must belong together, got {shapes} [{name}]")
         place = name.removesuffix(".base_layer.out_proj")
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, place), config.lora_alpha)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, place), config.r)
+        if rank != a.shape[0]:
+            raise ValueError(f"import_peft: A must have the configuration's {rank} rows, got {a.shape[0]} [{name}]")
         layers[name] = Update(a, b, alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0]))
     return layers
+
+
+def _check_settings(settings: Any) -> None:
+    """Refuse numbers that are none, and patterns that would be matched for years."""
+    values = settings if isinstance(settings, Mapping) else {}
+    numbers: list[tuple[str, Any, Any]] = []
+    for name, pattern, kinds in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
+        own = values.get(pattern) or {}
+        if not isinstance(own, Mapping):
+            raise ValueError(f"import_peft: {pattern} must be numbers by layer, got {own!r}")
+        numbers += [(name, values[name], kinds)] if name in values else []
+        numbers += [(pattern, value, kinds) for value in own.values()]
+        for key in own:
+            if len(key) > 1000 or len(re.findall(r"[*+{]", key)) > 4 or re.search(r"\)[*+{?]", key):
+                raise ValueError(
+                    f"import_peft: {pattern} must have simple patterns, got {key[:80]!r}. Write the layers' names."
+                )
+    for name, value, kinds in numbers:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < 1e30:
+            raise ValueError(f"import_peft: {name} must be a finite number, got {value!r}")
 
 
 def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, Update]:

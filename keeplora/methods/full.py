@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
 from keeplora.lora import Target, wrap
 
 from .method import LossFn, Method, freeze
-from .state import State, StateError
+from .reading import stored_like
+from .state import State
 from .zero_shot import NoConfig
 
 __all__ = ["FullFineTuning", "JointTraining"]
@@ -27,6 +27,7 @@ class FullFineTuning(Method):
 
     name: ClassVar[str] = "full"
     config_type: ClassVar[type] = NoConfig
+    freezes = False
 
     def __init__(
         self,
@@ -64,16 +65,7 @@ class FullFineTuning(Method):
         own = self.model.state_dict()
         held: list[dict[str, Tensor]] = []
         for kind in ("model", "before") if state.meta["training_task"] else ("model",):
-            tensors = {name: state.tensors.get(f"{kind}.{name}") for name in own}
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
-                    got = None if tensor is None else f"{list(tensor.shape)} in {tensor.dtype}"
-                    raise StateError(
-                        f"load_state: {kind}.{name} must be {list(own[name].shape)} in {own[name].dtype}, got {got}"
-                    )
-                if not bool(torch.isfinite(tensor).all()):
-                    raise StateError(f"load_state: {kind}.{name} must be finite, got NaN or Inf")
-            held.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
+            held.append({name: stored_like(state, f"{kind}.{name}", tensor) for name, tensor in own.items()})
         return held[0], held[1] if len(held) > 1 else {}
 
     def set_weights(self, weights: tuple[dict[str, Tensor], dict[str, Tensor]], *, open_task: bool) -> None:

@@ -21,7 +21,7 @@ from .capacity import Capacity
 from .lora_method import LoraMethod
 from .method import LossFn, freeze
 from .reading import is_counts, stored, stored_basis
-from .settings import check_names, check_range
+from .settings import check_flag, check_names, check_range
 from .state import State, StateError
 
 __all__ = ["Gpm", "GpmConfig"]
@@ -35,6 +35,7 @@ class GpmConfig:
         feature_energy: Share of the first task's feature energy that is protected.
         energy_step: What every later task adds to that share, up to 1.
         target_modules: Names of the layers whose weights are trained, as for the LoRA methods.
+        frozen_buffers: Whether running statistics and all other buffers stay as they are while a task is learned.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -43,11 +44,13 @@ class GpmConfig:
     feature_energy: float = 0.97
     energy_step: float = 0.003
     target_modules: tuple[str, ...] | str = ("attn",)
+    frozen_buffers: bool = True
 
     def __post_init__(self) -> None:
         check_range(self, "feature_energy", "[0, 1]")
         check_range(self, "energy_step", "[0, 1]")
         check_names(self, "target_modules")
+        check_flag(self, "frozen_buffers")
 
 
 class Gpm(LoraMethod):

@@ -174,6 +174,7 @@ class Lines(Method):
 
     name: ClassVar[str] = "lines"
     config_type: ClassVar[type] = LinesConfig
+    freezes = False  # the base method does, if it does
     config: LinesConfig
 
     def __init__(self, base: Method, config: LinesConfig | None = None):
@@ -277,7 +278,7 @@ class Lines(Method):
 
     def weights_state(self) -> State:
         """The base method's state, the α that were chosen, and in an open task the weights it began with."""
-        inner = self.base.state()
+        inner = self.base._live_state("state")
         before = {f"{_BEFORE}{i}": tensor for i, tensor in enumerate(self._before)}
         return State(inner.tensors | before, {"base": inner.meta, "alphas": list(self.alphas)})
 

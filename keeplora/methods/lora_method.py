@@ -28,11 +28,12 @@ from keeplora.lora import (
 from keeplora.lora.peft_checkpoint import Update
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
+from .buffers import Buffers, model_buffers, set_buffers
 from .capacity import Capacity, layer_capacity
 from .fingerprint import fingerprint
 from .method import LossFn, Method, freeze
 from .progress import for_all_layers, progress
-from .reading import is_names, stored
+from .reading import is_names, stored, stored_like
 from .state import State, StateError
 
 __all__ = ["LoraMethod"]
@@ -232,13 +233,22 @@ class LoraMethod(Method):
                 tensors[f"{slot.name}.learned.B"] = torch.cat(b, dim=1) if b else torch.zeros(out, 0)
         meta = {
             "targets": [slot.name for slot in self.slots],
-            "frozen": fingerprint(self.model, self.slots),
+            "frozen": fingerprint(self.model, self.slots, buffers=self.frozen_buffers, remembered=True),
             "adapters": held,
             "unknown_updates": [slot.name for slot in self.slots if slot.learned is None],
         }
-        return State(tensors, meta)
+        return State(tensors | self._moving_buffers(), meta)
 
-    def recall_weights(self, state: State) -> list[_SlotState]:
+    def _moving_buffers(self) -> dict[str, Tensor]:
+        """Buffers that a task may change, as they are and as the open task found them; none where all are frozen."""
+        if self.frozen_buffers:
+            return {}
+        now = model_buffers(self.model)
+        before = {} if self._buffers is None else {name: self._buffers.values[name] for name in now}
+        named = {f"buffers.{name}": buffer for name, buffer in now.items()}
+        return named | {f"buffers_before.{name}": buffer for name, buffer in before.items()}
+
+    def recall_weights(self, state: State) -> _Weights:
         meta, names = state.meta, [slot.name for slot in self.slots]
         if meta.get("targets") != names:
             theirs = meta.get("targets")
@@ -247,10 +257,10 @@ class LoraMethod(Method):
                 f"load_state: targets must be those of this model, {len(names)} (first: {names[0]}), got {got}. "
                 "Load the state into the model it was made with."
             )
-        if meta.get("frozen") != fingerprint(self.model, self.slots):
+        if meta.get("frozen") != fingerprint(self.model, self.slots, buffers=self.frozen_buffers):
             raise StateError(
-                "load_state: the model's other weights must be those the state was made with, got different ones. "
-                "Load the same pretrained weights first; only adapted weights are in the state."
+                "load_state: the model's other weights and buffers must be those the state was made with, got "
+                "different ones. Load the same pretrained model first; only adapted weights are in the state."
             )
         held, unknown = meta.get("adapters"), meta.get("unknown_updates")
         if not isinstance(held, dict) or not set(held) <= set(names) or not all(map(is_names, held.values())):
@@ -259,7 +269,14 @@ class LoraMethod(Method):
             raise StateError(f"load_state: adapters must be none between tasks of {self.name!r}, got {len(held)}")
         if not is_names(unknown) or not set(unknown) <= set(names):
             raise StateError(f"load_state: unknown_updates must be names of targets, got {unknown!r}")
-        return [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
+        slots = [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
+        if self.frozen_buffers:
+            return _Weights(slots, {}, {})
+        mine = model_buffers(self.model)
+        now = {name: stored_like(state, f"buffers.{name}", buffer) for name, buffer in mine.items()}
+        opened = mine if meta["training_task"] else {}
+        before = {name: stored_like(state, f"buffers_before.{name}", buffer) for name, buffer in opened.items()}
+        return _Weights(slots, now, before)
 
     def _recall_slot(self, state: State, i: int, held: list[str] | None, unknown: bool) -> _SlotState:
         slot = self.slots[i]
@@ -286,10 +303,13 @@ class LoraMethod(Method):
             learned = [(a, b)] if len(a) else []
         return _SlotState(weight, adapter, learned)
 
-    def set_weights(self, weights: list[_SlotState], *, open_task: bool) -> None:
+    def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
         if open_task:
             freeze(self.model)  # the adapters bring their own flags
-        for slot, (weight, adapter, learned) in zip(self.slots, weights, strict=True):
+            set_buffers(self.model, weights.before)
+            self._buffers = Buffers(self.model, frozen=self.frozen_buffers)
+        set_buffers(self.model, weights.buffers)
+        for slot, (weight, adapter, learned) in zip(self.slots, weights.slots, strict=True):
             slot.detach()
             slot.set_exact_weight(weight.to(slot.weight.device))
             slot.learned = learned
@@ -342,6 +362,14 @@ class LoraMethod(Method):
                 "a PEFT that has the fix."
             )
         peft_checkpoint.write(path, self.model, layers)
+
+
+class _Weights(NamedTuple):
+    """What a state holds: of the slots, and buffers where they may move, as they are and as the open task began."""
+
+    slots: list[_SlotState]
+    buffers: dict[str, Tensor]
+    before: dict[str, Tensor]
 
 
 class _SlotState(NamedTuple):

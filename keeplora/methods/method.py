@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from keeplora.distributed import processes
 from keeplora.lora import Target, TokenMask, unwrap
 from keeplora.math.finite import first_not_finite
 
+from .buffers import Buffers
 from .capacity import Capacity
 from .saved import Saved
 
@@ -49,6 +50,9 @@ class Method(Saved):
     """True for upper bounds that train on the data of all tasks so far, not on the present one's alone."""
     merges: bool = True
     """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
+
+    freezes: ClassVar[bool] = True
+    """Whether all but the trained parameters stays as it is while a task is open; see :attr:`frozen_buffers`."""
 
     model: nn.Module
     progress: bool | None = None
@@ -82,7 +86,7 @@ class Method(Saved):
     def _begin(self) -> None:
         self._flags = _flags(self.model)
         self._flags_before = self._flags
-        self._buffers_before: list[tuple[Tensor, Tensor]] = []  # running statistics move in train()
+        self._buffers: Buffers | None = None  # as the open task found them
         self._loss_fn: LossFn | None = None
         self._given_back = False
 
@@ -175,7 +179,8 @@ class Method(Saved):
             ValueError: what was trained is not finite (it is named).
 
         Warns:
-            UserWarning: parameters besides those of the method were left to train.
+            UserWarning: parameters besides those of the method were left to train; buffers had moved that are frozen,
+                and were put back.
         """
         with processes().together():
             self._require("after_task", task=True)
@@ -184,18 +189,19 @@ class Method(Saved):
                 raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
             self._guard("after_task")
             trained = self._trained("after_task")
-            report = self.close_task(loader, forward)
+            self._settle_buffers("after_task")
+            with self._buffers.closing() if self._buffers is not None else nullcontext():
+                report = self.close_task(loader, forward)
         for parameter in trained:
             parameter.grad = None  # or it would stay with what outlives the task
         self.tasks_learned += 1
-        self.training_task, self._buffers_before = False, []
+        self.training_task, self._buffers = False, None
         return report
 
     def abandon_task(self) -> None:
         """Close the open task without learning or protecting anything: all is as it was before :meth:`before_task`.
 
         The model's outputs are to the last bit, and so are its buffers and gradient flags; the next task can be opened.
-        After :meth:`load_state` buffers stay as they are: a state has none of them.
 
         Raises:
             RuntimeError: no task is open.
@@ -205,10 +211,9 @@ class Method(Saved):
         self.drop_task()
         for parameter, flag in self._flags_before.items():
             parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for buffer, before in self._buffers_before:
-                buffer.copy_(before)
-        self._buffers_before = []
+        if self._buffers is not None:
+            self._buffers.restore()
+        self._buffers = None
         self.training_task, self._loss_fn = False, None
 
     def capacity(self) -> Capacity | None:
@@ -245,10 +250,42 @@ class Method(Saved):
     @contextmanager
     def _opening(self, loss_fn: LossFn | None) -> Iterator[None]:
         """A task is open once the block has got through."""
-        flags, buffers = _flags(self.model), [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        yield
-        self._flags_before, self._buffers_before = flags, buffers
+        flags, buffers = _flags(self.model), Buffers(self.model, frozen=self.frozen_buffers)
+        try:
+            yield
+        except BaseException:
+            buffers.put_back()
+            raise
+        self._flags_before, self._buffers = flags, buffers
         self._loss_fn, self.training_task = loss_fn, True
+        self._hold_buffers("before_task")
+
+    # ------------------------------------------------------------------ buffers
+
+    @property
+    def frozen_buffers(self) -> bool:
+        """Whether running statistics and all other buffers stay as they are while a task is open.
+
+        True of every method that trains chosen weights, unless its config says ``frozen_buffers=False``.
+        """
+        return self.freezes and bool(getattr(self.config, "frozen_buffers", True))
+
+    def _hold_buffers(self, function: str) -> None:
+        """From now on buffers stay as the open task found them, in train() too."""
+        if self.freezes and self._buffers is None:  # of a task that comes from a state
+            self._buffers = Buffers(self.model, frozen=self.frozen_buffers)
+        if self._buffers is not None:
+            self._buffers.settle(function)
+            self._buffers.hold()
+
+    def _settle_buffers(self, function: str) -> None:
+        """Put frozen buffers back that something has moved all the same, and name them."""
+        if self._buffers is not None:
+            self._buffers.settle(function)
+
+    def _moved_buffers(self) -> list[str]:
+        """Names of the buffers that are not what they were before the open task."""
+        return [] if self._buffers is None else self._buffers.moved()
 
     def _trained(self, function: str) -> list[nn.Parameter]:
         self._require(function, task=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .state import State, StateError
 
-__all__ = ["is_counts", "is_names", "stored", "stored_basis"]
+__all__ = ["is_counts", "is_names", "stored", "stored_basis", "stored_like"]
 
 
 def stored(state: State, name: str, shape: Sequence[int | None], *, whole: bool = False) -> Tensor:
@@ -52,6 +52,21 @@ def stored_basis(state: State, name: str, width: int) -> Tensor:
     if basis.shape[1] > width or off > 1e-3:
         raise StateError(f"load_state: {name} must have orthonormal columns, got some that are off by {off:.1e}")
     return basis
+
+
+def stored_like(state: State, name: str, own: Tensor) -> Tensor:
+    """The state's tensor ``name``, of the shape and dtype of the model's ``own``.
+
+    Raises:
+        StateError: it is missing, of another shape or dtype, or not finite.
+    """
+    tensor = state.tensors.get(name)
+    if tensor is None or (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
+        got = None if tensor is None else f"{list(tensor.shape)} in {tensor.dtype}"
+        raise StateError(f"load_state: {name} must be {list(own.shape)} in {own.dtype}, got {got}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise StateError(f"load_state: {name} must be finite, got NaN or Inf")
+    return tensor
 
 
 def is_counts(value: Any, rows: int, columns: int | None = None) -> TypeGuard[list[list[int]]]:

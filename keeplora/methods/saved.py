@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keeplora._version import __version__
-from keeplora.lora import Target, TokenMask
+from keeplora.lora import LoraHost, Target, TokenMask, unwrap
 
 from .settings import plain
 from .state import State, StateError, read_state, write_state
@@ -19,6 +19,8 @@ from .state import State, StateError, read_state, write_state
 __all__ = ["Saved", "made", "resumed"]
 
 S = TypeVar("S", bound="Saved")
+UNREADABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+"""What values that nobody expected break when they are read."""
 MOST_TASKS = 2**20
 """More than anybody learns; a number of tasks seeds generators."""
 
@@ -84,9 +86,14 @@ class Saved(ABC):
 
     def state(self) -> State:
         """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
-        self._require("state", task=None)
+        state = self._live_state("state")
+        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}, state.meta)
+
+    def _live_state(self, function: str) -> State:
+        """The state, of the tensors themselves."""
+        self._require(function, task=None)
+        self._settle_buffers(function)
         weights, memory = self.weights_state(), self.memory_state()
-        tensors = weights.tensors | memory.tensors
         meta = {
             "method": self.name,
             "config": plain(self.config),
@@ -96,7 +103,7 @@ class Saved(ABC):
             **weights.meta,
             **memory.meta,
         }
-        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, meta)
+        return State(weights.tensors | memory.tensors, meta)
 
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
@@ -107,6 +114,7 @@ class Saved(ABC):
             StateError: the state belongs to another method, another model or other targets, or is incomplete.
         """
         self._require("load_state", task=None)
+        self._settle_buffers("load_state")
         self._continue(self._checked(state))
 
     def _checked(self, state: State) -> _Checked:
@@ -118,7 +126,7 @@ class Saved(ABC):
             return self._read(state)
         except StateError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise StateError(
                 f"load_state: state must be one of {self.name!r} for this model, got one that cannot be read: "
                 f"{type(error).__name__}: {error}"
@@ -148,11 +156,18 @@ class Saved(ABC):
         self.tasks_learned, self.training_task = tasks, training
         self.remember(memory)
         self.set_weights(weights, open_task=training)
+        if training:
+            self._hold_buffers("load_state")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
-        self._require("save", task=None)
-        write_state(path, self.state())
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle.
+
+        Several processes may save into one folder: they take turns, and the last one's state stays.
+
+        Raises:
+            OSError: the folder cannot be written to, or another process does not get through. What was there stays.
+        """
+        write_state(path, self._live_state("save"))
 
     @classmethod
     def load(
@@ -178,6 +193,14 @@ class Saved(ABC):
     @abstractmethod
     def abandon_task(self) -> None:
         """Close the open task as if it had never been."""
+
+    @abstractmethod
+    def _settle_buffers(self, function: str) -> None:
+        """Put frozen buffers back that something has moved all the same, and name them."""
+
+    @abstractmethod
+    def _hold_buffers(self, function: str) -> None:
+        """Keep the model's buffers as they are while the task is open."""
 
     @abstractmethod
     def release(self) -> None:
@@ -245,12 +268,24 @@ def made(
     model: nn.Module,
     **options: Any,
 ) -> S:
-    """The method with the settings that ``state`` was saved with, fresh around ``model``."""
+    """The method with the settings that ``state`` was saved with, fresh around ``model``; errors leave that alone."""
     settings = saved_settings(state, path)
+    held = any(isinstance(module, LoraHost) for module in model.modules())
+    hooks = [(kind, set(kind)) for module in model.modules() for kind in _hooks(module)]
     try:
         return build(model, config_type(**settings), **options)
-    except (TypeError, ValueError) as error:
+    except UNREADABLE as error:
+        if held:  # by another method, which is not the state's fault
+            raise
+        for kind, known in hooks:
+            for key in set(kind) - known:
+                del kind[key]
+        unwrap(model)
         raise StateError(f"load: {os.fspath(path)} must fit the model it is loaded into: {error}") from error
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def saved_settings(state: State, path: str | os.PathLike[str]) -> dict[str, Any]:

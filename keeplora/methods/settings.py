@@ -52,6 +52,9 @@ class AdapterConfig:
         rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         target_modules: Names of the adapted layers, matched as whole dotted components: ``attn`` (also where it is
             called ``self_attn`` or ``attention``), ``q_proj``, ``mlp.c_fc``, or ``"all-linear"``.
+        frozen_buffers: Whether running statistics and all other buffers stay as they are while a task is learned. False
+            lets them move as in any training: they are then in the state, and the certificate names them, since nothing
+            protects what moves with them.
 
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
@@ -61,6 +64,7 @@ class AdapterConfig:
     alpha: float | None = None
     rslora: bool = False
     target_modules: tuple[str, ...] | str = ("attn",)
+    frozen_buffers: bool = True
 
     def __post_init__(self) -> None:
         check_adapter(self)
@@ -82,6 +86,7 @@ def check_adapter(config: Any) -> None:
     check_range(config, "alpha", "(0, inf)", optional=True)
     check_flag(config, "rslora")
     check_names(config, "target_modules")
+    check_flag(config, "frozen_buffers")
 
 
 _OWN: Any = object()  # stands for the config's attribute of that name
@@ -249,7 +254,7 @@ def plain(config: Any) -> dict[str, Any]:
 
     Example:
         >>> plain(AdapterConfig(r=2))
-        {'r': 2, 'alpha': None, 'rslora': False, 'target_modules': ['attn']}
+        {'r': 2, 'alpha': None, 'rslora': False, 'target_modules': ['attn'], 'frozen_buffers': True}
     """
     values: dict[str, Any] = _plain(asdict(config))
     return values

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keeplora.report.capacity import plot_capacity, tightest_run
-from keeplora.report.summary import group, write_summary
+from keeplora.report.summary import group, write_summary, write_text
 from keeplora.report.table import result_table
 from keeplora.train.config import RunConfig
 from keeplora.train.record import RunRecord
@@ -34,6 +34,6 @@ def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:
     lines += [f"room left by {title}: {capacity.summary}" for title, capacity in room.items()]
     if plot_capacity(out / "capacity.png", room, records[0].tasks):
         tables = "\n\n".join(f"{title}\n{capacity}" for title, capacity in room.items()) + "\n"
-        (out / "capacity.txt").write_text(tables, encoding="utf-8")
+        write_text(out / "capacity.txt", tables)
         lines.append(f"room: {out / 'capacity.png'}, {out / 'capacity.txt'}")
     return "\n".join([*lines, f"chart: {chart}", f"numbers: {out / 'summary.json'}"])

@@ -153,6 +153,8 @@ class _Run:
         record.switch_seconds.append(switch)
         record.evaluate_seconds.append(evaluate)
         record.certificates.append(None if certificate is None else _certificate(certificate))
+        if problem := record.problem():
+            raise ValueError(f"run_one: {problem}")
         record.peak_bytes = max(record.peak_bytes, peak_bytes(self.config.device))
         self.scalars.task(record, witness)
         capacity = self.method.capacity()

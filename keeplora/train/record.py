@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keeplora._files import write_json
+from keeplora._version import __version__
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import State, StateError, has_state, read_state, write_state
 from keeplora.train.config import RunConfig
@@ -54,6 +58,40 @@ class RunRecord:
     def done(self) -> bool:
         """Whether every task is finished."""
         return self.finished_tasks == len(self.tasks)
+
+    def problem(self) -> str:
+        """What must be otherwise, where the figures of a finished task are missing or are no numbers; else empty."""
+        tasks = self.finished_tasks
+        per_task: dict[str, Sized] = {
+            "accuracy": self.accuracy, "loss": self.loss, "train_seconds": self.train_seconds,
+            "switch_seconds": self.switch_seconds, "evaluate_seconds": self.evaluate_seconds,
+            "certificates": self.certificates,
+        }  # fmt: skip
+        for name, values in per_task.items():
+            if len(values) != tasks:
+                return f"{name} must have one entry for each of {tasks} finished tasks, got {len(values)}"
+        if len(self.witness) not in (0, tasks):
+            return f"witness must have one entry for each of {tasks} finished tasks or none, got {len(self.witness)}"
+        for task, row in enumerate(self.accuracy):
+            if len(row) != len(self.tasks):
+                return f"accuracy must have {len(self.tasks)} values after every task, got {len(row)} after {task + 1}"
+        fractions = {"accuracy": [value for row in self.accuracy for value in row], "witness": self.witness}
+        for name, values in fractions.items():
+            if strange := [value for value in values if not (_is_number(value) and 0 <= value <= 1)]:
+                return f"{name} must be from 0 to 1, got {strange[0]!r}"
+        for name in ("loss", "train_seconds", "switch_seconds", "evaluate_seconds", "inference_seconds"):
+            if strange := [value for value in getattr(self, name) if not _is_number(value)]:
+                return f"{name} must be finite, got {strange[0]!r}"
+        return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def versions() -> dict[str, str]:
+    """What decides numbers besides the settings."""
+    return {"keeplora": __version__, "torch": str(torch.__version__)}
 
 
 def run_folder(out: str | os.PathLike[str], label: str, seed: int) -> Path:
@@ -101,18 +139,26 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again") from error
-    return _read("load_result", saved, identity, file)
+        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again.") from error
+    record = _read("load_result", saved, identity, file)
+    if not record.done:
+        raise StateError(
+            f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. "
+            "Delete it to run again"
+        )
+    return record
 
 
-def claim_folder(config: RunConfig, data: str) -> None:
+def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False) -> None:
     """Write ``config.json`` into the run folder; refuse a folder that holds runs with other settings.
 
-    ``data`` is the workload's fingerprint: results on other data must not stand in one table either.
+    ``data`` is the workload's fingerprint: results on other data must not stand in one table either. Nor must those of
+    another keeplora or torch, unless ``accept_versions``; the file names all that have run here, every result its own.
 
     More seeds or methods are welcome: their runs stand beside the finished ones.
     """
     file = Path(config.out) / CONFIG_FILE
+    known: list[Any] = []
     if file.is_file():
         try:
             previous = json.loads(file.read_text(encoding="utf-8"))
@@ -124,25 +170,38 @@ def claim_folder(config: RunConfig, data: str) -> None:
                 f"claim_folder: {config.out} holds runs made with other settings ({', '.join(changed)} changed). "
                 "Give another --out, or delete the folder to start again"
             )
-    write_json(file, {**config.as_dict(), "data": data})
+        known = list(previous.get("versions", ()))
+        if versions() not in known and not accept_versions:
+            raise ConfigError(
+                f"claim_folder: {config.out} must be gone on with by the versions it was begun with, "
+                f"{' or '.join(map(_spelled, known)) or 'unknown ones'}, got {_spelled(versions())}: numbers may "
+                "differ. Install those, give another --out, or accept the change with --accept-versions"
+            )
+    if versions() not in known:
+        known.append(versions())
+    write_json(file, {**config.as_dict(), "data": data, "versions": known})
+
+
+def _spelled(names: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in names.items()) if isinstance(names, dict) else str(names)
 
 
 def _written(record: RunRecord, identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {"schema": SCHEMA, "identity": dict(identity), "record": asdict(record)}
+    return {"schema": SCHEMA, "identity": dict(identity), "versions": versions(), "record": asdict(record)}
 
 
 def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -> RunRecord:
     """The record in what :func:`_written` gave, if it is of a run with these settings."""
     schema = saved.get("schema") if isinstance(saved, Mapping) else None
     if schema != SCHEMA:
-        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again")
+        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again.")
     names = {entry.name for entry in fields(RunRecord)}
     record, theirs = saved.get("record"), saved.get("identity")
     if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
         got = sorted(record) if isinstance(record, Mapping) else record
         raise StateError(
             f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. "
-            "It is damaged: delete it to run again"
+            "It is damaged: delete it to run again."
         )
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
@@ -150,4 +209,11 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
             f"{function}: {where} was made with other settings ({', '.join(changed)} changed). "
             "Give another --out, or delete the folder to start again"
         )
-    return RunRecord(**record)
+    made = RunRecord(**record)
+    try:
+        problem = made.problem()
+    except TypeError as error:  # a number where a list should be
+        problem = f"its record must be one of a run ({error})"
+    if problem:
+        raise StateError(f"{function}: {where}: {problem}. It is damaged: delete it to run again")
+    return made

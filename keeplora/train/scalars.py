@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from keeplora._files import told
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,13 +32,13 @@ class Scalars:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only some runs want it
 
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        with told(self.folder):
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """One point of the loss and learning-rate curves, every tenth step."""
         if self.writer is not None and step % _EVERY == 0:
-            self.writer.add_scalar("train/loss", loss, step)
-            self.writer.add_scalar("train/learning_rate", learning_rate, step)
+            self._add({"train/loss": loss, "train/learning_rate": learning_rate}, step)
 
     def task(self, record: RunRecord, witness: float | None) -> None:
         """Accuracies in percent after a task, against the number of steps."""
@@ -46,17 +49,24 @@ class Scalars:
         points["mean/accuracy"] = float(np.mean(row))
         if witness is not None:
             points["mean/witness"] = witness
-        for name, value in points.items():
-            self.writer.add_scalar(name, 100 * value, record.steps)
+        points = {name: 100 * value for name, value in points.items()}
         certificate = record.certificates[-1]
         for name in ("leak", "orthogonality"):
             if certificate is not None and certificate[name] is not None:
-                self.writer.add_scalar(f"certificate/{name}", certificate[name], record.steps)
+                points[f"certificate/{name}"] = certificate[name]
+        self._add(points, record.steps)
 
     def close(self) -> None:
         """Flush and close the log."""
-        if self.writer is not None:
-            self.writer.close()
+        if self.writer is not None and self.folder is not None:
+            with told(self.folder):
+                self.writer.close()
+
+    def _add(self, points: Mapping[str, float], step: int) -> None:
+        if self.writer is not None and self.folder is not None:
+            with told(self.folder):
+                for name, value in points.items():
+                    self.writer.add_scalar(name, value, step)
 
 
 def open_scalars(folder: Path | None, wanted: bool) -> Scalars:

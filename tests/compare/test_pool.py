@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 
-from keeplora.compare.pool import WorkerError
+from keeplora._files import one_writer
+from keeplora.compare.pool import Pool, WorkerError, _Worker
 from keeplora.compare.runs import run_benchmark
 from keeplora.methods.settings import ConfigError
 from keeplora.train.config import override, parse_config
+from keeplora.train.events import silent
 
 ROOT = Path(__file__).parents[2]
 VALUES = {
@@ -125,14 +130,48 @@ def test_a_failing_run_stops_all_and_names_itself(tmp_path):
     assert (tmp_path / "runs" / "lora" / "seed-0" / "state" / "state.json").is_file()
 
 
-def test_a_killed_worker_is_reported(tmp_path):
+def test_a_killed_worker_is_named_with_its_signal(tmp_path):
     config = config_of(tmp_path, benchmark="tiny_workload:dying", methods=["lora"], workers=1)
-    with pytest.raises(WorkerError, match=r"(lora|zero-shot), seed 0 must finish, but .* exit code -9"):
+    with pytest.raises(WorkerError, match=r"(lora|zero-shot), seed 0 must finish, .* SIGKILL"):
         run_benchmark(config, console=lambda event: None)
 
 
-def test_ctrl_c_stops_the_workers_and_the_folder_resumes(tmp_path):
-    """SIGINT to the whole process group, as a terminal sends it, in the middle of the second task."""
+def left_alone(pipe):
+    """A worker whose child keeps the pipe, as one that loads data would."""
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    pipe.send("ready")
+    signal.pause()
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
+def test_a_dead_worker_is_noticed_within_two_seconds(tmp_path, kind, code):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=left_alone, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.recv() == "ready"
+    pool = Pool(config_of(tmp_path), [], silent, [_Worker(process, ours, ("lora", 3))])
+    threading.Timer(0.2, os.kill, (process.pid, kind)).start()
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=f"lora, seed 3 .* {kind.name}"):
+        pool.listen(deque())
+    assert time.monotonic() - started < 2
+    assert process.exitcode == code
+
+
+def test_a_full_disk_in_a_worker_is_one_sentence(tmp_path):
+    (tmp_path / "runs" / "zero-shot").mkdir(parents=True)
+    (tmp_path / "runs" / "zero-shot" / "seed-0").touch()  # a file where a folder should be stands in for it
+    config = config_of(tmp_path, methods=["zero-shot"], workers=1)
+    with pytest.raises(WorkerError, match=r"zero-shot, seed 0 failed: write: .*seed-0") as caught:
+        run_benchmark(config, console=lambda event: None)
+    assert "\n" not in str(caught.value)
+
+
+def begun(tmp_path):
+    """A run of two workers from the shell, in a process group of its own, in the middle of the second task."""
     slow = tmp_path / "slow.toml"
     slow.write_text(
         'benchmark = "tiny_workload:slow"\nmethods = ["lora", "keeplora"]\nepochs = 1\nbatch_size = 16\n'
@@ -150,11 +189,32 @@ def test_ctrl_c_stops_the_workers_and_the_folder_resumes(tmp_path):
     deadline = time.monotonic() + 120
     while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process, out, state
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_command_alone_ends_all(tmp_path, kind, code):
+    process, out, state = begun(tmp_path)
+    os.kill(process.pid, kind)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert group_is_empty(process.pid)
+    assert "Traceback" not in errors
+    assert "leaked" not in errors
+    assert state.is_file()
+    with one_writer(out, patience=0):  # nobody holds it
+        pass
+
+
+def test_ctrl_c_stops_the_workers_and_the_folder_resumes(tmp_path):
+    """SIGINT to the whole process group, as a terminal sends it, in the middle of the second task."""
+    process, out, state = begun(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     assert "stopped. The same command continues" in errors
     assert "Traceback" not in errors
+    assert "leaked" not in errors
     assert group_is_empty(process.pid)
     assert state.is_file()
     assert not (out / "summary.json").exists()

@@ -1,12 +1,15 @@
 """KeepLoRA in transformers' Trainer: the same numbers as a loop of one's own, checkpoints, and order."""
 
+import copy
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from keeplora.integrations.hf_trainer import KeepLoraCallback
+from keeplora.methods import create
 from keeplora.methods.state import StateError
 from tests.integrations.one_layer import BATCH, STEPS, assert_same, batches, loss_fn, make_keeper, task_data
 
@@ -191,3 +194,44 @@ def test_a_checkpoint_elsewhere_is_no_silent_loss(tmp_path):
     keeper.before_task(batches(data), loss_fn)
     with pytest.raises(RuntimeError, match=r"checkpoint must be at .*checkpoint-0"):
         callback.on_save(trainer.args, trainer.state, trainer.control)
+
+
+def weights_of(folder):
+    [file] = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_model_saved_before_its_task_is_closed_is_said_to_be_the_base(tmp_path):
+    keeper, data = make_keeper(), task_data(0)
+    trainer, _ = trainer_for(keeper, data, tmp_path, save_strategy="steps", save_steps=2)
+    before = {name: value.clone() for name, value in keeper.model.state_dict().items()}
+    keeper.before_task(batches(data), loss_fn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.train()  # whose checkpoints have the keeper's state
+    with pytest.warns(UserWarning, match="KeepLoraCallback: the task must be closed before the model is saved"):
+        trainer.save_model(tmp_path / "early")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.save_model(tmp_path / "early")  # it is said once
+        keeper.after_task(batches(data))
+        keeper.merge()
+        trainer.save_model(tmp_path / "learned")
+    early, learned = weights_of(tmp_path / "early"), weights_of(tmp_path / "learned")
+    assert set(learned) == set(before)
+    assert all(torch.equal(early[name], value) for name, value in before.items())
+    assert not all(torch.equal(learned[name], value) for name, value in before.items())
+
+
+def test_other_methods_are_told_too_and_pickles_do_not_carry_them(tmp_path):
+    model = make_keeper().merge()
+    method, data = create("lora", model, {"r": 2, "target_modules": "all-linear"}), task_data(0)
+    trainer, _ = trainer_for(method, data, tmp_path)
+    method.before_task(batches(data), loss_fn)
+    trainer.train()
+    copied = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        copied.state_dict()
+    with pytest.warns(UserWarning, match="open task of 'lora'"):
+        model.state_dict()

@@ -299,25 +299,6 @@ def test_what_is_put_into_a_model_in_evaluation_is_in_evaluation(name, tmp_path)
         assert [path for path, module in each.model.named_modules() if module.training] == []
 
 
-def test_running_statistics_are_abandoned_too(name):
-    class Normed(Net):
-        def __init__(self):
-            super().__init__()
-            self.norm = torch.nn.BatchNorm1d(WIDTH)
-
-        def forward(self, x):
-            return self.norm(super().forward(x))
-
-    method = make(name, Normed())
-    before = outputs(method, x := torch.randn(2, 4, WIDTH))
-    method.before_task(task(0), loss_fn)
-    for batch in task(0):
-        loss_fn(method.model, batch)
-    assert not torch.equal(outputs(method, x)[0], before[0])
-    method.abandon_task()
-    assert all(map(torch.equal, outputs(method, x), before))
-
-
 def test_a_copy_of_an_open_task_is_trained_as_the_task_is(name):
     method, _ = opened(name, Net(), 1)
     twin = copy.deepcopy(method)

@@ -15,9 +15,14 @@ from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
 from keeplora.lora.peft_checkpoint import Update, check_plain_lora
+from keeplora.methods.buffers import Buffers
 
-__all__ = ["PeftAdapter", "PeftLayer", "borrow", "find_adapter", "trainable_neighbours"]
+__all__ = [
+    "PeftAdapter", "PeftLayer", "borrow", "find_adapter", "forget_buffers", "held_buffers", "hold_buffers",
+    "trainable_neighbours",
+]  # fmt: skip
 
+_HELD = "_keeplora_buffers"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -203,6 +208,28 @@ def trainable_neighbours(adapter: PeftAdapter, kept: Collection[str], also_train
         and not (".lora_" in name and any(f".{other}." in name for other in kept))
         and not any(part in f".{name}." for part in allowed)
     ]
+
+
+def held_buffers(adapter: PeftAdapter) -> Buffers | None:
+    """What keeps the base model's buffers in the open task: a part of the model, so that a copy of it has its own."""
+    held: Buffers | None = vars(adapter.base).get(_HELD)
+    return held
+
+
+def hold_buffers(function: str, adapter: PeftAdapter, buffers: Buffers) -> None:
+    """Keep the base model's buffers as ``buffers`` found them, until :func:`forget_buffers`."""
+    forget_buffers(adapter)
+    buffers.settle(function)
+    buffers.hold()
+    setattr(adapter.base, _HELD, buffers)
+
+
+def forget_buffers(adapter: PeftAdapter) -> None:
+    """Let them move again."""
+    held = held_buffers(adapter)
+    if held is not None:
+        held.release()
+        delattr(adapter.base, _HELD)
 
 
 @contextmanager

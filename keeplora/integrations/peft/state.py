@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor
 
 from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, merge_adapters, peft_checkpoint
-from keeplora.lora.four_bit import was_repacked
+from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.peft_checkpoint import Update
+from keeplora.methods.buffers import Buffers, model_buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.fingerprint import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, stored, stored_basis
+from keeplora.methods.reading import is_counts, is_names, stored, stored_basis
+from keeplora.methods.saved import UNREADABLE, Reading, check_method
 from keeplora.methods.state import State, StateError, read_state, write_state
 
-from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter
+from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, hold_buffers
 
-__all__ = ["SubspaceState", "fingerprint"]
+__all__ = ["SubspaceState", "fingerprint", "frozen_fingerprint"]
 
 METHOD = "keeplora-peft"
 
@@ -65,6 +68,8 @@ class SubspaceState:
     alphas: dict[str, float] = field(default_factory=dict)
     pretrained: str = ""
     current: str = ""
+    frozen: str = ""
+    """Of everything in the base model that is not adapted."""
     masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
     loss_fn: LossFn | None = field(default=None, repr=False)
@@ -101,6 +106,7 @@ class SubspaceState:
             "alphas": self.alphas,
             "pretrained": self.pretrained,
             "current": self.current,
+            "frozen": self.frozen,
             "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
         write_state(path, State({name: t.detach().cpu() for name, t in tensors.items()}, meta))
@@ -113,11 +119,8 @@ class SubspaceState:
             StateError: nothing there, damaged, incomplete, of a newer version, or of another method.
         """
         state = read_state(path)
-        meta, tensors = state.meta, state.tensors
-        if meta.get("method") != METHOD:
-            raise StateError(
-                f"load: {os.fspath(path)} must hold a state of method {METHOD!r}, got {meta.get('method')!r}"
-            )
+        check_method(METHOD, state, f"load: {os.fspath(path)}")
+        meta, tensors = Reading(state.meta), Reading(state.tensors)
         try:
             targets = tuple(Target(n, n, "weight", None, depth, tower) for n, depth, tower in meta["targets"])
             loaded = cls(
@@ -137,28 +140,52 @@ class SubspaceState:
                 alphas=meta["alphas"],
                 pretrained=meta["pretrained"],
                 current=meta["current"],
+                frozen=meta["frozen"],
             )
             loaded._check(state)
         except StateError:
             raise
         except KeyError as error:
             raise StateError(f"load: {os.fspath(path)} must hold {error}, got a state without it") from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise StateError(
                 f"load: {os.fspath(path)} must be whole, got values that cannot be read: {error}"
             ) from error
+        tensors.require_all_read("tensors", METHOD)
+        meta.require_all_read("meta", METHOD, besides=("method", "versions"))
         return loaded
 
     def _check(self, state: State) -> None:
-        """Refuse a state whose bases protect nothing, or whose updates fit no layer."""
-        tasks = self.tasks_learned
+        """Refuse a state whose bases protect nothing, whose updates fit no layer, or with values of another kind."""
+        tasks, names = self.tasks_learned, [target.name for target in self.targets]
         if isinstance(tasks, bool) or not isinstance(tasks, int) or len(self.learned) != tasks:
             raise StateError(f"load: tasks_learned must count the {len(self.learned)} tasks of learned, got {tasks!r}")
-        names = [target.name for target in self.targets]
+        if not names or len(set(names)) < len(names):
+            raise StateError(f"load: targets must be layers, each once, got {names}")
+        for target in self.targets:
+            if not (type(target.name) is type(target.tower) is str and type(target.depth) is int):
+                raise StateError(f"load: targets must have a name, a depth and a tower, got {target}")
         if not is_counts([list(self.added.get(name, ())) for name in names], len(names), tasks):
             raise StateError(f"load: added must have {tasks} numbers for each of {len(names)} layers, got {self.added}")
+        for what, values, kinds in (("ranks", self.ranks, (int,)), ("alphas", self.alphas, (int, float))):
+            if set(values) != set(names) or not all(type(v) in kinds and 0 <= v < math.inf for v in values.values()):
+                raise StateError(
+                    f"load: {what} must be a number of at least 0 for each of {len(names)} layers, got {values}"
+                )
+        for what in ("kept", "also_train"):
+            if not is_names(state.meta[what]):
+                raise StateError(f"load: {what} must be names, got {state.meta[what]!r}")
+        texts = [self.pretrained, self.current, self.frozen, "" if self.open_adapter is None else self.open_adapter]
+        if not is_names(texts):
+            raise StateError(f"load: fingerprints and open_adapter must be texts, got {texts!r}")
+        strangers = [name for updates in self.learned for name in updates if name not in names]
+        if set(self.added) != set(names) or strangers:
+            got = strangers or self.added
+            raise StateError(f"load: added and learned must be of the {len(names)} targets, got {got}")
         for name in names:
-            width = len(stored_basis(state, f"{name}.basis", self.bases[name].shape[0]))
+            width, added = self.bases[name].shape[0], sum(self.added[name])
+            if added > stored_basis(state, f"{name}.basis", width).shape[1]:
+                raise StateError(f"load: added must add up to at most the basis, got {self.added[name]} [{name}]")
             for task in (i for i, updates in enumerate(self.learned) if name in updates):
                 a = stored(state, f"{name}.learned.{task}.A", (None, width))
                 stored(state, f"{name}.learned.{task}.B", (None, len(a)))
@@ -171,11 +198,17 @@ class SubspaceState:
         trained: ``from_pretrained(..., is_trainable=True)`` had unfrozen both.
 
         Raises:
-            StateError: the base weights are neither the pretrained ones nor those after the last merge.
+            StateError: the base weights are neither the pretrained ones nor those after the last merge, or something
+                else in the base model is different.
             RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
         """
         adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
         held = fingerprint(adapter.layers)
+        if frozen_fingerprint(adapter, self.also_train) != self.frozen:
+            raise StateError(
+                "restore: the base model's other weights and buffers must be those the state was made with, got "
+                f"different ones. Load the same base model.{_of_repacking(adapter.layers)}"
+            )
         for layer in adapter.layers:
             sizes = (layer.base.out_features, layer.base.in_features)
             for update in (updates[layer.name] for updates in self.learned if layer.name in updates):
@@ -196,6 +229,7 @@ class SubspaceState:
             )
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
+            hold_buffers("restore", adapter, Buffers(adapter.base, self.also_train))
 
     def export_peft(self, path: str | os.PathLike[str], model: Any) -> None:
         """Write everything that was merged as one adapter for the pretrained model, of the tasks' ranks together.
@@ -266,3 +300,19 @@ def fingerprint(layers: Sequence[PeftLayer]) -> str:
     """A hash of the layers' base weights, the same whether bitsandbytes has repacked them or not."""
     shapes = (f"{layer.name} {layer.base.out_features} {layer.base.in_features}" for layer in layers)
     return digest(zip(shapes, (layer.comparable_weight() for layer in layers), strict=True))
+
+
+def frozen_fingerprint(adapter: PeftAdapter, also_train: Collection[str]) -> str:
+    """A hash of all other weights and buffers of the base model, but those of modules trained beside the adapter."""
+    own = {id(layer.base.weight) for layer in adapter.layers}
+    parameters = {
+        name: dequantize_four_bit(parameter, rounded_scales=True) if is_four_bit(parameter) else parameter
+        for name, parameter in adapter.base.named_parameters()
+        if id(parameter) not in own and not any(part.startswith("lora_") for part in name.split("."))
+    }
+    held = parameters | model_buffers(adapter.base)
+    return digest(
+        (name.replace(".base_layer.", "."), tensor)
+        for name, tensor in sorted(held.items())
+        if not any(f".{part}." in f".{name}." for part in (*also_train, "modules_to_save"))
+    )

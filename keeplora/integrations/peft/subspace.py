@@ -14,6 +14,7 @@ from keeplora.distributed import together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
+from keeplora.methods.buffers import Buffers
 from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.directions import TaskGradients
@@ -21,8 +22,17 @@ from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
 
-from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
-from .state import SubspaceState, fingerprint
+from .adapter import (
+    PeftAdapter,
+    PeftLayer,
+    borrow,
+    find_adapter,
+    forget_buffers,
+    held_buffers,
+    hold_buffers,
+    trainable_neighbours,
+)
+from .state import SubspaceState, fingerprint, frozen_fingerprint
 
 __all__ = ["freeze_a", "initialize", "update_subspace"]
 
@@ -59,8 +69,9 @@ def initialize(
         config: Settings for a new state. r, alpha, rslora and dropout are ``LoraConfig``'s.
         adapter_name: The adapter; the active one if None.
         targets: Tower and depth of the base model's layers; found if None.
-        also_train: Names of modules that may be trained beside the adapter, such as a new classifier head. Nothing
-            protects what they do.
+        also_train: Names of modules that may be trained beside the adapter, such as a new classifier head, and whose
+            buffers may move. Nothing protects what they do. All other buffers of the model stay as they are until
+            :func:`update_subspace`, running statistics in ``train()`` too.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -117,7 +128,7 @@ def initialize(
     settings = _with_stock_settings(state.config, adapter)
     _require_fresh(adapter)
     _refuse_neighbours("initialize", adapter, state.kept, also_train)
-    layers = adapter.layers
+    layers, buffers = adapter.layers, Buffers(adapter.base, also_train)
     ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
     with borrow(adapter) as slots:
         gradients = TaskGradients(model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks)
@@ -136,6 +147,8 @@ def initialize(
     state.alphas = {layer.name: layer.alpha for layer in layers}
     state.ranks = {layer.name: layer.rank for layer in layers}
     state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
+    state.frozen = frozen_fingerprint(adapter, also_train)
+    hold_buffers("initialize", adapter, buffers)
     return state
 
 
@@ -206,7 +219,10 @@ def update_subspace(
         )
     bases = [state.bases[layer.name].to(layer.base.weight.device) for layer in layers]
     _check_finite(layers)
+    buffers = held_buffers(adapter) or Buffers(adapter.base, state.also_train)
+    buffers.settle("update_subspace")
     with (
+        buffers.closing(),
         confined_again(
             "update_subspace",
             {layer.name: (layer.a, q) for layer, q in zip(layers, bases, strict=True)},
@@ -231,7 +247,8 @@ def update_subspace(
     state.learned.append({layer.name: update for layer, update in zip(layers, updates, strict=True)} if merge else {})
     state.current = fingerprint(layers)
     state.open_adapter, state.loss_fn = None, None
-    result = RetentionCertificate(state.tasks_learned, tuple(proofs))
+    result = RetentionCertificate(state.tasks_learned, tuple(proofs), tuple(buffers.moved()))
+    forget_buffers(adapter)
     state.tasks_learned += 1
     return result
 
@@ -278,6 +295,11 @@ def _with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLo
                 f"initialize: config.{name} must be {getattr(default, name)!r} with PEFT's layers, got "
                 f"{getattr(config, name)!r}. Use LoraConfig where it has the setting, else keeplora.KeepLora."
             )
+    if not config.frozen_buffers:
+        raise ValueError(
+            "initialize: config.frozen_buffers must be True with PEFT's layers, got False. Name the modules whose "
+            "buffers may move in also_train, or use keeplora.KeepLora."
+        )
     return replace(config, **stock)
 
 

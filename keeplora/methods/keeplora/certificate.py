@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keeplora._messages import listed
 from keeplora.lora import LoraSlot, merge_adapters
 from keeplora.math.batch import portions
 from keeplora.math.lowrank import Extension
@@ -52,10 +53,14 @@ class RetentionCertificate:
     Attributes:
         task: Index of the task, from 0.
         layers: One entry per adapted weight.
+        buffers: Names of the model's buffers that the task has changed: none, unless they may move
+            (``frozen_buffers=False``; with PEFT ``also_train``) or are caches outside of the ``state_dict``. No number
+            above speaks of what they do.
     """
 
     task: int
     layers: tuple[LayerCertificate, ...]
+    buffers: tuple[str, ...] = ()
 
     @property
     def leak(self) -> float:
@@ -77,7 +82,7 @@ class RetentionCertificate:
         return {
             "task": self.task, "leak": self.leak, "leak_after_rounding": self.leak_after_rounding,
             "orthogonality": self.orthogonality, "captured": self.captured,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [asdict(layer) for layer in self.layers], "buffers": list(self.buffers),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -87,6 +92,7 @@ class RetentionCertificate:
             f"task {self.task + 1}: leak {self.leak:.1e} (after rounding {self.leak_after_rounding:.1e}), "
             f"orthogonality {self.orthogonality:.1e}, captured ≥ {self.captured:.4f}, "
             f"{added} directions added in {len(self.layers)} layers, {100 * room:.0f} % of the space is free"
+            + (f", {len(self.buffers)} buffers moved ({listed(self.buffers)})" if self.buffers else "")
         )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from keeplora.lora import LoraSlot, peft_checkpoint
+from keeplora.methods.saved import UNREADABLE
+from keeplora.methods.state import StateError
 from keeplora.ops.project_rows import project_rows
 
 from .trained_a import LEAK, leak_of_rows
@@ -26,13 +28,18 @@ def imported_adapters(
     project: bool,
 ) -> list[dict[str, Tensor] | None]:
     """A and B of every slot that the checkpoint adapts, with the slot's scaling; see :meth:`KeepLora.import_peft`."""
-    updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
+    try:
+        updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
+    except UNREADABLE as error:
+        ours = str(error).startswith("import_peft: ")
+        said = f"{os.fspath(path)} must be an adapter of PEFT's, got one that cannot be read: {error}"
+        raise StateError(str(error) if ours else f"import_peft: {said}") from error
     if not updates:
-        raise ValueError(f"import_peft: {os.fspath(path)} must hold an update of the targets, got B = 0 everywhere")
+        raise StateError(f"import_peft: {os.fspath(path)} must hold an update of the targets, got B = 0 everywhere")
     held = [i for i, slot in enumerate(slots) if slot.name in updates]
     for i in held:
         if scalings[i] == 0:
-            raise ValueError(
+            raise StateError(
                 f"import_peft: depth_scale must not be 0 where the adapter has an update [{slots[i].name}]"
             )
     rows = {i: updates[slots[i].name].a.to(bases[i]) for i in held}
@@ -40,7 +47,7 @@ def imported_adapters(
     astray = [i for i in held if leaks[i] > LEAK]
     if astray and not project:
         worst = max(astray, key=leaks.__getitem__)
-        raise ValueError(
+        raise StateError(
             f"import_peft: the adapter must keep out of what is protected, got {leaks[worst]:.1e} of a row of A inside "
             f"it [{slots[worst].name}, the worst of {len(astray)} layers]. Pass project=True to drop that part of it; "
             "or, before the first task, merge it with PEFT (merge_and_unload) and make the keeper of the result, so "
@@ -53,5 +60,8 @@ def imported_adapters(
     for i, a in rows.items():
         update = updates[slots[i].name]
         b = update.b.to(a)
-        parts[i] = {"A": a, "B": b if update.scaling == scalings[i] else b * (update.scaling / scalings[i])}
+        scaled = b if update.scaling == scalings[i] else b * (update.scaling / scalings[i])
+        if not bool(torch.isfinite(scaled).all()):
+            raise StateError(f"import_peft: lora_alpha must leave B finite, got NaN or Inf [{slots[i].name}]")
+        parts[i] = {"A": a, "B": scaled}
     return parts

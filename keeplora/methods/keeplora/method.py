@@ -33,9 +33,12 @@ from .config import KeepLoraConfig
 from .directions import direction_finder
 from .import_peft import imported_adapters
 from .protected import Protected, extended_bases, weight_bases
-from .trained_a import confined_again
+from .trained_a import confined_again, leak_of_rows
 
 __all__ = ["KeepLora"]
+
+MOST_LEAK = 1e-4
+"""Of a row of a frozen A inside the basis: a hundred times what rounding leaves there."""
 
 
 class KeepLora(LoraMethod):
@@ -218,7 +221,7 @@ class KeepLora(LoraMethod):
             )  # fmt: skip
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
         self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
-        return RetentionCertificate(self.tasks_learned, tuple(layers))
+        return RetentionCertificate(self.tasks_learned, tuple(layers), tuple(self._moved_buffers()))
 
     # ------------------------------------------------------------------ what a user asks in between
 
@@ -248,7 +251,9 @@ class KeepLora(LoraMethod):
             return State({}, {"added_by_task": None})
         pairs = list(zip(self.slots, self._protected, strict=True))
         added = [list(p.added) for _, p in pairs]
-        return State({f"{slot.name}.basis": p.basis for slot, p in pairs}, {"added_by_task": added})
+        of_weights = [p.basis.shape[1] - sum(p.added) for _, p in pairs]
+        meta = {"added_by_task": added, "of_weights": of_weights}
+        return State({f"{slot.name}.basis": p.basis for slot, p in pairs}, meta)
 
     def recall(self, state: State) -> list[Protected] | None:
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
@@ -259,12 +264,22 @@ class KeepLora(LoraMethod):
                 f"load_state: added_by_task must have a row of {tasks} numbers for each of {len(self.slots)} targets, "
                 f"got {added!r}"
             )
+        of_weights = state.meta.get("of_weights")
+        if not isinstance(of_weights, list) or not is_counts([of_weights], 1, len(self.slots)):
+            raise StateError(f"load_state: of_weights must be {len(self.slots)} numbers, got {of_weights!r}")
         bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
-        for slot, basis, row in zip(self.slots, bases, added, strict=True):
-            if not 0 <= sum(row) <= basis.shape[1] <= basis.shape[0]:
+        for slot, basis, row, first in zip(self.slots, bases, added, of_weights, strict=True):
+            if first + sum(row) != basis.shape[1]:
                 raise StateError(
-                    f"load_state: added_by_task must add up to at most the basis, got {row} for {basis.shape[1]} "
-                    f"directions of {basis.shape[0]} [{slot.name}]"
+                    f"load_state: of_weights and added_by_task must add up to the basis, got {first} and {row} for "
+                    f"{basis.shape[1]} directions of {basis.shape[0]} [{slot.name}]"
+                )
+            a = state.tensors.get(f"{slot.name}.adapter.A")
+            leak = 0.0 if a is None or self.config.train_a else leak_of_rows(a, basis)
+            if leak > MOST_LEAK:
+                raise StateError(
+                    f"load_state: an adapter's A must keep out of the basis, got {leak:.1e} of a row inside it "
+                    f"[{slot.name}]"
                 )
         return [
             Protected(basis.to(slot.weight.device), tuple(row))
@@ -289,8 +304,9 @@ class KeepLora(LoraMethod):
 
         Raises:
             FileNotFoundError: one of the two files is not there.
-            ValueError: it is more than plain LoRA on unchanged base weights (DoRA, biases, PiSSA and its like, saved
-                modules), has layers that are no targets, or reaches into what is protected.
+            StateError: one of them is damaged, or no file at all; it is more than plain LoRA on unchanged base weights
+                (DoRA, biases, PiSSA and its like, saved modules), has layers that are no targets, or reaches into what
+                is protected.
             RuntimeError: a task is open.
         """
         self._require("import_peft", task=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from keeplora._files import write_atomic
 from keeplora._messages import suggest
 from keeplora.tasks.classification import Task
 
@@ -33,10 +34,10 @@ def build_model(config: dict[str, Any]) -> CLIP:
 
 def save_model(model: CLIP, config: dict[str, Any], tokenizer: Tokenizer, directory: Path) -> None:
     """Write weights (half precision), configuration and vocabulary into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf8")
+    write_atomic(directory / "model.safetensors", lambda temporary: save_file(weights, temporary))
+    text = json.dumps(config, indent=1) + "\n"
+    write_atomic(directory / "config.json", lambda temporary: temporary.write_text(text, encoding="utf8"))
     tokenizer.save(directory / "vocab.json")
 
 

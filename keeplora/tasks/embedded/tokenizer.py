@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keeplora._files import write_atomic
+
 PAD, START = "<pad>", "<start>"
 END = "<end>"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -61,7 +63,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        path.write_text(json.dumps({"context": self.context, "words": self.words}), encoding="utf8")
+        text = json.dumps({"context": self.context, "words": self.words})
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf8"))
 
     def __len__(self) -> int:
         return len(self.words)

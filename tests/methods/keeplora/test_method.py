@@ -366,7 +366,7 @@ def test_states_of_other_models_are_refused(tmp_path):
     with pytest.raises(StateError, match=r"blocks\.0\.fc\.weight must have shape \[12, 12\], got None"):
         keeper.load_state(incomplete)
     foreign = Net()
-    with pytest.raises(StateError, match="other weights must"):
+    with pytest.raises(StateError, match="other weights and buffers must"):
         KeepLora.load(tmp_path, foreign)
     assert type(foreign.head) is nn.Linear
     assert type(foreign.blocks[0]["attn"]) is nn.MultiheadAttention

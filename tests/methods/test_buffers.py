@@ -1,0 +1,400 @@
+"""Frozen means frozen: no buffer of the model moves while a task is learned, whatever train() does to it."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from keeplora.methods import METHODS, FullFineTuning, StateError, create, load
+from keeplora.methods.buffers import Buffers
+from tests.methods.contract import SMALL, WIDTH, Net, make, scores, task
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request):
+    return request.param
+
+
+class OwnNorm(nn.Module):
+    """A normalisation layer that is not torch's, as model zoos have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(WIDTH))
+
+    def forward(self, x):
+        var = x.var(0, unbiased=False) if self.training else self.running_var
+        if self.training:
+            self.running_var.lerp_(var.detach(), 0.1)
+        return x / (var + 1e-5).sqrt()
+
+
+class InstanceNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(WIDTH, track_running_stats=True)
+
+    def forward(self, x):
+        return self.norm(x[..., None].expand(-1, -1, 2) * torch.tensor([1.0, 2.0]))[..., 0]
+
+
+class Codebook(nn.Module):
+    """Vector quantisation with a codebook that follows its inputs, through .data as the common package does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randn(4, WIDTH))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def forward(self, x):
+        near = torch.cdist(x.detach(), self.codes).argmin(1)
+        if self.training:
+            self.codes.data.index_add_(0, near, 0.1 * x.detach())
+            self.initialised.fill_(True)
+        return x + self.codes[near]
+
+
+class Average(nn.Module):
+    """An average of its inputs that is set anew in every forward, and subtracted."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Written(nn.Module):
+    """A buffer that somebody else's forward writes to: found only when it has happened."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = nn.Module()
+        self.queue.register_buffer("rows", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        if self.training:
+            self.queue.rows += x.detach().mean(0)
+        return x + self.queue.rows
+
+
+KINDS = {
+    "BatchNorm": lambda: nn.BatchNorm1d(WIDTH),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(WIDTH),  # which trains on GPUs alone
+    "InstanceNorm": InstanceNorm,
+    "a norm of one's own": OwnNorm,
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+    "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+    "codebook": Codebook,
+    "average": Average,
+}
+
+
+class Stateful(Net):
+    """Two towers and a layer that remembers something, behind a dropout."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.drop, self.layer = nn.Dropout(0.5), layer
+
+    def forward(self, x):
+        return self.layer(self.drop(super().forward(x)))
+
+
+TARGETS = "attn", "head"
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(scores(model, batch[0]), batch[1])
+
+
+def settings(name, **more):
+    own = {**SMALL.get(name, {}), **more}
+    return {**own, "settings": {**own["settings"], "target_modules": TARGETS}} if name == "lines" else own
+
+
+def stateful(kind, name="keeplora", **more):
+    torch.manual_seed(0)
+    own = settings(name, **more)
+    return create(name, Stateful(KINDS[kind]() if isinstance(kind, str) else kind), own)
+
+
+def train(method, data, lr=0.05):
+    parameters = method.trainable_parameters() if method.trains else []
+    optimizer = torch.optim.SGD(parameters, lr=lr) if parameters else None
+    method.model.train()
+    for batch in data:
+        loss_fn(method.model, batch).backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def buffers(method):
+    return {n: b.clone() for n, b in method.model.named_buffers() if n.startswith("layer.")}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_stays_at_every_moment_and_computes_as_the_frozen_model_does(kind):
+    method = stateful(kind)
+    before, x = buffers(method), torch.randn(2, 4, WIDTH)
+    reference = copy.deepcopy(method.model).eval()(x)
+    method.before_task(task(0), loss_fn)
+    method.model.train()
+    method.model.drop.p = 0.0
+    if kind not in ("codebook", "average"):  # what is frozen beside training answers as it does in evaluation
+        torch.testing.assert_close(method.model(x), reference, rtol=0, atol=1e-6)
+    for batch in task(0):
+        loss_fn(method.model, batch).backward()
+        assert equal(buffers(method), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert method.after_task(task(0)).buffers == ()
+    assert equal(buffers(method), before)
+    assert method.model.layer.training
+    assert "train" not in vars(method.model.layer)
+    method.merge()
+    assert not any(m._forward_hooks or (m._forward_pre_hooks and kind != "spectral norm, older")
+                   for m in method.model.layer.modules())  # fmt: skip
+
+
+def test_every_method_keeps_them_but_those_that_train_everything(name):
+    method = stateful("BatchNorm", name)
+    before = buffers(method)
+    method.before_task(task(0), loss_fn)
+    train(method, task(0))
+    assert equal(buffers(method), before) is (name not in ("full", "joint"))
+    assert method.model.drop.training
+    method.after_task(task(0))
+    assert equal(buffers(method), before) is (name not in ("full", "joint"))
+
+
+def test_dropout_still_drops_and_eval_still_does_not():
+    method, x = stateful("BatchNorm"), torch.randn(2, 4, WIDTH)
+    method.before_task(task(0), loss_fn)
+    method.model.train()
+    assert method.model.drop.training
+    assert not method.model.layer.training
+    assert not torch.equal(method.model(x), method.model(x))
+    method.model.eval()
+    assert torch.equal(method.model(x), method.model(x))
+    method.after_task(task(0))
+    assert not method.model.layer.training
+    assert method.model.train().layer.training
+
+
+def test_what_is_written_from_elsewhere_is_put_back_and_named():
+    method = stateful(Written())
+    before, x = buffers(method), torch.randn(2, 4, WIDTH)
+    unlearned = method.model.eval()(x)
+    method.before_task(task(0), loss_fn)
+    train(method, task(0), lr=0.0)
+    assert not equal(buffers(method), before)
+    with pytest.warns(UserWarning, match=r"after_task: buffers must .*got 1 .*layer\.queue\.rows"):
+        method.after_task(task(0))
+    assert equal(buffers(method), before)
+    assert torch.equal(method.model.eval()(x), unlearned)
+
+
+class Observer(Average):
+    """It moves in eval() too, as observers of quantisation do."""
+
+    def forward(self, x):
+        self.mean.add_(x.detach().mean(0))
+        return x
+
+
+def test_what_moves_in_the_passes_is_put_back_too():
+    method = stateful(Observer())
+    before = buffers(method)
+    with pytest.warns(UserWarning, match=r"before_task: buffers must .*layer\.mean"):
+        method.before_task(task(0), loss_fn)
+    assert equal(buffers(method), before)
+    method.after_task(task(0))
+    assert equal(buffers(method), before)
+
+
+class Cache(Average):
+    """A table outside of the state_dict that grows with what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) < len(x):
+            self.table = torch.zeros(len(x))
+        return x
+
+
+def test_caches_are_left_alone_and_named_in_the_certificate():
+    method = stateful(Cache())
+    method.before_task(task(0)[:1], loss_fn)
+    assert len(method.model.layer.table) == 8
+    report = method.after_task(task(0))
+    assert report.buffers == ("layer.table",)
+    assert len(method.model.layer.table) == 8
+    assert report.to_dict()["buffers"] == ["layer.table"]
+    assert "layer.table" in str(report)
+
+
+def test_an_abandoned_task_never_moved_them(name):
+    method = stateful("BatchNorm", name)
+    before = buffers(method)
+    method.before_task(task(0), loss_fn)
+    train(method, task(0))
+    method.abandon_task()
+    assert equal(buffers(method), before)
+    assert method.model.train().layer.training
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "codebook"])
+def test_a_task_that_cannot_be_opened_or_closed_leaves_them(kind):
+    method = stateful(kind)
+    before, broken = buffers(method), lambda model, batch: model(batch[0]).sum() + [][0]
+    with pytest.raises(IndexError):
+        method.before_task(task(0), broken)
+    assert equal(buffers(method), before)
+    assert method.model.train().layer.training
+    method.before_task(task(0), loss_fn)
+    with pytest.raises(IndexError):
+        method.after_task(task(0), broken)
+    train(method, task(0))  # the task is still open
+    assert equal(buffers(method), before)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "codebook"])
+def test_a_task_from_a_state_keeps_them(kind, tmp_path):
+    method = stateful(kind)
+    pretrained = Stateful(KINDS[kind]())
+    pretrained.load_state_dict(method.model.state_dict())
+    method.before_task(task(0), loss_fn)
+    train(method, task(0))
+    method.save(tmp_path)
+    again = load(tmp_path, pretrained)
+    before = buffers(again)
+    train(again, task(0))
+    assert equal(buffers(again), before)
+    again.abandon_task()
+    assert again.model.train().layer.training
+
+
+@pytest.mark.parametrize("name", ["keeplora", "lora", "gpm", "lines"])
+def test_if_the_user_wants_them_to_move_they_are_part_of_the_state(name, tmp_path):
+    free = {"frozen_buffers": False}
+    free = {"settings": {**SMALL["lines"]["settings"], **free}} if name == "lines" else free
+    method = stateful("BatchNorm", name, **free)
+    pretrained = Stateful(KINDS["BatchNorm"]())
+    pretrained.load_state_dict(method.model.state_dict())
+    before = buffers(method)
+    method.before_task(task(0), loss_fn)
+    train(method, task(0))
+    moved = buffers(method)
+    assert not equal(moved, before)
+    method.save(tmp_path / "open")
+    report = method.after_task(task(0))
+    if name == "keeplora":
+        names = [f"layer.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")]
+        assert list(report.buffers) == names
+        assert "3 buffers moved" in str(report)
+    method.save(tmp_path / "closed")
+    for folder in ("open", "closed"):
+        again = load(tmp_path / folder, copy.deepcopy(pretrained))
+        assert equal(buffers(again), moved)
+        if folder == "open":
+            again.abandon_task()
+            assert equal(buffers(again), before)
+
+
+def test_moving_buffers_of_another_shape_are_refused():
+    method = stateful("BatchNorm", frozen_buffers=False)
+    state = method.state()
+    state.tensors["buffers.layer.running_mean"] = torch.zeros(3)
+    with pytest.raises(StateError, match=r"buffers\.layer\.running_mean must be \[8\]"):
+        method.load_state(state)
+
+
+def test_modules_that_may_move_and_lazy_ones():
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH), nn.LazyBatchNorm1d())
+    held = Buffers(model, free=["1"])
+    held.hold()
+    model.train()(torch.randn(4, WIDTH) + 3)
+    assert model[0].running_mean.eq(0).all()
+    assert not model[1].running_mean.eq(0).any()
+    held.release()
+    assert all(layer.training for layer in model)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "codebook"])
+def test_a_copy_or_a_pickle_of_an_open_task_holds_its_own(kind):
+    method = stateful(kind)
+    method.before_task(task(0), loss_fn)
+    for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method)) if kind == "BatchNorm" else None):
+        if twin is not None:
+            before = buffers(twin)
+            train(twin, task(0))
+            assert equal(buffers(twin), before)
+            twin.abandon_task()
+            assert twin.model.train().layer.training
+    before = buffers(method)
+    train(method, task(0))
+    assert equal(buffers(method), before)
+
+
+def test_modules_whose_buffers_rest_cost_nothing_after_their_first_forward():
+    layer = Average()
+    layer.forward = lambda x: x - layer.mean
+    method = stateful(layer)
+    method.before_task(task(0), loss_fn)
+    assert layer._forward_hooks
+    train(method, task(0)[:1])
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
+def test_a_compiled_model_keeps_running_statistics():
+    method = stateful("BatchNorm")
+    method.before_task(task(0), loss_fn)
+    compiled, before = torch.compile(method.model, backend="eager"), buffers(method)
+    compiled.train()
+    compiled(task(0)[0][0])
+    assert equal(buffers(method), before)
+
+
+def test_a_model_in_another_dtype_has_the_same_buffers():
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH), Codebook()).to(torch.bfloat16)
+    model[0].running_mean[0] = torch.nan  # equal to itself here
+    held = Buffers(model)
+    held.hold()
+    model.double()
+    assert held.put_back() == []
+    model[0].running_mean[1] = 7.0
+    assert held.put_back() == ["0.running_mean"]
+    assert model[0].running_mean.dtype == torch.float64
+    assert model[0].running_mean[1] == 0
+
+
+def test_a_layer_that_is_replaced_in_an_open_task_is_noticed():
+    method = stateful("BatchNorm")
+    method.before_task(task(0), loss_fn)
+    method.model.layer = nn.BatchNorm1d(WIDTH).requires_grad_(False)  # as convert_sync_batchnorm does it
+    train(method, task(0), lr=0.0)
+    with pytest.warns(UserWarning, match=r"after_task: buffers must .*layer\.running_mean"):
+        method.after_task(task(0))
+    assert method.model.layer.running_mean.eq(0).all()
+
+
+def test_what_trains_everything_says_so():
+    assert not FullFineTuning(nn.Sequential(nn.Linear(3, 3))).frozen_buffers
+    assert make("lora").frozen_buffers
+    assert not make("lines").freezes
