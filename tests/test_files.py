@@ -140,9 +140,12 @@ def test_a_state_that_names_other_files_makes_no_save_delete_them(tmp_path, name
     assert read_state(folder).meta == {"value": 2}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"tensors": 3}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[1]", '{"tensors": 3}', "[" * 100_000, "a pipe"])
 def test_a_damaged_state_is_written_over(tmp_path, text):
-    tmp_path.joinpath("state.json").write_text(text)
+    if text == "a pipe":
+        os.mkfifo(tmp_path / "state.json")
+    else:
+        tmp_path.joinpath("state.json").write_text(text)
     write_state(tmp_path, value_state(2))
     assert read_state(tmp_path).meta == {"value": 2}
 
@@ -196,8 +199,8 @@ def test_a_state_is_read_where_nothing_may_be_written(tmp_path, monkeypatch):
     for name in ("open", "mkdir", "unlink", "replace"):
         plain = getattr(os, name)
 
-        def guarded(path, *rest, plain=plain, **options):
-            flags = rest[0] if plain is os.open and rest else os.O_RDWR
+        def guarded(path, *rest, name=name, plain=plain, **options):
+            flags = rest[0] if name == "open" else os.O_RDWR
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
             return plain(path, *rest, **options)

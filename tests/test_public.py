@@ -88,15 +88,15 @@ def test_names_in_the_text_of_a_page_exist(page):
     spans = re.findall(r"`([^`\n]+)`|\]\(([^)#\s]+)", text_of(page))
     words = [word for span in spans for word in re.findall(r"[\w./+-]+", "".join(span)) if "NAME" not in word]
     dotted = [word.strip(".") for word in words if re.match(r"keeplora(\.\w+)+$", word.strip("."))]
-    gone = [name for name in dotted if not name.endswith(".md") and not exists(name)]
+    gone = [name for name in dotted if not name.endswith(".md") and name not in NOT_OURS and not exists(name)]
     folders = ("bench", "csrc", "docs", "examples", "keeplora", "tests", "tools")
     files = [word.rstrip(".") for word in words if word.split("/")[0] in folders and "/" in word]
     gone += [name for name in files if not (ROOT / name).exists() and name not in NOT_OURS]
     assert gone == []
 
 
-NOT_OURS = {"tests/test_custom_models.py"}
-"""PEFT's."""
+NOT_OURS = {"tests/test_custom_models.py", "keeplora.lock"}
+"""PEFT's, and the end of a lock's name."""
 
 
 def exists(name):

@@ -205,7 +205,7 @@ def test_the_command_counts_and_fails_where_something_is_lost(tmp_path, monkeypa
     monkeypatch.setattr(command, "TRIALS", [right, Trial("wrong", tries, whole=True)])
     out, page = tmp_path / "out.json", tmp_path / "page.md"
     page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n")
-    assert (command.BEGIN in PAGE) and (command.END in PAGE.partition(command.BEGIN)[2])
+    assert command.END in PAGE.partition(command.BEGIN)[2]
     options = ["--minutes", "0", "--place", str(tmp_path), "--json", str(out), "--page", str(page), "--seed", "3"]
     assert command.main(options) == 1
     shown = capsys.readouterr()
