@@ -175,10 +175,17 @@ def test_a_hang_and_a_crash_are_seen(original, monkeypatch, tmp_path):
     monkeypatch.setattr(hostile, "SECONDS", 1)
     monkeypatch.setattr(hostile, "BATCH", 1)
     monkeypatch.setattr(keeplora, "load", lambda path, model: signal.pause())
-    tries = hostile._batches(tmp_path, lambda folder: ("it", hostile.judged(*original, signed=False)))
+    tries = hostile._batches(tmp_path, random.Random(0), lambda folder: ("it", hostile.judged(*original, signed=False)))
     assert next(tries) == "it: hangs"
-    crashing = hostile._batches(tmp_path, lambda folder: children.die())
+    crashing = hostile._batches(tmp_path, random.Random(0), lambda folder: children.die())
     assert "crash (exit code -9)" in next(crashing)
+
+
+def test_no_two_batches_try_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(hostile, "BATCH", 2)
+    numbers = random.Random(0)
+    tries = hostile._batches(tmp_path, numbers, lambda folder: ("it", f"{numbers.getrandbits(64):x}"))
+    assert len(set(itertools.islice(tries, 8))) == 8
 
 
 def test_mutations_change_something(original):

@@ -12,7 +12,7 @@ import random
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -67,14 +67,15 @@ def judged(folder: Path, saved: State, *, signed: bool) -> str | None:
     return None if same(says, saved) else "accepted, though it is not what was saved"
 
 
-def _batches(folder: Path, tried: Callable[[Path], tuple[str, str | None]]) -> Tries:
+def _batches(folder: Path, numbers: random.Random, tried: Callable[[Path], tuple[str, str | None]]) -> Tries:
     """Try files in processes of their own, which may crash, many in each."""
     while True:
-        report = folder / "report"
+        report, seed = folder / "report", numbers.getrandbits(64)
         report.write_text("")
 
-        def work(report: Path = report) -> None:
+        def work(report: Path = report, seed: int = seed) -> None:
             _limit()
+            numbers.seed(seed)  # a fork would go on with the draws of the one before it
             with report.open("a", buffering=1) as file:
                 for _ in range(BATCH):
                     name, wrong = tried(folder)
@@ -123,7 +124,7 @@ def files(
         file.write_bytes(changed)
         return f"{name}, {file.suffix[1:]}, {kind}", judged(work, saved, signed=False)
 
-    yield from _reseeded(numbers, _batches(folder, tried))
+    yield from _batches(folder, numbers, tried)
 
 
 def changed_bytes(folder: Path, numbers: random.Random) -> Tries:
@@ -146,15 +147,7 @@ def signed(folder: Path, numbers: random.Random) -> Tries:
         write_state(work, changed)
         return f"{name}, signed, {kind}", judged(work, saved, signed=True)
 
-    yield from _reseeded(numbers, _batches(folder, tried))
-
-
-def _reseeded(numbers: random.Random, tries: Iterator[str | None]) -> Tries:
-    """Every process draws in a fork: draw a number here, so that no two draw the same."""
-    for i, loss in enumerate(tries):
-        if i % BATCH == 0:
-            numbers.random()
-        yield loss
+    yield from _batches(folder, numbers, tried)
 
 
 def odd(folder: Path, numbers: random.Random) -> Tries:
