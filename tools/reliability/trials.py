@@ -41,12 +41,16 @@ class Outcome:
 def run(
     trials: Sequence[Trial], seconds: float, seed: int, *, place: Path, tell: Callable[[str], None] = print
 ) -> list[Outcome]:
-    """Give every trial its share of the time; each gets through at least one try, or one pass if it is whole."""
-    outcomes, over = [], time.monotonic() + seconds
+    """Give every trial its share of the time; each gets through at least one try, or one pass if it is whole.
+
+    Where whole trials take more than theirs the others get less, but half of their shares at least.
+    """
+    outcomes, over, total = [], time.monotonic() + seconds, sum(trial.share for trial in trials)
     for i, trial in enumerate(trials):
         outcome = Outcome(trial.name)
         started = time.monotonic()
-        until = started + max(over - started, 0) * trial.share / sum(other.share for other in trials[i:])
+        left = (over - started) / sum(other.share for other in trials[i:])
+        until = started + trial.share * max(left, 0.5 * seconds / total)
         numbers = random.Random(f"{seed} {trial.name}")
         while True:
             with tempfile.TemporaryDirectory(prefix="keeplora-", dir=place, ignore_cleanup_errors=True) as folder:
