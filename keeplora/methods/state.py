@@ -93,6 +93,8 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
 
 def _named(folder: Path) -> str | None:
     """The tensor file of the state that is saved in ``folder``, if one is."""
+    if not has_state(folder):  # a pipe would be waited for
+        return None
     try:
         return str(parse_json(read_bytes(folder / STATE_FILE, most=MOST_JSON))["tensors"]["file"])
     except (OSError, LookupError, TypeError, ValueError):
