@@ -64,9 +64,9 @@ class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r, alpha, rslora, target_modules, frozen_buffers: As
-            :class:`~keeplora.methods.settings.AdapterConfig` has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers. The paper's CLIP has alpha 1, a scale of 1/16,
-            at which little is learned at usual learning rates: see :meth:`preset`.
+        r, alpha, rslora, target_modules, frozen_buffers: As :class:`~keeplora.methods.settings.AdapterConfig` has
+            them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers, buffers frozen. The paper's CLIP
+            has alpha 1, a scale of 1/16, at which little is learned at usual learning rates: see :meth:`preset`.
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
