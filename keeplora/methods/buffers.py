@@ -32,7 +32,8 @@ class Buffers:
     from elsewhere, or inside a compiled graph, :meth:`put_back` puts back and names.
 
     Buffers that are no part of the model's ``state_dict`` are caches, such as tables of positions that grow with the
-    longest text: they are compared, and left as they are.
+    longest text: they are compared, and left as they are. So are frozen parameters that somebody moves, as momentum
+    encoders are moved by hand: no copy is kept of them, and :meth:`settle` says what it sees.
 
     Args:
         free: Names of modules whose buffers may move.
@@ -47,10 +48,12 @@ class Buffers:
         """By name: of the model's own, without those of adapters and of what a method put into it."""
         self._held: list[tuple[nn.Module, bool | None]] = []
         self._hooks: list[RemovableHandle] = []
+        self._frozen: dict[str, Tensor] = {}
 
     def hold(self) -> None:
         """Keep every buffer as it is, until :meth:`release`."""
         self.release()
+        self._frozen = self._frozen or self._glance()
         if not self.frozen:
             return
         kept: dict[nn.Module, list[str]] = {}
@@ -94,7 +97,16 @@ class Buffers:
         return [place.name for place in places]
 
     def settle(self, function: str) -> None:
-        """Put back what has moved all the same, and say so."""
+        """Put back what has moved all the same, and say so; and of frozen parameters."""
+        now = self._glance() if self._frozen else {}
+        changed = [name for name, value in self._frozen.items() if name in now and not _same(now[name], value)]
+        if changed:
+            self._frozen = now
+            warn(
+                f"{function}: frozen parameters must stay as they are while a task is learned, got {len(changed)} that "
+                f"were written to: {listed(changed)}. Nothing protects what that does, and no certificate speaks of "
+                "it: let no forward, hook or optimizer move them."
+            )
         moved = self.put_back() if self.frozen else []
         if moved:
             warn(
@@ -102,6 +114,16 @@ class Buffers:
                 f"{listed(moved)}. They were put back, but what was trained had seen them move. Keep their modules "
                 "from writing to them, or let them move with frozen_buffers=False in the settings."
             )
+
+    def _glance(self) -> dict[str, Tensor]:
+        """Up to 64 values of every frozen parameter."""
+        seen = {}
+        for name, p in self.model.named_parameters():
+            plain = type(p) is nn.Parameter and not (p.requires_grad or p.is_meta or is_lazy(p))
+            if plain and ".lora_" not in name and not any(f".{part}." in f".{name}." for part in self.free):
+                flat = p.detach().reshape(-1) if p.is_contiguous() else p.detach()[..., 0].reshape(-1)
+                seen[name] = flat[:: max(1, len(flat) // 64)][:64].clone()
+        return seen
 
     @contextmanager
     def closing(self) -> Iterator[None]:

@@ -91,6 +91,8 @@ def _sums(weight: Tensor) -> bytes:
 
 
 def _bytes(weight: Tensor) -> Tensor:
+    if type(weight).__module__.startswith("torchao."):
+        weight = weight.dequantize()
     return weight.detach().contiguous().reshape(-1).view(torch.uint8)
 
 

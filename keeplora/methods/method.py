@@ -272,11 +272,12 @@ class Method(Saved):
 
     def _hold_buffers(self, function: str) -> None:
         """From now on buffers stay as the open task found them, in train() too."""
-        if self.freezes and self._buffers is None:  # of a task that comes from a state
+        if not self.freezes:
+            return
+        if self._buffers is None:  # of a task that comes from a state
             self._buffers = Buffers(self.model, frozen=self.frozen_buffers)
-        if self._buffers is not None:
-            self._buffers.settle(function)
-            self._buffers.hold()
+        self._buffers.settle(function)
+        self._buffers.hold()
 
     def _settle_buffers(self, function: str) -> None:
         """Put frozen buffers back that something has moved all the same, and name them."""

@@ -9,7 +9,7 @@ from stock_peft import CONFIG, WIDTH, Net, loss_fn, stock, task, train
 from torch import nn
 
 import keeplora
-from tests.methods.test_buffers import Codebook, Written
+from tests.methods.stateful import Codebook, Written
 
 
 class Normed(Net):
