@@ -58,13 +58,14 @@ def stored_like(state: State, name: str, own: Tensor) -> Tensor:
     """The state's tensor ``name``, of the shape and dtype of the model's ``own``.
 
     Raises:
-        StateError: it is missing, of another shape or dtype, or not finite.
+        StateError: it is missing, of another shape or dtype, or not finite where the model's is.
     """
     tensor = state.tensors.get(name)
     if tensor is None or (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
         got = None if tensor is None else f"{list(tensor.shape)} in {tensor.dtype}"
         raise StateError(f"load_state: {name} must be {list(own.shape)} in {own.dtype}, got {got}")
-    if not bool(torch.isfinite(tensor).all()):
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()) and not bool((finite | ~torch.isfinite(own.to(tensor.device))).all()):  # as masks are
         raise StateError(f"load_state: {name} must be finite, got NaN or Inf")
     return tensor
 

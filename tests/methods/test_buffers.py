@@ -92,6 +92,9 @@ class Observer(Average):
 def test_what_moves_in_the_passes_is_put_back_too():
     method = stateful(Observer())
     before = buffers(method)
+    with pytest.raises(IndexError):
+        method.before_task(task(0), lambda model, batch: model(batch[0]).sum() + [][0])
+    assert equal(buffers(method), before)
     with pytest.warns(UserWarning, match=r"before_task: buffers must .*layer\.mean"):
         method.before_task(task(0), loss_fn)
     assert equal(buffers(method), before)

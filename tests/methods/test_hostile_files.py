@@ -281,3 +281,19 @@ def test_a_peft_state_may_not_be_edited_either(tmp_path):
     write_state(tmp_path, State({}, {"method": "keeplora-peft", "targets": [["x", 0]]}))
     with pytest.raises(StateError, match=re.escape(os.fspath(tmp_path))):
         SubspaceState.load(tmp_path)
+
+
+def test_a_method_that_cannot_be_made_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    make("keeplora", Net()).save(tmp_path)
+    model = Net()
+    kinds = [type(m) for m in model.modules()]
+
+    def fails(targets):
+        assert [type(m) for m in model.modules()] != kinds  # its layers are replaced already
+        raise ValueError("no depth")
+
+    monkeypatch.setattr("keeplora.methods.keeplora.method.depth_positions", fails)
+    with pytest.raises(StateError, match=r"must fit the model .*no depth\."):
+        load(tmp_path, model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

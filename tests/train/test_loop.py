@@ -11,7 +11,7 @@ import torch
 
 from keeplora.methods import ZeroShot, create
 from keeplora.methods.settings import ConfigError
-from keeplora.methods.state import StateError
+from keeplora.methods.state import StateError, sealed
 from keeplora.train.config import parse_config
 from keeplora.train.loop import NonFiniteLossError, derive_seed, run_one
 from keeplora.train.record import RunRecord, load_progress
@@ -328,7 +328,7 @@ def test_results_and_progress_of_another_schema_are_refused(tmp_path, workload, 
         run_one(config_of(), workload, "lora", 0, folder=stopped, listener=interrupt_at(1, 1))
     saved = json.loads((stopped / "state" / "state.json").read_text())
     change(saved["meta"])
-    (stopped / "state" / "state.json").write_text(json.dumps(saved))
+    (stopped / "state" / "state.json").write_text(json.dumps(sealed(saved)))
     with pytest.raises(StateError, match=f"load_progress: .*{message}"):
         run_one(config_of(), workload, "lora", 0, folder=stopped)
 
