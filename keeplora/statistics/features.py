@@ -163,7 +163,7 @@ class _Collector:
             if self.last is None or not self.last.is_same(x, slot):
                 self.flush()
                 mask = None if self.token_mask is None else self.token_mask(slot, x)
-                rows = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
+                rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
                 if rows.shape[1] != slot.weight.shape[1]:
                     raise ValueError(
                         f"feature_statistics: features must have the layer's {slot.weight.shape[1]} columns, got "

@@ -163,7 +163,8 @@ class _Gradients:
 
     def add(self, key: tuple[LoraHost, str], x: Tensor, delta: Tensor) -> None:
         self.touched = True
-        total, kept, x, delta = self.sums[key], self.keep[key], x.flatten(0, -2), delta.flatten(0, -2)
+        total, kept = self.sums[key], self.keep[key]
+        x, delta = (t.reshape(-1, t.shape[-1]) for t in (x, delta))
         with full_precision(total.device):
             if isinstance(kept, int):
                 sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
@@ -219,13 +220,16 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y, which hands x and the gradient of y to ``add``. ``anchor`` makes it part of every graph."""
+    """A copy of y, which hands x and the gradient of y to ``add``. ``anchor`` makes it part of every graph.
+
+    A copy, because models change a layer's output in place, and autograd refuses that for a view made in here.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.add = add
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
