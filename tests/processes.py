@@ -31,6 +31,8 @@ class Branches(nn.Module):
             second, first = self.b(x), self.a(x)
         elif how == "b first, apart":
             second, first = self.b(1.0 * x), self.a(x)
+        elif how == "a alone":
+            return self.head(self.a(x).tanh())
         elif how == "apart":
             first, second = self.a(x), self.b(1.0 * x)
         else:
@@ -61,6 +63,7 @@ def shares(name):
         "one idle": (every, []),
         "idle first": ([], every),
         "one input": (every[:1], every[2:3]),
+        "b on one alone": ([batch(5, "a alone")], every[1:4]),
     }[name]
 
 
@@ -181,6 +184,7 @@ def work(rank, folder):
         found["statistics"][name] = statistics(shares(name)[rank], processes())
     for name, settings in (("exact", {}), ("sketch", {"gradient_statistic": "sketch", "r": 1})):
         found["tasks"][name] = task(shares("uneven")[rank], **settings)
+    found["tasks"]["b on one alone"] = task(shares("b on one alone")[rank])  # a warning would be an error
     found["failures"] = failures(rank, shares("uneven")[rank])
     found["others"] = others(rank, shares("uneven")[rank])
     torch.save(found, Path(folder) / f"{rank}.pt")

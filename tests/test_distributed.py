@@ -77,6 +77,14 @@ def test_a_task_is_the_same_everywhere_and_the_same_as_alone(both, name, setting
         assert mine["leak"] <= 1e-6
 
 
+def test_a_layer_that_one_process_alone_has_reached_is_reached(both):
+    alone = task([batch for share in shares("b on one alone") for batch in share])
+    assert same_bits(both[0]["tasks"]["b on one alone"], both[1]["tasks"]["b on one alone"])
+    layers = both[0]["tasks"]["b on one alone"]["certificate"]["layers"]
+    assert [row["added"] for row in layers] == [row["added"] for row in alone["certificate"]["layers"]]
+    assert all(row["added"] for row in layers)
+
+
 def span(matrix, kind):
     """The projector onto the columns of a basis, or onto the rows of an adapter."""
     return matrix @ matrix.T if kind == "bases" else matrix.T @ matrix

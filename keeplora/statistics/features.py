@@ -29,7 +29,8 @@ Forward = Callable[[nn.Module, Any], Any]
 class FeatureStatistic:
     """Second moment ``Σ xᵀx`` of the inputs of a layer over ``tokens`` tokens, and its trace, summed in float64.
 
-    ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it.
+    ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it. Of a layer that no batch
+    reached it is zero, as ``tokens`` are.
     """
 
     moment: Tensor | SketchedMoment
@@ -70,8 +71,8 @@ def feature_statistics(
             statistics of all data. A process may have no batch.
 
     Raises:
-        ValueError: the loader is empty or no token counted; an input is NaN or Inf, or its width changes
-            (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range.
+        ValueError: the loader is empty, or no token counted in any of the layers; an input is NaN or Inf, or its width
+            changes (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range.
     """
     if kind not in ("second_moment", "slot_mean", "sketch"):
         raise ValueError(f"feature_statistics: kind must be 'second_moment', 'slot_mean' or 'sketch', got {kind!r}")
@@ -251,19 +252,29 @@ class _Collector:
                 mean = total.part / batches
                 with full_precision(mean):
                     total.part = mean.T @ mean
-        pooled: dict[frozenset[frozenset[LoraSlot]], FeatureStatistic] = {}
+        if not any(total.tokens for total in self.sums.values()):
+            raise ValueError(
+                f"feature_statistics: an adapted layer must see a token that counts, got none in all {len(self.slots)} "
+                f"[first: {self.slots[0].name}]. Check that the forward function runs their towers and that the mask "
+                "keeps tokens."
+            )
+        pooled: dict[Any, FeatureStatistic] = {}
         result = []
         for slot in self.slots:
             mine = frozenset(key for key, total in self.sums.items() if slot in key and total.tokens)
-            if not mine:
-                raise ValueError(
-                    f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
-                    "Check that the forward function runs this tower and that the mask keeps tokens."
-                )
-            if mine not in pooled:
-                pooled[mine] = self.pool([total for key, total in self.sums.items() if key in mine])
-            result.append(pooled[mine])
+            kind = mine or (slot.weight.shape[1], slot.weight.dtype, slot.weight.device)
+            if kind not in pooled:
+                sums = [total for key, total in self.sums.items() if key in mine]
+                pooled[kind] = self.pool(sums) if sums else self.nothing(slot)
+            result.append(pooled[kind])
         return result
+
+    def nothing(self, slot: LoraSlot) -> FeatureStatistic:
+        """What is known of a layer that no token reached."""
+        width, dtype = slot.weight.shape[1], _wide(slot.weight)
+        if self.kind == "sketch":
+            return FeatureStatistic(SketchedMoment(slot.weight.new_zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
+        return FeatureStatistic(slot.weight.new_zeros(width, width, dtype=dtype), 0, 0.0)
 
     def pool(self, sums: Sequence[_Sum]) -> FeatureStatistic:
         """One statistic of several sums: inputs may be shared at one time and separate at another."""

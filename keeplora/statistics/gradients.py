@@ -69,6 +69,7 @@ def mean_gradients(
     keep: Sequence[int | Tensor | None] | None = None,
     seed: int = 0,
     peers: Peers = ALONE,
+    reached: set[str] | None = None,
 ) -> list[Tensor]:
     r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
@@ -86,10 +87,13 @@ def mean_gradients(
         seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
         peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
             mean over the batches of all. A process may have no batch.
+        reached: Gets the names of the slots that a token of some batch, of any process, has come to; the gradient of
+            the others is zero.
 
     Raises:
         ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named).
-        RuntimeError: the loss has no gradient to any of the slots' weights, or the model reads an adapted weight
+        RuntimeError: the loss has no gradient to any of the slots' weights, in all batches or in one that calls their
+            layers; or the model reads an adapted weight
             without calling its layer (an adapter there would do nothing).
 
     Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
@@ -100,14 +104,16 @@ def mean_gradients(
     with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
         for index, batch in enumerate(loader):
             with naming_batch("mean_gradients", index, batch):
+                calls = statistics.calls
                 loss = loss_fn(model, batch)
             _check_loss("mean_gradients", loss, index)
             if index == 0:
                 statistics.check_called(model, batch, loss_fn)
-            if not loss.requires_grad:
+            if loss.requires_grad:
+                # Not autograd.grad: reentrant checkpointing knows backward() only. Only the taps' anchor wants one.
+                loss.backward()  # type: ignore[no-untyped-call]
+            elif statistics.calls > calls:
                 raise RuntimeError(_NO_GRADIENT)
-            # Not autograd.grad: reentrant checkpointing knows backward() only. Nothing but the taps' anchor wants one.
-            loss.backward()  # type: ignore[no-untyped-call]
             batches += 1
     batches = sum(peers.gather(batches))
     if batches == 0:
@@ -116,6 +122,8 @@ def mean_gradients(
             "A generator can be used once: pass a loader that can be iterated again."
         )
     statistics.add_up(peers)
+    if reached is not None:
+        reached |= statistics.reached
     return statistics.mean(batches)
 
 
@@ -131,7 +139,10 @@ class _Gradients:
     def __init__(self, slots: Sequence[LoraSlot], keep: Sequence[int | Tensor | None], seed: int):
         self.slots, self.seed = slots, seed
         self.hosts = list(dict.fromkeys(slot.host for slot in slots))
+        self.names = {(slot.host, slot.slot): slot.name for slot in slots}
         self.called: set[LoraHost] = set()
+        self.calls = 0  # that a gradient is wanted of
+        self.reached: set[str] = set()
         self.touched = False
         self.sums: dict[tuple[LoraHost, str], Tensor] = {}
         self.keep: dict[tuple[LoraHost, str], int | Tensor | None] = {}
@@ -150,9 +161,12 @@ class _Gradients:
     def tap(self, host: LoraHost, x: Tensor, y: Tensor, rows: Mapping[str, tuple[int, int] | None]) -> Tensor:
         self.called.add(host)
         mine = {slot: span for slot, span in rows.items() if (host, slot) in self.sums}
+        if x.numel():
+            self.reached |= {self.names[host, slot] for slot in mine}
         mine = {slot: span for slot, span in mine.items() if self.sums[host, slot].numel()}
         if not mine:
             return y
+        self.calls += 1
 
         def add(x: Tensor, dy: Tensor) -> None:
             for slot, span in mine.items():
@@ -199,9 +213,10 @@ class _Gradients:
         """Sums over all processes, by the slots' names: layers may come in another order elsewhere."""
         sums = {slot.name: self.sums[slot.host, slot.slot] for slot in self.slots}
         mine = {name: (list(total.shape), str(total.dtype)) for name, total in sums.items()}
-        everyone = peers.gather((mine, self.touched))
-        check_alike("mean_gradients", [theirs for theirs, _ in everyone])
-        self.touched = any(touched for _, touched in everyone)
+        everyone = peers.gather((mine, self.touched, self.reached))
+        check_alike("mean_gradients", [theirs for theirs, _, _ in everyone])
+        self.touched = any(touched for _, touched, _ in everyone)
+        self.reached = set().union(*(reached for _, _, reached in everyone))
         for name in sorted(sums):
             peers.add(sums[name])
 

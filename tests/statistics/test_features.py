@@ -189,7 +189,7 @@ def _broken(value):
         (
             batches(),
             {"token_mask": lambda s, x: torch.zeros(2, 6, dtype=torch.bool)},
-            r"got none \[attn.q_proj\]",
+            r"got none in all 5 \[first: attn.q_proj\]",
         ),
     ],
     ids=["empty", "inf", "share", "kind", "masked"],

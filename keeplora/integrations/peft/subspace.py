@@ -7,9 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from keeplora._messages import listed, warn
 from keeplora.distributed import together
 from keeplora.lora import LoraAdapter, Target, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
@@ -20,6 +18,7 @@ from keeplora.methods.keeplora.directions import TaskGradients
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
+from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
 from .state import SubspaceState, fingerprint
@@ -126,7 +125,17 @@ def initialize(
         else:
             bases = weight_bases(slots, settings, shown=progress)
         directions = gradients.directions(bases)
-    _warn_of_ranks(layers, bases, directions, ranks)
+    names = [layer.name for layer in layers]
+    unreached = [name for name, yes in zip(names, gradients.reached, strict=True) if not yes]
+    warn_of_unreached("initialize", unreached, len(layers), closing=False)
+    warn_of_ranks(
+        "initialize", names, [len(top.a) for top in directions], [layer.rank for layer in layers],
+        none="gradient in free space",
+        full=[name for name, q in zip(names, bases, strict=True) if q.shape[0] == q.shape[1]],
+        silent=gradients.silent,
+        unreached=unreached,
+        remedy="Lower weight_energy or feature_energy for more room.",
+    )  # fmt: skip
     for layer, top in zip(layers, directions, strict=True):
         _start(layer, top)
     adapter.set_alphas(_scaled_alphas(adapter, state))
@@ -214,7 +223,10 @@ def update_subspace(
         borrow(adapter, state.masters) as slots,
     ):
         updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
-        new = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
+        new, reached = extended_bases(model, slots, loader, forward, state.config, bases, shown=progress)
+        # Where A is zero nothing was learned, and initialize has said why.
+        unseen = [p.name for p, yes in zip(layers, reached, strict=True) if not yes and bool(p.a.any())]
+        warn_of_unreached("update_subspace", unseen, len(layers), closing=True)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
         proofs = certified(slots, bases, new, merge=merge, shown=progress)
@@ -328,27 +340,3 @@ def _check_finite(layers: Sequence[PeftLayer]) -> None:
             f"update_subspace: trained adapters must be finite, got NaN or Inf [{factors[wrong][0]}]. "
             "Go back to the last saved adapter and lower the learning rate."
         )
-
-
-def _warn_of_ranks(
-    layers: Sequence[PeftLayer], bases: Sequence[Tensor], directions: Sequence[TopDirections], ranks: Sequence[int]
-) -> None:
-    """Name the layers whose A has fewer useful rows than LoraConfig's r, or none."""
-    full = [layer.name for layer, q in zip(layers, bases, strict=True) if q.shape[0] == q.shape[1]]
-    useful = {layer.name: len(top.a) for layer, top in zip(layers, directions, strict=True)}
-    flat = [name for name, count in useful.items() if count == 0 and name not in full]
-    small = [
-        f"{layer.name} ({useful[layer.name]} of {rank})"
-        for layer, rank in zip(layers, ranks, strict=True)
-        if 0 < useful[layer.name] < rank
-    ]
-    for names, how in (
-        (full, "have no free direction left and do not adapt"),
-        (flat, "have no gradient in free space and do not adapt"),
-        (small, "have fewer useful free directions than r and use those"),
-    ):
-        if names:
-            warn(
-                f"initialize: {len(names)} of {len(layers)} layers {how}: {listed(names)}. "
-                "Lower weight_energy or feature_energy for more room."
-            )

@@ -142,10 +142,13 @@ class KeepLora(LoraMethod):
         bases = [p.basis for p in protected]
         directions = gradients.directions(bases)
         adapters = [self._new_adapter(i, top) for i, top in enumerate(directions)]
+        unreached = self.warn_of_unreached(gradients.reached)
         self.warn_of_ranks(
             [len(top.a) for top in directions],
-            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
             none="gradient in free space",
+            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
+            silent=gradients.silent,
+            unreached=unreached,
             remedy="Lower weight_energy or feature_energy for more room.",
         )
         self.attach(adapters)
@@ -207,7 +210,10 @@ class KeepLora(LoraMethod):
             {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
             "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
         ):
-            new = extended_bases(self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress)
+            new, reached = extended_bases(
+                self.model, self.slots, loader, loss_fn, self.config, bases, shown=self.progress
+            )
+            self.warn_of_unreached(reached)
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
         self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers))

@@ -51,8 +51,12 @@ def extended_bases(
     bases: Sequence[Tensor],
     *,
     shown: bool | None,
-) -> list[Extension]:
-    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for."""
+) -> tuple[list[Extension], list[bool]]:
+    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
+
+    Returns:
+        The bases, and for each slot whether any feature came to it: without one its basis stays as it is.
+    """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
@@ -64,4 +68,5 @@ def extended_bases(
         moments = [statistics[i].moment for i in group]
         return extend_basis([bases[i] for i in group], moments, [energies[i] for i in group])
 
-    return for_all_layers(slots, compute, "bases", shown=shown)
+    extensions = for_all_layers(slots, compute, "bases", shown=shown)
+    return extensions, [statistic.tokens > 0 for statistic in statistics]
