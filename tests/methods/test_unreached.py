@@ -13,6 +13,7 @@ from torch import nn
 from keeplora import KeepLora, KeepLoraConfig, initialize, update_subspace
 from keeplora.lora import linear_targets, wrap
 from keeplora.methods import METHODS, create
+from keeplora.methods.inflora import DualBasis, extended
 from keeplora.statistics import mean_gradients
 from tests.methods.contract import LOOKS_AFTER, LOOKS_BEFORE, SMALL, WIDTH, Net, loss_fn, make, same, steps, task
 
@@ -132,6 +133,8 @@ def test_a_task_may_stop_reaching_them(name):
 @pytest.mark.parametrize("first", [True, False])
 def test_one_pass_reaches_them_and_the_other_does_not(name, first):
     method = made(name, ALL if first else ())
+    recorded(lambda: learn(method, task(1)))
+    before = method.model.idle.weight.detach().clone()
     caught = recorded(lambda: method.before_task(task(0), loss_fn))
     if method.trains:
         loss_fn(method.model, task(0)[0]).backward()
@@ -139,11 +142,17 @@ def test_one_pass_reaches_them_and_the_other_does_not(name, first):
             for parameter in method.trainable_parameters():
                 if parameter.grad is not None:
                     parameter -= 0.1 * parameter.grad
+    adapter = slots_of(method)["idle"].adapter if name == "loda" and first else None
     method.model.reach = frozenset() if first else ALL
     caught += recorded(lambda: method.after_task(task(0)))
     expected = ["after_task"] if first and name in LOOKS_AFTER else []
     expected += ["before_task"] if not first and name in LOOKS_BEFORE else []
     assert [str(w.message).split(":")[0] for w in caught if "no batch" in str(w.message)] == expected
+    if first and method.trains and method.merges:
+        assert not torch.equal(method.model.idle.weight, before)  # what was learned is kept
+    if adapter is not None:  # all of it: no features say how to recalibrate it
+        whole = before + adapter.scaling * adapter.update() @ adapter.A
+        torch.testing.assert_close(method.model.idle.weight, whole)
     capacity = method.capacity()
     if capacity is not None:
         added = {layer.name: layer.added for layer in capacity}
@@ -156,6 +165,12 @@ def test_an_abandoned_task_leaves_no_trace(name):
     recorded(lambda: method.before_task(task(0), loss_fn))
     method.abandon_task()
     assert same(state, method.state())
+
+
+def test_a_complement_stays_as_it_is_too():
+    basis = DualBasis(torch.linalg.qr(torch.randn(8, 3)).Q, free=True)
+    [same_basis] = extended([basis], [torch.zeros(8, 8)], 0.9)
+    assert torch.equal(same_basis.columns, basis.columns)
 
 
 def squares(model, batch):

@@ -87,8 +87,6 @@ class ExpertPool(LoraAdapter):
         if self.training and torch.is_grad_enabled():
             self.counts = self.counts.to(count.device) + count
         chosen = likely.new_zeros(likely.shape[1]).index_fill_(0, most_used(count, self.active), 1.0)
-        if not len(likely):
-            return chosen  # no sample to route
         mean = likely.mean(0)
         return chosen + mean - mean.detach()
 
