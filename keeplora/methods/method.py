@@ -156,7 +156,11 @@ class Method(Saved):
         return None
 
     def after_step(self) -> None:
-        """Called after every optimizer step."""
+        """Called after every optimizer step.
+
+        A loop that is all inside autocast would go on with the half-precision copies of the weights it has trained.
+        """
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:

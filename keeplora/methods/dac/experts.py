@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from keeplora.families.class_tokens import ClassTokens
 from keeplora.lora import LoraAdapter
+from keeplora.lora.adapter import compute_dtype
 
 __all__ = ["ExpertPool", "ago_loss", "most_used", "votes"]
 
@@ -92,6 +93,7 @@ class ExpertPool(LoraAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.gates(x)
+        x = x.to(compute_dtype(x))  # autocast would reuse its own copy of A after the next step
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         t = F.linear(x, self.A.to(x.dtype))
