@@ -49,10 +49,10 @@ def start():
     return Branches()
 
 
-def batch(seed, how):
+def batch(seed, how, size=16):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, WIDTH, generator=generator) * torch.arange(1, WIDTH + 1) ** -1.0
-    return {"x": x, "y": torch.randint(CLASSES, (16,), generator=generator), "how": how}
+    x = torch.randn(size, WIDTH, generator=generator) * torch.arange(1, WIDTH + 1) ** -1.0
+    return {"x": x, "y": torch.randint(CLASSES, (size,), generator=generator), "how": how}
 
 
 def shares(name):
@@ -63,6 +63,7 @@ def shares(name):
         "one idle": (every, []),
         "idle first": ([], every),
         "one input": (every[:1], every[2:3]),
+        "short batches": ([batch(6, "a first", 3), every[0]], [batch(7, "apart", 11), batch(8, "a first", 2)]),
         "b on one alone": ([batch(5, "a alone")], every[1:4]),
     }[name]
 
@@ -180,7 +181,7 @@ def work(rank, folder):
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     found = {"statistics": {}, "tasks": {}}
-    for name in ("uneven", "one idle", "idle first", "one input"):
+    for name in ("uneven", "one idle", "idle first", "one input", "short batches"):
         found["statistics"][name] = statistics(shares(name)[rank], processes())
     for name, settings in (("exact", {}), ("sketch", {"gradient_statistic": "sketch", "r": 1})):
         found["tasks"][name] = task(shares("uneven")[rank], **settings)

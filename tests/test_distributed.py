@@ -44,7 +44,7 @@ def same_bits(first, second):
     return first == second
 
 
-@pytest.mark.parametrize("name", ["uneven", "one idle", "idle first", "one input"])
+@pytest.mark.parametrize("name", ["uneven", "one idle", "idle first", "one input", "short batches"])
 def test_statistics_are_those_of_all_data(both, name):
     data = [batch for share in shares(name) for batch in share]
     expected = statistics(data, ALONE)

@@ -14,7 +14,7 @@ from keeplora.lora.slot import LoraSlot
 from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
-from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping
+from .passes import ALONE, BatchSize, Peers, Samples, evaluating, frozen, naming_batch, tapping
 
 __all__ = ["mean_gradients", "sketch_widths"]
 
@@ -68,14 +68,17 @@ def mean_gradients(
     *,
     keep: Sequence[int | Tensor | None] | None = None,
     seed: int = 0,
+    batch_size: BatchSize | None = None,
     peers: Peers = ALONE,
     reached: set[str] | None = None,
 ) -> list[Tensor]:
     r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
-    .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) = \frac1n \sum \delta^\top x
-              \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad G V \quad [\text{out}, w]
+    .. math:: G = \frac{\sum_i n_i \nabla_W\, \ell(\text{batch}_i)}{\sum_i n_i} = \frac{\sum_i n_i\, \delta_i^\top x_i}
+              {\sum_i n_i} \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad
+              G V \quad [\text{out}, w]
 
+    for batches of :math:`n_i` samples, each with its mean loss: the mean over samples, whatever the batches. Computed
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
     for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
     products of 16-bit numbers are formed in their dtype. The model runs in ``eval()`` and is left as it was: no update,
@@ -85,13 +88,16 @@ def mean_gradients(
         keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
             with no columns leaves the slot out. None for G everywhere.
         seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
+        batch_size: ``n_i`` of a batch, where it is not the leading dimension of the first tensor in it
+            (:func:`keeplora.statistics.batch_size_of`): the labelled tokens of a batch whose loss is their mean.
         peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
-            mean over the batches of all. A process may have no batch.
+            mean over the samples of all. A process may have no batch.
         reached: Gets the names of the slots that a token of some batch, of any process, has come to; the gradient of
             the others is zero.
 
     Raises:
-        ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named).
+        ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named);
+            ``batch_size`` returns no whole number of at least 1.
         RuntimeError: the loss has no gradient to any of the slots' weights, in all batches or in one that calls their
             layers; or the model reads an adapted weight
             without calling its layer (an adapter there would do nothing).
@@ -99,10 +105,11 @@ def mean_gradients(
     Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
     """
     statistics = _Gradients(slots, keep or [None] * len(slots), seed)
-    batches = 0
+    samples, batches = Samples("mean_gradients", batch_size), 0
     tapped = tapping(statistics.hosts, statistics.tap)
     with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
         for index, batch in enumerate(loader):
+            weight = samples.weigh(index, batch)
             with naming_batch("mean_gradients", index, batch):
                 calls = statistics.calls
                 loss = loss_fn(model, batch)
@@ -111,7 +118,7 @@ def mean_gradients(
                 statistics.check_called(model, batch, loss_fn)
             if loss.requires_grad:
                 # Not autograd.grad: reentrant checkpointing knows backward() only. Only the taps' anchor wants one.
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             elif statistics.calls > calls:
                 raise RuntimeError(_NO_GRADIENT)
             batches += 1
@@ -121,10 +128,10 @@ def mean_gradients(
             "mean_gradients: loader must yield at least one batch, got none. "
             "A generator can be used once: pass a loader that can be iterated again."
         )
-    statistics.add_up(peers)
+    statistics.add_up(peers, samples.add_up(peers))
     if reached is not None:
         reached |= statistics.reached
-    return statistics.mean(batches)
+    return statistics.mean(samples.total)
 
 
 _NO_GRADIENT = (
@@ -209,8 +216,12 @@ class _Gradients:
                     f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
                 )
 
-    def add_up(self, peers: Peers) -> None:
-        """Sums over all processes, by the slots' names: layers may come in another order elsewhere."""
+    def add_up(self, peers: Peers, weight: float) -> None:
+        """Sums over all processes, by the slots' names: layers may come in another order elsewhere.
+
+        Args:
+            weight: Of this process's sums.
+        """
         sums = {slot.name: self.sums[slot.host, slot.slot] for slot in self.slots}
         mine = {name: (list(total.shape), str(total.dtype)) for name, total in sums.items()}
         everyone = peers.gather((mine, self.touched, self.reached))
@@ -218,12 +229,12 @@ class _Gradients:
         self.touched = any(touched for _, touched, _ in everyone)
         self.reached = set().union(*(reached for _, _, reached in everyone))
         for name in sorted(sums):
-            peers.add(sums[name])
+            peers.add(sums[name] if weight == 1 else sums[name].mul_(weight))
 
-    def mean(self, batches: int) -> list[Tensor]:
+    def mean(self, weight: float) -> list[Tensor]:
         if not self.touched:
             raise RuntimeError(_NO_GRADIENT)
-        gradients = [self.sums[slot.host, slot.slot].div_(batches) for slot in self.slots]
+        gradients = [self.sums[slot.host, slot.slot].div_(weight) for slot in self.slots]
         finite = torch.stack([torch.isfinite(matrix).all() for matrix in gradients]).tolist()
         for slot, good in zip(self.slots, finite, strict=True):
             if not good:

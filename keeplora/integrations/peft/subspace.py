@@ -19,6 +19,7 @@ from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
 from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
+from keeplora.statistics import BatchSize
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, trainable_neighbours
 from .state import SubspaceState, fingerprint
@@ -37,6 +38,7 @@ def initialize(
     adapter_name: str | None = None,
     targets: Sequence[Target] | None = None,
     also_train: Sequence[str] = (),
+    batch_size: BatchSize | None = None,
     progress: bool | None = None,
 ) -> SubspaceState:
     r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
@@ -60,6 +62,7 @@ def initialize(
         targets: Tower and depth of the base model's layers; found if None.
         also_train: Names of modules that may be trained beside the adapter, such as a new classifier head. Nothing
             protects what they do.
+        batch_size: What a batch's loss is a mean over, as of :meth:`keeplora.KeepLora.before_task`.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -119,7 +122,9 @@ def initialize(
     layers = adapter.layers
     ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
     with borrow(adapter) as slots:
-        gradients = TaskGradients(model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks)
+        gradients = TaskGradients(
+            model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks, batch_size=batch_size
+        )
         if state.bases:
             bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
         else:

@@ -15,7 +15,7 @@ from keeplora.math.orthonormal import reorthogonalize
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.ops.precision import full_precision
-from keeplora.statistics import first_batches, mean_gradients, sketch_widths
+from keeplora.statistics import BatchSize, first_batches, mean_gradients, sketch_widths
 
 from .config import KeepLoraConfig
 
@@ -30,11 +30,12 @@ def direction_finder(
     config: KeepLoraConfig,
     task: int,
     shown: bool | None = None,
+    batch_size: BatchSize | None = None,
 ) -> TaskGradients | RandomDirections:
     """What ``config.directions`` asks for; the passes over the data, if any, are made here."""
     if config.directions == "random":
         return RandomDirections(slots, config, task)
-    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown)
+    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown, batch_size=batch_size)
 
 
 class RandomDirections:
@@ -86,9 +87,11 @@ class TaskGradients:
         *,
         shown: bool | None,
         ranks: Sequence[int] | None = None,
+        batch_size: BatchSize | None = None,
     ):
-        self.model, self.slots, self.loader, self.loss_fn = model, slots, loader, loss_fn
-        self.config, self.shown = config, shown
+        self.model, self.slots, self.loss_fn = model, slots, loss_fn
+        self.config, self.shown, self.batch_size = config, shown, batch_size
+        self.batches = first_batches(loader, config.data_fraction)
         self.ranks = [config.r] * len(slots) if ranks is None else list(ranks)
         widths = sketch_widths(
             slots, max(self.ranks), kind=config.gradient_statistic, memory_budget=config.memory_budget
@@ -144,11 +147,10 @@ class TaskGradients:
         return frames
 
     def _pass(self, keep: Sequence[int | Tensor | None], phase: str, reached: set[str] | None = None) -> list[Tensor]:
-        batches = first_batches(self.loader, self.config.data_fraction)
-        with progress(batches, phase, "batch", shown=self.shown) as counted, torch.enable_grad():
+        with progress(self.batches, phase, "batch", shown=self.shown) as counted, torch.enable_grad():
             return mean_gradients(
                 self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed, peers=processes(),
-                reached=reached,
+                reached=reached, batch_size=self.batch_size,
             )  # fmt: skip
 
 
