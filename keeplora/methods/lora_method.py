@@ -195,11 +195,22 @@ class LoraMethod(Method):
         names = [slot.name for slot in self.slots]
         warn_of_ranks(type(self).__name__, names, ranks, [self.config.r] * len(names), none=none, **causes)
 
-    def capacity_of(self, protected: Sequence[int], added: Sequence[tuple[int, ...]], r: int) -> Capacity:
-        """The table of :meth:`capacity`, from every slot's protected directions and those each task added."""
+    def capacity_of(
+        self,
+        protected: Sequence[int],
+        added: Sequence[tuple[int, ...]],
+        r: int,
+        shares: Sequence[float | None] | None = None,
+    ) -> Capacity:
+        """The table of :meth:`capacity`, from every slot's protected directions and those each task added.
+
+        Args:
+            shares: Of the last task's gradient energy in free space, where it is known.
+        """
+        shares = [None] * len(self.slots) if shares is None else shares
         layers = (
-            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r)
-            for slot, count, by_task in zip(self.slots, protected, added, strict=True)
+            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r, share)
+            for slot, count, by_task, share in zip(self.slots, protected, added, shares, strict=True)
         )
         return Capacity(tuple(layers), self.tasks_learned)
 

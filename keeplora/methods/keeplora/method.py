@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, stored_basis
+from keeplora.methods.reading import is_counts, is_shares, stored_basis
 from keeplora.methods.state import State, StateError
 
 from .certificate import RetentionCertificate, certified
@@ -152,7 +153,7 @@ class KeepLora(LoraMethod):
             remedy="Lower weight_energy or feature_energy for more room.",
         )
         self.attach(adapters)
-        self._protected = protected
+        self._protected = [replace(p, opening=s) for p, s in zip(protected, gradients.free_shares, strict=True)]
 
     def _new_adapter(self, i: int, top: TopDirections) -> LoraAdapter | None:
         """An adapter along the leading directions; None where there are none."""
@@ -163,8 +164,8 @@ class KeepLora(LoraMethod):
 
     def drop_task(self) -> None:
         super().drop_task()
-        if not self.tasks_learned:
-            self._protected = None
+        assert self._protected is not None
+        self._protected = [replace(p, opening=None) for p in self._protected] if self.tasks_learned else None
 
     def optimizer(self, **options: Any) -> ProjectedAdamW:
         """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
@@ -215,7 +216,7 @@ class KeepLora(LoraMethod):
             )
             self.warn_of_unreached(reached)
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
-        self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
+        self._protected = [Protected(n.q, (*o.added, n.added), o.opening) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers))
 
     # ------------------------------------------------------------------ what a user asks in between
@@ -227,7 +228,10 @@ class KeepLora(LoraMethod):
         once :meth:`before_task` ran; until then everything counts as free.
         """
         protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
-        return self.capacity_of([p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r)
+        shares = [p.share for p in protected]
+        return self.capacity_of(
+            [p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r, shares
+        )
 
     def basis(self, name: str) -> Tensor:
         """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
@@ -243,19 +247,26 @@ class KeepLora(LoraMethod):
     def memory_state(self) -> State:
         """The protected bases."""
         if self._protected is None:
-            return State({}, {"added_by_task": None})
+            return State({}, {"added_by_task": None, "free_shares": None})
         pairs = list(zip(self.slots, self._protected, strict=True))
-        added = [list(p.added) for _, p in pairs]
-        return State({f"{slot.name}.basis": p.basis for slot, p in pairs}, {"added_by_task": added})
+        added, shares = [list(p.added) for _, p in pairs], [[p.share, p.opening] for _, p in pairs]
+        bases = {f"{slot.name}.basis": p.basis for slot, p in pairs}
+        return State(bases, {"added_by_task": added, "free_shares": shares})
 
     def recall(self, state: State) -> list[Protected] | None:
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
+        shares = state.meta.get("free_shares")
         if added is None and not tasks and not state.meta["training_task"]:
             return None
         if not is_counts(added, len(self.slots), tasks):
             raise StateError(
                 f"load_state: added_by_task must have a row of {tasks} numbers for each of {len(self.slots)} targets, "
                 f"got {added!r}"
+            )
+        if not is_shares(shares, len(self.slots), 2):
+            raise StateError(
+                f"load_state: free_shares must have two numbers in [0, 1], or null, for each of {len(self.slots)} "
+                f"targets, got {shares!r}"
             )
         bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
         for slot, basis, row in zip(self.slots, bases, added, strict=True):
@@ -265,8 +276,8 @@ class KeepLora(LoraMethod):
                     f"directions of {basis.shape[0]} [{slot.name}]"
                 )
         return [
-            Protected(basis.to(slot.weight.device), tuple(row))
-            for slot, basis, row in zip(self.slots, bases, added, strict=True)
+            Protected(basis.to(slot.weight.device), tuple(row), *pair)
+            for slot, basis, row, pair in zip(self.slots, bases, added, shares, strict=True)
         ]
 
     def remember(self, memory: list[Protected] | None) -> None:

@@ -23,10 +23,16 @@ __all__ = ["Protected", "extended_bases", "weight_bases"]
 
 @dataclass(frozen=True)
 class Protected:
-    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it."""
+    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it.
+
+    ``share`` is how much of the last task's gradient energy lay outside of Q when it began, ``opening`` the same of
+    the open task; None where it is not known.
+    """
 
     basis: Tensor
     added: tuple[int, ...] = ()
+    share: float | None = None
+    opening: float | None = None
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
