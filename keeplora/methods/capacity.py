@@ -11,19 +11,20 @@ from keeplora.lora import Target
 
 __all__ = ["Capacity", "LayerCapacity", "forecast", "layer_capacity"]
 
-LEAST = 0.01
-"""Of a gradient's energy in free space, for a task to learn: a tenth of the gradient's length."""
+LEAST = 0.0025
+"""Of a gradient's energy in free space, for a task to learn: a twentieth of the gradient's length."""
 
 
 def forecast(free: int, r: int, added: int, share: float | None = None) -> int | None:
     r"""How many more tasks like the last one find at least r free directions in a layer, and their gradient in them.
 
     .. math:: n = \begin{cases} 0 & f < q \\ \lfloor (f - q) / m \rfloor + 1 & \text{otherwise} \end{cases}, \qquad
-              q = \max\Bigl(r, \frac{0.01}{\sigma}\,(f + m)\Bigr)
+              q = \max\Bigl(r, \frac{1}{400\,\sigma}\,(f + m)\Bigr)
 
     Assumes that every task to come adds m directions, as the last one did, and that the share of its gradient's energy
     in free space is proportional to the free directions: the last task had :math:`f + m` of them and found σ there, so
-    with q it finds 0.01, a tenth of the gradient's length. Tasks that resemble those before add fewer directions, other
+    with q it finds 1/400, a twentieth of the gradient's length: eight layers that learn tasks in random subspaces learn
+    next to nothing once all of them find less. Tasks that resemble those before add fewer directions, other
     kinds of inputs add more; a layer that is not counted as having room still uses what it has.
 
     Args:
@@ -38,7 +39,7 @@ def forecast(free: int, r: int, added: int, share: float | None = None) -> int |
     Example:
         >>> forecast(20, 4, 5), forecast(3, 4, 5), forecast(20, 4, 0)
         (4, 0, None)
-        >>> forecast(20, 4, 5, share=0.02), forecast(20, 4, 0, share=0.001)
+        >>> forecast(20, 4, 5, share=0.005), forecast(20, 4, 0, share=0.001)
         (2, 0)
     """
     if share is not None:
@@ -153,7 +154,7 @@ class Capacity(Sequence[LayerCapacity]):
         spent = [layer for layer in self.layers if layer.forecast == 0]
         missing = sum(layer.misses for layer in spent)
         for count, what in ((len(spent) - missing, "less than r directions left"),
-                            (missing, f"less than {LEAST:.0%} of the gradient there")):  # fmt: skip
+                            (missing, "next to nothing of the gradient there")):  # fmt: skip
             if count:
                 space += f", {count} {'layer has' if count == 1 else 'layers have'} {what}"
         return (

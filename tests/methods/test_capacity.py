@@ -174,14 +174,14 @@ def test_a_history_of_other_layers_is_refused(wrong):
 
 
 def test_the_forecast_counts_tasks_whose_gradient_lies_in_free_space():
-    """Directions that are left do not help where the gradient is not: 1 of 100 parts of its energy are wanted."""
+    """Directions that are left do not help where the gradient is not: 1 of 400 parts of its energy is wanted."""
     assert forecast(60, 4, 0, share=0.5) is None
-    assert forecast(60, 4, 0, share=0.009) == forecast(60, 4, 1, share=0.0) == 0
+    assert forecast(60, 4, 0, share=0.0024) == forecast(60, 4, 1, share=0.0) == 0
     for free in (10, 40):
         for added in (1, 7):
-            for share in (0.011, 0.02, 0.3, 1.0):
+            for share in (0.0026, 0.004, 0.3, 1.0):
                 count, left = 0, free
-                while left >= 4 and share * left / (free + added) >= 0.01 * (1 - 1e-12):
+                while left >= 4 and share * left / (free + added) >= 0.0025 * (1 - 1e-12):
                     count, left = count + 1, left - added
                 assert forecast(free, 4, added, share) == count, (free, added, share)
 
@@ -210,7 +210,7 @@ def test_no_room_is_promised_where_nothing_can_be_learned():
     [gradient] = torch.autograd.grad(loss_fn(model, low_rank_task(1)[0]), weight)
     q = keeper.basis("0")
     assert layer.share == pytest.approx(1 - float((gradient @ q).norm() / gradient.norm()) ** 2, abs=1e-6)
-    assert "1 layer has less than 1% of the gradient there" in keeper.capacity().summary
+    assert "1 layer has next to nothing of the gradient there" in keeper.capacity().summary
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
@@ -267,3 +267,26 @@ def test_shares_that_are_none_are_refused(wrong):
     state.meta["free_shares"] = wrong
     with pytest.raises(StateError, match="free_shares must have two numbers"):
         keeper.load_state(state)
+
+
+def test_eight_layers_of_tasks_in_random_subspaces():
+    """Directions are free in every layer and few are added, yet the gradient is where earlier inputs are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Tanh())))
+    settings = {"r": 1, "target_modules": "all-linear", "weight_energy": 0.0, "feature_energy": 0.999}
+    keeper = KeepLora(model, KeepLoraConfig(**settings), progress=False)
+
+    def square(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        turn = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q[:12]
+        task = [(torch.randn(128, 12, generator=generator) @ turn, torch.randn(128, 32, generator=generator))]
+        keeper.before_task(task, square)
+        keeper.after_task(task)
+    capacity = keeper.capacity()
+    assert capacity.median_forecast == 0
+    roomy = [layer for layer in capacity if layer.free >= 1]
+    assert len(roomy) >= 4
+    assert all(layer.forecast == 0 for layer in roomy if layer.share < 0.0025)
