@@ -31,6 +31,8 @@ class Branches(nn.Module):
             second, first = self.b(x), self.a(x)
         elif how == "b first, apart":
             second, first = self.b(1.0 * x), self.a(x)
+        elif how == "a alone":
+            return self.head(self.a(x).tanh())
         elif how == "apart":
             first, second = self.a(x), self.b(1.0 * x)
         else:
@@ -47,10 +49,10 @@ def start():
     return Branches()
 
 
-def batch(seed, how):
+def batch(seed, how, size=16):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, WIDTH, generator=generator) * torch.arange(1, WIDTH + 1) ** -1.0
-    return {"x": x, "y": torch.randint(CLASSES, (16,), generator=generator), "how": how}
+    x = torch.randn(size, WIDTH, generator=generator) * torch.arange(1, WIDTH + 1) ** -1.0
+    return {"x": x, "y": torch.randint(CLASSES, (size,), generator=generator), "how": how}
 
 
 def shares(name):
@@ -61,6 +63,8 @@ def shares(name):
         "one idle": (every, []),
         "idle first": ([], every),
         "one input": (every[:1], every[2:3]),
+        "short batches": ([batch(6, "a first", 3), every[0]], [batch(7, "apart", 11), batch(8, "a first", 2)]),
+        "b on one alone": ([batch(5, "a alone")], every[1:4]),
     }[name]
 
 
@@ -177,10 +181,11 @@ def work(rank, folder):
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     found = {"statistics": {}, "tasks": {}}
-    for name in ("uneven", "one idle", "idle first", "one input"):
+    for name in ("uneven", "one idle", "idle first", "one input", "short batches"):
         found["statistics"][name] = statistics(shares(name)[rank], processes())
     for name, settings in (("exact", {}), ("sketch", {"gradient_statistic": "sketch", "r": 1})):
         found["tasks"][name] = task(shares("uneven")[rank], **settings)
+    found["tasks"]["b on one alone"] = task(shares("b on one alone")[rank])  # a warning would be an error
     found["failures"] = failures(rank, shares("uneven")[rank])
     found["others"] = others(rank, shares("uneven")[rank])
     torch.save(found, Path(folder) / f"{rank}.pt")

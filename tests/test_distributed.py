@@ -44,7 +44,7 @@ def same_bits(first, second):
     return first == second
 
 
-@pytest.mark.parametrize("name", ["uneven", "one idle", "idle first", "one input"])
+@pytest.mark.parametrize("name", ["uneven", "one idle", "idle first", "one input", "short batches"])
 def test_statistics_are_those_of_all_data(both, name):
     data = [batch for share in shares(name) for batch in share]
     expected = statistics(data, ALONE)
@@ -75,6 +75,14 @@ def test_a_task_is_the_same_everywhere_and_the_same_as_alone(both, name, setting
         assert mine["added"] == expected["added"]
         assert mine["captured"] == pytest.approx(expected["captured"], rel=1e-5)
         assert mine["leak"] <= 1e-6
+
+
+def test_a_layer_that_one_process_alone_has_reached_is_reached(both):
+    alone = task([batch for share in shares("b on one alone") for batch in share])
+    assert same_bits(both[0]["tasks"]["b on one alone"], both[1]["tasks"]["b on one alone"])
+    layers = both[0]["tasks"]["b on one alone"]["certificate"]["layers"]
+    assert [row["added"] for row in layers] == [row["added"] for row in alone["certificate"]["layers"]]
+    assert all(row["added"] for row in layers)
 
 
 def span(matrix, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -54,7 +55,7 @@ class ClassTokens:
         place = self.places.get(slot.target.tower, "first")
         if x.dim() < 3 or place == "mean":
             return None
-        keep = torch.zeros(x.shape[0], x[0].numel() // x.shape[-1], dtype=torch.bool, device=x.device)
+        keep = torch.zeros(x.shape[0], math.prod(x.shape[1:-1]), dtype=torch.bool, device=x.device)
         if place == "end":
             keep[torch.arange(len(x), device=x.device), self._ends(x.flatten(1, -2))] = True
         else:

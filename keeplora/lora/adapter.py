@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LoraAdapter"]
+__all__ = ["LoraAdapter", "compute_dtype"]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype a product with this weight or input is formed in: autocast's where that is on, else its own."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
 
 
 class LoraAdapter(nn.Module):
@@ -70,6 +78,7 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``c · (x Aᵀ)(B − B₀)ᵀ``: the adapter's share of the layer's output, in the dtype the layer computes in."""
+        x = x.to(compute_dtype(x))  # autocast would reuse its own copy of A after the next step
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         t = F.linear(x, self.A.to(x.dtype)) * self.scaling

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from keeplora.ops.declare import OPS
 
+from .adapter import compute_dtype
+
 if TYPE_CHECKING:
     from .adapter import LoraAdapter
     from .host import LoraHost
@@ -113,14 +115,6 @@ def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parame
 def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
     """One of the layer's weights and the adapters that would be merged into it."""
     return getattr(host, parameter), _parts([(slot, slot.rows) for slot in host.by_parameter[parameter]])
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype a layer with this weight multiplies in: autocast's where that is on, else the weight's own."""
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
 
 
 def _exact(x: Tensor) -> AbstractContextManager[object]:

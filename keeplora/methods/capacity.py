@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, overload
@@ -10,19 +11,27 @@ from keeplora.lora import Target
 
 __all__ = ["Capacity", "LayerCapacity", "forecast", "layer_capacity"]
 
+LEAST = 0.0025
+"""Of a gradient's energy in free space, for a task to learn: a twentieth of the gradient's length."""
 
-def forecast(free: int, r: int, added: int) -> int | None:
-    r"""How many more tasks like the last one find at least r free directions in a layer.
 
-    .. math:: n = \begin{cases} 0 & f < r \\ \lfloor (f - r) / m \rfloor + 1 & \text{otherwise} \end{cases}
+def forecast(free: int, r: int, added: int, share: float | None = None) -> int | None:
+    r"""How many more tasks like the last one find at least r free directions in a layer, and their gradient in them.
 
-    Assumes that every task to come adds m directions, as the last one did. Tasks that resemble those before add
-    fewer, other kinds of inputs add more; a layer that is not counted as having room still uses what it has.
+    .. math:: n = \begin{cases} 0 & f < q \\ \lfloor (f - q) / m \rfloor + 1 & \text{otherwise} \end{cases}, \qquad
+              q = \max\Bigl(r, \frac{1}{400\,\sigma}\,(f + m)\Bigr)
+
+    Assumes that every task to come adds m directions, as the last one did, and that the share of its gradient's energy
+    in free space is proportional to the free directions: the last task had :math:`f + m` of them and found σ there, so
+    with q it finds 1/400, a twentieth of the gradient's length: eight layers that learn tasks in random subspaces learn
+    next to nothing once all of them find less. Tasks that resemble those before add fewer directions, other
+    kinds of inputs add more; a layer that is not counted as having room still uses what it has.
 
     Args:
         free: f, directions that are free now.
         r: Directions an adapter wants.
         added: m.
+        share: σ in [0, 1]; None where no gradient was looked at: then q is r.
 
     Returns:
         None where there is room and the last task added nothing: then nothing suggests a limit.
@@ -30,7 +39,13 @@ def forecast(free: int, r: int, added: int) -> int | None:
     Example:
         >>> forecast(20, 4, 5), forecast(3, 4, 5), forecast(20, 4, 0)
         (4, 0, None)
+        >>> forecast(20, 4, 5, share=0.005), forecast(20, 4, 0, share=0.001)
+        (2, 0)
     """
+    if share is not None:
+        if not share:
+            return 0
+        r = max(r, math.ceil(LEAST / share * (free + added)))
     if free < r:
         return 0
     return (free - r) // added + 1 if added else None
@@ -46,6 +61,8 @@ class LayerCapacity:
         added: Directions the last task added.
         forecast: How many more tasks like the last one fit (:func:`forecast`); None where nothing suggests a limit.
         added_by_task: Directions each task added.
+        share: Of the last task's gradient energy, what lay in free space when it began; None where no gradient was
+            looked at, or there was none.
     """
 
     name: str
@@ -57,6 +74,12 @@ class LayerCapacity:
     added: int
     forecast: int | None = None
     added_by_task: tuple[int, ...] = ()
+    share: float | None = None
+
+    @property
+    def misses(self) -> bool:
+        """Whether the next task like the last one finds too little of its gradient in free space."""
+        return self.share is not None and self.share * self.free < LEAST * (self.free + self.added)
 
 
 @dataclass(frozen=True)
@@ -128,9 +151,12 @@ class Capacity(Sequence[LayerCapacity]):
         space = f"{self.free_share:.0%} of the space of {len(self)} layers is free"
         if self.forecast is None:
             return f"{space}; nothing suggests a limit yet"
-        full = sum(layer.forecast == 0 for layer in self.layers)
-        if full:
-            space += f", {full} {'layer has' if full == 1 else 'layers have'} less than r directions left"
+        spent = [layer for layer in self.layers if layer.forecast == 0]
+        missing = sum(layer.misses for layer in spent)
+        for count, what in ((len(spent) - missing, "less than r directions left"),
+                            (missing, "next to nothing of the gradient there")):  # fmt: skip
+            if count:
+                space += f", {count} {'layer has' if count == 1 else 'layers have'} {what}"
         return (
             f"{space}; room for {_tasks(self.forecast)} like the last in every layer, "
             f"{_count(self.median_forecast)} in half of them"
@@ -177,7 +203,9 @@ def _tasks(number: int) -> str:
     return f"{number} more {'task' if number == 1 else 'tasks'}"
 
 
-def layer_capacity(target: Target, width: int, protected: int, added_by_task: tuple[int, ...], r: int) -> LayerCapacity:
+def layer_capacity(
+    target: Target, width: int, protected: int, added_by_task: tuple[int, ...], r: int, share: float | None = None
+) -> LayerCapacity:
     """The entry of a layer of ``width`` inputs that wants adapters of rank r."""
     free, added = width - protected, added_by_task[-1] if added_by_task else 0
     return LayerCapacity(
@@ -188,6 +216,7 @@ def layer_capacity(target: Target, width: int, protected: int, added_by_task: tu
         protected=protected,
         free=free,
         added=added,
-        forecast=forecast(free, r, added),
+        forecast=forecast(free, r, added, share),
         added_by_task=added_by_task,
+        share=share,
     )

@@ -93,6 +93,8 @@ class DualBasis:
         values, vectors = torch.linalg.eigh(space.T @ wide @ space)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         total = float(wide.diagonal().sum())
+        if not total:
+            return self  # no input came here
         floor = torch.finfo(moment.dtype).eps * float(torch.linalg.matrix_norm(wide))
         captured = max(total - float(values.sum()), 0.0)
         count = fewest_directions(values, total, energy, captured=captured, floor=floor)
@@ -175,7 +177,8 @@ class InfLora(LoraMethod):
 
         with torch.no_grad():
             designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.bases)
-        self.warn_of_ranks([len(a) for a in designs], none="useful free direction left")
+        unreached = [slot.name for slot, seen in zip(self.slots, statistics, strict=True) if not seen.tokens]
+        self.warn_of_ranks([len(a) for a in designs], none="useful free direction left", unreached=unreached)
         self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:

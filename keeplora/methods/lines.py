@@ -199,7 +199,7 @@ class Lines(Method):
         self.base.progress, self.base.validate = self.progress, self.validate
         self.base.token_mask = self.token_mask
         before = [cell.read().clone() for cell in _cells(self.model)]
-        self.base.before_task(loader, loss_fn)
+        self.base.before_task(loader, loss_fn, batch_size=self._batch_size)
         self._before = before
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -167,7 +167,8 @@ class LoDa(LoraMethod):
 
         with torch.no_grad():
             designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.moments)
-        self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left")
+        unreached = [slot.name for slot, seen in zip(self.slots, statistics, strict=True) if not seen.tokens]
+        self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left", unreached=unreached)
         self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
         self.general = [count for _, count in designs]
 
@@ -179,19 +180,19 @@ class LoDa(LoraMethod):
             statistics,
             self.moments,
         )
-        updates = [self._recalibrated(i, _mean(statistics[i])) for i in range(len(self.slots))]
+        updates = [self._recalibrated(i, s) for i, s in enumerate(statistics)]
         for slot, b in zip(self.slots, updates, strict=True):
             if b is not None and slot.adapter is not None:
                 slot.adapter.B.copy_(b)
         self.merge_adapters()
         self.moments = list(moments)
 
-    def _recalibrated(self, i: int, new: Tensor) -> Tensor | None:
+    def _recalibrated(self, i: int, new: FeatureStatistic) -> Tensor | None:
         """B of the slot as it is to be merged; None where it stays."""
         adapter, old, count = self.slots[i].adapter, self.moments[i], self.general[i]
-        if adapter is None or old is None or not count or not self.config.recalibrate:
+        if adapter is None or old is None or not count or not new.tokens or not self.config.recalibrate:
             return None
-        general = recalibrated(adapter.B[:, :count], adapter.A[:count], old, new)
+        general = recalibrated(adapter.B[:, :count], adapter.A[:count], old, _mean(new))
         return torch.cat([general, adapter.B[:, count:]], dim=1)
 
     def memory_state(self) -> State:
@@ -218,10 +219,10 @@ class LoDa(LoraMethod):
 
 
 def _mean(statistic: FeatureStatistic) -> Tensor:
-    """``E[xᵀx]``: the second moment of a token."""
+    """``E[xᵀx]``: the second moment of a token; zero where there was none."""
     moment = statistic.moment
     assert isinstance(moment, Tensor)
-    return moment / statistic.tokens
+    return moment / max(statistic.tokens, 1)
 
 
 def _sum(old: Tensor | None, new: Tensor) -> Tensor:

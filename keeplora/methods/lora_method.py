@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from keeplora._messages import listed, warn
+from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
 from keeplora.families.coverage import Targets, coverage, warn_of_left_out
@@ -33,6 +33,7 @@ from .capacity import Capacity, layer_capacity
 from .fingerprint import fingerprint
 from .method import LossFn, Method, freeze
 from .progress import for_all_layers, progress
+from .ranks import warn_of_ranks, warn_of_unreached
 from .reading import is_names, stored, stored_like
 from .state import State, StateError
 
@@ -149,12 +150,19 @@ class LoraMethod(Method):
     # ------------------------------------------------------------------ parts a method is made of
 
     def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
-        """The second moment of every slot's inputs, over one pass; padding does not count where it is known."""
+        """The second moment of every slot's inputs, over one pass; padding does not count where it is known.
+
+        Layers that no token came to are named in a warning; their statistic is zero.
+        """
         with (
             token_mask(self.model, self.token_mask) as mask,
             progress(loader, "features", "batch", shown=self.progress) as batches,
         ):
-            return feature_statistics(self.model, self.slots, batches, forward, token_mask=mask, peers=processes())
+            statistics = feature_statistics(
+                self.model, self.slots, batches, forward, token_mask=mask, peers=processes()
+            )
+        self.warn_of_unreached([statistic.tokens > 0 for statistic in statistics])
+        return statistics
 
     def each_layer(self, compute: Callable[[list[int]], Iterable[T]], phase: str, *inputs: Sequence[Any]) -> list[T]:
         """``compute`` for every slot: given the positions of several, their results.
@@ -188,29 +196,42 @@ class LoraMethod(Method):
         """Add every open adapter to its weight."""
         merge_adapters(self.slots)
 
-    def warn_of_ranks(self, ranks: Sequence[int], *, none: str, full: Iterable[str] = (), remedy: str = "") -> None:
-        """Name the layers whose adapters are smaller than r, or missing.
+    def warn_of_unreached(self, reached: Sequence[bool]) -> list[str]:
+        """Name the layers that a pass did not reach: all, or when a task closes those that may have learned something.
+
+        Returns:
+            Their names.
+        """
+        closing = self.training_task
+        names = [
+            slot.name
+            for slot, yes in zip(self.slots, reached, strict=True)
+            if not yes and (_is_trained(slot) or not closing)
+        ]
+        warn_of_unreached("after_task" if closing else "before_task", names, len(reached), closing=closing)
+        return names
+
+    def warn_of_ranks(self, ranks: Sequence[int], *, none: str, **causes: Any) -> None:
+        """Name the layers whose adapters are smaller than r, or missing: :func:`.ranks.warn_of_ranks`."""
+        names = [slot.name for slot in self.slots]
+        warn_of_ranks(type(self).__name__, names, ranks, [self.config.r] * len(names), none=none, **causes)
+
+    def capacity_of(
+        self,
+        protected: Sequence[int],
+        added: Sequence[tuple[int, ...]],
+        r: int,
+        shares: Sequence[float | None] | None = None,
+    ) -> Capacity:
+        """The table of :meth:`capacity`, from every slot's protected directions and those each task added.
 
         Args:
-            ranks: Of every slot's adapter. none: What layers without an adapter have not.
-            full: Names of those that have no free direction at all.
+            shares: Of the last task's gradient energy in free space, where it is known.
         """
-        method, r, full = type(self).__name__, self.config.r, list(full)
-        flat = [s.name for s, rank in zip(self.slots, ranks, strict=True) if rank == 0 and s.name not in full]
-        small = [s.name for s, rank in zip(self.slots, ranks, strict=True) if 0 < rank < r]
-        for names, how in (
-            (full, "have no free direction left and do not adapt"),
-            (flat, f"have no {none} and do not adapt"),
-            (small, f"have fewer than r = {r} useful free directions and use those"),
-        ):
-            if names:
-                warn(f"{method}: {len(names)} of {len(self.slots)} layers {how}: {listed(names)}. {remedy}".rstrip())
-
-    def capacity_of(self, protected: Sequence[int], added: Sequence[tuple[int, ...]], r: int) -> Capacity:
-        """The table of :meth:`capacity`, from every slot's protected directions and those each task added."""
+        shares = [None] * len(self.slots) if shares is None else shares
         layers = (
-            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r)
-            for slot, count, by_task in zip(self.slots, protected, added, strict=True)
+            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r, share)
+            for slot, count, by_task, share in zip(self.slots, protected, added, shares, strict=True)
         )
         return Capacity(tuple(layers), self.tasks_learned)
 
@@ -390,6 +411,11 @@ def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str
             raise ValueError(
                 f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
             )
+
+
+def _is_trained(slot: LoraSlot) -> bool:
+    adapter = [] if slot.adapter is None else list(slot.adapter.parameters())
+    return any(parameter.requires_grad for parameter in (slot.whole, *adapter))
 
 
 def _learned(slot: LoraSlot) -> list[Update]:

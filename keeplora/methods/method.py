@@ -19,6 +19,7 @@ from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.lora import Target, TokenMask, unwrap
 from keeplora.math.finite import first_not_finite
+from keeplora.statistics import BatchSize
 
 from .buffers import Buffers
 from .capacity import Capacity
@@ -88,6 +89,7 @@ class Method(Saved):
         self._flags_before = self._flags
         self._buffers: Buffers | None = None  # as the open task found them
         self._loss_fn: LossFn | None = None
+        self._batch_size: BatchSize | None = None
         self._given_back = False
 
     # ------------------------------------------------------------------ what a method is
@@ -113,12 +115,15 @@ class Method(Saved):
 
     # ------------------------------------------------------------------ the life of a task
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
+    def before_task(self, loader: Iterable[Any], loss_fn: LossFn, *, batch_size: BatchSize | None = None) -> None:
         """Open a task. The model's function does not change; on an error nothing has changed.
 
         Args:
             loader: The task's training batches; can be iterated again later.
             loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :meth:`after_task`.
+            batch_size: ``batch_size(batch) -> int``: what the batch's loss is a mean over, by which its gradient is
+                weighted. By default its samples, read off the leading dimension of the first tensor in it
+                (:func:`keeplora.statistics.batch_size_of`). Methods that look at no gradient do not ask.
 
         Raises:
             RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
@@ -133,6 +138,7 @@ class Method(Saved):
                     "Call before_task(loader, loss_fn)."
                 )
             self._require_same_weights("before_task")
+            self._batch_size = batch_size
             with self._opening(loss_fn):
                 self.open_task(loader, loss_fn)
 
@@ -164,7 +170,11 @@ class Method(Saved):
         return None
 
     def after_step(self) -> None:
-        """Called after every optimizer step."""
+        """Called after every optimizer step.
+
+        A loop that is all inside autocast would go on with the half-precision copies of the weights it has trained.
+        """
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:

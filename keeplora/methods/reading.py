@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .state import State, StateError
 
-__all__ = ["is_counts", "is_names", "stored", "stored_basis", "stored_like"]
+__all__ = ["is_counts", "is_names", "is_shares", "stored", "stored_basis", "stored_like"]
 
 
 def stored(state: State, name: str, shape: Sequence[int | None], *, whole: bool = False) -> Tensor:
@@ -77,6 +77,16 @@ def is_counts(value: Any, rows: int, columns: int | None = None) -> TypeGuard[li
         and len(value) == rows
         and all(isinstance(row, list) and columns in (None, len(row)) for row in value)
         and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for row in value for n in row)
+    )
+
+
+def is_shares(value: Any, rows: int, columns: int) -> TypeGuard[list[list[float | None]]]:
+    """Whether a JSON value is that many lists of numbers in [0, 1], or null, each of that length."""
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(isinstance(row, list) and len(row) == columns for row in value)
+        and all(n is None or (type(n) in (int, float) and 0 <= n <= 1) for row in value for n in row)
     )
 
 

@@ -2,13 +2,15 @@
 
 from .features import FeatureKind, FeatureStatistic, feature_statistics
 from .gradients import mean_gradients, sketch_widths
-from .passes import ALONE, Peers, first_batches
+from .passes import ALONE, BatchSize, Peers, batch_size_of, first_batches
 
 __all__ = [
     "ALONE",
+    "BatchSize",
     "FeatureKind",
     "FeatureStatistic",
     "Peers",
+    "batch_size_of",
     "feature_statistics",
     "first_batches",
     "mean_gradients",

@@ -29,7 +29,8 @@ Forward = Callable[[nn.Module, Any], Any]
 class FeatureStatistic:
     """Second moment ``Σ xᵀx`` of the inputs of a layer over ``tokens`` tokens, and its trace, summed in float64.
 
-    ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it.
+    ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it. Of a layer that no batch
+    reached it is zero, as ``tokens`` are.
     """
 
     moment: Tensor | SketchedMoment
@@ -57,9 +58,11 @@ def feature_statistics(
     Slots that read the same tensor one after the other (q, k and v of self-attention, whether one layer or three) share
     one statistic: the same object. Memory: ``4 in²`` bytes per distinct input, whatever the number of tokens, and one
     such matrix more while a batch is added. ``kind="slot_mean"`` averages ``xᵀ`` over batches position by position
-    before taking the second moment, as the public code of KeepLoRA does; its rank then depends on the number of
-    batches, and it takes ``4 tokens in`` bytes of the longest batch. ``kind="sketch"`` keeps ``C Ω`` for a random ``Ω
-    [in, w]`` in ``4 in w`` bytes (:func:`keeplora.math.moment.nystrom`): for layers so wide that ``in²`` is too much.
+    before taking the second moment, as the public code of KeepLoRA does: a position is a sample's place in the batch
+    and a token's in the sample, and its mean is over the batches in which it counts. The rank then depends on the
+    number of batches, and it takes ``4 tokens in`` bytes of the longest batch. ``kind="sketch"`` keeps ``C Ω`` for a
+    random ``Ω [in, w]`` in ``4 in w`` bytes (:func:`keeplora.math.moment.nystrom`): for layers so wide that ``in²`` is
+    too much.
 
     Args:
         forward: ``forward(model, batch)``; its result is not used. A loss function is fine.
@@ -70,8 +73,9 @@ def feature_statistics(
             statistics of all data. A process may have no batch.
 
     Raises:
-        ValueError: the loader is empty or no token counted; an input is NaN or Inf, or its width changes
-            (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range.
+        ValueError: the loader is empty, or no token counted in any of the layers; an input is NaN or Inf, or its width
+            changes (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range; with "slot_mean"
+            samples have other numbers of tokens in some batches, so that positions mean nothing.
     """
     if kind not in ("second_moment", "slot_mean", "sketch"):
         raise ValueError(f"feature_statistics: kind must be 'second_moment', 'slot_mean' or 'sketch', got {kind!r}")
@@ -92,7 +96,7 @@ def feature_statistics(
             "A generator can be used once: pass a loader that can be iterated again."
         )
     collector.add_up(peers)
-    return collector.result(batches)
+    return collector.result()
 
 
 @dataclass
@@ -102,6 +106,7 @@ class _Input:
     x: Tensor
     version: int  # counts changes in place
     part: Tensor
+    counts: Tensor | None
     tokens: int
     energy: Tensor
     slots: set[LoraSlot]
@@ -113,9 +118,10 @@ class _Input:
 
 @dataclass
 class _Sum:
-    """What the inputs of one set of slots have added up to."""
+    """What the inputs of one set of slots have added up to; ``counts [rows, 1]`` are of ``slot_mean``."""
 
     part: Tensor
+    counts: Tensor | None
     tokens: int = 0
     energy: float = 0.0
 
@@ -124,14 +130,14 @@ class _Sum:
 class _Described:
     """A sum without its numbers: what processes tell each other before they add theirs up."""
 
-    kind: tuple[int, torch.dtype]  # columns and dtype: the same wherever the statistic is
+    kind: tuple[int, torch.dtype, tuple[int, ...] | None]  # columns, dtype, tokens of a sample: the same everywhere
     rows: int
     tokens: int
     energy: float
 
 
-def _described(total: _Sum) -> _Described:
-    return _Described((total.part.shape[1], total.part.dtype), len(total.part), total.tokens, total.energy)
+def _described(total: _Sum, shape: tuple[int, ...] | None) -> _Described:
+    return _Described((total.part.shape[1], total.part.dtype, shape), len(total.part), total.tokens, total.energy)
 
 
 class _Collector:
@@ -151,6 +157,7 @@ class _Collector:
             self.by_host.setdefault(slot.host, {})[slot.slot] = slot
         self.sums: dict[frozenset[LoraSlot], _Sum] = {}
         self.last: _Input | None = None
+        self.shapes: dict[LoraSlot, tuple[int, ...]] = {}  # of a sample's tokens, for slot_mean
         self.batch: list[tuple[_Sum, LoraSlot, Tensor]] = []  # energies that are still on their way
 
     @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
@@ -168,7 +175,7 @@ class _Collector:
                         f"feature_statistics: token_mask must return bool {list(x.shape[:-1])} or None, got "
                         f"{list(mask.shape)} in {mask.dtype} [{slot.name}]"
                     )
-                rows = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
+                rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
                 if rows.shape[1] != slot.weight.shape[1]:
                     raise ValueError(
                         f"feature_statistics: features must have the layer's {slot.weight.shape[1]} columns, got "
@@ -176,7 +183,10 @@ class _Collector:
                     )
                 with full_precision(rows.device):
                     part, energy = self.part(rows)
-                self.last = _Input(x, _version(x), part, rows.shape[0], energy, set())
+                tokens, counts = rows.shape[0], None
+                if self.kind == "slot_mean":
+                    part, counts = self.positions(slot, x, part, mask)
+                self.last = _Input(x, _version(x), part, counts, tokens, energy, set())
             self.last.slots.add(slot)
 
     def part(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +196,23 @@ class _Collector:
         wide = rows.to(_wide(rows), copy=True)
         energy = torch.linalg.vecdot(wide, wide).sum(dtype=torch.float64)
         return (wide if self.kind == "slot_mean" else wide.T @ (wide @ self.omega(wide))), energy
+
+    def positions(self, slot: LoraSlot, x: Tensor, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows that count at their positions in the batch, zeros elsewhere, and which those are."""
+        shape = tuple(x.shape[1:-1])
+        known = self.shapes.setdefault(slot, shape)
+        if shape != known:
+            raise ValueError(
+                f"feature_statistics: with slot_mean every sample must have as many tokens as those before, got "
+                f"{list(shape)} after {list(known)} [{slot.name}]. Pad all batches to one length, or use "
+                'feature_statistic="second_moment".'
+            )
+        if mask is None:
+            return rows, rows.new_ones(len(rows), 1)
+        keep = mask.reshape(-1)
+        placed = rows.new_zeros(len(keep), rows.shape[1])
+        placed[keep] = rows
+        return placed, keep[:, None].to(rows.dtype)
 
     def omega(self, like: Tensor) -> Tensor:
         d = like.shape[1]
@@ -198,11 +225,11 @@ class _Collector:
         slots, part = frozenset(self.last.slots), self.last.part
         total = self.sums.get(slots)
         if total is None:
-            total = self.sums[slots] = _Sum(part)
+            total = self.sums[slots] = _Sum(part, self.last.counts)
         else:
-            longer, shorter = (part, total.part) if len(part) > len(total.part) else (total.part, part)
-            longer[: len(shorter)] += shorter
-            total.part = longer
+            total.part = _added(total.part, part)
+            if total.counts is not None and self.last.counts is not None:
+                total.counts = _added(total.counts, self.last.counts)
         total.tokens += self.last.tokens
         self.batch.append((total, next(slot for slot in self.slots if slot in slots), self.last.energy))
         self.last = None
@@ -226,7 +253,9 @@ class _Collector:
         """Sums over all processes, by the names of the slots that share one: elsewhere others may have come first, or
         shared an input that was separate here."""
         own = {tuple(sorted(slot.name for slot in slots)): total for slots, total in self.sums.items()}
-        everyone = peers.gather({names: _described(total) for names, total in own.items()})
+        shapes = {slot.name: shape for slot, shape in self.shapes.items()}
+        seen = {names: next((shapes[name] for name in names if name in shapes), None) for names in own}
+        everyone = peers.gather({names: _described(total, seen[names]) for names, total in own.items()})
         if len(everyone) == 1:
             return
         by_name = {slot.name: slot for slot in self.slots}
@@ -240,35 +269,50 @@ class _Collector:
                     "the same model and settings."
                 )
             rows = max(sent.rows for sent in theirs)  # of slot_mean: as many as the longest batch of any process
-            width, dtype = theirs[0].kind
+            width, dtype, _ = theirs[0].kind
             part = by_name[names[0]].weight.new_zeros(rows, width, dtype=dtype)
+            counts = part.new_zeros(rows, 1) if self.kind == "slot_mean" else None
             if names in own:
-                mine = own.pop(names).part
-                part[: len(mine)] = mine
+                mine = own.pop(names)
+                part[: len(mine.part)] = mine.part
+                if counts is not None and mine.counts is not None:
+                    counts[: len(mine.counts)] = mine.counts
                 del mine
             peers.add(part)
+            if counts is not None:
+                peers.add(counts)
             tokens, energy = sum(sent.tokens for sent in theirs), sum(sent.energy for sent in theirs)
-            self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, tokens, energy)
+            self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, counts, tokens, energy)
 
-    def result(self, batches: int) -> list[FeatureStatistic]:
-        if self.kind == "slot_mean":
-            for total in self.sums.values():
-                mean = total.part / batches
+    def result(self) -> list[FeatureStatistic]:
+        for total in self.sums.values():
+            if total.counts is not None:
+                mean = total.part / total.counts.clamp_min(1)
                 with full_precision(mean):
                     total.part = mean.T @ mean
-        pooled: dict[frozenset[frozenset[LoraSlot]], FeatureStatistic] = {}
+        if not any(total.tokens for total in self.sums.values()):
+            raise ValueError(
+                f"feature_statistics: an adapted layer must see a token that counts, got none in all {len(self.slots)} "
+                f"[first: {self.slots[0].name}]. Check that the forward function runs their towers and that the mask "
+                "keeps tokens."
+            )
+        pooled: dict[Any, FeatureStatistic] = {}
         result = []
         for slot in self.slots:
             mine = frozenset(key for key, total in self.sums.items() if slot in key and total.tokens)
-            if not mine:
-                raise ValueError(
-                    f"feature_statistics: every adapted layer must see a token, got none [{slot.name}]. "
-                    "Check that the forward function runs this tower and that the mask keeps tokens."
-                )
-            if mine not in pooled:
-                pooled[mine] = self.pool([total for key, total in self.sums.items() if key in mine])
-            result.append(pooled[mine])
+            kind = mine or (slot.weight.shape[1], slot.weight.dtype, slot.weight.device)
+            if kind not in pooled:
+                sums = [total for key, total in self.sums.items() if key in mine]
+                pooled[kind] = self.pool(sums) if sums else self.nothing(slot)
+            result.append(pooled[kind])
         return result
+
+    def nothing(self, slot: LoraSlot) -> FeatureStatistic:
+        """What is known of a layer that no token reached."""
+        width, dtype = slot.weight.shape[1], _wide(slot.weight)
+        if self.kind == "sketch":
+            return FeatureStatistic(SketchedMoment(slot.weight.new_zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
+        return FeatureStatistic(slot.weight.new_zeros(width, width, dtype=dtype), 0, 0.0)
 
     def pool(self, sums: Sequence[_Sum]) -> FeatureStatistic:
         """One statistic of several sums: inputs may be shared at one time and separate at another."""
@@ -278,6 +322,13 @@ class _Collector:
         energy = sum(total.energy for total in sums)
         moment = nystrom(part, self.omega(part.T), energy) if self.kind == "sketch" else part
         return FeatureStatistic(moment, sum(total.tokens for total in sums), energy)
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    """Their sum; the shorter one has zeros where it ends. The longer one is written into."""
+    longer, shorter = (part, total) if len(part) > len(total) else (total, part)
+    longer[: len(shorter)] += shorter
+    return longer
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from keeplora.lora.slot import LoraSlot
 from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
-from .passes import ALONE, Peers, evaluating, frozen, naming_batch, tapping
+from .passes import ALONE, BatchSize, Peers, Samples, evaluating, frozen, naming_batch, tapping
 
 __all__ = ["mean_gradients", "sketch_widths"]
 
@@ -68,13 +68,17 @@ def mean_gradients(
     *,
     keep: Sequence[int | Tensor | None] | None = None,
     seed: int = 0,
+    batch_size: BatchSize | None = None,
     peers: Peers = ALONE,
+    reached: set[str] | None = None,
 ) -> list[Tensor]:
     r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
-    .. math:: G = \frac1n \sum_{i=1}^n \nabla_W\, \ell(\text{batch}_i) = \frac1n \sum \delta^\top x
-              \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad G V \quad [\text{out}, w]
+    .. math:: G = \frac{\sum_i n_i \nabla_W\, \ell(\text{batch}_i)}{\sum_i n_i} = \frac{\sum_i n_i\, \delta_i^\top x_i}
+              {\sum_i n_i} \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad
+              G V \quad [\text{out}, w]
 
+    for batches of :math:`n_i` samples, each with its mean loss: the mean over samples, whatever the batches. Computed
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
     for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
     products of 16-bit numbers are formed in their dtype. The model runs in ``eval()`` and is left as it was: no update,
@@ -84,30 +88,39 @@ def mean_gradients(
         keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
             with no columns leaves the slot out. None for G everywhere.
         seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
+        batch_size: ``n_i`` of a batch, where it is not the leading dimension of the first tensor in it
+            (:func:`keeplora.statistics.batch_size_of`): the labelled tokens of a batch whose loss is their mean.
         peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
-            mean over the batches of all. A process may have no batch.
+            mean over the samples of all. A process may have no batch.
+        reached: Gets the names of the slots that a token of some batch, of any process, has come to; the gradient of
+            the others is zero.
 
     Raises:
-        ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named).
-        RuntimeError: the loss has no gradient to any of the slots' weights, or the model reads an adapted weight
+        ValueError: the loader is empty; the loss or a gradient is not finite (the batch or the slot is named);
+            ``batch_size`` returns no whole number of at least 1.
+        RuntimeError: the loss has no gradient to any of the slots' weights, in all batches or in one that calls their
+            layers; or the model reads an adapted weight
             without calling its layer (an adapter there would do nothing).
 
     Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
     """
     statistics = _Gradients(slots, keep or [None] * len(slots), seed)
-    batches = 0
+    samples, batches = Samples("mean_gradients", batch_size), 0
     tapped = tapping(statistics.hosts, statistics.tap)
     with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
         for index, batch in enumerate(loader):
+            weight = samples.weigh(index, batch)
             with naming_batch("mean_gradients", index, batch):
+                calls = statistics.calls
                 loss = loss_fn(model, batch)
             _check_loss("mean_gradients", loss, index)
             if index == 0:
                 statistics.check_called(model, batch, loss_fn)
-            if not loss.requires_grad:
+            if loss.requires_grad:
+                # Not autograd.grad: reentrant checkpointing knows backward() only. Only the taps' anchor wants one.
+                (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            elif statistics.calls > calls:
                 raise RuntimeError(_NO_GRADIENT)
-            # Not autograd.grad: reentrant checkpointing knows backward() only. Nothing but the taps' anchor wants one.
-            loss.backward()  # type: ignore[no-untyped-call]
             batches += 1
     batches = sum(peers.gather(batches))
     if batches == 0:
@@ -115,8 +128,10 @@ def mean_gradients(
             "mean_gradients: loader must yield at least one batch, got none. "
             "A generator can be used once: pass a loader that can be iterated again."
         )
-    statistics.add_up(peers)
-    return statistics.mean(batches)
+    statistics.add_up(peers, samples.add_up(peers))
+    if reached is not None:
+        reached |= statistics.reached
+    return statistics.mean(samples.total)
 
 
 _NO_GRADIENT = (
@@ -131,7 +146,10 @@ class _Gradients:
     def __init__(self, slots: Sequence[LoraSlot], keep: Sequence[int | Tensor | None], seed: int):
         self.slots, self.seed = slots, seed
         self.hosts = list(dict.fromkeys(slot.host for slot in slots))
+        self.names = {(slot.host, slot.slot): slot.name for slot in slots}
         self.called: set[LoraHost] = set()
+        self.calls = 0  # that a gradient is wanted of
+        self.reached: set[str] = set()
         self.touched = False
         self.sums: dict[tuple[LoraHost, str], Tensor] = {}
         self.keep: dict[tuple[LoraHost, str], int | Tensor | None] = {}
@@ -150,9 +168,12 @@ class _Gradients:
     def tap(self, host: LoraHost, x: Tensor, y: Tensor, rows: Mapping[str, tuple[int, int] | None]) -> Tensor:
         self.called.add(host)
         mine = {slot: span for slot, span in rows.items() if (host, slot) in self.sums}
+        if x.numel():
+            self.reached |= {self.names[host, slot] for slot in mine}
         mine = {slot: span for slot, span in mine.items() if self.sums[host, slot].numel()}
         if not mine:
             return y
+        self.calls += 1
 
         def add(x: Tensor, dy: Tensor) -> None:
             for slot, span in mine.items():
@@ -163,7 +184,8 @@ class _Gradients:
 
     def add(self, key: tuple[LoraHost, str], x: Tensor, delta: Tensor) -> None:
         self.touched = True
-        total, kept, x, delta = self.sums[key], self.keep[key], x.flatten(0, -2), delta.flatten(0, -2)
+        total, kept = self.sums[key], self.keep[key]
+        x, delta = (t.reshape(-1, t.shape[-1]) for t in (x, delta))
         with full_precision(total.device):
             if isinstance(kept, int):
                 sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
@@ -194,20 +216,25 @@ class _Gradients:
                     f"[{slot.name}]: its adapter would have no effect. Leave it out of target_modules."
                 )
 
-    def add_up(self, peers: Peers) -> None:
-        """Sums over all processes, by the slots' names: layers may come in another order elsewhere."""
+    def add_up(self, peers: Peers, weight: float) -> None:
+        """Sums over all processes, by the slots' names: layers may come in another order elsewhere.
+
+        Args:
+            weight: Of this process's sums.
+        """
         sums = {slot.name: self.sums[slot.host, slot.slot] for slot in self.slots}
         mine = {name: (list(total.shape), str(total.dtype)) for name, total in sums.items()}
-        everyone = peers.gather((mine, self.touched))
-        check_alike("mean_gradients", [theirs for theirs, _ in everyone])
-        self.touched = any(touched for _, touched in everyone)
+        everyone = peers.gather((mine, self.touched, self.reached))
+        check_alike("mean_gradients", [theirs for theirs, _, _ in everyone])
+        self.touched = any(touched for _, touched, _ in everyone)
+        self.reached = set().union(*(reached for _, _, reached in everyone))
         for name in sorted(sums):
-            peers.add(sums[name])
+            peers.add(sums[name] if weight == 1 else sums[name].mul_(weight))
 
-    def mean(self, batches: int) -> list[Tensor]:
+    def mean(self, weight: float) -> list[Tensor]:
         if not self.touched:
             raise RuntimeError(_NO_GRADIENT)
-        gradients = [self.sums[slot.host, slot.slot].div_(batches) for slot in self.slots]
+        gradients = [self.sums[slot.host, slot.slot].div_(weight) for slot in self.slots]
         finite = torch.stack([torch.isfinite(matrix).all() for matrix in gradients]).tolist()
         for slot, good in zip(self.slots, finite, strict=True):
             if not good:
@@ -219,13 +246,16 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y, which hands x and the gradient of y to ``add``. ``anchor`` makes it part of every graph."""
+    """A copy of y, which hands x and the gradient of y to ``add``. ``anchor`` makes it part of every graph.
+
+    A copy, because models change a layer's output in place, and autograd refuses that for a view made in here.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.add = add
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from keeplora._messages import warn
 from keeplora.lora.host import LoraHost, Observer, Tap
 
-__all__ = ["ALONE", "Peers", "evaluating", "first_batches", "frozen", "naming_batch", "observing", "tapping"]
+__all__ = [
+    "ALONE",
+    "BatchSize",
+    "Peers",
+    "Samples",
+    "batch_size_of",
+    "evaluating",
+    "first_batches",
+    "frozen",
+    "naming_batch",
+    "observing",
+    "tapping",
+]
 
 
 T = TypeVar("T")
@@ -137,6 +152,79 @@ def _described(batch: Any, depth: int = 0) -> str:
     return f"{article}{kind}"
 
 
+BatchSize = Callable[[Any], int]
+"""``batch_size(batch)``: what the batch's loss is a mean over, usually its samples; at least 1."""
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """How many samples a batch has: the leading dimension of the first tensor in it that is not empty.
+
+    Tensors are looked for in tuples, lists, mappings (a ``BatchEncoding``, for one) and dataclasses, in their order and
+    however deep; those without a dimension are passed over. None where there is no tensor.
+
+    Example:
+        >>> import torch
+        >>> batch_size_of({"scale": torch.tensor(2.0), "inputs": (torch.zeros(8, 3), torch.zeros(9))})
+        8
+    """
+    if isinstance(batch, Tensor):
+        return (batch.shape[0] or None) if batch.dim() else None
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, tuple | list):
+        parts = batch
+    elif is_dataclass(batch):
+        parts = (getattr(batch, entry.name) for entry in fields(batch))
+    return next((size for size in map(batch_size_of, parts) if size is not None), None)
+
+
+class Samples:
+    """How much each batch of a pass weighs: its samples, relative to the first batch's; 1 where all have one size."""
+
+    def __init__(self, function: str, batch_size: BatchSize | None):
+        self.function, self.batch_size = function, batch_size
+        self.first = 0
+        self.total = 0.0
+        self.told = False
+
+    def weigh(self, index: int, batch: Any) -> float:
+        size = self.size(index, batch)
+        self.first = self.first or size
+        weight = size / self.first
+        self.total += weight
+        return weight
+
+    def size(self, index: int, batch: Any) -> int:
+        if self.batch_size is not None:
+            given = self.batch_size(batch)
+            try:
+                size = operator.index(given)
+            except TypeError:
+                size = 0
+            if size < 1:
+                raise ValueError(
+                    f"{self.function}: batch_size must return a whole number of at least 1, got {given!r} "
+                    f"[batch {index}]"
+                )
+            return size
+        found = batch_size_of(batch)
+        if found is None and not self.told:
+            self.told = True
+            warn(
+                f"{self.function}: a batch must hold a tensor for its samples to be counted, got {_described(batch)} "
+                f"[batch {index}]: batches without one count as one sample. Give batch_size=, a function of a batch."
+            )
+        return found or 1
+
+    def add_up(self, peers: Peers) -> float:
+        """The weight of what this process has summed, so that all weigh alike; ``total`` is that of all then."""
+        everyone = peers.gather((self.first, self.total))
+        reference = next((first for first, _ in everyone if first), 1)
+        self.total = sum(total * (first / reference) for first, total in everyone)
+        return self.first / reference
+
+
 class Counted(Protocol):
     """A pass over data whose batches are counted."""
 
@@ -159,6 +247,9 @@ def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
     Raises:
         TypeError: ``fraction`` is below 1 and the loader has no length.
 
+    Warns:
+        UserWarning: a ``DataLoader`` takes its data in order, so its first batches are no sample of them.
+
     Example:
         >>> part = first_batches(["a", "b", "c", "d"], 0.5)
         >>> len(part), list(part)
@@ -171,7 +262,27 @@ def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
             f"first_batches: loader must have a length for data_fraction = {fraction}, got {type(loader).__name__}. "
             "Set data_fraction to 1 and pass fewer batches."
         )
-    return _First(loader, max(1, round(len(loader) * fraction)))
+    count = max(1, round(len(loader) * fraction))
+    if count < len(loader) and _is_sequential(loader):
+        warn(
+            f"first_batches: loader must be shuffled for data_fraction = {fraction}, got a DataLoader that takes its "
+            f"data in order: its first {count} of {len(loader)} batches may be all of one class. Make it with "
+            "shuffle=True, or set data_fraction to 1."
+        )
+    return _First(loader, count)
+
+
+def _is_sequential(loader: Any) -> bool:
+    """Whether it is a DataLoader, or one that Accelerate has wrapped, with a sampler that keeps the data's order."""
+    if not isinstance(loader, DataLoader):
+        return False
+    source: Any = loader
+    while getattr(source, "batch_sampler", None) is not None:
+        source = source.batch_sampler
+    sampler = getattr(source, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        return not sampler.shuffle
+    return isinstance(sampler, SequentialSampler)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def test_other_models_give_the_first_token_of_a_sample():
     assert torch.equal(tokens.of("model", grid), grid[:, 0, 0])
     assert tokens.mask(slot_of("model"), rows) is None
     assert torch.equal(grid[tokens.mask(slot_of("model"), grid)], grid[:, 0, 0])
+    assert tokens.mask(slot_of("model"), grid[:0]).shape == (0, *grid.shape[1:-1])
 
 
 def test_texts_that_are_not_those_embedded_are_refused():

@@ -171,3 +171,122 @@ def test_a_history_of_other_layers_is_refused(wrong):
         match=f"added_by_task must have a row of 1 numbers for each of 1 targets, got {re.escape(str(wrong))}",
     ):
         keeper.load_state(state)
+
+
+def test_the_forecast_counts_tasks_whose_gradient_lies_in_free_space():
+    """Directions that are left do not help where the gradient is not: 1 of 400 parts of its energy is wanted."""
+    assert forecast(60, 4, 0, share=0.5) is None
+    assert forecast(60, 4, 0, share=0.0024) == forecast(60, 4, 1, share=0.0) == 0
+    for free in (10, 40):
+        for added in (1, 7):
+            for share in (0.0026, 0.004, 0.3, 1.0):
+                count, left = 0, free
+                while left >= 4 and share * left / (free + added) >= 0.0025 * (1 - 1e-12):
+                    count, left = count + 1, left - added
+                assert forecast(free, 4, added, share) == count, (free, added, share)
+
+
+def low_rank_task(seed, classes=5):
+    """Inputs that share four directions with every other task, and little beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, WIDTH, generator=generator) * 1e-3
+    x[:, :4] += torch.randn(64, 4, generator=generator)
+    return [(x, torch.randint(classes, (64,), generator=generator))]
+
+
+def test_no_room_is_promised_where_nothing_can_be_learned():
+    """The second task finds its gradient where the first one's inputs are, though 20 of 24 directions are free."""
+    model = nn.Sequential(nn.Linear(WIDTH, 5))
+    settings = {"r": 3, "target_modules": "all-linear", "weight_energy": 0.0, "feature_energy": 0.999}
+    keeper = KeepLora(model, KeepLoraConfig(**settings))
+    learn(keeper, low_rank_task(0))
+    assert keeper.capacity().forecast == 5
+    keeper.before_task(low_rank_task(1), loss_fn)
+    assert keeper.capacity().forecast == 5  # of the task that was learned
+    keeper.after_task(low_rank_task(1))
+    [layer] = keeper.capacity()
+    assert (layer.free, layer.added, layer.forecast) == (20, 0, 0)
+    weight = model[0].weight.requires_grad_(True)
+    [gradient] = torch.autograd.grad(loss_fn(model, low_rank_task(1)[0]), weight)
+    q = keeper.basis("0")
+    assert layer.share == pytest.approx(1 - float((gradient @ q).norm() / gradient.norm()) ** 2, abs=1e-6)
+    assert "1 layer has next to nothing of the gradient there" in keeper.capacity().summary
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch"])
+def test_the_share_of_a_known_gradient(kind):
+    """Inputs in four columns of equal size, two of which are protected: half of the gradient is free."""
+    model = nn.Sequential(nn.Linear(WIDTH, 64, bias=False))
+    config = KeepLoraConfig(
+        r=1, target_modules="all-linear", weight_energy=0.0, feature_energy=1.0, gradient_statistic=kind
+    )
+    keeper = KeepLora(model, config)
+
+    def half(columns):
+        return [(torch.eye(WIDTH)[columns] * 2.0,)]
+
+    def by_hand(model, batch):
+        return (model(batch[0]) * torch.eye(64)[: len(batch[0])]).sum()  # its gradient is δᵀ x with δ of rank 4
+
+    keeper.before_task(half([0, 1]), by_hand)
+    assert keeper.capacity()[0].share is None
+    keeper.after_task(half([0, 1]))
+    assert keeper.capacity()[0].share == pytest.approx(1.0)
+    keeper.before_task(half([0, 1, 2, 3]), by_hand)
+    keeper.after_task(half([0, 1, 2, 3]))
+    assert keeper.capacity()[0].share == pytest.approx(0.5, abs=1e-6)
+
+
+def test_shares_live_through_states_and_abandoned_tasks(tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, 5))
+    start = copy.deepcopy(model)
+    keeper = keeper_of(model)
+    learn(keeper, task_in(range(4)))
+    learn(keeper, task_in(range(2, 8), seed=1))
+    share = keeper.capacity()[0].share
+    assert 0 < share < 1
+    keeper.before_task(task_in(range(6, 12), seed=2), loss_fn)
+    keeper.save(tmp_path)
+    open_one = KeepLora.load(tmp_path, copy.deepcopy(start))
+    assert open_one.capacity() == keeper.capacity()
+    for one in (keeper, open_one):
+        one.after_task(task_in(range(6, 12), seed=2), loss_fn)
+    assert open_one.capacity() == keeper.capacity()
+    assert keeper.capacity()[0].share not in (None, share)
+    now = keeper.capacity()
+    keeper.before_task(task_in(range(4)), loss_fn)
+    keeper.abandon_task()
+    assert keeper.capacity() == now
+
+
+@pytest.mark.parametrize("wrong", [None, [[0.5]], [[1.5, None]], [["a", None]], [[float("nan"), None]], []])
+def test_shares_that_are_none_are_refused(wrong):
+    keeper = keeper_of()
+    learn(keeper, task_in(range(4)))
+    state = keeper.state()
+    state.meta["free_shares"] = wrong
+    with pytest.raises(StateError, match="free_shares must have two numbers"):
+        keeper.load_state(state)
+
+
+def test_eight_layers_of_tasks_in_random_subspaces():
+    """Directions are free in every layer and few are added, yet the gradient is where earlier inputs are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Tanh())))
+    settings = {"r": 1, "target_modules": "all-linear", "weight_energy": 0.0, "feature_energy": 0.999}
+    keeper = KeepLora(model, KeepLoraConfig(**settings), progress=False)
+
+    def square(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        turn = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q[:12]
+        task = [(torch.randn(128, 12, generator=generator) @ turn, torch.randn(128, 32, generator=generator))]
+        keeper.before_task(task, square)
+        keeper.after_task(task)
+    capacity = keeper.capacity()
+    assert capacity.median_forecast == 0
+    roomy = [layer for layer in capacity if layer.free >= 1]
+    assert len(roomy) >= 4
+    assert all(layer.forecast == 0 for layer in roomy if layer.share < 0.0025)

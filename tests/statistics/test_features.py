@@ -76,14 +76,40 @@ def test_masked_tokens_do_not_count(wrapped):
 
 def test_slot_mean_is_the_public_codes_running_mean(wrapped):
     model, slots = wrapped
-    data = [*batches(2), torch.randn(1, 6, WIDTH)]  # a smaller last batch fills only its own positions
+    data = [*batches(2), torch.randn(1, 6, WIDTH)]  # a smaller last batch counts at its own positions
     [got] = feature_statistics(model, slots[:1], data, loss_fn, kind="slot_mean")
-    total = torch.zeros(12, WIDTH, dtype=torch.float64)
+    total, counts = torch.zeros(12, WIDTH, dtype=torch.float64), torch.zeros(12, 1, dtype=torch.float64)
     for batch in data:
         flat = batch.double().flatten(0, 1)
         total[: len(flat)] += flat
-    mean = total / 3
+        counts[: len(flat)] += 1
+    mean = total / counts
     assert_rounded(got.moment, mean.T @ mean, terms=144, what="slot mean")
+
+
+def test_slot_mean_leaves_masked_tokens_at_their_positions(wrapped):
+    model, slots = wrapped
+    data, keeps = batches(3), [torch.rand(2, 6) > 0.4 for _ in range(3)]
+    turns = iter(keeps)
+    [got] = feature_statistics(
+        model, slots[:1], data, loss_fn, kind="slot_mean", token_mask=lambda slot, x: next(turns)
+    )
+    weights = torch.stack(keeps).double()[..., None]
+    mean = (torch.stack(data).double() * weights).sum(0) / weights.sum(0).clamp_min(1)
+    mean = mean.flatten(0, 1)
+    assert_rounded(got.moment, mean.T @ mean, terms=144, what="slot mean, masked")
+    assert got.tokens == int(weights.sum())
+
+
+def test_slot_mean_refuses_positions_that_mean_nothing(wrapped):
+    """Texts of two lengths, and sequence-first layers whose last batch is short."""
+    model, slots = wrapped
+    with pytest.raises(ValueError, match=r"got \[7\] after \[6\] \[attn.q_proj\]"):
+        feature_statistics(model, slots, [*batches(1), *batches(1, tokens=7)], loss_fn, kind="slot_mean")
+    first = nn.Sequential(nn.Linear(WIDTH, 4))
+    slots, data = wrap(first, linear_targets(first)), [torch.randn(5, 8, WIDTH), torch.randn(5, 3, WIDTH)]
+    with pytest.raises(ValueError, match=r"got \[3\] after \[8\]"):
+        feature_statistics(first, slots, data, loss_fn, kind="slot_mean")
 
 
 def test_statistics_of_a_layer_called_with_shared_and_separate_inputs():
@@ -189,7 +215,7 @@ def _broken(value):
         (
             batches(),
             {"token_mask": lambda s, x: torch.zeros(2, 6, dtype=torch.bool)},
-            r"got none \[attn.q_proj\]",
+            r"got none in all 5 \[first: attn.q_proj\]",
         ),
     ],
     ids=["empty", "inf", "share", "kind", "masked"],

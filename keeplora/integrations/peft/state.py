@@ -20,7 +20,7 @@ from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.fingerprint import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, is_names, stored, stored_basis
+from keeplora.methods.reading import is_counts, is_names, is_shares, stored, stored_basis
 from keeplora.methods.saved import UNREADABLE, Reading, check_method
 from keeplora.methods.state import State, StateError, read_state, write_state
 
@@ -58,6 +58,8 @@ class SubspaceState:
     targets: tuple[Target, ...] = ()
     bases: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    free_shares: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Layer name → which share of the last task's gradient energy lay in free space, and of the open one's."""
     learned: list[dict[str, Update]] = field(default_factory=list)
     """By task and layer what was merged, with the scaling in B, on the CPU."""
     tasks_learned: int = 0
@@ -80,7 +82,7 @@ class SubspaceState:
         layers = (
             layer_capacity(
                 target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
-                self.added[target.name], self.ranks[target.name],
+                self.added[target.name], self.ranks[target.name], self.free_shares[target.name][0],
             )
             for target in self.targets
         )  # fmt: skip
@@ -97,6 +99,7 @@ class SubspaceState:
             "config": self.config.to_dict(),
             "targets": [[target.name, target.depth, target.tower] for target in self.targets],
             "added": {name: list(counts) for name, counts in self.added.items()},
+            "free_shares": {name: list(pair) for name, pair in self.free_shares.items()},
             "learned": [sorted(updates) for updates in self.learned],
             "tasks_learned": self.tasks_learned,
             "open_adapter": self.open_adapter,
@@ -128,6 +131,7 @@ class SubspaceState:
                 targets=targets,
                 bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
                 added={name: tuple(counts) for name, counts in meta["added"].items()},
+                free_shares={name: tuple(pair) for name, pair in meta["free_shares"].items()},
                 learned=[
                     {n: Update(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
                     for task, names in enumerate(meta["learned"])
@@ -182,6 +186,11 @@ class SubspaceState:
         if set(self.added) != set(names) or strangers:
             got = strangers or self.added
             raise StateError(f"load: added and learned must be of the {len(names)} targets, got {got}")
+        if not is_shares([list(self.free_shares.get(name, ())) for name in names], len(names), 2):
+            raise StateError(
+                f"load: free_shares must have two numbers in [0, 1], or null, for each of {len(names)} layers, got "
+                f"{self.free_shares}"
+            )
         for name in names:
             width, added = self.bases[name].shape[0], sum(self.added[name])
             if added > stored_basis(state, f"{name}.basis", width).shape[1]:

@@ -7,9 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from keeplora._messages import listed, warn
 from keeplora.distributed import together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
@@ -21,6 +19,8 @@ from keeplora.methods.keeplora.directions import TaskGradients
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
+from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
+from keeplora.statistics import BatchSize
 
 from .adapter import (
     PeftAdapter,
@@ -48,6 +48,7 @@ def initialize(
     adapter_name: str | None = None,
     targets: Sequence[Target] | None = None,
     also_train: Sequence[str] = (),
+    batch_size: BatchSize | None = None,
     progress: bool | None = None,
 ) -> SubspaceState:
     r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
@@ -72,6 +73,7 @@ def initialize(
         also_train: Names of modules that may be trained beside the adapter, such as a new classifier head, and whose
             buffers may move. Nothing protects what they do. All other buffers of the model stay as they are until
             :func:`update_subspace`, running statistics in ``train()`` too.
+        batch_size: What a batch's loss is a mean over, as of :meth:`keeplora.KeepLora.before_task`.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -131,19 +133,33 @@ def initialize(
     layers, buffers = adapter.layers, Buffers(adapter.base, also_train)
     ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
     with borrow(adapter) as slots:
-        gradients = TaskGradients(model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks)
+        gradients = TaskGradients(
+            model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks, batch_size=batch_size
+        )
         if state.bases:
             bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
         else:
             bases = weight_bases(slots, settings, shown=progress)
         directions = gradients.directions(bases)
-    _warn_of_ranks(layers, bases, directions, ranks)
+    names = [layer.name for layer in layers]
+    unreached = [name for name, yes in zip(names, gradients.reached, strict=True) if not yes]
+    warn_of_unreached("initialize", unreached, len(layers), closing=False)
+    warn_of_ranks(
+        "initialize", names, [len(top.a) for top in directions], [layer.rank for layer in layers],
+        none="gradient in free space",
+        full=[name for name, q in zip(names, bases, strict=True) if q.shape[0] == q.shape[1]],
+        silent=gradients.silent,
+        unreached=unreached,
+        remedy="Lower weight_energy or feature_energy for more room.",
+    )  # fmt: skip
     for layer, top in zip(layers, directions, strict=True):
         _start(layer, top)
     adapter.set_alphas(_scaled_alphas(adapter, state))
     adapter.freeze(state.kept)
     state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
     state.added = state.added or {layer.name: () for layer in layers}
+    before = {name: pair[0] for name, pair in state.free_shares.items()}
+    state.free_shares = {n: (before.get(n), s) for n, s in zip(names, gradients.free_shares, strict=True)}
     state.alphas = {layer.name: layer.alpha for layer in layers}
     state.ranks = {layer.name: layer.rank for layer in layers}
     state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
@@ -232,7 +248,12 @@ def update_subspace(
         borrow(adapter, state.masters) as slots,
     ):
         updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
-        new = extended_bases(model, slots, loader, forward, state.config, bases, own_mask=token_mask, shown=progress)
+        new, reached = extended_bases(
+            model, slots, loader, forward, state.config, bases, own_mask=token_mask, shown=progress
+        )
+        # Where A is zero nothing was learned, and initialize has said why.
+        unseen = [p.name for p, yes in zip(layers, reached, strict=True) if not yes and bool(p.a.any())]
+        warn_of_unreached("update_subspace", unseen, len(layers), closing=True)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
         proofs = certified(slots, bases, new, merge=merge, shown=progress)
@@ -242,6 +263,7 @@ def update_subspace(
     for layer, extension in zip(layers, new, strict=True):
         state.bases[layer.name] = extension.q
         state.added[layer.name] = (*state.added[layer.name], extension.added)
+        state.free_shares[layer.name] = (state.free_shares[layer.name][1], None)
     if not merge:
         state.kept = (*state.kept, adapter.name)
     state.learned.append({layer.name: update for layer, update in zip(layers, updates, strict=True)} if merge else {})
@@ -352,27 +374,3 @@ def _check_finite(layers: Sequence[PeftLayer]) -> None:
             f"update_subspace: trained adapters must be finite, got NaN or Inf [{factors[wrong][0]}]. "
             "Go back to the last saved adapter and lower the learning rate."
         )
-
-
-def _warn_of_ranks(
-    layers: Sequence[PeftLayer], bases: Sequence[Tensor], directions: Sequence[TopDirections], ranks: Sequence[int]
-) -> None:
-    """Name the layers whose A has fewer useful rows than LoraConfig's r, or none."""
-    full = [layer.name for layer, q in zip(layers, bases, strict=True) if q.shape[0] == q.shape[1]]
-    useful = {layer.name: len(top.a) for layer, top in zip(layers, directions, strict=True)}
-    flat = [name for name, count in useful.items() if count == 0 and name not in full]
-    small = [
-        f"{layer.name} ({useful[layer.name]} of {rank})"
-        for layer, rank in zip(layers, ranks, strict=True)
-        if 0 < useful[layer.name] < rank
-    ]
-    for names, how in (
-        (full, "have no free direction left and do not adapt"),
-        (flat, "have no gradient in free space and do not adapt"),
-        (small, "have fewer useful free directions than r and use those"),
-    ):
-        if names:
-            warn(
-                f"initialize: {len(names)} of {len(layers)} layers {how}: {listed(names)}. "
-                "Lower weight_energy or feature_energy for more room."
-            )

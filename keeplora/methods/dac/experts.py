@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from keeplora.families.class_tokens import ClassTokens
 from keeplora.lora import LoraAdapter
+from keeplora.lora.adapter import compute_dtype
 
 __all__ = ["ExpertPool", "ago_loss", "most_used", "votes"]
 
@@ -86,12 +87,13 @@ class ExpertPool(LoraAdapter):
         count = votes(likely.detach(), self.active)
         if self.training and torch.is_grad_enabled():
             self.counts = self.counts.to(count.device) + count
-        chosen = torch.zeros_like(likely[0]).index_fill_(0, most_used(count, self.active), 1.0)
+        chosen = likely.new_zeros(likely.shape[1]).index_fill_(0, most_used(count, self.active), 1.0)
         mean = likely.mean(0)
         return chosen + mean - mean.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.gates(x)
+        x = x.to(compute_dtype(x))  # autocast would reuse its own copy of A after the next step
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         t = F.linear(x, self.A.to(x.dtype))

@@ -140,18 +140,19 @@ class DualLora(LoraMethod):
     # ------------------------------------------------------------------ the life of a task
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        own = self._residual_bases(self._class_token_moments(loader, loss_fn))
+        statistics = self._class_token_moments(loader, loss_fn)
+        own = self._residual_bases(statistics)
         generator, adapters = self.generator(), []
-        for slot, phi, (psi, share) in zip(self.slots, self.bases, own, strict=True):
+        for slot, phi, (psi, share), seen in zip(self.slots, self.bases, own, statistics, strict=True):
             out, width = slot.weight.shape
             a = kaiming((self.config.r, width), generator)  # drawn even where no room is left
-            rank = min(self.config.r, width - phi.shape[1])
+            rank = min(self.config.r, width - phi.shape[1]) if seen.tokens else 0
             residuals = self._residuals(slot)
             if psi.shape[1]:
                 start = torch.eye(psi.shape[1], dtype=psi.dtype, device=psi.device)
                 residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share, new=True))
             adapters.append(self._adapter(slot, a[:rank].to(phi), phi.new_zeros(out, rank), phi, residuals))
-        full = [slot.name for slot, adapter in zip(self.slots, adapters, strict=True) if not adapter.rank]
+        full = [slot.name for slot, phi in zip(self.slots, self.bases, strict=True) if phi.shape[0] == phi.shape[1]]
         if full:
             warn(
                 f"DualLora: {len(full)} of {len(self.slots)} layers have no free direction left and do not adapt: "
@@ -259,6 +260,7 @@ class DualLora(LoraMethod):
             )
         if features is not None:
             features.add_up()
+        self.warn_of_unreached([statistic.tokens > 0 for statistic in statistics])
         return statistics
 
     def _residual_bases(self, statistics: Sequence[FeatureStatistic]) -> list[tuple[Tensor, float]]:

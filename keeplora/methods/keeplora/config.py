@@ -100,7 +100,7 @@ class KeepLoraConfig(AdapterConfig):
             train with :meth:`KeepLora.optimizer`, or with any optimizer after :meth:`KeepLora.confine`. The forward is
             factored.
         data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
-            loader must have a length.
+            loader must have a length, and shuffle.
         gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
             combinations of each one's rows and takes a second pass to look at the gradients in their span; ``"auto"``
             sketches where exact sums would pass ``memory_budget``.

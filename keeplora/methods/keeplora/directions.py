@@ -14,7 +14,8 @@ from keeplora.math.lowrank import TopDirections, directions_within, top_directio
 from keeplora.math.orthonormal import reorthogonalize
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
-from keeplora.statistics import first_batches, mean_gradients, sketch_widths
+from keeplora.ops.precision import full_precision
+from keeplora.statistics import BatchSize, first_batches, mean_gradients, sketch_widths
 
 from .config import KeepLoraConfig
 
@@ -29,11 +30,12 @@ def direction_finder(
     config: KeepLoraConfig,
     task: int,
     shown: bool | None = None,
+    batch_size: BatchSize | None = None,
 ) -> TaskGradients | RandomDirections:
     """What ``config.directions`` asks for; the passes over the data, if any, are made here."""
     if config.directions == "random":
         return RandomDirections(slots, config, task)
-    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown)
+    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown, batch_size=batch_size)
 
 
 class RandomDirections:
@@ -47,6 +49,9 @@ class RandomDirections:
     def __init__(self, slots: Sequence[LoraSlot], config: KeepLoraConfig, task: int):
         self.slots, self.r = slots, config.r
         self.seed = int(config.seed) * 1009 + task
+        self.reached = [True] * len(slots)  # nobody looked
+        self.silent: list[str] = []
+        self.free_shares: list[float | None] = [None] * len(slots)
 
     def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
         """r directions outside of every basis, fewer where less is free; ``s`` is 1."""
@@ -64,6 +69,9 @@ class RandomDirections:
 class TaskGradients:
     """What one pass over a task's data tells of the gradients of the adapted weights, and :meth:`directions` of it.
 
+    ``reached`` says of every slot whether a token has come to it; ``free_shares``, after :meth:`directions`, which
+    share of the gradient's energy lies outside of its basis, None where it has none.
+
     Exact gradients need no more. A row sketch knows the space a gradient's leading rows lie in far better than which
     directions lead there (on a pretrained encoder 8 r rows alone capture 0.91 of the energy that rank r can, worst
     layer), so a second pass gathers ``G V`` in that space: 0.98.
@@ -79,19 +87,25 @@ class TaskGradients:
         *,
         shown: bool | None,
         ranks: Sequence[int] | None = None,
+        batch_size: BatchSize | None = None,
     ):
-        self.model, self.slots, self.loader, self.loss_fn = model, slots, loader, loss_fn
-        self.config, self.shown = config, shown
+        self.model, self.slots, self.loss_fn = model, slots, loss_fn
+        self.config, self.shown, self.batch_size = config, shown, batch_size
+        self.batches = first_batches(loader, config.data_fraction)
         self.ranks = [config.r] * len(slots) if ranks is None else list(ranks)
         widths = sketch_widths(
             slots, max(self.ranks), kind=config.gradient_statistic, memory_budget=config.memory_budget
         )
+        reached: set[str] = set()
         # Free memory may differ between processes: where one has to sketch, all do.
         self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
-        self.matrices = self._pass(self.widths, "gradients")
+        self.matrices = self._pass(self.widths, "gradients", reached)
+        self.free_shares: list[float | None] = []
+        self.reached = [slot.name in reached for slot in slots]
 
     def directions(self, bases: Sequence[Tensor]) -> list[TopDirections]:
         """The leading directions of every gradient outside ``bases``, at most r each, or at most its own rank."""
+        self.free_shares = _free_shares(self.matrices, bases)
         frames = self._frames(bases)
         if any(frame is not None and frame.shape[1] for frame in frames):
             nothing = [slot.weight.new_zeros(slot.weight.shape[1], 0) for slot in self.slots]  # those known exactly
@@ -118,6 +132,12 @@ class TaskGradients:
 
         return for_all_layers(self.slots, compute, "adapters", shown=self.shown)
 
+    @property
+    def silent(self) -> list[str]:
+        """Layers that a batch has reached, and the loss has no gradient to."""
+        known = zip(self.slots, self.reached, self.free_shares, strict=True)
+        return [slot.name for slot, reached, share in known if reached and share is None]
+
     def _frames(self, bases: Sequence[Tensor]) -> list[Tensor | None]:
         """Orthonormal columns that span the rows of each sketch outside the basis; None for exact gradients."""
         frames: list[Tensor | None] = [None] * len(self.slots)
@@ -126,9 +146,21 @@ class TaskGradients:
                 (frames[i],) = reorthogonalize([self.matrices[i].T.contiguous()], [bases[i]])
         return frames
 
-    def _pass(self, keep: Sequence[int | Tensor | None], phase: str) -> list[Tensor]:
-        batches = first_batches(self.loader, self.config.data_fraction)
-        with progress(batches, phase, "batch", shown=self.shown) as counted, torch.enable_grad():
+    def _pass(self, keep: Sequence[int | Tensor | None], phase: str, reached: set[str] | None = None) -> list[Tensor]:
+        with progress(self.batches, phase, "batch", shown=self.shown) as counted, torch.enable_grad():
             return mean_gradients(
-                self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed, peers=processes()
-            )
+                self.model, self.slots, counted, self.loss_fn, keep=keep, seed=self.config.seed, peers=processes(),
+                reached=reached, batch_size=self.batch_size,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def _free_shares(gradients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[float | None]:
+    r"""``1 − ‖G Q‖² / ‖G‖²`` of every gradient, or of a sketch of its rows; None of one that is zero."""
+    if not gradients:
+        return []
+    with full_precision(gradients[0].device):
+        parts = [(g, g @ q.to(g)) for g, q in zip(gradients, bases, strict=True)]
+        lengths = [[torch.linalg.vector_norm(m, dtype=torch.float64) for m in pair] for pair in parts]
+        known = torch.stack([torch.stack(pair).to(gradients[0].device) for pair in lengths]).tolist()
+    return [max(1 - (inside / whole) ** 2, 0.0) if whole else None for whole, inside in known]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, stored_basis
+from keeplora.methods.reading import is_counts, is_shares, stored_basis
 from keeplora.methods.state import State, StateError
 
 from .certificate import RetentionCertificate, certified
@@ -144,20 +145,23 @@ class KeepLora(LoraMethod):
             UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
         """
         gradients = direction_finder(
-            self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress
+            self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress, self._batch_size
         )
         protected = self._protected_or_weights()
         bases = [p.basis for p in protected]
         directions = gradients.directions(bases)
         adapters = [self._new_adapter(i, top) for i, top in enumerate(directions)]
+        unreached = self.warn_of_unreached(gradients.reached)
         self.warn_of_ranks(
             [len(top.a) for top in directions],
-            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
             none="gradient in free space",
+            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
+            silent=gradients.silent,
+            unreached=unreached,
             remedy="Lower weight_energy or feature_energy for more room.",
         )
         self.attach(adapters)
-        self._protected = protected
+        self._protected = [replace(p, opening=s) for p, s in zip(protected, gradients.free_shares, strict=True)]
 
     def _new_adapter(self, i: int, top: TopDirections) -> LoraAdapter | None:
         """An adapter along the leading directions; None where there are none."""
@@ -168,8 +172,8 @@ class KeepLora(LoraMethod):
 
     def drop_task(self) -> None:
         super().drop_task()
-        if not self.tasks_learned:
-            self._protected = None
+        assert self._protected is not None
+        self._protected = [replace(p, opening=None) for p in self._protected] if self.tasks_learned else None
 
     def optimizer(self, **options: Any) -> ProjectedAdamW:
         """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
@@ -215,12 +219,13 @@ class KeepLora(LoraMethod):
             {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
             "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
         ):
-            new = extended_bases(
+            new, reached = extended_bases(
                 self.model, self.slots, loader, loss_fn, self.config, bases,
                 own_mask=self.token_mask, shown=self.progress,
             )  # fmt: skip
+            self.warn_of_unreached(reached)
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
-        self._protected = [Protected(n.q, (*o.added, n.added)) for o, n in zip(old, new, strict=True)]
+        self._protected = [Protected(n.q, (*o.added, n.added), o.opening) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers), tuple(self._moved_buffers()))
 
     # ------------------------------------------------------------------ what a user asks in between
@@ -232,7 +237,10 @@ class KeepLora(LoraMethod):
         once :meth:`before_task` ran; until then everything counts as free.
         """
         protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
-        return self.capacity_of([p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r)
+        shares = [p.share for p in protected]
+        return self.capacity_of(
+            [p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r, shares
+        )
 
     def basis(self, name: str) -> Tensor:
         """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
@@ -248,15 +256,16 @@ class KeepLora(LoraMethod):
     def memory_state(self) -> State:
         """The protected bases."""
         if self._protected is None:
-            return State({}, {"added_by_task": None})
+            return State({}, {"added_by_task": None, "free_shares": None})
         pairs = list(zip(self.slots, self._protected, strict=True))
-        added = [list(p.added) for _, p in pairs]
+        added, shares = [list(p.added) for _, p in pairs], [[p.share, p.opening] for _, p in pairs]
         of_weights = [p.basis.shape[1] - sum(p.added) for _, p in pairs]
-        meta = {"added_by_task": added, "of_weights": of_weights}
-        return State({f"{slot.name}.basis": p.basis for slot, p in pairs}, meta)
+        bases = {f"{slot.name}.basis": p.basis for slot, p in pairs}
+        return State(bases, {"added_by_task": added, "of_weights": of_weights, "free_shares": shares})
 
     def recall(self, state: State) -> list[Protected] | None:
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
+        shares = state.meta.get("free_shares")
         if added is None and not tasks and not state.meta["training_task"]:
             return None
         if not is_counts(added, len(self.slots), tasks):
@@ -267,6 +276,11 @@ class KeepLora(LoraMethod):
         of_weights = state.meta.get("of_weights")
         if not isinstance(of_weights, list) or not is_counts([of_weights], 1, len(self.slots)):
             raise StateError(f"load_state: of_weights must be {len(self.slots)} numbers, got {of_weights!r}")
+        if not is_shares(shares, len(self.slots), 2):
+            raise StateError(
+                f"load_state: free_shares must have two numbers in [0, 1], or null, for each of {len(self.slots)} "
+                f"targets, got {shares!r}"
+            )
         bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
         for slot, basis, row, first in zip(self.slots, bases, added, of_weights, strict=True):
             if first + sum(row) != basis.shape[1]:
@@ -282,8 +296,8 @@ class KeepLora(LoraMethod):
                     f"[{slot.name}]"
                 )
         return [
-            Protected(basis.to(slot.weight.device), tuple(row))
-            for slot, basis, row in zip(self.slots, bases, added, strict=True)
+            Protected(basis.to(slot.weight.device), tuple(row), *pair)
+            for slot, basis, row, pair in zip(self.slots, bases, added, shares, strict=True)
         ]
 
     def remember(self, memory: list[Protected] | None) -> None:

@@ -26,10 +26,16 @@ __all__ = ["Protected", "extended_bases", "weight_bases"]
 
 @dataclass(frozen=True)
 class Protected:
-    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it."""
+    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it.
+
+    ``share`` is how much of the last task's gradient energy lay outside of Q when it began, ``opening`` the same of
+    the open task; None where it is not known.
+    """
 
     basis: Tensor
     added: tuple[int, ...] = ()
+    share: float | None = None
+    opening: float | None = None
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
@@ -55,36 +61,43 @@ def extended_bases(
     *,
     own_mask: TokenMask | None = None,
     shown: bool | None,
-) -> list[Extension]:
+) -> tuple[list[Extension], list[bool]]:
     """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
 
     With ``feature_source="gradients"`` C is GᵀG, for the mean gradient G or a sketch of its rows.
+
+    Returns:
+        The bases, and for each slot whether any feature came to it: without one its basis stays as it is.
     """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs
-    moment = source(model, slots, loader, forward, config, own_mask, shown)
+    moment, reached = source(model, slots, loader, forward, config, own_mask, shown)
 
     def compute(group: list[int]) -> list[Extension]:
         return extend_basis([bases[i] for i in group], [moment(i) for i in group], [energies[i] for i in group])
 
-    return for_all_layers(slots, compute, "bases", shown=shown)
+    return for_all_layers(slots, compute, "bases", shown=shown), reached
+
+
+_Found = tuple[Callable[[int], Tensor | SketchedMoment], list[bool]]
+"""A slot's C by its position, and whether any token came to it."""
 
 
 def _of_inputs(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], forward: LossFn, config: KeepLoraConfig,
     own_mask: TokenMask | None, shown: bool | None,
-) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
+) -> _Found:  # fmt: skip
     with token_mask(model, own_mask) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
             model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
             sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
         )  # fmt: skip
-    return lambda i: statistics[i].moment
+    return lambda i: statistics[i].moment, [statistic.tokens > 0 for statistic in statistics]
 
 
 def _of_gradients(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], loss_fn: LossFn, config: KeepLoraConfig,
     _: TokenMask | None, shown: bool | None,
-) -> Callable[[int], Tensor | SketchedMoment]:  # fmt: skip
-    rows = TaskGradients(model, slots, loader, loss_fn, config, shown=shown).matrices
-    return lambda i: gram(rows[i])[0]
+) -> _Found:  # fmt: skip
+    gradients = TaskGradients(model, slots, loader, loss_fn, config, shown=shown)
+    return lambda i: gram(gradients.matrices[i])[0], gradients.reached

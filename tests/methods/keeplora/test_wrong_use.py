@@ -81,7 +81,7 @@ def test_a_loader_that_yields_what_the_loss_does_not_read(loss, batches, error, 
     assert text.startswith("mean_gradients: loss_fn(model, batch) failed on ")
     assert re.search(note, text)
     keeper.before_task(data(), loss_fn)
-    with pytest.raises((error, TypeError, LookupError, AttributeError)) as caught:
+    with pytest.raises((error, TypeError, LookupError, AttributeError, ValueError)) as caught:
         keeper.after_task(batches, loss)
     assert caught.value.__notes__[0].startswith(
         "feature_statistics: loss_fn(model, batch) failed on batch 0, which is "
