@@ -1,5 +1,7 @@
 """Seeded randomized range finding: the row space of G P, and leading eigenvectors of large second moments."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,7 +15,9 @@ from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
 from keeplora.ops.precision import full_precision
 
-__all__ = ["gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+__all__ = ["Enough", "gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+
+NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 
 
 def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
@@ -30,8 +34,18 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, cols, generator=generator, dtype=like.dtype, device=like.device)
 
 
+@dataclass(frozen=True)
+class Enough:
+    """Of further steps: when ``rank`` directions would gain no more than ``together`` of their energy, and none of them
+    more than ``worst`` of its own."""
+
+    rank: int
+    together: float
+    worst: float
+
+
 def row_space(
-    g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: tuple[int, float] | None = None
+    g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: Enough | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
@@ -46,8 +60,8 @@ def row_space(
         g: ``[n, out, in]``. q: ``n`` bases ``[in, k_i]``.
         width: columns of a block. steps: ``s`` at most. seed: of ``Ω``, one for all layers of the batch, so that a
             layer's result does not depend on which layers are worked on together.
-        enough: ``(r, tolerance)`` stops as soon as ``r`` directions are expected to gain no more than this share of
-            their energy. It looks at numbers after every step: for single layers on a CPU.
+        enough: stops as soon as no more is expected to be gained. It looks at numbers after every step: for single
+            layers on a CPU.
 
     Returns:
         ``(V [n, in, (s + 1)·width], G V, T)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
@@ -77,8 +91,9 @@ def row_space(
             images.append(image)
             if enough is not None and step >= 2:
                 spectrum = right_spectrum(torch.cat(images, dim=2))
-                energies = _leading_energies(spectrum, enough[0], width)
-                if _expected_gain(energies) <= enough[1] * energies[-1]:
+                energies = _leading_energies(spectrum, enough.rank, width)
+                together, worst = _expected_gains(energies, noise=(NOISE_EPS * torch.finfo(g.dtype).eps) ** 2)
+                if together <= enough.together and worst <= enough.worst:
                     break
         image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
@@ -102,21 +117,32 @@ def right_spectrum(m: Tensor) -> RightSpectrum:
     return RightSpectrum(gram, values.flip(1), vectors.flip(2))
 
 
-def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> list[float]:
-    """The energy that ``count`` directions can hold inside all blocks but the last two, all but the last, and all."""
-    gram, sizes = spectrum.gram[0], [spectrum.gram.shape[1] - 2 * width, spectrum.gram.shape[1] - width]
-    parts = [gram[:n, :n] for n in sizes]
-    less = [float((m.diagonal() if len(m) <= count else torch.linalg.eigvalsh(m)[-count:]).sum()) for m in parts]
-    return [*less, float(spectrum.values[0, :count].sum())]
+def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> Tensor:
+    """``[3, count]``: energies of the leading directions inside all blocks but the last two, but the last, and all."""
+    gram, columns = spectrum.gram[0], spectrum.gram.shape[1]
+    less = [torch.linalg.eigvalsh(gram[:n, :n]).flip(0) for n in (columns - 2 * width, columns - width)]
+    return torch.stack([values[:count] for values in (*less, spectrum.values[0])])
 
 
-def _expected_gain(energies: list[float]) -> float:
-    """What all further steps will add, if gains go on shrinking by the factor they shrank by last."""
-    first, second = energies[1] - energies[0], energies[2] - energies[1]
-    if second <= 0:
-        return 0.0
-    ratio = min(second / first, 0.9) if first > 0 else 0.9
-    return second * ratio / (1 - ratio)
+def _expected_gains(energies: Tensor, noise: float) -> tuple[float, float]:
+    """What all further steps will add, as a share of what there is: to all directions together, and to the worst one.
+
+    The sum alone would not do: an optimizer that rescales gradients learns along the last direction as fast as along
+    the first, whose energy may hide all others'. Directions with no more than ``noise`` of the energy are none.
+    """
+    total = energies.sum(1, keepdim=True)
+    shares = torch.cat([_expected_gain(total), _expected_gain(energies)]) / torch.cat([total[2], energies[2]])
+    worst = torch.where(energies[2] > noise * total[2], shares[1:], 0).amax()
+    together, worst = torch.stack([shares[0].nan_to_num(), worst]).tolist()
+    return together, worst
+
+
+def _expected_gain(energies: Tensor) -> Tensor:
+    """The rest of every column's series of gains, if they go on shrinking by the factor they shrank by last."""
+    first, second = energies.diff(dim=0).clamp_min(0)
+    ratio = torch.where(second < 0.9 * first, second / first, 0.9)
+    rest: Tensor = second * ratio / (1 - ratio)
+    return rest
 
 
 # Of blocked iteration: a block is a quarter wider than the rank it is to certify, or its last directions converge

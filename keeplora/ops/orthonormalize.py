@@ -88,7 +88,7 @@ def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     width, smallest = y.shape[1], KEPT_EPS * torch.finfo(y.dtype).eps
     length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
-    if width and not bool(((length > 1 / ORDINARY) & (length < ORDINARY)).all()):
+    if y.numel() and not bool(((length > 1 / ORDINARY) & (length < ORDINARY)).all()):
         y = _near_one(y)
         length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
     left = y

@@ -66,7 +66,7 @@ CASES = {
 }
 OPTIONS = {
     "leading_eigenvectors": lambda: {"total": 2.5e3, "share": 0.5, "captured": 0.0, "floor": 1e-4, "seed": 0},
-    "row_space": lambda: {"steps": 4, "seed": 0, "enough": (8, 1e-9)},
+    "row_space": lambda: {"steps": 4, "seed": 0, "enough": sketch.Enough(8, 1e-9, 1e-9)},
 }
 
 
