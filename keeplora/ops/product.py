@@ -13,7 +13,7 @@ __all__ = ["product"]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in full precision, and gradients of any order in full precision too.
+    """``left @ right`` of ``[…, m, k]`` and ``[…, k, n]`` in full precision, and gradients of any order, too.
 
     What autograd forms of a guarded product is computed in ``backward()``, where the guard is no longer open.
 
@@ -42,6 +42,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         return (
-            product(grad, right.mT) if ctx.needs_input_grad[0] else None,
-            product(left.mT, grad) if ctx.needs_input_grad[1] else None,
+            product(grad, right.mT).sum_to_size(left.shape) if ctx.needs_input_grad[0] else None,
+            product(left.mT, grad).sum_to_size(right.shape) if ctx.needs_input_grad[1] else None,
         )

@@ -78,8 +78,9 @@ def mean_gradients(
 
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
     for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
-    products of 16-bit numbers are formed in their dtype, but in float32 for G V. The model runs in ``eval()`` and is left as it was: no update,
-    no ``.grad``, same flags. Layers may be called several times, and under gradient checkpointing.
+    products of 16-bit numbers are formed in their dtype, but in float32 for G V. The model runs in ``eval()`` and is
+    left as it was: no update, no ``.grad``, same flags. Layers may be called several times, and under gradient
+    checkpointing.
 
     Args:
         keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V

@@ -14,6 +14,7 @@ from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
+from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.statistics import feature_statistics
 
 from .config import KeepLoraConfig
@@ -52,7 +53,11 @@ def extended_bases(
     *,
     shown: bool | None,
 ) -> list[Extension]:
-    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for."""
+    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
+
+    Warns:
+        UserWarning: a sketch was too narrow for that (:func:`keeplora.methods.shortfall.warn_of_shortfall`).
+    """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     with token_mask(model) as mask, progress(loader, "features", "batch", shown=shown) as batches:
         statistics = feature_statistics(
@@ -64,4 +69,6 @@ def extended_bases(
         moments = [statistics[i].moment for i in group]
         return extend_basis([bases[i] for i in group], moments, [energies[i] for i in group])
 
-    return for_all_layers(slots, compute, "bases", shown=shown)
+    new = for_all_layers(slots, compute, "bases", shown=shown)
+    warn_of_shortfall(config, [slot.name for slot in slots], new, energies)
+    return new
