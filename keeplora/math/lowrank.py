@@ -20,14 +20,11 @@ from keeplora.ops.precision import full_precision
 
 __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
 
-# A block as wide as the rank finds the last directions last, and tells badly what they gain: a few columns more, which
-# cost next to nothing, spare a step (measured).
-OVERSAMPLING = 8
-LEAST_WIDTH = 12  # of a block, also for a rank below
+LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
-ENOUGH_WORST = 5e-3
+ENOUGH_WORST = 0.1  # of a direction's energy: the most that the worst may gain; it gains a seventh of that (measured)
 ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
 
 
@@ -53,12 +50,12 @@ def top_directions(
 
     .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
 
-    Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r + 8``, 4 steps, on a CPU fewer where
-    they would add nothing to the worst of the r directions); where its space would be about as large as the matrix, the
-    exact factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall
-    faster, and ≥ 0.998 of directions ``i … r`` for every i, also where one direction holds nearly all of it. Singular
-    values at the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing
-    is left. ``g`` may be of any size: it is scaled by a power of two first.
+    Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
+    they would add nothing, neither to all directions together nor to the worst); where its space would be about as
+    large as the matrix, the exact factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for
+    ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction
+    holds nearly all of it. Singular values at the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if
+    ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
@@ -155,7 +152,7 @@ def _of_size(top: TopDirections, power: float) -> TopDirections:
 def _width(g: Tensor, q: Tensor, rank: int) -> int:
     """Columns of the sketch; 0 for the exact path."""
     side = min(g.shape[0], g.shape[1] - q.shape[1])
-    width = max(LEAST_WIDTH, rank + OVERSAMPLING)
+    width = max(LEAST_WIDTH, rank)
     return 0 if (STEPS + 1) * width >= EXACT_SHARE * side else width
 
 

@@ -36,8 +36,8 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Enough:
-    """Of further steps: when ``rank`` directions would gain no more than ``together`` of their energy, and none of them
-    more than ``worst`` of its own."""
+    """Of further steps: when ``rank`` directions together would gain no more than ``together`` of their energy, and
+    none of them may gain more than ``worst`` of its own."""
 
     rank: int
     together: float
@@ -78,12 +78,16 @@ def row_space(
     for frame, basis, count in zip(frames, q, held, strict=True):
         frame[:, :count] = basis
     images: list[Tensor] = []
-    spectrum: RightSpectrum | None = None
+    spectrum, together = None, 1.0
     image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
     with full_precision(g):
         for step in range(steps + 1):
             first, last = step * width, (step + 1) * width
             z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
+            if enough is not None and spectrum is not None and together <= enough.together:
+                left = project(z[0].mT, frames[0][:, : held[0] + first]).mT
+                if _worst_gain(spectrum, left, enough.rank) <= enough.worst:
+                    break
             columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
             for frame, k, block in zip(frames, held, columns, strict=True):
                 frame[:, k + first : k + last] = block
@@ -91,10 +95,7 @@ def row_space(
             images.append(image)
             if enough is not None and step >= 2:
                 spectrum = right_spectrum(torch.cat(images, dim=2))
-                energies = _leading_energies(spectrum, enough.rank, width)
-                together, worst = _expected_gains(energies, noise=(NOISE_EPS * torch.finfo(g.dtype).eps) ** 2)
-                if together <= enough.together and worst <= enough.worst:
-                    break
+                together = _expected_gain(_leading_energies(spectrum, enough.rank, width))
         image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
     return v, image, (spectrum or right_spectrum(image)).vectors
@@ -117,32 +118,40 @@ def right_spectrum(m: Tensor) -> RightSpectrum:
     return RightSpectrum(gram, values.flip(1), vectors.flip(2))
 
 
-def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> Tensor:
-    """``[3, count]``: energies of the leading directions inside all blocks but the last two, but the last, and all."""
-    gram, columns = spectrum.gram[0], spectrum.gram.shape[1]
-    less = [torch.linalg.eigvalsh(gram[:n, :n]).flip(0) for n in (columns - 2 * width, columns - width)]
-    return torch.stack([values[:count] for values in (*less, spectrum.values[0])])
+def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> list[float]:
+    """The energy that ``count`` directions can hold inside all blocks but the last two, all but the last, and all."""
+    gram, sizes = spectrum.gram[0], [spectrum.gram.shape[1] - 2 * width, spectrum.gram.shape[1] - width]
+    parts = [gram[:n, :n] for n in sizes]
+    less = [float((m.diagonal() if len(m) <= count else torch.linalg.eigvalsh(m)[-count:]).sum()) for m in parts]
+    return [*less, float(spectrum.values[0, :count].sum())]
 
 
-def _expected_gains(energies: Tensor, noise: float) -> tuple[float, float]:
-    """What all further steps will add, as a share of what there is: to all directions together, and to the worst one.
+def _expected_gain(energies: list[float]) -> float:
+    """What all further steps will add, as a share of what there is, if gains go on shrinking by the factor they shrank
+    by last."""
+    first, second = energies[1] - energies[0], energies[2] - energies[1]
+    if second <= 0:
+        return 0.0
+    ratio = min(second / first, 0.9) if first > 0 else 0.9
+    return second * ratio / (1 - ratio) / energies[2]
 
-    The sum alone would not do: an optimizer that rescales gradients learns along the last direction as fast as along
-    the first, whose energy may hide all others'. Directions with no more than ``noise`` of the energy are none.
+
+def _worst_gain(spectrum: RightSpectrum, left: Tensor, count: int) -> float:
+    r"""What the direction that has most to gain can still gain, as a share of its energy, to second order.
+
+    .. math:: \lVert r_i \rVert^2 / (\theta_i (\theta_i - \theta_{count + 1})), \qquad r_i = P G^T G v_i - \theta_i v_i
+
+    The worst counts, not the sum: an optimizer that rescales gradients learns along the last direction as fast as along
+    the first, whose energy may hide all others'. ``left`` is what ``P Gᵀ G`` of the last block has outside of all
+    blocks: the residuals are combinations of its columns.
     """
-    total = energies.sum(1, keepdim=True)
-    shares = torch.cat([_expected_gain(total), _expected_gain(energies)]) / torch.cat([total[2], energies[2]])
-    worst = torch.where(energies[2] > noise * total[2], shares[1:], 0).amax()
-    together, worst = torch.stack([shares[0].nan_to_num(), worst]).tolist()
-    return together, worst
-
-
-def _expected_gain(energies: Tensor) -> Tensor:
-    """The rest of every column's series of gains, if they go on shrinking by the factor they shrank by last."""
-    first, second = energies.diff(dim=0).clamp_min(0)
-    ratio = torch.where(second < 0.9 * first, second / first, 0.9)
-    rest: Tensor = second * ratio / (1 - ratio)
-    return rest
+    theta, turn = spectrum.values[0], spectrum.vectors[0, -left.shape[1] :, :count]
+    residual = (left.double() @ turn).square().sum(0)
+    noise = (NOISE_EPS * torch.finfo(left.dtype).eps) ** 2 * theta.sum()
+    used = theta[:count]
+    gap = (used - theta[count]).clamp_min(1e-3 * used)
+    gain = (residual / gap / used).clamp(max=1.0)
+    return float(torch.where(used > noise, gain, 0).amax())
 
 
 # Of blocked iteration: a block is a quarter wider than the rank it is to certify, or its last directions converge

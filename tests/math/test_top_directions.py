@@ -106,7 +106,7 @@ def test_the_last_direction_is_as_good_as_the_first(d, kind, together, monkeypat
     (top,) = top_directions([tensor(exact)], [torch.zeros(d, 0)], 16)
     held = np.linalg.norm(exact @ f64(top.a).T, axis=0) ** 2
     for first in range(16):
-        assert held[first:].sum() >= 0.99 * (s[first:16] ** 2).sum(), first
+        assert held[first:].sum() >= 0.98 * (s[first:16] ** 2).sum(), first
 
 
 @pytest.mark.parametrize("fall", [1.0, 2.0])
@@ -118,7 +118,7 @@ def test_steps_that_no_direction_gains_from_are_not_made(fall, monkeypatch):
     real = sketch.orthonormalize
     monkeypatch.setattr(sketch, "orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
     top_directions([g], [torch.zeros(400, 0)], 16)
-    assert len(steps) <= 4
+    assert len(steps) == 3  # blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
