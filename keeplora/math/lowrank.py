@@ -1,17 +1,19 @@
 """The method's three subspace computations: where a task wants to go, what a weight knows, what a task used."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from keeplora.math import check
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
-from keeplora.math.rank import fewest_directions_each
-from keeplora.math.sketch import leading_eigenvectors, right_spectrum, row_space
+from keeplora.math.rank import fewest_directions_each, rounding_level
+from keeplora.math.scale import powers, scaled
+from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.orthonormalize import orthonormalize
 from keeplora.ops.precision import full_precision
@@ -21,8 +23,8 @@ __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "t
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
-NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
+ENOUGH_WORST = 0.1  # of a direction's energy: the most that the worst may gain; it gains a seventh of that (measured)
 ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
 
 
@@ -49,9 +51,11 @@ def top_directions(
     .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
 
     Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
-    they would add nothing); where its space would be about as large as the matrix, the exact factorisation. Measured
-    energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall faster. Singular values at the
-    rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left.
+    they would add nothing, neither to all directions together nor to the worst); where its space would be about as
+    large as the matrix, the exact factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for
+    ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction
+    holds nearly all of it. Singular values at the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if
+    ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
@@ -81,17 +85,18 @@ def top_directions(
     g = matrices(name, "g", g, MASTER)
     q = check.bases(name, "g", g, q)
     ranks = check.ranks(name, rank, [m.shape[1] for m in g])
-    check.finite(name, "g", g)
+    sizes = powers(name, "g", g)
     check.finite(name, "q", q)
     if check_basis:
         check.orthonormal(name, q)
+    g = [scaled(*pair) for pair in zip(g, sizes, strict=True)]
     widths = [_width(m, b, r) for m, b, r in zip(g, q, ranks, strict=True)]
     kinds = [(m.shape, w, 0 if w else b.shape[1]) for m, b, w in zip(g, q, widths, strict=True)]
     tops: dict[int, TopDirections] = {}
     for group in same_kind(kinds, g):
         with full_precision(*g):
             tops.update(_top(g, q, ranks, group, widths[group[0]], seed))
-    return [tops[i] for i in range(len(g))]
+    return [_of_size(tops[i], size) for i, size in enumerate(sizes)]
 
 
 def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: int) -> list[TopDirections]:
@@ -120,7 +125,8 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
     name = "directions_within"
     images, frames = matrices(name, "images", images, MASTER), matrices(name, "frames", frames, MASTER)
     same_length(name, images=images, frames=frames)
-    check.finite(name, "images", images)
+    sizes = powers(name, "images", images)
+    check.finite(name, "frames", frames)
     result = []
     for i, (image, v) in enumerate(zip(images, frames, strict=True)):
         if image.shape[1] != v.shape[1] or image.dtype != v.dtype:
@@ -128,12 +134,19 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
                 f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
                 f"{image.dtype} for {list(v.shape)} {v.dtype}."
             )
+        image = scaled(image, sizes[i])
         with full_precision(image):
             a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
         level = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
         r = int((s[0] > level).sum())
-        result.append(TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r]))))
+        top = TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r])))
+        result.append(_of_size(top, sizes[i]))
     return result
+
+
+def _of_size(top: TopDirections, power: float) -> TopDirections:
+    """Of the matrix itself, not of its product with ``power``."""
+    return top if power == 1 else replace(top, s=top.s / power)
 
 
 def _width(g: Tensor, q: Tensor, rank: int) -> int:
@@ -149,7 +162,7 @@ def _top(
     g, bases = stacked(all_g, group), [all_q[i] for i in group]
     rank = max(ranks[i] for i in group)
     if width:
-        enough = None if batched(all_g[group[0]]) else (rank, ENOUGH_GAIN)
+        enough = None if batched(all_g[group[0]]) else Enough(rank, ENOUGH_GAIN, ENOUGH_WORST)
         v, image, turn = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
     else:
         v = _whole_row_space(g, padded(all_q, group), bases)
@@ -178,7 +191,8 @@ def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor,
     # orthonormal also where singular values are small.
     b, r = torch.linalg.qr(image.double() @ turn)
     s = r.diagonal(dim1=1, dim2=2)
-    return (v.double() @ turn).mT, s.abs(), b * s.sign()[:, None, :]
+    a = F.normalize((v.double() @ turn).mT, dim=2)  # V is orthonormal to the rounding of its dtype only
+    return a, s.abs(), b * s.sign()[:, None, :]
 
 
 def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *, side: str = "input") -> list[Tensor]:
@@ -227,11 +241,11 @@ def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *,
                 f'{name}: w[{i}] must be square for side="output", got shape {list(matrix.shape)}. '
                 f'Output directions cannot protect inputs; use side="input".'
             )
-    check.finite(name, "w", w)
+    sizes = powers(name, "w", w)
     bases: dict[int, Tensor] = {}
     for group in same_kind([(m.shape, m.dtype) for m in w], w):
-        batch = stacked(w, group)
-        batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
+        wide = torch.float64 if w[group[0]].dtype == torch.float64 else torch.float32
+        batch = stacked([scaled(w[i].to(wide), sizes[i]) for i in group], range(len(group)))
         with full_precision(batch):
             bases.update(_weight(batch.mT if side == "output" else batch, group, [shares[i] for i in group]))
     return [bases[i] for i in range(len(w))]
@@ -320,22 +334,23 @@ def extend_basis(
                 f"{name}: c must be all matrices or all sketches, got {len(sketches)} of {len(c)} sketched."
             )
         return extend_sketched(q, sketches, feature_energy)
-    c = matrices(name, "c", [m for m in c if not isinstance(m, SketchedMoment)], MASTER)
-    for i, matrix in enumerate(c):
+    moments = matrices(name, "c", [m for m in c if not isinstance(m, SketchedMoment)], MASTER)
+    for i, matrix in enumerate(moments):
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{name}: c[{i}] must be square, got shape {list(matrix.shape)}. Pass xᵀx, not x.")
-    q = check.bases(name, "c", c, q)
-    shares = check.fractions(name, "feature_energy", feature_energy, len(c))
-    check.finite(name, "c", c)
+    q = check.bases(name, "c", moments, q)
+    shares = check.fractions(name, "feature_energy", feature_energy, len(moments))
+    sizes = powers(name, "c", moments)
     check.finite(name, "q", q)
-    check.second_moments(name, c)
+    check.second_moments(name, moments)
     if check_basis:
         check.orthonormal(name, q)
+    moments = [scaled(*pair) for pair in zip(moments, sizes, strict=True)]
     extensions: dict[int, Extension] = {}
-    for group in same_kind([(b.shape, b.dtype) for b in q], c):
-        with full_precision(*c):
-            extensions.update(_extend(c, q, shares, group))
-    return [extensions[i] for i in range(len(c))]
+    for group in same_kind([(b.shape, b.dtype) for b in q], moments):
+        with full_precision(*moments):
+            extensions.update(_extend(moments, q, shares, group))
+    return [extensions[i].of_size(size) for i, size in enumerate(sizes)]
 
 
 def _extend(
@@ -344,7 +359,7 @@ def _extend(
     c, q, shares = stacked(all_c, group), stacked(all_q, group), [all_shares[i] for i in group]
     total = c.diagonal(dim1=1, dim2=2).double().sum(1)
     held = ((c @ q) * q).double().sum((1, 2)).clamp_min(0)
-    floor = torch.finfo(c.dtype).eps * torch.linalg.matrix_norm(c).double()
+    floor = rounding_level(c)
     host = torch.stack([total, held], dim=1).tolist()
     if all(h >= share * e for (e, h), share in zip(host, shares, strict=True)):
         vectors, values, count = q[:, :, :0], total[:, None][:, :0], [0] * len(group)

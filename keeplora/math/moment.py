@@ -1,7 +1,10 @@
 """Second moments too large to keep: one-pass sketches of them, and what these add to a basis."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from keeplora.math import check
 from keeplora.math.orthonormal import reorthogonalize
 from keeplora.math.rank import fewest_directions_each
+from keeplora.math.scale import powers, scaled
 from keeplora.math.subspace import project
 from keeplora.ops.check import MASTER, matrices, same_length
 
@@ -29,6 +33,10 @@ class Extension:
     def fraction(self) -> float:
         """``captured / total``; 1 where there was no energy at all."""
         return self.captured / self.total if self.total > 0 else 1.0
+
+    def of_size(self, power: float) -> Extension:
+        """Of the moment itself, where this one is of its product with ``power``."""
+        return self if power == 1 else replace(self, captured=self.captured / power, total=self.total / power)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
     Returns:
         The sketch, its factor in float64.
 
+    Raises:
+        ValueError: shapes differ, a value is NaN or infinite, or ``total`` is negative.
+        TypeError: wrong dtype.
+
     Source: Tropp, Yurtsever, Udell & Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
     streaming data", 2017, algorithm 3, arXiv:1706.05736.
 
@@ -68,8 +80,11 @@ def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
     matrices("nystrom", "y", [y, omega], MASTER)
     if y.shape != omega.shape:
         raise ValueError(f"nystrom: y must have the shape of omega, got {list(y.shape)} for {list(omega.shape)}.")
+    check.finite("nystrom", "omega", [omega])
+    _check_total("nystrom: total", total)
+    (power,) = powers("nystrom", "y", [y])
     eps = torch.finfo(y.dtype).eps  # what y was accumulated with
-    y, omega = y.double(), omega.double()
+    y, omega = scaled(y, power).double(), omega.double()
     # The shift covers the rounding of y, or the core would not be positive definite.
     shift = eps * torch.linalg.eigvalsh(y.T @ y)[-1].clamp_min(0).sqrt()
     shifted = y + shift * omega
@@ -78,7 +93,12 @@ def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
     kept = values > eps * values.amax().clamp_min(0)
     root = torch.where(kept, values, 1).rsqrt() * kept
     u, s, _ = torch.linalg.svd(shifted @ (vectors * root), full_matrices=False)
-    return SketchedMoment(u * (s.square() - shift).clamp_min(0).sqrt(), float(total))
+    return SketchedMoment(u * ((s.square() - shift).clamp_min(0).sqrt() / power**0.5), float(total))
+
+
+def _check_total(argument: str, total: float) -> None:
+    if not (math.isfinite(total) and total >= 0):
+        raise ValueError(f"{argument} must be finite and >= 0, got {total}. Pass the trace of C.")
 
 
 def extend_sketched(
@@ -97,7 +117,7 @@ def extend_sketched(
         One :class:`Extension` per layer.
 
     Raises:
-        ValueError: lengths or shapes do not fit, or ``feature_energy`` is outside [0, 1].
+        ValueError: lengths or shapes do not fit, ``feature_energy`` is outside [0, 1], or a number is NaN or infinite.
 
     Example:
         >>> c = SketchedMoment(torch.diag(torch.tensor([5.0, 4.0, 1.0]).double().sqrt()), 10.0)
@@ -109,14 +129,18 @@ def extend_sketched(
     q = matrices(name, "q", q, MASTER)
     same_length(name, q=q, moments=moments)
     shares = check.fractions(name, "feature_energy", feature_energy, len(q))
+    check.finite(name, "q", q)
+    sizes = powers(name, "moments", [moment.factor for moment in moments])
     result = []
     for i, (basis, moment, share) in enumerate(zip(q, moments, shares, strict=True)):
+        _check_total(f"{name}: moments[{i}].total", moment.total)
         if moment.factor.shape[0] != basis.shape[0]:
             raise ValueError(
                 f"{name}: moments[{i}] must have as many rows as q[{i}], got {list(moment.factor.shape)} for "
                 f"{list(basis.shape)}."
             )
-        result.append(_extend(basis, moment, share))
+        of_size = SketchedMoment(scaled(moment.factor, sizes[i]), moment.total * sizes[i] ** 2)
+        result.append(_extend(basis, of_size, share).of_size(sizes[i] ** 2))
     return result
 
 

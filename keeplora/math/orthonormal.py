@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keeplora.math.check import finite
 from keeplora.ops.orthonormalize import orthonormalize
 
 __all__ = ["complement", "reorthogonalize"]
@@ -26,7 +27,7 @@ def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> l
         ``[d_i, l'_i]`` each, ``l'_i <= min(l_i, d_i - k_i)``. One transfer of the counts for all layers.
 
     Raises:
-        ValueError, TypeError: as :func:`keeplora.ops.orthonormalize`.
+        ValueError, TypeError: as :func:`keeplora.ops.orthonormalize`, and where a value is NaN or infinite.
 
     Example:
         >>> (z,) = reorthogonalize([torch.tensor([[1.0, 2.0], [1.0, 2.0]])], [torch.tensor([[1.0], [0.0]])])
@@ -35,6 +36,8 @@ def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> l
                 [1.]])
     """
     z, kept = orthonormalize(y, q)
+    finite("reorthogonalize", "y", y)  # a column that is not would be one of those dropped
+    finite("reorthogonalize", "q", q or [])
     return [columns[:, :count] for columns, count in zip(z, kept.tolist(), strict=True)]
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["fewest_directions", "fewest_directions_each"]
+__all__ = ["fewest_directions", "fewest_directions_each", "rounding_level"]
 
 
 def fewest_directions(
@@ -107,6 +107,20 @@ def fewest_directions_each(
     reached = missing <= energies.shape[1]
     significant = (known > level[:, None]).sum(1)
     return torch.minimum(missing, significant), reached
+
+
+def rounding_level(c: Tensor) -> Tensor:
+    r"""What rounding leaves of an eigenvalue that is 0: ``eps ‖C‖_F`` with the eps of C's dtype, as a float64 scalar.
+
+    Args:
+        c: ``[…, d, d]``. Its squares are summed in float64: those of float32 end at 1.8e19, which energies may pass.
+
+    Example:
+        >>> rounding_level(torch.tensor([[3e30, 0.0], [0.0, 4e30]]))
+        tensor(5.9605e+23, dtype=torch.float64)
+    """
+    norm: Tensor = torch.linalg.matrix_norm(c, dtype=torch.float64)
+    return torch.finfo(c.dtype).eps * norm
 
 
 def _check(energies: Tensor, total: float, share: float, captured: float, floor: float | None) -> None:

@@ -1,5 +1,7 @@
 """Seeded randomized range finding: the row space of G P, and leading eigenvectors of large second moments."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,7 +15,9 @@ from keeplora.math.subspace import project
 from keeplora.ops.orthonormalize import orthonormalize
 from keeplora.ops.precision import full_precision
 
-__all__ = ["gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+__all__ = ["Enough", "gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+
+NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 
 
 def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
@@ -30,8 +34,18 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, cols, generator=generator, dtype=like.dtype, device=like.device)
 
 
+@dataclass(frozen=True)
+class Enough:
+    """Of further steps: when ``rank`` directions together would gain no more than ``together`` of their energy, and
+    none of them may gain more than ``worst`` of its own."""
+
+    rank: int
+    together: float
+    worst: float
+
+
 def row_space(
-    g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: tuple[int, float] | None = None
+    g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: Enough | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
@@ -46,8 +60,8 @@ def row_space(
         g: ``[n, out, in]``. q: ``n`` bases ``[in, k_i]``.
         width: columns of a block. steps: ``s`` at most. seed: of ``Ω``, one for all layers of the batch, so that a
             layer's result does not depend on which layers are worked on together.
-        enough: ``(r, tolerance)`` stops as soon as ``r`` directions are expected to gain no more than this share of
-            their energy. It looks at numbers after every step: for single layers on a CPU.
+        enough: stops as soon as no more is expected to be gained. It looks at numbers after every step: for single
+            layers on a CPU.
 
     Returns:
         ``(V [n, in, (s + 1)·width], G V, T)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
@@ -64,12 +78,16 @@ def row_space(
     for frame, basis, count in zip(frames, q, held, strict=True):
         frame[:, :count] = basis
     images: list[Tensor] = []
-    spectrum: RightSpectrum | None = None
+    spectrum, together = None, 1.0
     image = gaussian(g.shape[1], width, seed, g).expand(len(g), -1, -1)
     with full_precision(g):
         for step in range(steps + 1):
             first, last = step * width, (step + 1) * width
             z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
+            if enough is not None and spectrum is not None and together <= enough.together:
+                left = project(z[0].mT, frames[0][:, : held[0] + first]).mT
+                if _worst_gain(spectrum, left, enough.rank) <= enough.worst:
+                    break
             columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
             for frame, k, block in zip(frames, held, columns, strict=True):
                 frame[:, k + first : k + last] = block
@@ -77,9 +95,7 @@ def row_space(
             images.append(image)
             if enough is not None and step >= 2:
                 spectrum = right_spectrum(torch.cat(images, dim=2))
-                energies = _leading_energies(spectrum, enough[0], width)
-                if _expected_gain(energies) <= enough[1] * energies[-1]:
-                    break
+                together = _expected_gain(_leading_energies(spectrum, enough.rank, width))
         image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
     return v, image, (spectrum or right_spectrum(image)).vectors
@@ -111,12 +127,31 @@ def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> list[f
 
 
 def _expected_gain(energies: list[float]) -> float:
-    """What all further steps will add, if gains go on shrinking by the factor they shrank by last."""
+    """What all further steps will add, as a share of what there is, if gains go on shrinking by the factor they shrank
+    by last."""
     first, second = energies[1] - energies[0], energies[2] - energies[1]
     if second <= 0:
         return 0.0
     ratio = min(second / first, 0.9) if first > 0 else 0.9
-    return second * ratio / (1 - ratio)
+    return second * ratio / (1 - ratio) / energies[2]
+
+
+def _worst_gain(spectrum: RightSpectrum, left: Tensor, count: int) -> float:
+    r"""What the direction that has most to gain can still gain, as a share of its energy, to second order.
+
+    .. math:: \lVert r_i \rVert^2 / (\theta_i (\theta_i - \theta_{count + 1})), \qquad r_i = P G^T G v_i - \theta_i v_i
+
+    The worst counts, not the sum: an optimizer that rescales gradients learns along the last direction as fast as along
+    the first, whose energy may hide all others'. ``left`` is what ``P Gᵀ G`` of the last block has outside of all
+    blocks: the residuals are combinations of its columns.
+    """
+    theta, turn = spectrum.values[0], spectrum.vectors[0, -left.shape[1] :, :count]
+    residual = (left.double() @ turn).square().sum(0)
+    noise = (NOISE_EPS * torch.finfo(left.dtype).eps) ** 2 * theta.sum()
+    used = theta[:count]
+    gap = (used - theta[count]).clamp_min(1e-3 * used)
+    gain = (residual / gap / used).clamp(max=1.0)
+    return float(torch.where(used > noise, gain, 0).amax())
 
 
 # Of blocked iteration: a block is a quarter wider than the rank it is to certify, or its last directions converge

@@ -10,6 +10,7 @@ from torch import Tensor
 from keeplora.math.check import bases
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.precision import full_precision
+from keeplora.ops.product import product
 
 __all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project"]
 
@@ -19,8 +20,8 @@ def project(x: Tensor, q: Tensor) -> Tensor:
 
     .. math:: x P = x - (x Q) Q^T
 
-    One pass; its leak ``‖xPQ‖ / ‖xP‖`` is 1e-6 in float32 and 1e-7 when applied twice. The projector is never
-    formed.
+    One pass; its leak ``‖xPQ‖ / ‖xP‖`` is 1e-6 in float32 and 1e-7 when applied twice, that of its gradient, too. The
+    projector is never formed.
 
     Args:
         x: ``[…, d]``. ``q``: ``[d, k]`` (or ``[n, d, k]`` for ``x [n, rows, d]``), orthonormal columns, ``k``
@@ -40,6 +41,9 @@ def project(x: Tensor, q: Tensor) -> Tensor:
         raise ValueError(f"project: x must be [..., d] and q [d, k], got shapes {list(x.shape)} and {list(q.shape)}.")
     if q.shape[-1] == 0:
         return x.clone()
+    if torch.is_grad_enabled() and (x.requires_grad or q.requires_grad):
+        rows = x.reshape(-1, x.shape[-1]) if q.dim() == 2 else x
+        return x - product(product(rows, q), q.mT).reshape(x.shape)
     with full_precision(x):
         return x - (x @ q) @ q.mT
 

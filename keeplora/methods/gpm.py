@@ -22,6 +22,7 @@ from .lora_method import LoraMethod
 from .method import LossFn, freeze
 from .reading import is_counts, stored, stored_basis
 from .settings import check_flag, check_names, check_range
+from .shortfall import warn_of_shortfall
 from .state import State, StateError
 
 __all__ = ["Gpm", "GpmConfig"]
@@ -182,6 +183,7 @@ class Gpm(LoraMethod):
             return extend_basis(bases, moments, energy)
 
         new = self.each_layer(extended, "bases", statistics, shared)
+        warn_of_shortfall(self.config, [slot.name for slot in self.slots], new, [energy] * len(new))
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
         for slot in self.slots:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from keeplora.math.lowrank import extend_basis
 from keeplora.math.orthonormal import complement, reorthogonalize
-from keeplora.math.rank import fewest_directions
+from keeplora.math.rank import fewest_directions, rounding_level
 from keeplora.statistics import FeatureStatistic
 
 from .capacity import Capacity
@@ -95,7 +95,7 @@ class DualBasis:
         total = float(wide.diagonal().sum())
         if not total:
             return self  # no input came here
-        floor = torch.finfo(moment.dtype).eps * float(torch.linalg.matrix_norm(wide))
+        floor = float(rounding_level(moment))
         captured = max(total - float(values.sum()), 0.0)
         count = fewest_directions(values, total, energy, captured=captured, floor=floor)
         (left,) = reorthogonalize([(space @ vectors[:, count:]).to(self.columns.dtype)])
@@ -170,8 +170,7 @@ class InfLora(LoraMethod):
             energy = self._energy(statistics[i])
             space = self._basis(i).free_space()
             values, vectors = torch.linalg.eigh(space.T @ energy.double() @ space)
-            floor = torch.finfo(energy.dtype).eps * float(torch.linalg.matrix_norm(energy))
-            count = min(self.config.r, int((values > floor).sum()))
+            count = min(self.config.r, int((values > rounding_level(energy)).sum()))
             a: Tensor = (space @ vectors.flip(1)[:, :count]).T / math.sqrt(3)
             return a.to(energy.dtype)
 

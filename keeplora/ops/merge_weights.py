@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keeplora.ops.check import FLOATS, float_list, matrices, same_length, wide
 from keeplora.ops.declare import declare
-from keeplora.ops.precision import full_precision
+from keeplora.ops.product import product
 
 __all__ = ["merge_weights"]
 
@@ -39,7 +39,8 @@ def merge_weights(
         ValueError: lengths or shapes do not fit, or ``scale`` is not finite.
         TypeError: an argument is not a sequence of floating matrices, or ``dtype`` is not a floating dtype.
 
-    Differentiable in ``w``, ``a`` and ``b``: where gradients are wanted it is torch's product.
+    Differentiable in ``w``, ``a`` and ``b``: where gradients are wanted it is torch's product, and sums of gradients
+    are formed in the same precision.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, sec. 4.1, arXiv:2106.09685.
 
@@ -68,10 +69,15 @@ def merge_weights(
         raise TypeError(f"merge_weights: dtype must be a floating dtype, got {dtype}.")
     scales = float_list("merge_weights", "scale", scale, len(w))
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in (*w, *a, *b)):
-        with full_precision(*w):
-            return _reference(w, a, b, scales, dtype)
+        return [_merged(*layer, dtype) for layer in zip(w, a, b, scales, strict=True)]
     merged: list[Tensor] = _op.call(w, a, b, scales, dtype)
     return merged
+
+
+def _merged(w: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype | None) -> Tensor:
+    acc = wide(w.dtype, a.dtype, b.dtype)
+    total = torch.add(w.to(acc), product(b.to(acc), a.to(acc)), alpha=scale)
+    return total.to(dtype or w.dtype)
 
 
 def _reference(

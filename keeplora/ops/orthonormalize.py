@@ -17,6 +17,7 @@ __all__ = ["orthonormalize"]
 KEPT_EPS = 32
 # Where this much of every column is left, one projection left no more of q in it than the last one takes out.
 ENOUGH_LEFT = 1e-3
+ORDINARY = 1e9  # lengths up to this and down to its inverse: squares of all that comes of them are numbers of float32
 
 
 def orthonormalize(
@@ -85,8 +86,12 @@ def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    width, smallest, left = y.shape[1], KEPT_EPS * torch.finfo(y.dtype).eps, y
-    length = torch.linalg.vector_norm(y, dim=0)
+    width, smallest = y.shape[1], KEPT_EPS * torch.finfo(y.dtype).eps
+    length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
+    if y.numel() and not bool(((length > 1 / ORDINARY) & (length < ORDINARY)).all()):
+        y = _near_one(y)
+        length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
+    left = y
     for least in (ENOUGH_LEFT, smallest):
         left = _without(left, q)
         # With more columns some are dependent, and what rounding leaves of them can look like more.
@@ -95,6 +100,12 @@ def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
             if bool((r.diagonal().abs() > least * length).all()):
                 return _polish(z, q), torch.tensor(width, device=y.device)
     return _column_by_column(left, q, smallest * length)
+
+
+def _near_one(y: Tensor) -> Tensor:
+    """Columns times the powers of two that bring their largest entries near 1, which rounds nothing."""
+    largest = y.abs().amax(dim=0).clamp_min(torch.finfo(y.dtype).tiny)
+    return y * (torch.frexp(largest).mantissa / largest)
 
 
 def _without(y: Tensor, q: Tensor) -> Tensor:

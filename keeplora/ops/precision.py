@@ -25,14 +25,15 @@ _setting = torch._C._get_fp32_precision_getter  # the attribute that torch docum
 def is_full_precision() -> bool:
     """Whether the caller has switched on nothing that ``full_precision`` switches off; cheap.
 
-    False while any thread is inside such a block: what it sets goes when it leaves.
+    False while any thread is inside such a block: what it sets goes when it leaves. Hence the order: no block is open
+    before the settings are read, and none has been opened since.
     """
     opened = _opened
     return (
-        not _any_autocast()
+        _open == 0
+        and not _any_autocast()
         and _setting("cuda", "matmul") in _EXACT
         and _setting("mkldnn", "matmul") in _EXACT
-        and _open == 0
         and opened == _opened
     )
 
@@ -81,25 +82,24 @@ class full_precision:
 def _switch_off() -> None:
     global _open, _opened
     with _lock:
-        if _open == 0:
+        _open, _opened = _open + 1, _opened + 1  # before anything is set: is_full_precision() takes no lock
+        if _open == 1:
             # By backend: torch refuses to read its older, common setting where somebody has used these.
             for name in _BACKENDS:
                 if _setting(name, "matmul") not in _EXACT:
                     _before[name] = _setting(name, "matmul")
                     _matmul(name).fp32_precision = "ieee"
-        _open += 1
-        _opened += 1
 
 
 def _restore() -> None:
     global _open
     with _lock:
-        _open -= 1
-        while _open == 0 and _before:
+        while _open == 1 and _before:
             name, value = _before.popitem()
             _matmul(name).fp32_precision = "none"  # inherits torch.backends.fp32_precision, if the value came from it
             if _setting(name, "matmul") != value:
                 _matmul(name).fp32_precision = value
+        _open -= 1  # after all is restored
 
 
 def _matmul(name: str) -> Any:

@@ -84,14 +84,14 @@ def _reference(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int
         left = matrix
         for _ in range(passes):
             left = torch.addmm(left, left @ basis, basis.T, alpha=-1)
-        whole.append(torch.linalg.vector_norm(left))
-        inside.append(torch.linalg.vector_norm(left @ basis))
+        whole.append(torch.linalg.vector_norm(left, dtype=torch.float64))
+        inside.append(torch.linalg.vector_norm(left @ basis, dtype=torch.float64))
         rows.append(left.mul_(factor))
     if not g:
         return rows, torch.zeros(0)
     length = torch.stack(whole)
-    moves = (length > 0) & torch.tensor([factor != 0 for factor in scale], device=length.device)
-    return rows, torch.where(moves, torch.stack(inside) / length, 0)
+    moves = (length != 0) & torch.tensor([factor != 0 for factor in scale], device=length.device)
+    return rows, torch.where(moves, torch.stack(inside) / length, 0).to(g[0].dtype)
 
 
 def _fake(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:

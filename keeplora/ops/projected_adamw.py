@@ -156,8 +156,9 @@ def _reference(
         direction = m / (v.sqrt() / correction2.sqrt()).add_(eps)
         moved = p * (1 - rate * weight_decay) - rate / correction1 * direction
         p.copy_(_without(_without(moved, basis), basis))
-        length = torch.linalg.matrix_norm(p)
-        leaks.append(torch.where(length > 0, torch.linalg.matrix_norm(p @ basis) / length, 0))
+        length = torch.linalg.matrix_norm(p, dtype=torch.float64)
+        inside = torch.linalg.matrix_norm(p @ basis, dtype=torch.float64)
+        leaks.append(torch.where(length != 0, inside / length, 0).to(p.dtype))
     return torch.stack(leaks) if leaks else torch.zeros(0)
 
 

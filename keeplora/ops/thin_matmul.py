@@ -7,7 +7,7 @@ from torch import Tensor
 
 from keeplora.ops.check import float_list, matrix, wide
 from keeplora.ops.declare import declare
-from keeplora.ops.precision import full_precision
+from keeplora.ops.product import product
 
 __all__ = ["thin_matmul"]
 
@@ -19,7 +19,8 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
 
     LoRA's ``x Aᵀ`` is ``thin_matmul(x, A)``, and the gradient of B is ``thin_matmul(dy.T, t.T, scale=c)``. On a CPU
     ``x`` is read once, from where it lies, if one of its strides is 1 (else it is copied); on a GPU, and where
-    gradients are wanted, it is torch's product. The sums of float16 and bfloat16 inputs are formed in float32.
+    gradients are wanted, it is torch's product. The sums of float16 and bfloat16 inputs are formed in float32, those of
+    gradients too.
 
     Args:
         x: ``[n, k]``, any floating dtype.
@@ -51,10 +52,10 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
         raise ValueError(f"thin_matmul: a must lie on the device of x, got {a.device} for {x.device}.")
     [factor] = float_list("thin_matmul", "scale", scale, 1)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-        with full_precision(x):
-            return _reference(x, a, factor)
-    product: Tensor = _op.call(x, a, factor)
-    return product
+        acc = wide(x.dtype, a.dtype)
+        return product(x.to(acc), a.to(acc).T) * factor
+    result: Tensor = _op.call(x, a, factor)
+    return result
 
 
 def _reference(x: Tensor, a: Tensor, scale: float) -> Tensor:

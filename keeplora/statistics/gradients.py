@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot
+from keeplora.ops.lora_grad_b import lora_grad_b
 from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 
@@ -81,8 +82,9 @@ def mean_gradients(
     for batches of :math:`n_i` samples, each with its mean loss: the mean over samples, whatever the batches. Computed
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
     for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
-    products of 16-bit numbers are formed in their dtype. The model runs in ``eval()`` and is left as it was: no update,
-    no ``.grad``, same flags. Layers may be called several times, and under gradient checkpointing.
+    products of 16-bit numbers are formed in their dtype, but in float32 for G V. The model runs in ``eval()`` and is
+    left as it was: no update, no ``.grad``, same flags. Layers may be called several times, and under gradient
+    checkpointing.
 
     Args:
         keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
@@ -190,9 +192,10 @@ class _Gradients:
             if isinstance(kept, int):
                 sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
                 return
-            if kept is not None:
-                x = x @ kept.to(x.dtype)
-            if x.dtype == delta.dtype == total.dtype:
+            if kept is not None:  # V as it is: rounded to 16 bits it would not be the one that the images are taken for
+                _, (image,) = lora_grad_b(x, delta, [kept.T], rows=[(0, len(total))], scale=1.0)
+                total += image
+            elif x.dtype == delta.dtype == total.dtype:
                 total.addmm_(delta.T, x)
             else:  # what autograd would form, in the dtype the layer computes in
                 total += delta.T @ x.to(delta.dtype)

@@ -55,6 +55,7 @@ CASES = {
     "reorthogonalize": lambda: ([torch.randn(96, 40)], [basis(96, 40)]),
     "fewest_directions": lambda: (torch.linspace(1, 0, 500), 250.0, 0.5),
     "fewest_directions_each": lambda: (torch.linspace(1, 0, 500)[None], torch.tensor([250.0]).double(), [0.5]),
+    "rounding_level": lambda: (second_moment(96),),
     "gaussian": lambda: (5, 7, 3, torch.empty(0)),
     "leading_eigenvectors": lambda: (narrow_moment(1024, 12), basis(1024, 8)),
     "right_spectrum": lambda: (torch.randn(2, 96, 40),),
@@ -66,7 +67,7 @@ CASES = {
 }
 OPTIONS = {
     "leading_eigenvectors": lambda: {"total": 2.5e3, "share": 0.5, "captured": 0.0, "floor": 1e-4, "seed": 0},
-    "row_space": lambda: {"steps": 4, "seed": 0, "enough": (8, 1e-9)},
+    "row_space": lambda: {"steps": 4, "seed": 0, "enough": sketch.Enough(8, 1e-9, 1e-9)},
 }
 
 

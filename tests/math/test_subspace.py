@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from precision import FASTER
 
 from keeplora.math.subspace import Certificate, certificate, certificates, orthogonality, project
 from tests.math.spectra import f64, orthonormal, tensor
@@ -28,6 +29,32 @@ def test_project_takes_batches_and_vectors():
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     torch.testing.assert_close(project(x, q)[1, 2], project(x[1, 2], q))
     torch.testing.assert_close(project(x, torch.stack([q, q])), project(x, q))
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 96), (6, 96), (96,)], ids=str)
+@pytest.mark.parametrize("faster", FASTER.values(), ids=FASTER.keys())
+def test_the_gradient_of_a_projection_stays_outside_too(faster, shape):
+    """Asked for inside of what the caller has switched on, as where a whole loop stands in autocast."""
+    q = torch.linalg.qr(torch.randn(96, 40, dtype=torch.float64)).Q
+    x, weights = torch.randn(shape), torch.randn(shape)
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_(), q.to(dtype).requires_grad_()]
+        return torch.autograd.grad((project(*leaves) * weights.to(dtype)).sum(), leaves)
+
+    exact = gradients(torch.float64)
+    with faster():
+        got = gradients(torch.float32)
+    for one, other in zip(got, exact, strict=True):
+        assert one.shape == other.shape
+        assert (one.double() - other).abs().max() <= 40 * EPS32 * other.abs().max()
+    assert ((got[0].double() @ q).norm() / got[0].norm()) < 1e-6
+
+
+def test_a_batch_of_bases_has_gradients():
+    x, q = torch.randn(3, 5, 8, requires_grad=True), torch.linalg.qr(torch.randn(3, 8, 2)).Q
+    project(x, q).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, 5, 8) - torch.ones(3, 5, 8) @ q @ q.mT)
 
 
 def test_project_refuses_other_shapes():

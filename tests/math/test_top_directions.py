@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keeplora.math import batch, lowrank
+from keeplora.math import batch, lowrank, sketch
 from keeplora.math.lowrank import top_directions
 from tests.math.spectra import SPECTRA, f64, matrix, off_identity, orthonormal, sine, tensor
 
@@ -72,6 +72,53 @@ def test_exact_path_is_exact_and_sketch_is_close(path, shape, monkeypatch):
     _, _, s, vt = exact_svd(g, q)
     assert sine(f64(top.a).T, vt[:4].T) < (1e-5 if path == "exact" else 2e-2)
     np.testing.assert_allclose(f64(top.s), s[:4], rtol=1e-6 if path == "exact" else 1e-3)
+
+
+def dominated(count, size, fall):
+    """``count`` directions that hold nearly all energy, and others behind them."""
+
+    def sigma(i):
+        return np.where(i <= count, size, 1.0) * i**-fall
+
+    return sigma
+
+
+DOMINATED = {
+    "one": dominated(1, 200, 0.5),
+    "one, and a slow rest": dominated(1, 1e4, 0.3),
+    "half of them": dominated(8, 200, 0.5),
+    "all but the last": dominated(15, 200, 0.5),
+    "none": dominated(0, 1, 0.5),
+}
+
+
+@pytest.mark.parametrize("together", ["one by one", "batched"])
+@pytest.mark.parametrize("kind", DOMINATED)
+@pytest.mark.parametrize("d", [256, 400])
+def test_the_last_direction_is_as_good_as_the_first(d, kind, together, monkeypatch):
+    """Adam learns along every row of A alike: what one direction holds must not hide the others."""
+    if together == "batched":
+        monkeypatch.setattr(batch, "batched", lambda tensor: True)
+        monkeypatch.setattr(lowrank, "batched", lambda tensor: True)
+    rng = np.random.default_rng(d)
+    s = DOMINATED[kind](np.arange(1, d + 1, dtype=np.float64))
+    exact = (orthonormal(d, d, rng) * s) @ orthonormal(d, d, rng).T
+    (top,) = top_directions([tensor(exact)], [torch.zeros(d, 0)], 16)
+    held = np.linalg.norm(exact @ f64(top.a).T, axis=0) ** 2
+    for first in range(16):
+        assert held[first:].sum() >= 0.98 * (s[first:16] ** 2).sum(), first
+
+
+@pytest.mark.parametrize("fall", [1.0, 2.0])
+def test_steps_that_no_direction_gains_from_are_not_made(fall, monkeypatch):
+    rng = np.random.default_rng(0)
+    s = np.arange(1, 401, dtype=np.float64) ** -fall
+    g = tensor((orthonormal(400, 400, rng) * s) @ orthonormal(400, 400, rng).T)
+    steps = []
+    real = sketch.orthonormalize
+    monkeypatch.setattr(sketch, "orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
+    top_directions([g], [torch.zeros(400, 0)], 16)
+    assert len(steps) == 3  # blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

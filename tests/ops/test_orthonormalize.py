@@ -131,11 +131,21 @@ def test_structured_columns(columns):
     assert torch.equal(z.abs(), torch.stack([eye[0], eye[1], eye[5], *torch.zeros(3, 6)], 1))
 
 
-def test_column_lengths_do_not_matter(columns):
-    y = torch.randn(50, 8) * torch.logspace(-12, 12, 8)
-    (z,), rank = columns([y])
+@pytest.mark.parametrize("size", [12, 30])
+def test_column_lengths_do_not_matter(columns, random_basis, size):
+    q = random_basis(50, 6)
+    y = torch.randn(50, 8) * torch.logspace(-size, size, 8)
+    (z,), rank = columns([y], [q])
     assert rank.tolist() == [8]
-    check(z, rank[0], y, torch.zeros(50, 0))
+    check(z, rank[0], y, q)
+
+
+def test_denormal_columns_are_as_good_as_others(random_basis):
+    q, y = random_basis(50, 6), torch.randn(50, 8) * 2.0**-135
+    (z,), rank = orthonormalize([y], [q])
+    (same,), _ = orthonormalize([(y.double() * 2.0**135).float()], [q])
+    assert rank.tolist() == [8]
+    assert torch.equal(z, same)
 
 
 def test_ragged_group_and_edges(columns, random_basis):

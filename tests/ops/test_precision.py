@@ -8,9 +8,9 @@ import torch
 from ops.test_every_op import EVERY_OP, run
 from precision import FASTER, settings
 
-from keeplora.ops import merge_weights, orthonormalize, project_rows, thin_matmul
+from keeplora.ops import merge_weights, orthonormalize, precision, project_rows, thin_matmul
 from keeplora.ops.declare import OPS, declare
-from keeplora.ops.precision import full_precision
+from keeplora.ops.precision import full_precision, is_full_precision
 
 EVERY_WAY = pytest.mark.parametrize("faster", FASTER.values(), ids=FASTER.keys())
 
@@ -138,6 +138,57 @@ def test_the_last_of_several_threads_restores():
         assert settings()["mkldnn"] == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("moment", ["opens", "closes"])
+def test_a_block_that_opens_or_closes_elsewhere_is_no_full_precision(moment, monkeypatch):
+    """What it sets is seen, but goes with it: a caller that relied on it would compute in what was set before."""
+    answers = []
+    real = precision._matmul
+
+    def watched(name):
+        answers.append(is_full_precision())  # as another thread would ask, which takes no lock
+        return real(name)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        if moment == "opens":
+            monkeypatch.setattr(precision, "_matmul", watched)
+        with full_precision(torch.ones(1)):
+            monkeypatch.setattr(precision, "_matmul", watched)
+        assert answers
+        assert not any(answers)
+        assert not is_full_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert is_full_precision()
+
+
+def test_a_block_that_closes_while_the_settings_are_read_is_noticed(monkeypatch):
+    """In another thread, just after what it had set was seen."""
+    real, read = precision._setting, []
+
+    def reading(name, of):
+        value = real(name, of)
+        read.append(name)
+        if len(read) == 2:
+            monkeypatch.undo()
+            block.__exit__(None, None, None)
+        return value
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        block = full_precision(torch.ones(1))
+        block.__enter__()
+        monkeypatch.setattr(precision, "_setting", reading)
+        assert not is_full_precision()
+        monkeypatch.undo()
+        if len(read) < 2:
+            block.__exit__(None, None, None)
+        assert not is_full_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert is_full_precision()
 
 
 def test_this_cpu_shows_the_difference():

@@ -98,6 +98,24 @@ def test_nothing_to_project(project, random_basis):
     assert torch.equal(leak, torch.zeros(3))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_leak_does_not_depend_on_the_size_of_numbers(project, random_basis, size):
+    """Squares of float32 end at 1.8e19: a leak of infinity over infinity, or of nothing over infinity."""
+    g, q = torch.randn(9, 100), random_basis(100, 40) * 1.25  # not orthonormal: the leak is no rounding
+    exact = exact_projection(g * size, q, 1.0, 1)
+    (rows,), leak = project([g * size], [q], [1.0], 1)
+    assert_rounded(leak[0], exact[1], terms=200, what="leak")
+    assert_rounded(rows / size, exact[0] / size, terms=400, what="rows")
+
+
+@pytest.mark.parametrize("where", ["g", "q"])
+def test_the_leak_of_what_is_no_number_is_none(project, random_basis, where):
+    """Never 0, the leak of a promise that was kept."""
+    g, q = torch.randn(9, 100), random_basis(100, 40)
+    (g if where == "g" else q)[1, 1] = float("nan")
+    assert project([g], [q], [1.0], 2)[1].isnan().all()
+
+
 def test_no_problems():
     rows, leak = project_rows([], [])
     assert rows == []

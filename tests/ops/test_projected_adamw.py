@@ -109,6 +109,24 @@ def test_every_parameter_counts_its_own_steps(backend, random_basis):
         assert torch.equal(a[i], alone[0][0])
 
 
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**100])
+def test_the_leak_does_not_depend_on_the_size_of_numbers(backend, random_basis, size):
+    """Squares of float32 end at 1.8e19: a leak of infinity over infinity, or of nothing over infinity."""
+    adamw, device = backend
+    a, q, m, v = make([(4, 33, 8)], random_basis, device)
+    plain, scaled = (adamw([a[0] * by], [torch.zeros_like(a[0])], m, v, q, step=1, lr=0.1) for by in (1.0, size))
+    assert plain[0] > 1e-8
+    assert torch.equal(plain, scaled)
+
+
+def test_the_leak_of_what_is_no_number_is_none(backend, random_basis):
+    adamw, device = backend
+    a, q, m, v = make([(4, 33, 8), (2, 7, 3)], random_basis, device)
+    a[0][1, 1] = float("nan")
+    leak = adamw(a, [torch.randn_like(p) for p in a], m, v, q, step=1, lr=0.1)
+    assert leak.isnan().tolist() == [True, False]
+
+
 def test_one_tensor_counts_for_all(device, random_basis):
     start = make([(4, 33, 8), (2, 7, 3)], random_basis, device)
     grad = [torch.randn_like(p) for p in start[0]]

@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from keeplora.lora import linear_targets, wrap
+from keeplora.math import reorthogonalize
+from keeplora.math.lowrank import directions_within
 from keeplora.ops import random_signs
 from keeplora.statistics import first_batches, mean_gradients, sketch_widths
 
@@ -233,3 +235,38 @@ def test_sums_are_exact_whatever_the_caller_switched_on(keep, faster):
     expected = sums()
     with FASTER[faster]():
         assert torch.equal(sums(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_frame_is_not_rounded_to_the_layers_dtype(dtype):
+    """Directions found in the span of a rounded V would be taken for directions in that of V."""
+    model = nn.Sequential(nn.Linear(96, 64, bias=False)).to(dtype)
+    slots = wrap(model, linear_targets(model))
+    frame = torch.linalg.qr(torch.randn(96, 16, dtype=torch.float64)).Q.float()
+    data, weights = [torch.randn(48, 96).to(dtype) for _ in range(3)], torch.randn(48, 64).to(dtype)
+    (image,) = mean_gradients(model, slots, data, lambda m, x: (m(x) * weights).float().sum() / 8, keep=[frame])
+    delta = weights.double() / 8  # exact in 16 bits, as all of the inputs are
+    exact = sum(delta.T @ x.double() @ frame.double() for x in data) / len(data)
+    assert_rounded(image, exact, terms=48 * 96, what="image")
+
+
+def test_a_sketch_wider_than_a_gradients_rank_gives_its_directions_in_any_order_of_batches():
+    """Of a 16-bit model: the second pass knows the frame as exactly as the first one found it."""
+    model = nn.Sequential(nn.Linear(64, 48, bias=False)).bfloat16()
+    slots = wrap(model, linear_targets(model))
+    left, right = torch.randn(16, 8, 3).bfloat16(), torch.randn(3, 64).bfloat16()
+    data = [(x, torch.randn(8, 48).bfloat16()) for x in (left.float() @ right.float()).bfloat16()]
+
+    def directions(batches):
+        def pass_over(keep):
+            return mean_gradients(model, slots, batches, lambda m, b: (m(b[0]) * b[1]).float().sum(), keep=keep)
+
+        (sketch,) = pass_over([40])
+        (frame,) = reorthogonalize([sketch.T.contiguous()])
+        return directions_within(pass_over([frame]), [frame], 3)[0].a.double()
+
+    exact = sum(y.double().T @ x.double() for x, y in data)
+    v = torch.linalg.svd(exact, full_matrices=False).Vh[:3]
+    for batches in (data, data[::-1]):
+        found = directions(batches) @ v.T
+        assert (found.abs() - torch.eye(3)).abs().max() < 2e-5  # rounded, the frame turned them by 2e-3

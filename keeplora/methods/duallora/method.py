@@ -17,7 +17,7 @@ from keeplora.families.class_tokens import class_tokens_of
 from keeplora.lora import LoraSlot
 from keeplora.math.lowrank import TopDirections, extend_basis, top_directions
 from keeplora.math.moment import Extension, SketchedMoment
-from keeplora.math.rank import fewest_directions
+from keeplora.math.rank import fewest_directions, rounding_level
 from keeplora.math.subspace import project
 from keeplora.methods.lora import LoraConfig, kaiming
 from keeplora.methods.lora_method import LoraMethod
@@ -25,6 +25,7 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.reading import stored, stored_basis
 from keeplora.methods.settings import check_range
+from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.methods.state import State, StateError
 from keeplora.ops.precision import full_precision
 from keeplora.statistics import FeatureStatistic, feature_statistics
@@ -279,11 +280,14 @@ class DualLora(LoraMethod):
             return for_all_layers(self.slots, compute, "residual bases", shown=self.progress)
 
     def _extended(self, bases: Sequence[Tensor], moments: Sequence[Tensor | SketchedMoment]) -> list[Extension]:
+        energy = self.config.feature_energy
+
         def compute(group: list[int]) -> list[Extension]:
-            energy = self.config.feature_energy
             return extend_basis([bases[i] for i in group], [moments[i] for i in group], energy)
 
-        return for_all_layers(self.slots, compute, "bases", shown=self.progress)
+        new = for_all_layers(self.slots, compute, "bases", shown=self.progress)
+        warn_of_shortfall(self.config, [slot.name for slot in self.slots], new, [energy] * len(new))
+        return new
 
     def _adapter(
         self, slot: LoraSlot, a: Tensor, b: Tensor, basis: Tensor, residuals: list[ResidualAdapter]
@@ -309,9 +313,8 @@ def _leading(moment: Tensor, phi: Tensor, top: TopDirections, energy: float) -> 
     """The fewest of the leading directions that hold ``energy`` of what Φ leaves, and their share of all there is."""
     total = float(moment.diagonal().double().sum())
     left = total - float(((moment @ phi) * phi).sum(dtype=torch.float64))
-    floor = torch.finfo(moment.dtype).eps * float(torch.linalg.matrix_norm(moment))
     energies = top.s.double()
-    count = fewest_directions(energies, max(left, 0.0), energy, floor=floor)
+    count = fewest_directions(energies, max(left, 0.0), energy, floor=float(rounding_level(moment)))
     return top.a[:count].T.contiguous(), float(energies[:count].sum()) / total if total else 0.0
 
 

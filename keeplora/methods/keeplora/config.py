@@ -86,7 +86,7 @@ class KeepLoraConfig(AdapterConfig):
         feature_statistic: ``"second_moment"``; ``"sketch"``, a one-pass sketch of it for layers so wide that ``in²``
             numbers are too many; or ``"slot_mean"`` as in the public CLIP code (for parity runs).
         sketch_share: Columns of the features' sketch as a share of the layer's width; more than the share of
-            directions that ``feature_energy`` will protect.
+            directions that ``feature_energy`` will protect: a warning names the layers where it was not.
         directions: Where an adapter's A comes from: ``"gradient"``, the leading directions of the task's gradient in
             free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
             what the gradient is worth.

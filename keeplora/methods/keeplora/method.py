@@ -209,7 +209,7 @@ class KeepLora(LoraMethod):
 
         Warns:
             UserWarning: a trained A had left its free space (the optimizer did not keep it there); it is projected
-                back before anything else.
+                back before anything else. A basis holds less of the features than ``feature_energy`` asks for.
         """
         assert self._protected is not None
         old, bases = self._protected, [p.basis for p in self._protected]

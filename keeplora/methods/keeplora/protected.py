@@ -15,6 +15,7 @@ from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
+from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.ops import gram
 from keeplora.statistics import feature_statistics
 
@@ -68,6 +69,9 @@ def extended_bases(
 
     Returns:
         The bases, and for each slot whether any feature came to it: without one its basis stays as it is.
+
+    Warns:
+        UserWarning: less was captured than that (:func:`keeplora.methods.shortfall.warn_of_shortfall`).
     """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs
@@ -76,7 +80,9 @@ def extended_bases(
     def compute(group: list[int]) -> list[Extension]:
         return extend_basis([bases[i] for i in group], [moment(i) for i in group], [energies[i] for i in group])
 
-    return for_all_layers(slots, compute, "bases", shown=shown), reached
+    new = for_all_layers(slots, compute, "bases", shown=shown)
+    warn_of_shortfall(config, [slot.name for slot in slots], new, energies)
+    return new, reached
 
 
 _Found = tuple[Callable[[int], Tensor | SketchedMoment], list[bool]]
