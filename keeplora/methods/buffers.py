@@ -115,6 +115,18 @@ class Buffers:
                 "from writing to them, or let them move with frozen_buffers=False in the settings."
             )
 
+    def tell_of_moves(self, function: str) -> bool:
+        """Between tasks nothing holds them; whether some have moved, which is said: they are no part of a state."""
+        own, moved = model_buffers(self.model, self.free), self.moved()
+        names = [name for name in moved if name in own]
+        if names:
+            warn(
+                f"{function}: buffers must be those of the last task, got {len(names)} that have moved since: "
+                f"{listed(names)}. They are not in the state, which fits only a model that has the same. Evaluate in "
+                "eval(), or let them move with frozen_buffers=False in the settings."
+            )
+        return bool(names)
+
     def _glance(self) -> dict[str, Tensor]:
         """Up to 64 values of every frozen parameter."""
         seen = {}

@@ -202,7 +202,10 @@ class LoDa(LoraMethod):
 
     def recall(self, state: State) -> tuple[list[Tensor | None], list[int]]:
         general = state.meta.get("general")
-        rows = [general if state.meta["training_task"] else [0] * len(self.slots)]
+        opened = state.meta["training_task"]
+        rows = [general if opened else [0] * len(self.slots)]
+        if not opened and general is not None:
+            raise StateError(f"load_state: general must be null between tasks, got {general!r}")
         if not is_counts(rows, 1, len(self.slots)) or max(rows[0]) > self.config.r:
             raise StateError(f"load_state: general must be {len(self.slots)} numbers up to r, got {general!r}")
         if not state.meta["tasks_learned"]:

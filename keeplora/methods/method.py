@@ -88,6 +88,7 @@ class Method(Saved):
         self._flags = _flags(self.model)
         self._flags_before = self._flags
         self._buffers: Buffers | None = None  # as the open task found them
+        self._buffers_at_close: Buffers | None = None
         self._loss_fn: LossFn | None = None
         self._batch_size: BatchSize | None = None
         self._given_back = False
@@ -205,6 +206,7 @@ class Method(Saved):
         for parameter in trained:
             parameter.grad = None  # or it would stay with what outlives the task
         self.tasks_learned += 1
+        self._buffers_at_close = self._buffers if self.frozen_buffers else None
         self.training_task, self._buffers = False, None
         return report
 
@@ -293,6 +295,8 @@ class Method(Saved):
         """Put frozen buffers back that something has moved all the same, and name them."""
         if self._buffers is not None:
             self._buffers.settle(function)
+        elif self._buffers_at_close is not None and self._buffers_at_close.tell_of_moves(function):
+            self._buffers_at_close = None
 
     def _moved_buffers(self) -> list[str]:
         """Names of the buffers that are not what they were before the open task."""

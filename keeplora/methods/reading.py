@@ -13,11 +13,19 @@ from .state import State, StateError
 __all__ = ["is_counts", "is_names", "is_shares", "stored", "stored_basis", "stored_like"]
 
 
-def stored(state: State, name: str, shape: Sequence[int | None], *, whole: bool = False) -> Tensor:
+def stored(
+    state: State,
+    name: str,
+    shape: Sequence[int | None],
+    *,
+    whole: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The state's tensor ``name``; None in ``shape`` is any size.
 
     Args:
         whole: Whether it holds whole numbers; otherwise float32 or float64.
+        dtype: Which of the two, where that is known.
 
     Raises:
         StateError: it is missing, of another shape or dtype, or not finite.
@@ -31,21 +39,22 @@ def stored(state: State, name: str, shape: Sequence[int | None], *, whole: bool 
     if tensor is None or not fits:
         got = None if tensor is None else list(tensor.shape)
         raise StateError(f"load_state: {name} must have shape {list(shape)}, got {got}")
-    if tensor.dtype not in ((torch.int64, torch.int32) if whole else (torch.float32, torch.float64)):
-        kinds = "int64 or int32" if whole else "float32 or float64"
-        raise StateError(f"load_state: {name} must be {kinds}, got {tensor.dtype}")
+    either = (torch.int64, torch.int32) if whole else (torch.float32, torch.float64)
+    kinds = either if dtype is None else (dtype,)
+    if tensor.dtype not in kinds:
+        raise StateError(f"load_state: {name} must be {' or '.join(map(str, kinds))}, got {tensor.dtype}")
     if not bool(torch.isfinite(tensor).all()):
         raise StateError(f"load_state: {name} must be finite, got NaN or Inf")
     return tensor
 
 
-def stored_basis(state: State, name: str, width: int) -> Tensor:
+def stored_basis(state: State, name: str, width: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """The state's orthonormal columns ``name [width, k]``: what else they were, nothing would be protected by them.
 
     Raises:
         StateError: as :func:`stored`, or they are not orthonormal (by one random combination: it costs one product).
     """
-    basis = stored(state, name, (width, None))
+    basis = stored(state, name, (width, None), dtype=dtype)
     drawn = torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide, mix = basis.double(), drawn.to(basis.device)
     off = float(((wide.T @ (wide @ mix)) - mix).abs().max()) if basis.shape[1] else 0.0

@@ -270,10 +270,11 @@ def made(
 ) -> S:
     """The method with the settings that ``state`` was saved with, fresh around ``model``; errors leave that alone."""
     settings = saved_settings(state, path)
+    config = _config(config_type, settings, path)
     held = any(isinstance(module, LoraHost) for module in model.modules())
     hooks = [(kind, set(kind)) for module in model.modules() for kind in _hooks(module)]
     try:
-        return build(model, config_type(**settings), **options)
+        return build(model, config, **options)
     except UNREADABLE as error:
         if held:  # by another method, which is not the state's fault
             raise
@@ -282,6 +283,23 @@ def made(
                 del kind[key]
         unwrap(model)
         raise StateError(f"load: {os.fspath(path)} must fit the model it is loaded into: {error}") from error
+
+
+def _config(config_type: type, settings: dict[str, Any], path: str | os.PathLike[str]) -> Any:
+    """The settings as they were: every one of them, none of which a default or a conversion stands for."""
+    try:
+        config = config_type(**settings)
+    except UNREADABLE as error:
+        raise StateError(f"load: {os.fspath(path)} must hold settings of {config_type.__name__}: {error}") from error
+    again = plain(config)
+    if again != settings:
+        name = next(n for n in sorted({*again, *settings}) if n not in settings or again.get(n, ...) != settings[n])
+        got = f"{settings[name]!r}" if name in settings else "none"
+        raise StateError(
+            f"load: {os.fspath(path)} must hold every setting of {config_type.__name__} as it was, got {got} [{name}]. "
+            "Save the state again with the version that made it."
+        )
+    return config
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

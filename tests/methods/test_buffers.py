@@ -249,6 +249,21 @@ def test_a_compiled_model_keeps_running_statistics():
     assert equal(buffers(method), before)
 
 
+def test_what_moves_between_tasks_is_said_when_a_state_is_made(tmp_path):
+    method = stateful("BatchNorm")
+    method.before_task(task(0), loss_fn)
+    train(method, task(0))
+    method.after_task(task(0))
+    method.state()
+    method.model.train()
+    loss_fn(method.model, task(1)[0])
+    with pytest.warns(UserWarning, match=r"save: buffers must .* 3 .*running_mean"):
+        method.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.save(tmp_path)  # once is enough
+
+
 def test_a_model_in_another_dtype_has_the_same_buffers():
     model = nn.Sequential(nn.BatchNorm1d(WIDTH), Codebook()).to(torch.bfloat16)
     model[0].running_mean[0] = torch.nan  # equal to itself here

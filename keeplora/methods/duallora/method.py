@@ -176,6 +176,8 @@ class DualLora(LoraMethod):
         shapes = [list(tensors["basis"].shape)[:1], *([len(t.B), len(t.basis)] for t in residuals)]
         if shapes != [[width], *([out, width] for _ in residuals)]:
             raise ValueError(f"bases and residual adapters for [{out}, {width}], got {shapes}")
+        for name in ("basis", *(f"residuals.{k}.basis" for k in range(len(residuals)))):
+            stored_basis(State(dict(tensors), {}), name, width, dtype=tensors["A"].dtype)
         adapter = self._adapter(slot, tensors["A"], tensors["B"], tensors["basis"], residuals)
         adapter.A.requires_grad_(adapter.rank > 0)
         adapter.B.requires_grad_(adapter.rank > 0)

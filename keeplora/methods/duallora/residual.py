@@ -68,6 +68,8 @@ class ResidualAdapter(nn.Module):
         r, b, basis = tensors["R"], tensors["B"], tensors["basis"]
         if not r.dim() == b.dim() == basis.dim() == 2 or (r.shape[1], b.shape[1]) != (basis.shape[1], r.shape[0]):
             raise ValueError(f"R [q, k], B [out, q] and a basis [in, k], got {[list(t.shape) for t in (r, b, basis)]}")
+        if not r.dtype == b.dtype == basis.dtype:
+            raise ValueError(f"R, B and a basis of one dtype, got {[t.dtype for t in (r, b, basis)]}")
         new = bool(tensors["new"])
         return ResidualAdapter(r, b, basis, float(tensors["share"]), new=new).requires_grad_(new)
 
