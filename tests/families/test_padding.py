@@ -209,7 +209,7 @@ def test_another_pad_token_moves_no_statistic(name, samples, tokens):
 
 
 @SHAPES
-@pytest.mark.parametrize("name", ["xlnet", "opt", "git"])
+@pytest.mark.parametrize("name", ["xlnet", "opt", "git", "longformer"])
 @pytest.mark.filterwarnings("error:token_mask")
 def test_another_pad_token_moves_neither_directions_nor_bases(name, samples, tokens):
     """The gradients' pass needs no mask: the loss does not depend on padding."""

@@ -179,7 +179,9 @@ def squares(model, batch):
     return model(batch).square().mean()
 
 
-@pytest.mark.parametrize("settings", [{}, {"feature_statistic": "sketch"}, {"gradient_statistic": "sketch", "r": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"feature_statistic": "sketch", "sketch_share": 1.0}, {"gradient_statistic": "sketch", "r": 1}]
+)
 def test_every_statistic_knows_of_layers_without_inputs(settings):
     class First(nn.Sequential):
         def forward(self, x):

@@ -20,6 +20,7 @@ from keeplora.families._open_clip_attention import attention_host, attention_tar
 from keeplora.families._timm_attention import eva_host
 from keeplora.lora import LoraAdapter, linear_targets, register_host, wrap
 from keeplora.lora.forward import Part, _Merged
+from keeplora.ops.product import _Product
 from keeplora.statistics import mean_gradients
 from keeplora.statistics.gradients import _Tap
 
@@ -187,6 +188,7 @@ def merged_arguments():
 FUNCTIONS = {
     _Tap: lambda: (torch.randn(3, 4), torch.zeros((), requires_grad=True), torch.randn(3, 4), lambda x, dy: None),
     _Merged: merged_arguments,
+    _Product: lambda: (torch.randn(3, 4, requires_grad=True), torch.randn(4, 2)),
 }
 """Every custom autograd Function of the package, and arguments for it."""
 

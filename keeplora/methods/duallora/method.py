@@ -53,7 +53,7 @@ class DualLoraConfig(LoraConfig):
 
     Example:
         >>> DualLoraConfig(r=4).scaling
-        4.0
+        1.0
     """
 
     feature_energy: float = 0.95
