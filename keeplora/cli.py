@@ -185,7 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--budget", default="full", metavar="small|full", help="small: 10 minutes on 2 cores")
     compare.add_argument(
-        "--benchmark", default="embedded", metavar="NAME", help="embedded (default), minilm, or a TOML file like theirs"
+        "--benchmark",
+        default="embedded",
+        metavar="NAME",
+        help="embedded (default), minilm, clip-b16, or a file like theirs",
     )
     compare.set_defaults(command=_compare)
 

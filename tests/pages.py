@@ -36,6 +36,7 @@ PUBLIC = (
     "keeplora.ops",
     "keeplora.statistics",
     "keeplora.tasks",
+    "keeplora.tasks.clip_b16",
     "keeplora.tasks.embedded",
     "keeplora.tasks.minilm",
 )

@@ -154,6 +154,7 @@ def test_info_names_what_is_there(capsys):
         *shipped_configs(),
         "embedded",
         "minilm",
+        "clip-b16",
         "comparisons",
         "torch",
         "CUDA",

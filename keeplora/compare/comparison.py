@@ -63,10 +63,11 @@ def comparison(
     """Settle a comparison: the runs, each method with its settings for this benchmark.
 
     Args:
-        benchmark: ``embedded``, ``minilm``, or a TOML file of one's own like those in ``keeplora/compare/settings``:
-            what :func:`~keeplora.train.config.load_config` takes without ``methods``, plus ``[budget.small]`` and
-            ``[budget.full]`` with what differs between them, ``[groups]`` with lists of names, and ``like = "name"``
-            in a ``[method.…]`` for one that shares its settings, and its method, with another.
+        benchmark: ``embedded``, ``minilm``, ``clip-b16``, or a TOML file of one's own like those in
+            ``keeplora/compare/settings``: what :func:`~keeplora.train.config.load_config` takes without ``methods``,
+            plus ``[budget.small]`` and ``[budget.full]`` with what differs between them, ``[groups]`` with lists of
+            names, and ``like = "name"`` in a ``[method.…]`` for one that shares its settings, and its method, with
+            another.
         budget: ``small`` or ``full``.
         methods: Registered methods, labels of the file's ``[method.…]``, its groups, or ``all`` registered methods.
         seeds: Their number, 0 to seeds − 1; the budget's if None.

@@ -101,8 +101,7 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
             )
     clip = next((module for module in model.modules() if open_clip.owns(module)), None)
     if clip is None:
-        known = next((module for module in model.modules() if transformers.owns(module)), None)
-        return ClassTokens({} if known is None else _encoder_places(known)), []
+        return ClassTokens({tower: p for known in _encoders(model) for tower, p in _encoder_places(known).items()}), []
     text = getattr(clip, "text", clip)
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
     if getattr(text, "cls_emb", None) is not None:  # CoCa appends one, and pools it whatever it is told
@@ -140,6 +139,13 @@ def _has_class_token(clip: nn.Module) -> bool:
     return getattr(visual, "pool_type", None) == "tok"
 
 
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers; an image encoder may stand beside a text encoder."""
+    if transformers.owns(model):
+        return [model]
+    return [known for child in model.children() for known in _encoders(child)]
+
+
 def _encoder_places(model: nn.Module) -> dict[str, Place]:
     towers = {target.tower for target in transformers.find_targets(model)}
     if towers & {"language", "text"}:
@@ -148,5 +154,7 @@ def _encoder_places(model: nn.Module) -> dict[str, Place]:
             f"{type(model).__name__}, which reads a text at another token than its first. Use a method without class "
             "tokens: keeplora++, inflora, gpm."
         )
+    if "vision" not in towers:
+        return {}
     names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
     return {"vision": "first" if "class_embedding" in names or "cls_token" in names else "mean"}

@@ -1,6 +1,6 @@
 """Benchmarks by name: the folders of this package, and a function of one's own.
 
-A folder is a benchmark when its file ``workload.py`` has
+A folder is a benchmark, called as the folder with - for _, when its file ``workload.py`` has
 
 * ``workload(device, *, small=False)``, which returns a :class:`~keeplora.tasks.workload.Workload`; with ``small`` a
   part of it, for a look within minutes;
@@ -34,12 +34,12 @@ def benchmarks() -> tuple[str, ...]:
 
     Examples:
         >>> benchmarks()
-        ('embedded', 'embedded-small', 'minilm', 'minilm-small')
+        ('clip-b16', 'clip-b16-small', 'embedded', 'embedded-small', 'minilm', 'minilm-small')
     """
     names = []
     for place in map(Path, sys.modules[__package__].__path__):
         folders = (entry.name for entry in pkgutil.iter_modules([str(place)]) if entry.ispkg)
-        names += [name for name in folders if (place / name / "workload.py").is_file()]
+        names += [name.replace("_", "-") for name in folders if (place / name / "workload.py").is_file()]
     return tuple(each for name in sorted(names) for each in (name, f"{name}{_SMALL}"))
 
 
@@ -80,7 +80,7 @@ def missing_packages(name: str) -> dict[str, str]:
 
 
 def _module(folder: str) -> Any:
-    return importlib.import_module(f"{__package__}.{folder}.workload")
+    return importlib.import_module(f"{__package__}.{folder.replace('-', '_')}.workload")
 
 
 def _own_function(name: str) -> Any:

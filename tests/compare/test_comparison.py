@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_workload
+import torch
 
 from keeplora import cli
 from keeplora.compare.comparison import BUDGETS, comparison, shipped_comparisons
@@ -123,7 +124,7 @@ def test_mistakes_are_one_sentence_before_any_training(tiny, tmp_path, capsys, c
 
 def test_an_unknown_benchmark_offers_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"one of embedded, minilm or a TOML file, got 'minlm'. Did you mean 'minilm'"
+        ConfigError, match=r"one of clip-b16, embedded, minilm or a TOML file, got 'minlm'. Did you mean 'minilm'"
     ):
         comparison("minlm")
 
@@ -189,7 +190,18 @@ def bert():
     return BertModel(config, add_pooling_layer=False)
 
 
-@pytest.mark.parametrize(("name", "model"), [("embedded", tiny_workload.model), ("minilm", bert)])
+def pair():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from keeplora.tasks.clip_b16 import ImageTextEncoder
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return ImageTextEncoder(CLIPVisionModelWithProjection(config), bert(), torch.zeros(32, 512), torch.zeros(512), 0.0)
+
+
+@pytest.mark.parametrize(("name", "model"), [("embedded", tiny_workload.model), ("minilm", bert), ("clip-b16", pair)])
 def test_every_shipped_setting_is_accepted_by_its_method(name, model):
     assert name in shipped_comparisons()
     file = Path(cli.__file__).parent / "compare" / "settings" / f"{name}.toml"
