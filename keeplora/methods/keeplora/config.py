@@ -90,6 +90,8 @@ class KeepLoraConfig(AdapterConfig):
         directions: Where an adapter's A comes from: ``"gradient"``, the leading directions of the task's gradient in
             free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
             what the gradient is worth.
+        balance: Whether rows of A are shortened where the task's inputs are strong, so that the rate is as hot in every
+            task and layer (:func:`~keeplora.methods.keeplora.directions.balanced`). Not with ``directions="random"``.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
         forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
@@ -124,6 +126,7 @@ class KeepLoraConfig(AdapterConfig):
     feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
     sketch_share: float = 0.25
     directions: Literal["gradient", "random"] = "gradient"
+    balance: bool = False
     init_b: Literal["zero", "gradient"] = "zero"
     forward: Literal["auto", "merged", "factored"] = "auto"
     dropout: float = 0.0
@@ -146,6 +149,7 @@ class KeepLoraConfig(AdapterConfig):
         check_range(self, "dropout", "[0, 1)")
         check_range(self, "data_fraction", "(0, 1]")
         check_flag(self, "train_a")
+        check_flag(self, "balance")
         check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
         check_whole(self, "seed", SEEDS)
         self._check_combinations()
@@ -155,6 +159,11 @@ class KeepLoraConfig(AdapterConfig):
             raise ConfigError(
                 f'{type(self).__name__}: init_b must be "zero" with directions="random", got "gradient": '
                 "without a gradient pass there is none to start B from"
+            )
+        if self.directions == "random" and self.balance:
+            raise ConfigError(
+                f'{type(self).__name__}: balance must be False with directions="random", got True: '
+                "without a pass over the data nothing is known of its inputs"
             )
         if self.feature_source == "gradients" and self.feature_statistic != "second_moment":
             raise ConfigError(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from keeplora.distributed import processes
-from keeplora.lora import LoraSlot
+from keeplora.families import token_mask
+from keeplora.lora import LoraSlot, TokenMask
 from keeplora.math.lowrank import TopDirections, directions_within, top_directions
 from keeplora.math.orthonormal import reorthogonalize
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.ops.precision import full_precision
-from keeplora.statistics import BatchSize, first_batches, mean_gradients, sketch_widths
+from keeplora.statistics import BatchSize, InputSample, first_batches, mean_gradients, observing, sketch_widths
 
 from .config import KeepLoraConfig
 
-__all__ = ["RandomDirections", "TaskGradients", "direction_finder"]
+__all__ = ["RandomDirections", "TaskGradients", "balanced", "direction_finder"]
 
 
 def direction_finder(
@@ -31,11 +34,12 @@ def direction_finder(
     task: int,
     shown: bool | None = None,
     batch_size: BatchSize | None = None,
+    own_mask: TokenMask | None = None,
 ) -> TaskGradients | RandomDirections:
     """What ``config.directions`` asks for; the passes over the data, if any, are made here."""
     if config.directions == "random":
         return RandomDirections(slots, config, task)
-    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown, batch_size=batch_size)
+    return TaskGradients(model, slots, loader, loss_fn, config, shown=shown, batch_size=batch_size, own_mask=own_mask)
 
 
 class RandomDirections:
@@ -66,8 +70,33 @@ class RandomDirections:
         return drawn_directions
 
 
+def balanced(a: Tensor, energy: Tensor) -> Tensor:
+    r"""Rows of A that are no longer than what evens out the energy of the inputs along them.
+
+    .. math:: a_i \leftarrow a_i \min(1, e_i^{-1/2})
+
+    Under Adam every column of B moves alike, whatever the size of ``x Aᵀ``, so an update is as strong as the inputs are
+    along A: on pretrained encoders up to fifty times as strong in a first task as in the mean direction. ``A Q = 0``
+    stays, and so does the certificate.
+
+    Args:
+        a: A ``[r, in]``. energy: e ``[r]``, relative to the mean direction.
+
+    Source: ours.
+
+    Example:
+        >>> balanced(torch.eye(2), torch.tensor([4.0, 0.25]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]])
+    """
+    return a * energy.clamp_min(1).rsqrt().to(a)[:, None]
+
+
 class TaskGradients:
     """What one pass over a task's data tells of the gradients of the adapted weights, and :meth:`directions` of it.
+
+    With ``config.balance`` rows of A are shortened where the task's inputs are strong (:func:`balanced`), as a sample
+    of inputs tells that is taken in the same pass.
 
     ``reached`` says of every slot whether a token has come to it; ``free_shares``, after :meth:`directions`, which
     share of the gradient's energy lies outside of its basis, None where it has none.
@@ -88,6 +117,7 @@ class TaskGradients:
         shown: bool | None,
         ranks: Sequence[int] | None = None,
         batch_size: BatchSize | None = None,
+        own_mask: TokenMask | None = None,
     ):
         self.model, self.slots, self.loss_fn = model, slots, loss_fn
         self.config, self.shown, self.batch_size = config, shown, batch_size
@@ -97,9 +127,14 @@ class TaskGradients:
             slots, max(self.ranks), kind=config.gradient_statistic, memory_budget=config.memory_budget
         )
         reached: set[str] = set()
+        self.sample: InputSample | None = None
         # Free memory may differ between processes: where one has to sketch, all do.
         self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
-        self.matrices = self._pass(self.widths, "gradients", reached)
+        with ExitStack() as stack:
+            if config.balance:
+                self.sample = InputSample(slots, stack.enter_context(token_mask(model, own_mask)))
+                stack.enter_context(observing(self.sample.hosts, self.sample))
+            self.matrices = self._pass(self.widths, "gradients", reached)
         self.free_shares: list[float | None] = []
         self.reached = [slot.name in reached for slot in slots]
 
@@ -130,7 +165,11 @@ class TaskGradients:
                     (tops_of[i],) = directions_within([image], [frame], ranks[i])
             return [tops_of[i] for i in group]
 
-        return for_all_layers(self.slots, compute, "adapters", shown=self.shown)
+        found = for_all_layers(self.slots, compute, "adapters", shown=self.shown)
+        if self.sample is None:
+            return found
+        energies = self.sample.energies([top.a for top in found], processes())
+        return [replace(top, a=balanced(top.a, e)) for top, e in zip(found, energies, strict=True)]
 
     @property
     def silent(self) -> list[str]:

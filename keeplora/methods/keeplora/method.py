@@ -145,8 +145,9 @@ class KeepLora(LoraMethod):
             UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
         """
         gradients = direction_finder(
-            self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress, self._batch_size
-        )
+            self.model, self.slots, loader, loss_fn, self.config, self.tasks_learned, self.progress, self._batch_size,
+            self.token_mask,
+        )  # fmt: skip
         protected = self._protected_or_weights()
         bases = [p.basis for p in protected]
         directions = gradients.directions(bases)

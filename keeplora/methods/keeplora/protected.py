@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,5 +105,5 @@ def _of_gradients(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], loss_fn: LossFn, config: KeepLoraConfig,
     _: TokenMask | None, shown: bool | None,
 ) -> _Found:  # fmt: skip
-    gradients = TaskGradients(model, slots, loader, loss_fn, config, shown=shown)
+    gradients = TaskGradients(model, slots, loader, loss_fn, replace(config, balance=False), shown=shown)
     return lambda i: gram(gradients.matrices[i])[0], gradients.reached

@@ -1,0 +1,72 @@
+"""A few rows of the layers' inputs, kept while a pass runs for something else: energy along directions yet to come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from keeplora.lora import LoraHost, LoraSlot, TokenMask
+from keeplora.ops.precision import full_precision
+
+from .passes import ALONE, Peers
+
+__all__ = ["InputSample"]
+
+ROWS, OF_A_CALL = 256, 64
+"""Rows kept of every input, and at most of one call: the first batches count, not the first alone."""
+
+
+class InputSample:
+    """An observer of hosts (:func:`keeplora.statistics.passes.observing`) that keeps ``ROWS`` rows of every input.
+
+    Rows are evenly spaced among the tokens that count; layers that are given one tensor keep them once.
+    """
+
+    def __init__(self, slots: Sequence[LoraSlot], token_mask: TokenMask | None):
+        self.slots, self.token_mask = slots, token_mask
+        self.by_place = {(slot.host, slot.slot): slot for slot in slots}
+        self.hosts = list(dict.fromkeys(slot.host for slot in slots))
+        self.kept: dict[LoraSlot, list[Tensor]] = {slot: [] for slot in slots}
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            slot = self.by_place.get((host, name))
+            if slot is None or sum(map(len, self.kept[slot])) >= ROWS:
+                continue
+            if self.last is None or self.last[0] is not x:
+                mask = None if self.token_mask is None else self.token_mask(slot, x)
+                rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+                self.last = x, rows[:: max(1, -(-len(rows) // OF_A_CALL))].clone()
+            self.kept[slot].append(self.last[1])
+
+    @torch.no_grad()
+    def energies(self, a: Sequence[Tensor], peers: Peers = ALONE) -> list[Tensor]:
+        r"""The energy of every slot's inputs along the rows of its A, relative to that along a direction on average.
+
+        .. math:: e_i = \frac{a_i C a_i^\top}{\lVert a_i \rVert^2 \, \mathrm{tr}\,C / d}
+
+        Args:
+            a: A ``[r, in]`` for each slot. peers: The processes that have sampled, too.
+
+        Returns:
+            ``[r]`` in float64 for each slot; ones where no row was kept.
+        """
+        sums = []
+        for slot, rows in zip(self.slots, a, strict=True):
+            total = torch.zeros(len(rows) + 1, dtype=torch.float64, device=rows.device)
+            for x in self.kept[slot]:
+                wide = x.to(rows.device, rows.dtype)
+                with full_precision(rows.device):
+                    along = torch.linalg.vector_norm(wide @ rows.T, dim=0, dtype=torch.float64) ** 2
+                total[:-1] += along / torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).clamp_min(1e-300) ** 2
+                total[-1] += torch.linalg.vector_norm(wide, dtype=torch.float64) ** 2 / wide.shape[1]
+            sums.append(total)
+        for i in sorted(range(len(sums)), key=lambda i: self.slots[i].name):
+            peers.add(sums[i])
+        self.last = None
+        return [torch.where(s[-1] > 0, s[:-1] / s[-1].clamp_min(1e-300), torch.ones_like(s[:-1])) for s in sums]
