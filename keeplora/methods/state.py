@@ -78,7 +78,8 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
         before = _named(folder)
         with staged(folder / "tensors.safetensors") as temporary:
             save_file(tensors, temporary)
-            digest = _sha256(temporary.read_bytes())
+            with temporary.open("rb") as written:
+                digest = hashlib.file_digest(written, "sha256").hexdigest()
             name = f"tensors-{digest[:16]}.safetensors"
             flush(temporary)
             os.replace(temporary, folder / name)

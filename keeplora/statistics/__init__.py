@@ -2,20 +2,17 @@
 
 from .features import FeatureKind, FeatureStatistic, feature_statistics
 from .gradients import mean_gradients, sketch_widths
-from .input_sample import InputSample
-from .passes import ALONE, BatchSize, Peers, batch_size_of, first_batches, observing
+from .passes import ALONE, BatchSize, Peers, batch_size_of, first_batches
 
 __all__ = [
     "ALONE",
     "BatchSize",
     "FeatureKind",
     "FeatureStatistic",
-    "InputSample",
     "Peers",
     "batch_size_of",
     "feature_statistics",
     "first_batches",
     "mean_gradients",
-    "observing",
     "sketch_widths",
 ]

@@ -111,7 +111,7 @@ def test_other_data_in_the_same_folder_is_refused(tmp_path):
         ({"method": {"lora": {"rank": 3}}}, "settings of lora must suit lora: .* 'rank'"),
         ({"method": {"lora": {"r": 0}}}, "settings of lora must suit lora: LoraConfig: r must be"),
         ({"method": {"keeplora": {"r": 33}}}, "r must be at most the layer's width"),
-        ({"benchmark": "embeded"}, "benchmark must be one of embedded.* Did you mean 'embedded'"),
+        ({"benchmark": "embeded"}, r"benchmark must .* got 'embeded'\. Did you mean 'embedded'"),
         ({"benchmark": "tiny_workload:nothing"}, "must name a function of tiny_workload, got 'nothing'"),
         ({"benchmark": "no_such_module:workload"}, "'no_such_module:workload' must be importable"),
         ({"benchmark": "builtins:str"}, "must return a Workload, got str"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from keeplora._files import BusyError, WriteError
 from keeplora.lora import peft_checkpoint
@@ -23,6 +26,10 @@ _THROUGH = 99
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir"}
 _CHANGES = {"os.rename", "os.mkdir", "fsync", "save_file", "half a file"}
+
+# Forks share tqdm's own lock: one that is killed while a bar is drawn would hold it for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def start(function: Callable[[], Any]) -> int:

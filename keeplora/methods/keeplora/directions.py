@@ -18,7 +18,9 @@ from keeplora.math.orthonormal import reorthogonalize
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.ops.precision import full_precision
-from keeplora.statistics import BatchSize, InputSample, first_batches, mean_gradients, observing, sketch_widths
+from keeplora.statistics import BatchSize, first_batches, mean_gradients, sketch_widths
+from keeplora.statistics.input_sample import InputSample
+from keeplora.statistics.passes import observing
 
 from .config import KeepLoraConfig
 

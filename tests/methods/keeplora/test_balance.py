@@ -11,7 +11,8 @@ import keeplora
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.lora import linear_targets, wrap
 from keeplora.methods.settings import ConfigError
-from keeplora.statistics import InputSample, observing
+from keeplora.statistics.input_sample import InputSample
+from keeplora.statistics.passes import observing
 
 WIDTH = 12
 SETTINGS = {"r": 3, "target_modules": "all-linear", "weight_energy": 0.2, "feature_energy": 0.5, "depth_scale": 1.0}
