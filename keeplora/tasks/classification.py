@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -77,6 +77,15 @@ class Task:
         if name not in get_args(SplitName):
             raise ValueError(f"Task.split: name must be 'train', 'validation' or 'test', got {name!r}.")
         return cast(Split, getattr(self, name))
+
+    def thinned(self, most: int) -> Task:
+        """The task with evenly spaced images of its validation and test splits, at most ``most`` of each."""
+
+        def fewer(split: Split) -> Split:
+            every = -(-len(split) // most)
+            return Split(split.images[::every], split.labels[::every])
+
+        return replace(self, validation=fewer(self.validation), test=fewer(self.test))
 
 
 class Batch(NamedTuple):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from keeplora.tasks.classification import ClassificationWorkload, Split, Task
+from keeplora.tasks.classification import ClassificationWorkload
 
 from . import load_model, load_tasks
 
@@ -20,13 +18,5 @@ def workload(device: str, *, small: bool = False) -> ClassificationWorkload:
     """
     tasks, witness = load_tasks()
     if small:
-        tasks, witness = [_small(task) for task in tasks[:_SMALL_TASKS]], _small(witness)
+        tasks, witness = [task.thinned(_SMALL_IMAGES) for task in tasks[:_SMALL_TASKS]], witness.thinned(_SMALL_IMAGES)
     return ClassificationWorkload(tasks, witness, load_model, device=device)
-
-
-def _small(task: Task) -> Task:
-    def thinned(split: Split) -> Split:
-        every = -(-len(split) // _SMALL_IMAGES)
-        return Split(split.images[::every], split.labels[::every])
-
-    return replace(task, validation=thinned(task.validation), test=thinned(task.test))
