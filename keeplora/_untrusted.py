@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NoReturn
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NoReturn
 
-__all__ = ["MOST_JSON", "check_tensor_file", "parse_json", "read_bytes"]
+__all__ = ["MOST_JSON", "check_tensor_file", "fault", "parse_json", "parse_toml", "read_bytes"]
 
 MOST_JSON = 2**26
 """Bytes of a JSON file: a thousand layers over a thousand tasks take a tenth of it."""
@@ -22,22 +23,15 @@ def read_bytes(path: str | os.PathLike[str], *, size: int | None = None, most: i
         size: How many there must be. most: How many there may be.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is something else than a file, or of another size; the message goes after "must be".
+        OSError: there is none, or we may not.
+        ValueError: it is something else than a file, or of another size.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a device may do something
-        raise ValueError(f"a regular file, got {_kind(os.stat(path).st_mode)}")
-    descriptor = os.open(path, flags)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"a regular file, got {_kind(status.st_mode)}")
-        if size is not None and status.st_size != size:
-            raise ValueError(f"of {size} bytes, got {status.st_size}")
-        if most is not None and status.st_size > most:
-            raise ValueError(f"of at most {most} bytes, got {status.st_size}")
-        return file.read(status.st_size)
+    with _opened(path) as (file, held):
+        if size is not None and held != size:
+            raise ValueError(f"of {size} bytes, got {held}")
+        if most is not None and held > most:
+            raise ValueError(f"of at most {most} bytes, got {held}")
+        return file.read(held)
 
 
 def check_tensor_file(path: str | os.PathLike[str]) -> int:
@@ -46,39 +40,76 @@ def check_tensor_file(path: str | os.PathLike[str]) -> int:
     Looks at the table of tensors alone: a file of 40 GB that holds nothing is refused before it is read.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: as :func:`read_bytes`; or it is none, or longer or shorter than its tensors.
+        OSError: as :func:`read_bytes`.
+        ValueError: too; or it is none, or longer or shorter than its tensors.
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"a regular file, got {_kind(status.st_mode)}")
-    with Path(path).open("rb") as file:
+    with _opened(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
-        if length > min(status.st_size - 8, MOST_JSON):
-            raise ValueError(f"a safetensors file, got a table of {length} bytes in {status.st_size}")
+        if length > min(size - 8, MOST_JSON):
+            raise ValueError(f"a safetensors file, got a table of {length} bytes in {size}")
         table = parse_json(file.read(length))
     try:
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
         whole = 8 + length + max([0, *ends])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"a safetensors file, got a table that cannot be read: {error}") from None
-    if whole != status.st_size:
-        raise ValueError(f"of the {whole} bytes its tensors take, got {status.st_size}")
-    return status.st_size
+    if whole != size:
+        raise ValueError(f"of the {whole} bytes its tensors take, got {size}")
+    return size
 
 
-def parse_json(raw: bytes) -> Any:
-    """The value of strict JSON: no key twice, no NaN, no number that takes minutes, however deep or long it is.
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, and its size."""
+    _check_regular(os.stat(path))  # to open a device may do something
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        _check_regular(status)
+        yield file, status.st_size
+
+
+def fault(error: Exception) -> str:
+    """What a file must do that the functions here refuse with this error: goes after "must".
+
+    >>> fault(FileNotFoundError(2, "No such file")), fault(PermissionError(13, "Permission denied"))
+    ('exist', 'be a file that can be read, got: Permission denied')
+    """
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "exist"
+    return f"be a file that can be read, got: {error.strerror}" if isinstance(error, OSError) else f"be {error}"
+
+
+def parse_json(raw: bytes, *, finite: bool = True) -> Any:
+    """The value of strict JSON: no key twice, no number that takes minutes, however deep or long it is.
+
+    Args:
+        finite: Whether NaN and infinity are refused, which JSON does not have, and others write all the same.
 
     Raises:
-        ValueError: it is none; the message goes after "must be".
+        ValueError: it is none.
     """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number if finite else None)
     except RecursionError:
         raise ValueError("JSON, got lists or objects too deep to be read") from None
     except ValueError as error:  # of JSON, of UTF-8, of a number of thousands of digits
         raise ValueError(f"JSON, got: {str(error)[:200]}") from None
+
+
+def parse_toml(raw: bytes) -> dict[str, Any]:
+    """The values of TOML.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("TOML, got lists or tables too deep to be read") from None
+    except ValueError as error:
+        raise ValueError(f"TOML, got: {str(error)[:200]}") from None
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,6 +125,8 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name}, which is no number")
 
 
-def _kind(mode: int) -> str:
-    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
-    return next((name for name, test in kinds.items() if test(mode)), "something else")
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
+        kind = next((name for name, test in kinds.items() if test(status.st_mode)), "something else")
+        raise ValueError(f"a regular file, got {kind}")

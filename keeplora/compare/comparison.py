@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from keeplora._messages import suggest
+from keeplora._untrusted import parse_toml
 from keeplora.compare.runs import check_settings, refusal
 from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.catalog import load_workload
 from keeplora.tasks.workload import Workload
-from keeplora.train.config import RunConfig, override, parse_config
+from keeplora.train.config import RunConfig, override, parse_config, read_toml
 from keeplora.train.plugins import join_plugins, load_plugins
 
 BUDGETS = ("small", "full")
@@ -111,20 +111,15 @@ _NO_CONFIG = METHODS["zero-shot"].config
 
 def _read(benchmark: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     shipped = shipped_comparisons()
-    file = Path(benchmark)
     if str(benchmark) in shipped:
-        text = (resources.files(__package__) / "settings" / f"{benchmark}.toml").read_text(encoding="utf-8")
-    elif file.is_file():
-        text = file.read_text(encoding="utf-8")
-    else:
-        raise ConfigError(
-            f"comparison: benchmark must be one of {', '.join(shipped)} or a TOML file, got {str(benchmark)!r}"
-            f"{suggest(str(benchmark), shipped)}"
-        )
-    try:
-        return tomllib.loads(text), str(benchmark)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"comparison: {benchmark} must be TOML: {error}") from error
+        file = resources.files(__package__) / "settings" / f"{benchmark}.toml"
+        return parse_toml(file.read_bytes()), str(benchmark)
+    if os.path.lexists(benchmark):
+        return read_toml("comparison", benchmark), str(benchmark)
+    raise ConfigError(
+        f"comparison: benchmark must be one of {', '.join(shipped)} or a TOML file, got {str(benchmark)!r}"
+        f"{suggest(str(benchmark), shipped)}"
+    )
 
 
 def _resolved(sections: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from keeplora._messages import warn
+from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.lora import LoraSlot
 from keeplora.methods.method import Method
-from keeplora.methods.state import read_state, write_state
+from keeplora.methods.state import StateError, read_state, write_state
 
 from ._task_hooks import TaskHooks, refuse_untrainable
 
@@ -100,11 +102,10 @@ class KeepLoraCallback(TrainerCallback):
         around the pretrained model it was first made for.
 
         Raises:
-            StateError: no state in the checkpoint, a damaged one, or one of another model.
+            StateError: no state in the checkpoint, a damaged one, or one of another model; or not Trainer's own state.
         """
-        folder = Path(checkpoint)
-        state = read_state(folder / FOLDER)
-        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        state = read_state(Path(checkpoint) / FOLDER)
+        step = _step_of(Path(checkpoint) / TRAINER_STATE_NAME)
         self.method.load_state(state)
         self._resumed = step
 
@@ -175,6 +176,18 @@ class KeepLoraCallback(TrainerCallback):
         self._hooks.close()
         told = model.register_state_dict_pre_hook(_SavedTooSoon(self.method))  # type: ignore[no-untyped-call]
         self._hooks.add(told)  # until training goes on
+
+
+def _step_of(file: Path) -> int:
+    """The step at which Trainer wrote this file. Its losses may be NaN."""
+    try:
+        state = parse_json(read_bytes(file, most=MOST_JSON), finite=False)
+    except (OSError, ValueError) as error:
+        raise StateError(f"resume: {file} must {fault(error)}") from error
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise StateError(f"resume: {file} must say at which step Trainer wrote it, got global_step={step!r}")
+    return step
 
 
 class _SavedTooSoon:

@@ -8,7 +8,7 @@ import lightning
 from torch import Tensor
 
 from keeplora.methods.method import LossFn, Method
-from keeplora.methods.state import State
+from keeplora.methods.state import State, StateError
 
 from ._task_hooks import TaskHooks, refuse_untrainable
 
@@ -96,4 +96,10 @@ class OneTask(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning fills the model, which is when the adapters have to be there."""
-        self.method.load_state(State(**checkpoint["keeplora"]))
+        saved = checkpoint.get("keeplora")
+        if not isinstance(saved, dict) or set(saved) != {"tensors", "meta"}:
+            raise StateError(
+                "on_load_checkpoint: the checkpoint must hold the method's state, got one without it. Give one that "
+                "was saved while a OneTask was trained."
+            )
+        self.method.load_state(State(**saved))

@@ -6,7 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from keeplora._files import flush, one_writer, staged
-from keeplora._untrusted import MOST_JSON, check_tensor_file, parse_json, read_bytes
+from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
 from keeplora.lora import LoraHost, LoraSlot
 
 __all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
@@ -207,24 +208,18 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
     """The layers of a stock checkpoint in a local folder.
 
     Raises:
-        FileNotFoundError: no ``adapter_config.json`` or no ``adapter_model.safetensors``.
-        ValueError: it is more than plain LoRA on unchanged base weights, or is incomplete.
+        ValueError: ``adapter_config.json`` or ``adapter_model.safetensors`` is not there or cannot be read; it is more
+            than plain LoRA on unchanged base weights, or is incomplete.
     """
     from peft import PeftConfig
     from peft.utils.other import get_pattern_key
 
     folder = Path(path)
-    for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
-        if not (folder / name).exists():
-            raise FileNotFoundError(
-                f"import_peft: {folder / name} must exist. Pass a local folder; adapters in another format than "
-                "safetensors are not read: load them with PEFT and save them again."
-            )
     config_file, tensor_file = folder / ADAPTER_CONFIG, folder / ADAPTER_TENSORS
-    try:
+    with _readable(config_file):
         settings = parse_json(read_bytes(config_file, most=MOST_JSON))
-    except ValueError as error:
-        raise ValueError(f"import_peft: {config_file} must be {error}. Save the adapter again with PEFT.") from None
+    with _readable(tensor_file):
+        size = check_tensor_file(tensor_file)
     _check_settings(settings)
     config: Any = PeftConfig.from_pretrained(os.fspath(folder))
     check_plain_lora("import_peft", config)
@@ -233,10 +228,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
             f"import_peft: the checkpoint must hold an adapter alone, got modules_to_save="
             f"{sorted(config.modules_to_save)}. Load those into the model yourself and save the adapter without them."
         )
-    try:
-        tensors = load(read_bytes(tensor_file, size=check_tensor_file(tensor_file)))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"import_peft: {tensor_file} must be {error}. Save the adapter again with PEFT.") from None
+    with _readable(tensor_file):
+        tensors = load(read_bytes(tensor_file, size=size))
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
@@ -260,6 +253,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
             raise ValueError(f"import_peft: A must have the configuration's {rank} rows, got {a.shape[0]} [{name}]")
         layers[name] = Update(a, b, alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0]))
     return layers
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        remedy = "Save the adapter again with PEFT."
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            remedy = (
+                "Pass a local folder; adapters in another format than safetensors are not read: load them with PEFT "
+                "and save them again."
+            )
+        raise ValueError(f"import_peft: {file} must {fault(error)}. {remedy}") from error
 
 
 def _check_settings(settings: Any) -> None:

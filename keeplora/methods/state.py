@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keeplora._files import flush, is_abandoned, one_writer, staged, write_json
-from keeplora._untrusted import MOST_JSON, check_tensor_file, parse_json, read_bytes
+from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
 
 FORMAT = "keeplora-state"
 SCHEMA = 3
@@ -94,8 +94,6 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
 
 def _named(folder: Path) -> str | None:
     """The tensor file of the state that is saved in ``folder``, if one is."""
-    if not has_state(folder):  # a pipe would be waited for
-        return None
     try:
         return str(parse_json(read_bytes(folder / STATE_FILE, most=MOST_JSON))["tensors"]["file"])
     except (OSError, LookupError, TypeError, ValueError):
@@ -103,8 +101,8 @@ def _named(folder: Path) -> str | None:
 
 
 def has_state(path: str | os.PathLike[str]) -> bool:
-    """Whether the folder ``path`` holds a saved state."""
-    return (Path(path) / STATE_FILE).is_file()
+    """Whether the folder ``path`` holds a saved state, or what stands in the place of one and is to be refused."""
+    return os.path.lexists(Path(path) / STATE_FILE)
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
@@ -120,14 +118,12 @@ def read_state(path: str | os.PathLike[str]) -> State:
         file = folder / header["tensors"]["file"]
         try:
             raw = read_bytes(file, size=check_tensor_file(file))
-        except ValueError as error:
-            raise StateError(f"read_state: {file} must be {error}") from None
-        except FileNotFoundError:
-            if _read_header(folder) != header or file.exists():  # a writer replaced the state between our two reads
-                continue
-            raise StateError(f"read_state: {file} must exist, it is named by {STATE_FILE}") from None
-        except OSError as error:
-            raise StateError(f"read_state: {file} must be a file that can be read, got: {error}") from error
+        except (OSError, ValueError) as error:
+            gone = isinstance(error, FileNotFoundError)
+            if gone and (_read_header(folder) != header or file.exists()):
+                continue  # a writer replaced the state between our two reads
+            said = f"{fault(error)}, it is named by {STATE_FILE}" if gone else fault(error)
+            raise StateError(f"read_state: {file} must {said}") from error
         break
     digest = _sha256(raw)
     if digest != header["tensors"]["sha256"]:
@@ -143,12 +139,10 @@ def _read_header(folder: Path) -> dict[str, Any]:
     file = folder / STATE_FILE
     try:
         header = parse_json(read_bytes(file, most=MOST_JSON))
-    except (FileNotFoundError, NotADirectoryError):
-        raise StateError(f"read_state: {file} must exist. Give the folder of a saved state.") from None
-    except ValueError as error:
-        raise StateError(f"read_state: {file} must be {error}") from None
-    except OSError as error:
-        raise StateError(f"read_state: {file} must be a file that can be read, got: {error}") from error
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        remedy = ". Give the folder of a saved state." if missing else ""
+        raise StateError(f"read_state: {file} must {fault(error)}{remedy}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise StateError(f'read_state: {file} must have "format": "{FORMAT}". It is not a keeplora state')
     schema = header.get("schema")

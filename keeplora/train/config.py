@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from keeplora._messages import suggest
+from keeplora._untrusted import MOST_JSON, fault, parse_toml, read_bytes
 from keeplora.methods.settings import (
     SEEDS,
     ConfigError,
@@ -151,24 +150,27 @@ def fingerprint(value: Mapping[str, Any]) -> str:
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a TOML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
 
-    Raises :class:`ConfigError` when the file is missing, is not TOML, or has unknown or wrong settings.
+    Raises :class:`ConfigError` when the file is missing, cannot be read, is not TOML, or has unknown or wrong settings.
     """
-    file = Path(path)
     shipped = shipped_configs()
-    if file.is_file():
-        text = file.read_text(encoding="utf-8")
-    elif str(path) in shipped:
-        text = (resources.files(__package__) / "configs" / f"{path}.toml").read_text(encoding="utf-8")
+    if str(path) in shipped and not os.path.isfile(path):
+        values = parse_toml((resources.files(__package__) / "configs" / f"{path}.toml").read_bytes())
+    elif os.path.lexists(path):
+        values = read_toml("load_config", path)
     else:
         raise ConfigError(
             f"load_config: path must be a TOML file or one of {', '.join(shipped)}, got {str(path)!r}"
             f"{suggest(str(path), shipped)}"
         )
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"load_config: {path} must be TOML: {error}") from error
     return parse_config(values, where=str(path))
+
+
+def read_toml(function: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a settings file, whoever wrote it; :class:`ConfigError` where it cannot be read or is not TOML."""
+    try:
+        return parse_toml(read_bytes(path, most=MOST_JSON))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{function}: {os.fspath(path)} must {fault(error)}") from error
 
 
 def shipped_configs() -> list[str]:

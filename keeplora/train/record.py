@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from keeplora._files import write_json
+from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora._version import __version__
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import State, StateError, has_state, read_state, write_state
@@ -23,6 +23,7 @@ SCHEMA = 1
 """Of a result, and of a run between two tasks."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.json"
+_AGAIN = "It is damaged: delete it to run again."
 
 
 @dataclass
@@ -61,6 +62,8 @@ class RunRecord:
 
     def problem(self) -> str:
         """What must be otherwise, where the figures of a finished task are missing or are no numbers; else empty."""
+        if nameless := [name for name in self.tasks if not isinstance(name, str)]:
+            return f"tasks must be names, got {nameless[0]!r}"
         tasks = self.finished_tasks
         per_task: dict[str, Sized] = {
             "accuracy": self.accuracy, "loss": self.loss, "train_seconds": self.train_seconds,
@@ -116,7 +119,10 @@ def load_progress(folder: Path, identity: Mapping[str, Any]) -> tuple[RunRecord,
         return None
     saved = read_state(folder / "state")
     record = _read("load_progress", saved.meta, identity, folder / "state")
-    return record, State(tensors=saved.tensors, meta=saved.meta["method"])
+    method = saved.meta.get("method")
+    if not isinstance(method, dict):
+        raise StateError(f"load_progress: {folder / 'state'} must hold a method's state, got {method!r}. {_AGAIN}")
+    return record, State(tensors=saved.tensors, meta=method)
 
 
 def save_result(folder: Path, record: RunRecord, identity: Mapping[str, Any], *, keep_state: bool) -> None:
@@ -131,16 +137,12 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
 
     Raises:
         ConfigError: it was made with other settings.
-        StateError: it is damaged, or of another schema.
+        StateError: it cannot be read, is damaged, or of another schema.
     """
     file = folder / RESULT_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StateError(f"load_result: {file} must be JSON: {error}. Delete it to run again.") from error
-    record = _read("load_result", saved, identity, file)
+    record = _read("load_result", _parsed("load_result", file, "Delete it to run again."), identity, file)
     if not record.done:
         raise StateError(
             f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. "
@@ -159,18 +161,20 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
     """
     file = Path(config.out) / CONFIG_FILE
     known: list[Any] = []
-    if file.is_file():
+    if os.path.lexists(file):
+        previous = _parsed("claim_folder", file, "Use another folder.")
         try:
-            previous = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise StateError(f"claim_folder: {file} must be JSON: {error}. Use another folder") from error
-        changed = config.changed(previous) + (["the benchmark's data"] if previous.get("data") != data else [])
+            changed = config.changed(previous) + (["the benchmark's data"] if previous.get("data") != data else [])
+            known = list(previous.get("versions", ()))
+        except (AttributeError, TypeError) as error:
+            raise StateError(
+                f"claim_folder: {file} must hold settings of a run, got others ({error}). Use another folder."
+            ) from error
         if changed:
             raise ConfigError(
                 f"claim_folder: {config.out} holds runs made with other settings ({', '.join(changed)} changed). "
                 "Give another --out, or delete the folder to start again"
             )
-        known = list(previous.get("versions", ()))
         if versions() not in known and not accept_versions:
             raise ConfigError(
                 f"claim_folder: {config.out} must be gone on with by the versions it was begun with, "
@@ -180,6 +184,13 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
     if versions() not in known:
         known.append(versions())
     write_json(file, {**config.as_dict(), "data": data, "versions": known})
+
+
+def _parsed(function: str, file: Path, remedy: str) -> Any:
+    try:
+        return parse_json(read_bytes(file, most=MOST_JSON))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{function}: {file} must {fault(error)}. {remedy}") from error
 
 
 def _spelled(names: Any) -> str:
@@ -200,8 +211,7 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
         got = sorted(record) if isinstance(record, Mapping) else record
         raise StateError(
-            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. "
-            "It is damaged: delete it to run again."
+            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. {_AGAIN}"
         )
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
@@ -215,5 +225,5 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     except TypeError as error:  # a number where a list should be
         problem = f"its record must be one of a run ({error})"
     if problem:
-        raise StateError(f"{function}: {where}: {problem}. It is damaged: delete it to run again")
+        raise StateError(f"{function}: {where}: {problem}. {_AGAIN}")
     return made

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from keeplora.integrations import accelerate as keeplora_accelerate
 from keeplora.integrations import lightning as keeplora_lightning
 from keeplora.lora.optimizer import unwrapped
+from keeplora.methods import StateError
 from tests.integrations import one_layer
 from tests.integrations.every_method import (
     EPOCHS,
@@ -184,6 +185,15 @@ def test_lightnings_checkpoint_goes_on_in_the_middle_of_a_task(name, tmp_path):
     assert fit(module, tmp_path, callbacks=[keep], enable_checkpointing=True).global_step == EPOCHS * STEPS
     fit(OneTask(again, loss_fn, **OPTIONS), tmp_path, checkpoint=tmp_path / f"step={STEPS}.ckpt")
     assert_same(again, whole)
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"keeplora": None}, {"keeplora": {"tensors": {}}}])
+def test_a_checkpoint_without_the_methods_state_is_refused(checkpoint):
+    method = opened("lora")
+    module = OneTask(method, loss_fn, **OPTIONS)
+    with pytest.raises(StateError, match=r"on_load_checkpoint: the checkpoint must hold the method's state.*\.$"):
+        module.on_load_checkpoint(checkpoint)
+    assert_same(method, opened("lora"))
 
 
 @pytest.mark.parametrize("prepared_by", ["OneTask", "the user"])

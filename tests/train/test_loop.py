@@ -335,7 +335,7 @@ def test_results_and_progress_of_another_schema_are_refused(tmp_path, workload, 
 
 def test_a_result_that_is_no_json_is_refused(tmp_path, workload):
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(StateError, match=r"load_result: .*result\.json must be JSON: "):
+    with pytest.raises(StateError, match=r"load_result: .*result\.json must be JSON, got: "):
         run_one(config_of(), workload, "lora", 0, folder=tmp_path)
 
 

@@ -30,7 +30,7 @@ def imported_adapters(
     """A and B of every slot that the checkpoint adapts, with the slot's scaling; see :meth:`KeepLora.import_peft`."""
     try:
         updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
-    except UNREADABLE as error:
+    except (OSError, *UNREADABLE) as error:
         ours = str(error).startswith("import_peft: ")
         said = f"{os.fspath(path)} must be an adapter of PEFT's, got one that cannot be read: {error}"
         raise StateError(str(error) if ours else f"import_peft: {said}") from error

@@ -318,10 +318,9 @@ class KeepLora(LoraMethod):
                 reaches into it is refused, as one trained without KeepLoRA does.
 
         Raises:
-            FileNotFoundError: one of the two files is not there.
-            StateError: one of them is damaged, or no file at all; it is more than plain LoRA on unchanged base weights
-                (DoRA, biases, PiSSA and its like, saved modules), has layers that are no targets, or reaches into what
-                is protected.
+            StateError: one of the two files is not there, damaged, or no file at all; it is more than plain LoRA on
+                unchanged base weights (DoRA, biases, PiSSA and its like, saved modules), has layers that are no
+                targets, or reaches into what is protected.
             RuntimeError: a task is open.
         """
         self._require("import_peft", task=False)

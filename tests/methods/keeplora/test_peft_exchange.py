@@ -14,7 +14,7 @@ from stock_peft import WIDTH, adapter_layers, logits, lora, loss_fn, net, stock,
 from torch import nn
 
 import keeplora
-from keeplora import KeepLora, KeepLoraConfig
+from keeplora import KeepLora, KeepLoraConfig, StateError
 from keeplora.lora import linear_targets
 
 CONFIG = KeepLoraConfig(r=4, alpha=8, target_modules=["up", "down"], weight_energy=0.3, feature_energy=0.8)
@@ -307,7 +307,7 @@ def test_what_cannot_be_represented_is_refused(tmp_path, changes, message):
 
 def test_files_that_are_not_there_or_do_not_fit(tmp_path):
     keeper = KeepLora(net(), CONFIG)
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
+    with pytest.raises(StateError, match=r"adapter_config\.json must exist"):
         keeper.import_peft(tmp_path)
     with pytest.raises(ValueError, match=r"there must .*got none"):
         keeper.export_peft(tmp_path)
