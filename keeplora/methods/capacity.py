@@ -61,8 +61,9 @@ class LayerCapacity:
         added: Directions the last task added.
         forecast: How many more tasks like the last one fit (:func:`forecast`); None where nothing suggests a limit.
         added_by_task: Directions each task added.
-        share: Of the last task's gradient energy, what lay in free space when it began; None where no gradient was
-            looked at, or there was none.
+        share: Of the last task's gradient energy, what lay in free space when it began; of GPM's first gradient in a
+            task, and of the inputs' energy for InfLoRA, which looks at no gradient. None where nobody looked, or there
+            was none.
     """
 
     name: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from keeplora.distributed import processes
 from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.ops.project_rows import project_rows
@@ -22,6 +24,7 @@ from .lora_method import LoraMethod
 from .method import LossFn, freeze
 from .reading import is_counts, stored, stored_basis
 from .settings import check_flag, check_names, check_range
+from .shares import UNKNOWN, Shares, recalled_shares
 from .shortfall import warn_of_shortfall
 from .state import State, StateError
 
@@ -97,6 +100,7 @@ class Gpm(LoraMethod):
         super().__init__(model, config, **options)
         self.bases: list[Tensor] = [_nothing(slot.weight) for slot in self.slots]
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
+        self.shares = [UNKNOWN] * len(self.slots)  # of the first gradient of a task
         self._before: list[Tensor] = []  # every weight as the open task found it, on the CPU
         self._handles: list[RemovableHandle] = []
 
@@ -148,6 +152,7 @@ class Gpm(LoraMethod):
     def drop_task(self) -> None:
         for slot, before in zip(self.slots, self._before, strict=True):
             slot.set_exact_weight(before.to(slot.weight.device))
+        self.shares = [shares.dropped() for shares in self.shares]
         self._rest()
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -184,6 +189,7 @@ class Gpm(LoraMethod):
 
         new = self.each_layer(extended, "bases", statistics, shared)
         warn_of_shortfall(self.config, [slot.name for slot in self.slots], new, [energy] * len(new))
+        self.shares = [_together(shares).closed() for shares in zip(*processes().gather(self.shares), strict=True)]
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
         for slot in self.slots:
@@ -191,8 +197,8 @@ class Gpm(LoraMethod):
         self._rest()
 
     def capacity(self) -> Capacity:
-        """Protected and free directions of every chosen weight; a task needs one at least."""
-        return self.capacity_of([basis.shape[1] for basis in self.bases], self.added, 1)
+        """Protected and free directions of every chosen weight; a task needs one at least, and gradient in it."""
+        return self.capacity_of([basis.shape[1] for basis in self.bases], self.added, 1, self.shares)
 
     def set_weights(self, weights: Any, *, open_task: bool) -> None:
         super().set_weights(weights, open_task=open_task)
@@ -202,7 +208,8 @@ class Gpm(LoraMethod):
     def memory_state(self) -> State:
         tensors = {f"{slot.name}.basis": basis for slot, basis in zip(self.slots, self.bases, strict=True)}
         tensors |= {f"{slot.name}.before": w for slot, w in zip(self.slots, self._before, strict=False)}
-        return State(tensors, {"added": [list(counts) for counts in self.added]})
+        meta = {"added": [list(counts) for counts in self.added], "free_shares": [list(pair) for pair in self.shares]}
+        return State(tensors, meta)
 
     def recall(self, state: State) -> _Memory:
         bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
@@ -212,10 +219,10 @@ class Gpm(LoraMethod):
         added = [tuple(row) for row in rows]
         opened = self.slots if state.meta["training_task"] else []
         before = [stored(state, f"{slot.name}.before", slot.weight.shape) for slot in opened]
-        return _Memory(bases, added, before)
+        return _Memory(bases, added, recalled_shares(state, len(self.slots)), before)
 
     def remember(self, memory: _Memory) -> None:
-        self.added, self._before = memory.added, memory.before
+        self.added, self.shares, self._before = memory.added, memory.shares, memory.before
         self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, memory.bases, strict=True)]
 
     def _weights(self) -> dict[nn.Parameter, list[int]]:
@@ -235,9 +242,20 @@ class Gpm(LoraMethod):
         bases = [self.bases[i] for i in slots]
         parts = [gradient[span].to(basis.dtype) for span, basis in zip(spans, bases, strict=True)]
         free, _ = project_rows(parts, bases, passes=1)
+        for i, part, left in zip(slots, parts, free, strict=True):
+            if self.shares[i].opening is None:  # later gradients are of what has been learned
+                whole, outside = (float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in (part, left))
+                if 0 < whole < math.inf:  # a scaler's first steps may overflow
+                    self.shares[i] = self.shares[i].opened(min((outside / whole) ** 2, 1.0))
         for span, part in zip(spans, free, strict=True):
             result[span] = part
         return result
+
+
+def _together(shares: Sequence[Shares]) -> Shares:
+    """The mean of what the processes have seen, each in batches of its own."""
+    known = [each.opening for each in shares if each.opening is not None]
+    return shares[0].opened(sum(known) / len(known) if known else None)
 
 
 def _nothing(weight: Tensor) -> Tensor:
@@ -250,4 +268,5 @@ class _Memory(NamedTuple):
 
     bases: list[Tensor]
     added: list[tuple[int, ...]]
+    shares: list[Shares]
     before: list[Tensor]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.math.lowrank import extend_basis
+from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions, rounding_level
 from keeplora.statistics import FeatureStatistic
@@ -20,6 +20,8 @@ from .lora_method import LoraMethod
 from .method import LossFn
 from .reading import is_counts, stored_basis
 from .settings import AdapterConfig, check_choice, check_range, check_whole
+from .shares import UNKNOWN, Shares, recalled_shares
+from .shortfall import warn_of_shortfall
 from .state import State, StateError
 
 __all__ = ["DualBasis", "InfLora", "InfLoraConfig", "extended"]
@@ -87,19 +89,28 @@ class DualBasis:
         wide: Tensor = self.columns.double()
         return wide if self.free else complement(wide)
 
-    def _without(self, moment: Tensor, energy: float) -> DualBasis:
+    def free_share(self, moment: Tensor) -> float | None:
+        """Of the energy in ``moment [in, in]``, what lies in free space; None where there is none."""
+        wide, columns = moment.double(), self.columns.double()
+        total, held = (float(m.diagonal().sum()) for m in (wide, columns.T @ wide @ columns))
+        if not total:
+            return None
+        return min(max(held / total if self.free else 1 - held / total, 0.0), 1.0)
+
+    def _without(self, moment: Tensor, energy: float) -> tuple[DualBasis, Extension]:
         """Of a basis of what is free: less the leading eigenvectors of FᵀSF."""
         space, wide = self.columns.double(), moment.double()
         values, vectors = torch.linalg.eigh(space.T @ wide @ space)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         total = float(wide.diagonal().sum())
         if not total:
-            return self  # no input came here
+            return self, Extension(self.columns, 0, 0.0, 0.0)  # no input came here
         floor = float(rounding_level(moment))
         captured = max(total - float(values.sum()), 0.0)
         count = fewest_directions(values, total, energy, captured=captured, floor=floor)
         (left,) = reorthogonalize([(space @ vectors[:, count:]).to(self.columns.dtype)])
-        return DualBasis(left, free=True)
+        captured += float(values[:count].sum())
+        return DualBasis(left, free=True), Extension(left, count, captured, total)
 
 
 def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: float) -> list[DualBasis]:
@@ -120,9 +131,14 @@ def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: floa
         >>> one.protected, one.free, two.protected, two.free, list(two.columns.shape)
         (1, False, 3, True, [4, 1])
     """
+    return [basis for basis, _ in _grown(bases, moments, energy)]
+
+
+def _grown(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: float) -> list[tuple[DualBasis, Extension]]:
+    """:func:`extended`, and what each holds of its moment."""
     held = [i for i, basis in enumerate(bases) if not basis.free]
     grown = extend_basis([bases[i].columns.to(moments[i].dtype) for i in held], [moments[i] for i in held], energy)
-    new = {i: _smaller(extension.q) for i, extension in zip(held, grown, strict=True)}
+    new = {i: (_smaller(extension.q), extension) for i, extension in zip(held, grown, strict=True)}
     return [new[i] if i in new else basis._without(moments[i], energy) for i, basis in enumerate(bases)]
 
 
@@ -151,7 +167,8 @@ class InfLora(LoraMethod):
     less after the first task, and takes protected directions for free ones when that task passes half already.
 
     Warns:
-        UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped).
+        UserWarning: a layer has less than r free directions (what is left is used), or none (it is skipped); a basis
+            holds less of the features than it should.
     """
 
     name: ClassVar[str] = "inflora"
@@ -162,6 +179,7 @@ class InfLora(LoraMethod):
         super().__init__(model, config, **options)
         self.bases: list[DualBasis | None] = [None] * len(self.slots)  # None: nothing is protected yet
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
+        self.shares = [UNKNOWN] * len(self.slots)  # of inputs: no gradient is looked at
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         statistics = self.features(loader, loss_fn)
@@ -174,37 +192,51 @@ class InfLora(LoraMethod):
             a: Tensor = (space @ vectors.flip(1)[:, :count]).T / math.sqrt(3)
             return a.to(energy.dtype)
 
+        def share(i: int) -> float | None:
+            return self._basis(i).free_share(_exact(statistics[i]))
+
         with torch.no_grad():
             designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.bases)
+            free = self.each_layer(lambda group: map(share, group), "room", statistics, self.bases)
         unreached = [slot.name for slot, seen in zip(self.slots, statistics, strict=True) if not seen.tokens]
         self.warn_of_ranks([len(a) for a in designs], none="useful free direction left", unreached=unreached)
         self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
+        self.shares = [shares.opened(share) for shares, share in zip(self.shares, free, strict=True)]
+
+    def drop_task(self) -> None:
+        super().drop_task()
+        self.shares = [shares.dropped() for shares in self.shares]
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         share = self.config.energy_after(self.tasks_learned)
         statistics = self.features(loader, loss_fn)
 
-        def grown(group: list[int]) -> list[DualBasis]:
-            return extended([self._basis(i) for i in group], [self._energy(statistics[i]) for i in group], share)
+        def grown(group: list[int]) -> list[tuple[DualBasis, Extension]]:
+            return _grown([self._basis(i) for i in group], [self._energy(statistics[i]) for i in group], share)
 
-        new = self.each_layer(grown, "bases", statistics, self.bases)
+        both = self.each_layer(grown, "bases", statistics, self.bases)
+        new, extensions = [basis for basis, _ in both], [extension for _, extension in both]
+        warn_of_shortfall(self.config, [slot.name for slot in self.slots], extensions, [share] * len(new))
         self.merge_adapters()
         counts = [n.protected - self._basis(i).protected for i, n in enumerate(new)]
         self.added = [(*before, count) for before, count in zip(self.added, counts, strict=True)]
-        self.bases = list(new)
+        self.bases, self.shares = list(new), [shares.closed() for shares in self.shares]
 
     def capacity(self) -> Capacity:
-        """What is protected, free and was added in every adapted weight."""
+        """What is protected, free and was added in every adapted weight; shares are of the inputs' energy."""
         counts = [self._basis(i).protected for i in range(len(self.slots))]
-        return self.capacity_of(counts, self.added, self.config.r)
+        return self.capacity_of(counts, self.added, self.config.r, self.shares)
 
     def memory_state(self) -> State:
         tensors = {f"{slot.name}.basis": b.columns for slot, b in zip(self.slots, self.bases, strict=True) if b}
-        return State(
-            tensors, {"free": [bool(b and b.free) for b in self.bases], "added": [list(c) for c in self.added]}
-        )
+        meta = {
+            "free": [bool(b and b.free) for b in self.bases],
+            "added": [list(counts) for counts in self.added],
+            "free_shares": [list(pair) for pair in self.shares],
+        }
+        return State(tensors, meta)
 
-    def recall(self, state: State) -> tuple[list[DualBasis | None], list[tuple[int, ...]]]:
+    def recall(self, state: State) -> _Memory:
         counts, free = state.meta.get("added"), state.meta.get("free")
         if not is_counts(counts, len(self.slots), state.meta["tasks_learned"]):
             raise StateError(
@@ -221,10 +253,10 @@ class InfLora(LoraMethod):
                 DualBasis(q.to(slot.weight.device), free=f)
                 for slot, q, f in zip(self.slots, columns, free, strict=True)
             ]
-        return bases, added
+        return _Memory(bases, added, recalled_shares(state, len(self.slots)))
 
-    def remember(self, memory: tuple[list[DualBasis | None], list[tuple[int, ...]]]) -> None:
-        self.bases, self.added = memory
+    def remember(self, memory: _Memory) -> None:
+        self.bases, self.added, self.shares = memory
 
     def _basis(self, i: int) -> DualBasis:
         weight = self.slots[i].weight
@@ -233,9 +265,22 @@ class InfLora(LoraMethod):
 
     def _energy(self, statistic: FeatureStatistic) -> Tensor:
         """S, of trace 1: C, or its square."""
-        moment = statistic.moment
-        assert isinstance(moment, Tensor)
+        moment = _exact(statistic)
         wide = moment.double()
         wide = wide @ wide if self.config.statistic == "squared" else wide
         trace = wide.diagonal().sum()
         return (wide / trace.clamp_min(torch.finfo(torch.float64).tiny)).to(moment.dtype)
+
+
+def _exact(statistic: FeatureStatistic) -> Tensor:
+    """C."""
+    assert isinstance(statistic.moment, Tensor)
+    return statistic.moment
+
+
+class _Memory(NamedTuple):
+    """What a state holds besides the weights."""
+
+    bases: list[DualBasis | None]
+    added: list[tuple[int, ...]]
+    shares: list[Shares]

@@ -32,6 +32,7 @@ from .capacity import Capacity, layer_capacity
 from .method import LossFn, freeze
 from .progress import for_all_layers, progress
 from .ranks import warn_of_ranks, warn_of_unreached
+from .shares import UNKNOWN, Shares
 from .slot_states import SlotStates
 
 __all__ = ["LoraMethod"]
@@ -214,17 +215,17 @@ class LoraMethod(SlotStates):
         protected: Sequence[int],
         added: Sequence[tuple[int, ...]],
         r: int,
-        shares: Sequence[float | None] | None = None,
+        shares: Sequence[Shares] | None = None,
     ) -> Capacity:
         """The table of :meth:`capacity`, from every slot's protected directions and those each task added.
 
         Args:
-            shares: Of the last task's gradient energy in free space, where it is known.
+            shares: Of every slot what lay in free space, where it is known.
         """
-        shares = [None] * len(self.slots) if shares is None else shares
+        shares = [UNKNOWN] * len(self.slots) if shares is None else shares
         layers = (
-            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r, share)
-            for slot, count, by_task, share in zip(self.slots, protected, added, shares, strict=True)
+            layer_capacity(slot.target, slot.weight.shape[1], count, by_task, r, of_slot.last)
+            for slot, count, by_task, of_slot in zip(self.slots, protected, added, shares, strict=True)
         )
         return Capacity(tuple(layers), self.tasks_learned)
 

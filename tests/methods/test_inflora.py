@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_net import inputs, loss_fn, net, projector, task, train, weights
 
-from keeplora.methods.inflora import DualBasis, InfLora, InfLoraConfig, extended
+from keeplora.methods.inflora import DualBasis, InfLora, InfLoraConfig, _grown, extended
 
 ENERGY = {"feature_energy": 0.9, "final_energy": 0.99, "tasks": 6}
 SETTINGS = {"r": 3, "alpha": 3.0, "target_modules": "all-linear", **ENERGY}
@@ -121,6 +121,20 @@ def test_the_memory_switches_past_half_and_protects_the_same_space_either_way(wi
         np.testing.assert_allclose(protected, projector(plain), atol=1e-9)
         seen.add(dual.free)
     assert seen == {False, True}
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_what_a_basis_holds_of_a_moment_is_known_either_way(free):
+    torch.manual_seed(0)
+    s = torch.diag(torch.rand(9, dtype=torch.float64))
+    columns = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q
+    [(basis, extension)] = _grown([DualBasis(columns, free=free)], [s], 0.9)
+    space = basis.free_space()
+    left = float((space.T @ s @ space).trace() / s.trace())
+    assert extension.fraction == pytest.approx(1 - left, abs=1e-12)
+    assert 0.9 <= extension.fraction < 1
+    assert basis.free_share(s) == pytest.approx(left, abs=1e-12)
+    assert basis.free_share(0 * s) is None
 
 
 def test_the_protected_share_grows_from_the_first_task_on():

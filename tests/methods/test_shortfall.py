@@ -68,7 +68,8 @@ def test_exact_statistics_reach_every_share(name, energy):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("gpm", "gpm"), ("duallora", "duallora.method"), ("keeplora", "keeplora.protected")]
+    ("name", "module"),
+    [("gpm", "gpm"), ("duallora", "duallora.method"), ("keeplora", "keeplora.protected"), ("inflora", "inflora")],
 )
 def test_every_method_that_extends_bases_looks_at_what_they_hold(name, module, monkeypatch):
     """Whatever the reason: here none is extended."""

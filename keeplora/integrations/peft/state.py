@@ -22,6 +22,7 @@ from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.reading import is_counts, is_names, is_shares, stored, stored_basis
 from keeplora.methods.saved import UNREADABLE, Reading, check_method
+from keeplora.methods.shares import Shares
 from keeplora.methods.state import State, StateError, read_state, write_state
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, hold_buffers
@@ -58,7 +59,7 @@ class SubspaceState:
     targets: tuple[Target, ...] = ()
     bases: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    free_shares: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    free_shares: dict[str, Shares] = field(default_factory=dict)
     """Layer name → which share of the last task's gradient energy lay in free space, and of the open one's."""
     learned: list[dict[str, Update]] = field(default_factory=list)
     """By task and layer what was merged, with the scaling in B, on the CPU."""
@@ -82,7 +83,7 @@ class SubspaceState:
         layers = (
             layer_capacity(
                 target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
-                self.added[target.name], self.ranks[target.name], self.free_shares[target.name][0],
+                self.added[target.name], self.ranks[target.name], self.free_shares[target.name].last,
             )
             for target in self.targets
         )  # fmt: skip
@@ -131,7 +132,7 @@ class SubspaceState:
                 targets=targets,
                 bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
                 added={name: tuple(counts) for name, counts in meta["added"].items()},
-                free_shares={name: tuple(pair) for name, pair in meta["free_shares"].items()},
+                free_shares={name: Shares(*pair) for name, pair in meta["free_shares"].items()},
                 learned=[
                     {n: Update(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
                     for task, names in enumerate(meta["learned"])

@@ -20,6 +20,7 @@ from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
 from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
+from keeplora.methods.shares import UNKNOWN
 from keeplora.statistics import BatchSize
 
 from .adapter import (
@@ -158,8 +159,8 @@ def initialize(
     adapter.freeze(state.kept)
     state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
     state.added = state.added or {layer.name: () for layer in layers}
-    before = {name: pair[0] for name, pair in state.free_shares.items()}
-    state.free_shares = {n: (before.get(n), s) for n, s in zip(names, gradients.free_shares, strict=True)}
+    before = {name: state.free_shares.get(name, UNKNOWN) for name in names}
+    state.free_shares = {n: before[n].opened(s) for n, s in zip(names, gradients.free_shares, strict=True)}
     state.alphas = {layer.name: layer.alpha for layer in layers}
     state.ranks = {layer.name: layer.rank for layer in layers}
     state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
@@ -263,7 +264,7 @@ def update_subspace(
     for layer, extension in zip(layers, new, strict=True):
         state.bases[layer.name] = extension.q
         state.added[layer.name] = (*state.added[layer.name], extension.added)
-        state.free_shares[layer.name] = (state.free_shares[layer.name][1], None)
+        state.free_shares[layer.name] = state.free_shares[layer.name].closed()
     if not merge:
         state.kept = (*state.kept, adapter.name)
     state.learned.append({layer.name: update for layer, update in zip(layers, updates, strict=True)} if merge else {})

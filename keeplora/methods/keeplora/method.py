@@ -26,7 +26,8 @@ from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, is_shares, stored_basis
+from keeplora.methods.reading import is_counts, stored_basis
+from keeplora.methods.shares import recalled_shares
 from keeplora.methods.state import State, StateError
 
 from .certificate import RetentionCertificate, certified
@@ -162,7 +163,9 @@ class KeepLora(LoraMethod):
             remedy="Lower weight_energy or feature_energy for more room.",
         )
         self.attach(adapters)
-        self._protected = [replace(p, opening=s) for p, s in zip(protected, gradients.free_shares, strict=True)]
+        self._protected = [
+            replace(p, shares=p.shares.opened(share)) for p, share in zip(protected, gradients.free_shares, strict=True)
+        ]
 
     def _new_adapter(self, i: int, top: TopDirections) -> LoraAdapter | None:
         """An adapter along the leading directions; None where there are none."""
@@ -174,7 +177,9 @@ class KeepLora(LoraMethod):
     def drop_task(self) -> None:
         super().drop_task()
         assert self._protected is not None
-        self._protected = [replace(p, opening=None) for p in self._protected] if self.tasks_learned else None
+        self._protected = (
+            [replace(p, shares=p.shares.dropped()) for p in self._protected] if self.tasks_learned else None
+        )
 
     def optimizer(self, **options: Any) -> ProjectedAdamW:
         """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
@@ -226,7 +231,9 @@ class KeepLora(LoraMethod):
             )  # fmt: skip
             self.warn_of_unreached(reached)
         layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
-        self._protected = [Protected(n.q, (*o.added, n.added), o.opening) for o, n in zip(old, new, strict=True)]
+        self._protected = [
+            Protected(n.q, (*o.added, n.added), o.shares.closed()) for o, n in zip(old, new, strict=True)
+        ]
         return RetentionCertificate(self.tasks_learned, tuple(layers), tuple(self._moved_buffers()))
 
     # ------------------------------------------------------------------ what a user asks in between
@@ -238,10 +245,10 @@ class KeepLora(LoraMethod):
         once :meth:`before_task` ran; until then everything counts as free.
         """
         protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
-        shares = [p.share for p in protected]
         return self.capacity_of(
-            [p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r, shares
-        )
+            [p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r,
+            [p.shares for p in protected],
+        )  # fmt: skip
 
     def basis(self, name: str) -> Tensor:
         """The protected basis Q ``[in, k]`` of a target, float32: a copy."""
@@ -257,16 +264,15 @@ class KeepLora(LoraMethod):
     def memory_state(self) -> State:
         """The protected bases."""
         if self._protected is None:
-            return State({}, {"added_by_task": None, "free_shares": None})
+            return State({}, {"added_by_task": None})
         pairs = list(zip(self.slots, self._protected, strict=True))
-        added, shares = [list(p.added) for _, p in pairs], [[p.share, p.opening] for _, p in pairs]
+        added, shares = [list(p.added) for _, p in pairs], [list(p.shares) for _, p in pairs]
         of_weights = [p.basis.shape[1] - sum(p.added) for _, p in pairs]
         bases = {f"{slot.name}.basis": p.basis for slot, p in pairs}
         return State(bases, {"added_by_task": added, "of_weights": of_weights, "free_shares": shares})
 
     def recall(self, state: State) -> list[Protected] | None:
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
-        shares = state.meta.get("free_shares")
         if added is None and not tasks and not state.meta["training_task"]:
             return None
         if not is_counts(added, len(self.slots), tasks):
@@ -277,11 +283,7 @@ class KeepLora(LoraMethod):
         of_weights = state.meta.get("of_weights")
         if not isinstance(of_weights, list) or not is_counts([of_weights], 1, len(self.slots)):
             raise StateError(f"load_state: of_weights must be {len(self.slots)} numbers, got {of_weights!r}")
-        if not is_shares(shares, len(self.slots), 2):
-            raise StateError(
-                f"load_state: free_shares must have two numbers in [0, 1], or null, for each of {len(self.slots)} "
-                f"targets, got {shares!r}"
-            )
+        shares = recalled_shares(state, len(self.slots))
         bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
         for slot, basis, row, first in zip(self.slots, bases, added, of_weights, strict=True):
             if first + sum(row) != basis.shape[1]:
@@ -297,7 +299,7 @@ class KeepLora(LoraMethod):
                     f"[{slot.name}]"
                 )
         return [
-            Protected(basis.to(slot.weight.device), tuple(row), *pair)
+            Protected(basis.to(slot.weight.device), tuple(row), pair)
             for slot, basis, row, pair in zip(self.slots, bases, added, shares, strict=True)
         ]
 

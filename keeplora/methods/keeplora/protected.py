@@ -15,6 +15,7 @@ from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
+from keeplora.methods.shares import UNKNOWN, Shares
 from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.ops import gram
 from keeplora.statistics import feature_statistics
@@ -29,14 +30,12 @@ __all__ = ["Protected", "extended_bases", "weight_bases"]
 class Protected:
     """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it.
 
-    ``share`` is how much of the last task's gradient energy lay outside of Q when it began, ``opening`` the same of
-    the open task; None where it is not known.
+    ``shares`` are those of gradient energy that lay outside of Q.
     """
 
     basis: Tensor
     added: tuple[int, ...] = ()
-    share: float | None = None
-    opening: float | None = None
+    shares: Shares = UNKNOWN
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
