@@ -128,13 +128,19 @@ class PeftAdapter:
         config.alpha_pattern = {f"^{name}": alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
     def freeze(self, kept: Collection[str] = ()) -> None:
-        """B of this adapter takes gradients; A, and the adapters ``kept`` active beside it, do not."""
+        """B of this adapter takes gradients; A, and the adapters ``kept`` active beside it, do not.
+
+        From now on every forward reads B itself, in a loop that is all inside autocast, too.
+        """
         for name, parameter in self.model.named_parameters():
             if any(f".{other}." in name for other in kept) and ".lora_" in name:
                 parameter.requires_grad_(False)
         for layer in self.layers:
             layer.a.requires_grad_(False)
             layer.b.requires_grad_(True)
+            reads_b = layer.module.lora_B[layer.adapter]
+            if _drop_copies not in reads_b._forward_pre_hooks.values():
+                reads_b.register_forward_pre_hook(_drop_copies)
 
 
 def find_adapter(
@@ -252,6 +258,12 @@ def borrow(adapter: PeftAdapter, masters: dict[str, Tensor] | None = None) -> It
             layer.module.base_layer = host.base
         if masters is not None:
             masters |= {slot.name: slot.master for slot in slots if slot.master is not None}
+
+
+def _drop_copies(module: nn.Module, _: Any) -> None:
+    """Autocast keeps its copies of trained weights until its block ends, through any number of steps."""
+    if not torch.compiler.is_compiling() and torch.is_autocast_enabled(module.weight.device.type):  # type: ignore[arg-type]
+        torch.clear_autocast_cache()
 
 
 def _adapter_name(function: str, model: Any, name: str | None, kept: Collection[str]) -> str:
