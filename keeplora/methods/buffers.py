@@ -19,6 +19,8 @@ from keeplora._messages import listed, warn
 from keeplora.families.class_head import ClassHead
 from keeplora.lora import LoraSlot
 
+from .digest import sums
+
 __all__ = ["Buffers", "model_buffers", "set_buffers"]
 
 
@@ -33,7 +35,9 @@ class Buffers:
 
     Buffers that are no part of the model's ``state_dict`` are caches, such as tables of positions that grow with the
     longest text: they are compared, and left as they are. So are frozen parameters that somebody moves, as momentum
-    encoders are moved by hand: no copy is kept of them, and :meth:`settle` says what it sees.
+    encoders are moved by hand: no copy is kept of them, but a hash of all values, and :meth:`settle` says which have
+    others. (Of what was written past torch's counter of versions, through ``.data``, the same values in another order
+    are not seen.)
 
     Args:
         free: Names of modules whose buffers may move.
@@ -48,7 +52,7 @@ class Buffers:
         """By name: of the model's own, without those of adapters and of what a method put into it."""
         self._held: list[tuple[nn.Module, bool | None]] = []
         self._hooks: list[RemovableHandle] = []
-        self._frozen: dict[str, Tensor] = {}
+        self._frozen: dict[str, _Seen] = {}
 
     def hold(self) -> None:
         """Keep every buffer as it is, until :meth:`release`."""
@@ -99,7 +103,7 @@ class Buffers:
     def settle(self, function: str) -> None:
         """Put back what has moved all the same, and say so; and of frozen parameters."""
         now = self._glance() if self._frozen else {}
-        changed = [name for name, value in self._frozen.items() if name in now and not _same(now[name], value)]
+        changed = [name for name, seen in self._frozen.items() if name in now and now[name].differs(seen)]
         if changed:
             self._frozen = now
             warn(
@@ -127,14 +131,13 @@ class Buffers:
             )
         return bool(names)
 
-    def _glance(self) -> dict[str, Tensor]:
-        """Up to 64 values of every frozen parameter."""
+    def _glance(self) -> dict[str, _Seen]:
+        """Every frozen parameter's hash."""
         seen = {}
         for name, p in self.model.named_parameters():
             plain = type(p) is nn.Parameter and not (p.requires_grad or p.is_meta or is_lazy(p))
             if plain and ".lora_" not in name and not any(f".{part}." in f".{name}." for part in self.free):
-                flat = p.detach().reshape(-1) if p.is_contiguous() else p.detach()[..., 0].reshape(-1)
-                seen[name] = flat[:: max(1, len(flat) // 64)][:64].clone()
+                seen[name] = _Seen(p.dtype, sums(p, remembered=True))
         return seen
 
     @contextmanager
@@ -158,6 +161,17 @@ class Buffers:
         self.put_back()
         for buffer, value in self._all:
             buffer.copy_(value)
+
+
+class _Seen(NamedTuple):
+    """A frozen parameter's hash."""
+
+    dtype: torch.dtype
+    sums: bytes
+
+    def differs(self, other: _Seen) -> bool:
+        """Whether the values do; what was converted cannot be compared."""
+        return self.dtype == other.dtype and self.sums != other.sums
 
 
 class _Place(NamedTuple):

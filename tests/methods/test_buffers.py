@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from keeplora.methods import METHODS, FullFineTuning, StateError, load
+from keeplora.methods import METHODS, FullFineTuning, StateError, create, load
 from keeplora.methods.buffers import Buffers
 from tests.methods.contract import SMALL, WIDTH, make, task
 from tests.methods.stateful import KINDS, Average, Codebook, Stateful, Written, buffers, equal, loss_fn, stateful, train
@@ -315,6 +315,52 @@ def test_frozen_parameters_that_are_written_to_are_named():
     train(method, task(0))
     with pytest.warns(UserWarning, match=r"after_task: frozen parameters must .*got 1 .*layer\.key\.weight"):
         method.after_task(task(0))
+
+
+def one_of_4096(weight):
+    weight.data.view(-1)[1234] += 1e-3  # past the counter of versions
+
+
+def a_sign(weight):
+    with torch.no_grad():
+        weight[3, 7] *= -1
+
+
+def rows_in_another_order(weight):
+    with torch.no_grad():
+        weight[[5, 6]] = weight[[6, 5]].clone()
+
+
+def nothing(weight):
+    with torch.no_grad():
+        weight.copy_(weight.clone())
+
+
+class Wide(nn.Module):
+    """Frozen values of which a sample sees few."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rest = nn.Linear(WIDTH, WIDTH), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("write", [one_of_4096, a_sign, rows_in_another_order, nothing])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_every_value_of_a_frozen_parameter_counts(write, calls):
+    method = create("keeplora", Wide(), {"r": 2, "target_modules": "layer", "feature_energy": 0.3})
+    data = [torch.randn(4, WIDTH) for _ in range(2)]
+    for _ in range(calls):  # the second time hashes are remembered
+        method.before_task(data, lambda model, x: model(x).square().mean())
+        write(method.model.rest.weight)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            method.after_task(data)
+        named = [str(each.message) for each in told if "frozen parameters" in str(each.message)]
+        assert len(named) == (write is not nothing)
+        assert all("got 1 that" in message and "rest.weight" in message for message in named)
 
 
 def test_no_method_moves_what_it_froze(name):

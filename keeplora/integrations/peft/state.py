@@ -17,7 +17,7 @@ from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacke
 from keeplora.lora.peft_checkpoint import Update
 from keeplora.methods.buffers import Buffers, model_buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
-from keeplora.methods.fingerprint import digest
+from keeplora.methods.digest import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.reading import is_counts, is_names, is_shares, stored, stored_basis
