@@ -34,13 +34,17 @@ def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def main_blocks(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-    """Path, block and depth of the list of blocks that holds most of the model's linear layers.
+    """Path, block and depth of the list of blocks whose linear layers hold most of the weights.
 
     Other lists of blocks of the same class go on in depth, in order of definition (Mllama's images, CANINE's
     characters); where blocks are halves, both stand at one depth.
     """
     lists = outermost_lists(model)
-    sizes = {path: sum(isinstance(m, nn.Linear) for m in blocks.modules()) for path, blocks in lists.items()}
+    beside = {path: lists.get(_beside(path)) for path in lists}
+    sizes = {
+        path: sum(_linear_weights(half) for half in (blocks, beside[path]) if half is not None)
+        for path, blocks in lists.items()
+    }
     if not any(sizes.values()):
         return []
     main = max(sizes, key=sizes.__getitem__)
@@ -48,14 +52,22 @@ def main_blocks(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
     depth = 0
     for path, blocks in lists.items():
         if path == main or (sizes[path] and {type(b) for b in blocks} == {type(b) for b in lists[main]}):
-            parent, _, name = path.rpartition(".")
-            beside = f"{parent}.{_BESIDE.get(name, '')}".lstrip(".")
+            other = beside[path]
             for i, block in enumerate(blocks):
                 found.append((f"{path}.{i}", block, depth))
-                if name in _BESIDE and beside in lists:
-                    found.append((f"{beside}.{i}", lists[beside][i], depth))
+                if other is not None:
+                    found.append((f"{_beside(path)}.{i}", other[i], depth))
                 depth += 1
     return found
+
+
+def _beside(path: str) -> str:
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.{_BESIDE.get(name, '')}".lstrip(".")
+
+
+def _linear_weights(blocks: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in blocks.modules() if isinstance(layer, nn.Linear))
 
 
 def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_qkv: bool = False) -> list[Target]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keeplora._messages import warn
 from keeplora.lora import LoraSlot, TokenMask
 
 from ._padding import Matched, match, mismatch, nothing_hidden, untold
@@ -20,10 +20,17 @@ from ._padding import Matched, match, mismatch, nothing_hidden, untold
 __all__ = ["owns", "padding_mask"]
 
 _MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
-_SEQUENCE_FIRST = frozenset(
-    ("XLNetModel", "LongformerSelfAttention", "LEDEncoderSelfAttention", "FSMTEncoder", "FSMTDecoder")
-)
-"""Modules whose layers see ``[tokens, batch, width]``; all others of the library ``[batch, tokens, width]``."""
+_HIDES = ("input_mask", "decoder_padding_mask")
+"""XLNet's other mask and that of FSMT's decoder: 1 is padding."""
+_OF_ENCODER = ("encoder_attention_mask", "encoder_padding_mask")
+_SEQUENCE_FIRST = {
+    "XLNetModel": "xlnet",
+    "LongformerSelfAttention": "longformer",
+    "LEDEncoderSelfAttention": "led",
+    "EncoderLayer": "fsmt",
+    "DecoderLayer": "fsmt",
+}
+"""Modules whose layers see ``[tokens, batch, width]``, with their models; all others ``[batch, tokens, width]``."""
 
 
 def owns(model: nn.Module) -> bool:
@@ -37,33 +44,35 @@ def owns(model: nn.Module) -> bool:
 def padding_mask(model: nn.Module, *, pools_at_end: bool = False, sees_padding: bool = False) -> Iterator[TokenMask]:
     """The mask of layers inside ``model``, from what the forwards around them were last given."""
     chains, firsts = _chains(model)
-    owners = {id(module): {id(inner) for inner in module.modules()} for module in model.modules() if owns(module)}
+    owners = {path: module for path, module in model.named_modules() if owns(module)}
+    around = {
+        id(module): [owner for outer, owner in owners.items() if not outer or path.startswith(f"{outer}.")]
+        for path, module in model.named_modules()
+    }
     given: dict[int, _Given] = {}
     ordered: dict[int, bool] = {}  # layers of unknown models whose axes were told apart: tokens before samples
-    unmasked: list[str] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = _arguments(module, args, kwargs)
-        given[id(module)] = here = _given(arguments)
-        if not owns(module):
-            return
+        outer = [given[id(owner)] for owner in around[id(module)] if owner is not module and id(owner) in given]
+        given[id(module)] = here = _given(arguments, _names(type(module).forward), _pad_token(around[id(module)]))
         ids = arguments.get("input_ids")
         if not here.masks and isinstance(ids, Tensor):  # one that a model around it did not hand on
-            outer = [given[around].masks for around in owners if around in given and id(module) in owners[around]]
-            here.masks = next((m for m in outer if len(m) == 1 and getattr(m[0], "shape", None) == ids.shape), [])
-        if pools_at_end:
+            handed = (text.mask for asked in outer for text in asked.texts if text.is_of(ids))
+            here.masks = next(([mask] for mask in handed if getattr(mask, "shape", None) == ids.shape), [])
+        if pools_at_end and owns(module):
             here.masks = [*here.masks, *_up_to_end(module, ids)]
-        if not here.masks and not sees_padding and not unmasked and _is_padded(module, ids):
-            unmasked.append(type(module).__name__)
 
     def mask(slot: LoraSlot, x: Tensor) -> Tensor | None:
-        chain = [given[id(module)] for module in chains.get(id(slot.host), ()) if id(module) in given]
+        modules = chains.get(id(slot.host), ())
+        chain = [given[id(module)] for module in modules if id(module) in given]
         known = firsts.get(id(slot.host))
         if known is None:  # not the library's own code: as its layers were seen to be
             evident = {ordered.get(id(slot.host))} if x.dim() > 2 else set(ordered.values())
             known = evident.pop() if len(evident) == 1 else None
+        others = [asked for asked in chain if asked.is_other(x)]
         told = None
-        for asked in chain:
+        for asked in others or chain:
             matched = asked.match(x, known, chain[0].past)
             if matched is None:
                 told = told or asked.mismatch(x)
@@ -73,7 +82,12 @@ def padding_mask(model: nn.Module, *, pools_at_end: bool = False, sees_padding: 
             if asked.masks_of(x):
                 return matched.keep
         if told is not None:
-            layers.setdefault(slot.name, told)
+            layers.mismatched.setdefault(slot.name, told)
+        elif not others and not sees_padding and modules:
+            outer = [owner for owner in around[id(modules[0])] if owner not in modules]
+            padded = _padded((*outer, *modules), len(outer), given, x)
+            if padded is not None:
+                layers.unmasked.setdefault(slot.name, padded)
         return None
 
     handles = [
@@ -81,41 +95,70 @@ def padding_mask(model: nn.Module, *, pools_at_end: bool = False, sees_padding: 
         for module in dict.fromkeys(module for chain in chains.values() for module in chain)
     ]
     try:
-        with untold() as layers:
+        with untold(model) as layers:
             yield mask
     finally:
         for handle in handles:
             handle.remove()
-    if unmasked:
-        warn(
-            f"token_mask: padded texts must come with an attention_mask, got none for the pad tokens that "
-            f"{unmasked[0]} was given: they count. Pass attention_mask to the model, or token_mask=."
-        )
+
+
+@dataclass
+class _Text:
+    """The ids that a forward was given, with their mask if it was given one."""
+
+    ids: Tensor
+    mask: Any
+    pad: int | None
+
+    def is_of(self, ids: Tensor) -> bool:
+        return (self.ids.data_ptr(), self.ids.shape) == (ids.data_ptr(), ids.shape)
+
+    @functools.cached_property
+    def is_padded(self) -> bool:
+        """Whether its mask hides a token; without one, whether a text begins or ends with at least two pad tokens."""
+        if self.mask is not None:
+            return getattr(self.mask, "ndim", 0) == 2 and not nothing_hidden([self.mask])
+        if self.pad is None or self.ids.dim() != 2 or self.ids.shape[1] < 2:
+            return False
+        padding = self.ids == self.pad
+        return bool((padding[:, :2].all(1) | padding[:, -2:].all(1)).any())
 
 
 @dataclass
 class _Given:
-    """What a forward was given about its tokens, and about those of another stack whose keys and values it reads."""
+    """What a forward was given about its tokens, and about those of another stack that its layers read, too."""
 
     masks: list[Any]
     past: int | None
+    texts: list[_Text]
     other: Tensor | None
     other_masks: list[Any]
+    by_shape: bool = False  # whether layers see the other stack as other tensors than this one, of its shape
+    unclear: bool = False  # whether that is the shape of the tokens, too
     matches: dict[Any, Matched | None] = field(default_factory=dict)
 
-    def masks_of(self, x: Tensor) -> list[Any]:
+    def is_other(self, x: Tensor) -> bool:
+        """Whether x is the other stack's, its axes swapped or not."""
         other = self.other
-        is_other = other is not None and (x is other or (x.data_ptr(), x.shape) == (other.data_ptr(), other.shape))
-        return self.other_masks if is_other else self.masks
+        if other is None:
+            return False
+        same = x.data_ptr() == other.data_ptr() and x.shape in (other.shape, other.transpose(0, 1).shape)
+        return same or (self.by_shape and x.shape[:-1] == other.shape[:-1])
+
+    def masks_of(self, x: Tensor) -> list[Any]:
+        return self.other_masks if self.is_other(x) else self.masks
 
     def match(self, x: Tensor, sequence_first: bool | None, past: int | None) -> Matched | None:
         """:func:`match`, once for all layers whose inputs have the same axes."""
         masks = self.masks_of(x)
         key = (masks is self.other_masks, x.shape[:-1], x.device, sequence_first)
         if key not in self.matches:
-            none = Matched(None, None)
-            found = match(masks, x, sequence_first, None if masks is self.other_masks else past) if masks else none
-            self.matches[key] = found
+            matched: Matched | None = Matched(None, None)
+            if masks is self.other_masks and self.unclear:
+                matched = None
+            elif masks:
+                matched = match(masks, x, sequence_first, None if masks is self.other_masks else past)
+            self.matches[key] = matched
         return self.matches[key]
 
     def mismatch(self, x: Tensor) -> str | None:
@@ -123,19 +166,48 @@ class _Given:
         return None if nothing_hidden(masks) else mismatch(masks, x)
 
 
-def _given(arguments: Mapping[str, Any]) -> _Given:
+def _given(arguments: Mapping[str, Any], takes: Sequence[str], pad: int | None) -> _Given:
     masks = [arguments[name] for name in _MASKS if arguments.get(name) is not None][:1]
-    if arguments.get("key_value_states") is not None or "decoder_attention_mask" in arguments:
+    if arguments.get("key_value_states") is not None or "decoder_attention_mask" in takes:
         masks = []  # of cross-attention, or of an encoder with a decoder beside it: these are asked themselves
-    if not masks and arguments.get("input_mask") is not None:  # XLNet's other one: 1 is padding
-        masks = [arguments["input_mask"] == 0]
-    other, other_mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
-    return _Given(
-        masks,
-        _past(arguments),
-        other if isinstance(other, Tensor) else None,
-        [] if other_mask is None else [other_mask],
-    )
+    if not masks:
+        masks = [arguments[name] == 0 for name in _HIDES if arguments.get(name) is not None][:1]
+    texts = [
+        _Text(arguments[f"{stack}input_ids"], arguments.get(f"{stack}attention_mask"), pad)
+        for stack in ("", "decoder_")
+        if isinstance(arguments.get(f"{stack}input_ids"), Tensor)
+    ]
+    others = arguments.get("global_hidden_states")
+    if isinstance(others, Tensor):  # Pegasus-X's: tokens of its own beside those of the text, which all count
+        tokens = arguments.get("hidden_states", arguments.get("token_hidden_states"))
+        unclear = isinstance(tokens, Tensor) and tokens.shape == others.shape
+        return _Given(masks, None, texts, others, [*masks] if unclear else [], by_shape=True, unclear=unclear)
+    other = arguments.get("encoder_hidden_states")
+    other_masks = [arguments[name] for name in _OF_ENCODER if arguments.get(name) is not None][:1]
+    return _Given(masks, _past(arguments), texts, other if isinstance(other, Tensor) else None, other_masks)
+
+
+def _padded(modules: Sequence[nn.Module], outer: int, given: Mapping[int, _Given], x: Tensor) -> str | None:
+    """Which of the modules around a layer, the first ``outer`` of them beyond its model, was given padding that no
+    mask tells of; the innermost that was given a text of the layer's tokens decides."""
+    count = math.prod(x.shape[:-1])
+    for i, module in reversed(list(enumerate(modules))):
+        texts = given[id(module)].texts if id(module) in given else []
+        fitting = [text for text in texts if i >= outer or text.ids.numel() == count]
+        if fitting:
+            return type(module).__name__ if any(text.is_padded for text in fitting) else None
+    return None
+
+
+def _pad_token(owners: Sequence[nn.Module]) -> int | None:
+    """The pad token of the innermost model around a layer that has one."""
+    for owner in reversed(owners):
+        config = getattr(owner, "config", None)
+        for of in (config, getattr(config, "text_config", None)):
+            pad = getattr(of, "pad_token_id", None)
+            if isinstance(pad, int):
+                return pad
+    return None
 
 
 def _past(arguments: Mapping[str, Any]) -> int | None:
@@ -168,9 +240,9 @@ def _chains(model: nn.Module) -> tuple[dict[int, tuple[nn.Module, ...]], dict[in
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0] if path else None
         chain = () if parent is None or owns(module) else chains.get(parent, ())
-        takes = owns(module) or not {*_MASKS, "input_mask"}.isdisjoint(_names(type(module).forward))
+        takes = owns(module) or not {*_MASKS, *_HIDES}.isdisjoint(_names(type(module).forward))
         of[id(module)] = chains[path] = (*chain, module) if takes else chain
-        if type(module).__name__ in _SEQUENCE_FIRST:
+        if f".{_SEQUENCE_FIRST.get(type(module).__name__, '-')}." in type(module).__module__:
             firsts[path] = True
         elif owns(module):
             if type(module).__module__.startswith("transformers."):
@@ -190,12 +262,3 @@ def _up_to_end(module: nn.Module, ids: Any) -> list[Tensor]:
     ids = ids.view(-1, ids.shape[-1])
     last = (ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)).unsqueeze(-1)
     return [torch.arange(ids.shape[-1], device=ids.device) <= last]
-
-
-def _is_padded(module: nn.Module, ids: Any) -> bool:
-    """Whether a text begins or ends with at least two pad tokens."""
-    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    if not isinstance(pad, int) or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
-        return False
-    padding = ids == pad
-    return bool((padding[:, :2].all(1) | padding[:, -2:].all(1)).any())

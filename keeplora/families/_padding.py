@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 
@@ -136,7 +138,7 @@ def _is_of_tokens(mask: Any) -> bool:
 
 def _truth(mask: Tensor) -> Tensor:
     """Where a mask lets through: one that is added to scores is 0 there, others are not."""
-    added = mask.is_floating_point() and (mask.dim() > 2 or bool((mask < 0).any()))
+    added = mask.is_floating_point() and (mask.dim() > 2 or bool((mask < 0).any()) or not bool(mask.any()))
     return mask > HIDDEN if added else mask != 0
 
 
@@ -182,17 +184,42 @@ def _dense(mask: Any) -> Tensor:
     return create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_num_blocks.device)
 
 
+_TOLD: WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = WeakKeyDictionary()
+"""By model, what the user has been told of which layers."""
+
+
+@dataclass
+class Untold:
+    """Layers all of whose tokens count although some are padding, each with the reason."""
+
+    mismatched: dict[str, str] = field(default_factory=dict)
+    """What their masks and inputs are."""
+    unmasked: dict[str, str] = field(default_factory=dict)
+    """Which module was given padding without a mask."""
+
+
 @contextmanager
-def untold() -> Iterator[dict[str, str]]:
-    """A list of layers whose tokens could not be told, each with the reason; the user is told when the block ends."""
-    layers: dict[str, str] = {}
+def untold(model: nn.Module) -> Iterator[Untold]:
+    """A list of layers of ``model`` whose tokens could not be told; the user is told of each once, when the first pass
+    that sees it ends."""
+    layers, told = Untold(), _TOLD.setdefault(model, set())
     yield layers
-    if layers:
-        warn(
-            f"token_mask: a mask must have the axes of a layer's tokens, got {next(iter(layers.values()))} "
-            f"[{listed(list(layers))}]: all of their tokens count, padding too. Pass token_mask=, a function of a slot "
-            "and its input x that returns a bool tensor of shape x.shape[:-1], True where a token counts."
-        )
+    for reasons, text in ((layers.mismatched, _MISMATCHED), (layers.unmasked, _UNMASKED)):
+        names = [name for name in reasons if (text, name) not in told]
+        if names:
+            warn(f"token_mask: {text.format(reasons[names[0]], listed(names))} {_REMEDY}")
+        told.update((text, name) for name in names)
+
+
+_MISMATCHED = "a mask must have the axes of a layer's tokens, got {} [{}]: all of their tokens count, padding too. Pass"
+_UNMASKED = (
+    "padded texts must come with an attention_mask, got none for the pad tokens that {} was given [{}]: they count. "
+    "Pass attention_mask to the model (decoder_attention_mask for a decoder's), or"
+)
+_REMEDY = (
+    "token_mask=, a function of a slot and its input x that returns a bool tensor of shape x.shape[:-1], True where a "
+    "token counts."
+)
 
 
 def mismatch(masks: Sequence[Any], x: Tensor) -> str:

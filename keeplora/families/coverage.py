@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,7 +11,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from keeplora._messages import listed, warn
-from keeplora.lora import Target
+from keeplora.lora import Target, linear_targets, select_targets
 
 from ._blocks import by_design, outermost_lists
 
@@ -130,14 +132,21 @@ def coverage(model: nn.Module, chosen: Sequence[Target], targets: Sequence[Targe
 
 
 def warn_of_left_out(
-    function: str, model: nn.Module, targets: Targets, among: Sequence[Target], names: Sequence[str] | str
+    function: str,
+    model: nn.Module,
+    targets: Targets,
+    among: Sequence[Target],
+    names: Sequence[str] | str,
+    towers: Sequence[str] | None = None,
 ) -> None:
     """Say what share of the weights ``target_modules`` means and does not reach, or which blocks it passes over.
 
     Args:
-        among: What ``targets`` were chosen of. names: By which names.
+        among: What ``targets`` were chosen of. names: By which names. towers: Those that were asked for, if any were.
     """
     names = [names] if isinstance(names, str) else list(names)
+    if towers is None:
+        _warn_of_stacks(function, model, targets, names)
     if names == ["all-linear"]:
         left: dict[str, list[WeightKind]] = {}
         for kind in targets.kinds:
@@ -162,6 +171,43 @@ def warn_of_left_out(
                     f"target_modules and are not adapted: {listed(passed)}. Name more modules, or all with "
                     '"all-linear".'
                 )
+
+
+def _warn_of_stacks(function: str, model: nn.Module, targets: Targets, names: Sequence[str]) -> None:
+    """Say which other stacks of blocks hold layers that ``names`` mean, and stand there by nobody's choice."""
+    if any(word.isdigit() for name in names for word in name.split(".")):  # some blocks were asked for
+        return
+    stacks = [
+        kind
+        for kind in targets.kinds
+        if kind.state == "other blocks" and not _BY_DESIGN.search(f".{kind.tower}") and _means(names, model, kind.tower)
+    ]
+    share = sum(kind.weights for kind in stacks) / max(1, sum(kind.weights for kind in targets.kinds))
+    if share >= TOLD_FROM:
+        listing = listed([kind.tower for kind in sorted(stacks, key=lambda kind: -kind.weights)])
+        warn(
+            f"{function}: {_percent(share)} of the weights in the model's blocks are in stacks of no known tower and "
+            f"are not adapted: {listing}. To adapt them pass targets=, a list with those of "
+            "keeplora.lora.linear_targets(model) that you want; with targets=keeplora.find_targets(model) they stay as "
+            "they are, and nothing is said."
+        )
+
+
+_BY_DESIGN = re.compile(
+    r"vision|visual|video|audio|speech|\.image_|img_|qformer|resampler|perceiver|project|connector"
+    r"|\.text_decoder\.(resblocks|cross_attn)$"
+)
+"""Stacks that stay as they are unless asked for: other towers, what stands between them, and CoCa's text decoder."""
+
+
+def _means(names: Sequence[str], model: nn.Module, stack: str) -> bool:
+    """Whether one of ``names`` means a linear layer of the blocks of a list; a list of layers is none of blocks."""
+    blocks = model.get_submodule(stack)
+    layers = [target for target in linear_targets(blocks) if "." in target.name and not by_design(target.name)]
+    for name in names:
+        with contextlib.suppress(ValueError):
+            return bool(select_targets(layers, [name]))
+    return False
 
 
 def _blocks(model: nn.Module, targets: Sequence[Target]) -> dict[str, list[str]]:

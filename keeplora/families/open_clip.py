@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from . import transformers
 from ._blocks import block_targets
 from ._open_clip_attention import attention_host
 from ._open_clip_attention import attention_targets as packed_targets
-from ._padding import match, mismatch, untold
+from ._padding import Matched, match, mismatch, untold
 from ._timm_attention import eva_host
 
 __all__ = ["find_targets", "owns", "token_mask"]
@@ -126,23 +127,28 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
     text = getattr(model, "text", model)
     embedding = getattr(text, "token_embedding", None)
     sequence_first = not getattr(getattr(text, "transformer", None), "batch_first", True)
-    seen: list[Tensor] = []
+    seen: list[Tensor | None] = []
+    matches: dict[Any, Matched | None] = {}  # of inputs with the same axes
 
     def remember(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
-        seen[:] = [args[0]]
+        seen[:] = [_reaching(text, args[0])]
+        matches.clear()
 
     def text_mask(slot: LoraSlot, x: Tensor) -> Tensor | None:
-        keep = _reaching(text, seen[0]) if slot.target.tower == "text" and seen else None
+        keep = seen[0] if slot.target.tower == "text" and seen else None
         if keep is None:
             return None
-        matched = match([keep], x, sequence_first)
+        key = (x.shape[:-1], x.device)
+        if key not in matches:
+            matches[key] = match([keep], x, sequence_first)
+        matched = matches[key]
         if matched is None:
-            layers.setdefault(slot.name, mismatch([keep], x))
+            layers.mismatched.setdefault(slot.name, mismatch([keep], x))
         return None if matched is None else matched.keep
 
     handles = [embedding.register_forward_hook(remember)] if isinstance(embedding, nn.Module) else []
     try:
-        with untold() as layers:
+        with untold(model) as layers:
             yield text_mask
     finally:
         for handle in handles:

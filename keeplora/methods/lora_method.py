@@ -85,12 +85,14 @@ class LoraMethod(SlotStates):
         """What the config adapts of ``targets``, or of what the model's family has; refuses what cannot be.
 
         Warns:
-            UserWarning: ``"all-linear"`` does not reach all weights of the blocks, or other names pass over blocks.
+            UserWarning: ``"all-linear"`` does not reach all weights of the blocks, or other names pass over blocks; a
+                stack of blocks belongs to no known tower.
         """
         among, names = self.targets_among(targets), self.config.target_modules
         chosen = coverage(self.model, select_targets(among, names), among)
         if targets is None:
-            warn_of_left_out(type(self).__name__, self.model, chosen, among, names)
+            towers = getattr(self.config, "towers", None)
+            warn_of_left_out(type(self).__name__, self.model, chosen, among, names, towers)
         return chosen
 
     def targets_among(self, targets: Sequence[Target] | None) -> Sequence[Target]:

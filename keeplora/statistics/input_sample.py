@@ -12,37 +12,41 @@ from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers
 
-__all__ = ["InputSample"]
+__all__ = ["ROWS", "InputSample"]
 
 ROWS, OF_A_CALL = 256, 64
 """Rows kept of every input, and at most of one call: the first batches count, not the first alone."""
 
 
 class InputSample:
-    """An observer of hosts (:func:`keeplora.statistics.passes.observing`) that keeps ``ROWS`` rows of every input.
+    """An observer of hosts (:func:`keeplora.statistics.passes.observing`) that keeps ``rows`` rows of every input.
 
-    Rows are evenly spaced among the tokens that count; layers that are given one tensor keep them once.
+    Rows are evenly spaced among the tokens that count; layers that are given one tensor keep them once. The mask is
+    asked of every input, also when no more rows are kept: what it cannot tell is told in the first pass of a task.
     """
 
-    def __init__(self, slots: Sequence[LoraSlot], token_mask: TokenMask | None):
-        self.slots, self.token_mask = slots, token_mask
+    def __init__(self, slots: Sequence[LoraSlot], token_mask: TokenMask | None, rows: int = ROWS):
+        self.slots, self.token_mask, self.rows = slots, token_mask, rows
         self.by_place = {(slot.host, slot.slot): slot for slot in slots}
         self.hosts = list(dict.fromkeys(slot.host for slot in slots))
         self.kept: dict[LoraSlot, list[Tensor]] = {slot: [] for slot in slots}
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor | None, list[Tensor]] | None = None  # an input, which of it counts, its rows
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
         for name, x in inputs.items():
             slot = self.by_place.get((host, name))
-            if slot is None or sum(map(len, self.kept[slot])) >= ROWS:
+            if slot is None:
                 continue
             if self.last is None or self.last[0] is not x:
-                mask = None if self.token_mask is None else self.token_mask(slot, x)
-                rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
-                self.last = x, rows[:: max(1, -(-len(rows) // OF_A_CALL))].clone()
-            self.kept[slot].append(self.last[1])
+                self.last = x, None if self.token_mask is None else self.token_mask(slot, x), []
+            _, mask, sampled = self.last
+            if sum(map(len, self.kept[slot])) < self.rows:
+                if not sampled:
+                    rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+                    sampled.append(rows[:: max(1, -(-len(rows) // OF_A_CALL))].clone())
+                self.kept[slot] += sampled
 
     @torch.no_grad()
     def energies(self, a: Sequence[Tensor], peers: Peers = ALONE) -> list[Tensor]:

@@ -69,6 +69,38 @@ def lxmert():
     return tf.LxmertModel(tf.LxmertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, vocab_size=60))
 
 
+def bridgetower():
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}  # 64 for each head
+    text = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 24}  # fmt: skip
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return tf.BridgeTowerModel(tf.BridgeTowerConfig(**sizes, vision_config=vision, text_config=text))
+
+
+def funnel():
+    return tf.FunnelModel(
+        tf.FunnelConfig(vocab_size=60, d_model=16, d_head=8, n_head=2, d_inner=24, block_sizes=[1, 1])
+    )  # fmt: skip
+
+
+def clipseg():
+    config = tf.CLIPSegConfig(
+        text_config=TEXT, vision_config=VISION, projection_dim=8, reduce_dim=16, extract_layers=[0, 1],
+        decoder_num_attention_heads=2, decoder_intermediate_size=48,
+    )  # fmt: skip
+    return tf.CLIPSegForImageSegmentation(config)
+
+
+def blip2():
+    text = {"model_type": "opt", "vocab_size": 60, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "word_embed_proj_dim": 16}  # fmt: skip
+    former = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+              "encoder_hidden_size": 16, "vocab_size": 60}  # fmt: skip
+    return tf.Blip2ForConditionalGeneration(
+        tf.Blip2Config(vision_config=VISION, text_config=text, qformer_config=former, num_query_tokens=2)
+    )
+
+
 def keeper_of(model, modules="all-linear", **options):
     """A keeper, and what it said."""
     with warnings.catch_warnings(record=True) as told:
@@ -202,6 +234,62 @@ def test_stacks_beside_those_of_a_tower_count_as_left_out():
     assert set(left) == {"layer", "r_layers"}
     assert len(told) == 1
     assert f"{sum(left.values()):.0%} of the weights" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "stacks"),
+    [
+        (bridgetower, ["cross_modal_image_layers", "cross_modal_text_layers"]),
+        (funnel, ["decoder.layers"]),
+        (clipseg, ["decoder.layers"]),
+    ],
+)
+def test_stacks_of_no_known_tower_are_said_once_with_their_share(build, stacks):
+    model = on_meta(build)
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    for modules in ("all-linear", ("attn",)):
+        keeper, told = keeper_of(on_meta(build), modules)
+        told = [message for message in told if "no known tower" in message]
+        assert len(told) == 1
+        assert all(stack in told[0] for stack in stacks)
+        assert "targets=" in told[0]
+        weights = {stack: sum(n for name, n in matrices.items() if name.startswith(f"{stack}.")) for stack in stacks}
+        kinds = {kind.tower: kind.weights for kind in keeper.targets.kinds if kind.state == "other blocks"}
+        assert {stack: kinds[stack] for stack in stacks} == weights
+        share = sum(weights.values()) / sum(kind.weights for kind in keeper.targets.kinds)
+        assert float(re.search(r"([\d.]+)%", told[0])[1]) / 100 == pytest.approx(share, abs=0.006)
+    known = find_targets(on_meta(build))
+    towers = sorted({target.tower for target in known})
+    outside = known[0].name.split(".")[0]  # of the blocks: one tower by its name
+    more = [*known, *(t for t in linear_targets(on_meta(build)) if any(t.name.startswith(f"{s}.") for s in stacks))]
+    config = keeplora.KeepLoraConfig(r=2, target_modules="all-linear", towers=towers)
+    for modules, options in (("all-linear", {"targets": known}), ("all-linear", {"targets": more}), ((outside,), {})):
+        assert not any("no known tower" in message for message in keeper_of(on_meta(build), modules, **options)[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        keeplora.KeepLora(on_meta(build), config)
+    assert not any("no known tower" in str(w.message) for w in caught)
+
+
+def test_stacks_that_stay_as_they_are_by_design_are_not_said():
+    """A Q-Former; the rest are the members below, with their vision towers, and CoCa."""
+    keeper, told = keeper_of(on_meta(blip2))
+    assert "qformer.encoder.layer" in {kind.tower for kind in keeper.targets.kinds if kind.state == "other blocks"}
+    assert told == []
+
+
+def test_the_main_blocks_hold_most_weights_not_most_layers():
+    """Phi-4's audio encoder has more linear layers than its language model, smaller ones."""
+    text = {k: v for k, v in LANGUAGE.items() if k != "hidden_size"}
+    config = tf.Phi4MultimodalConfig(
+        **text, hidden_size=64,
+        vision_config={k: v for k, v in IMAGES.items() if k not in ("image_size",)} | {"image_size": 8},
+        audio_config={"hidden_size": 16, "intermediate_size": 24, "num_blocks": 2, "num_attention_heads": 2,
+                      "ext_pw_out_channel": 16, "nemo_conv_channels": 16, "depthwise_separable_out_channel": 16},
+    )  # fmt: skip
+    targets = find_targets(on_meta(lambda: tf.Phi4MultimodalForCausalLM(config)))
+    assert {t.name.rpartition(".")[2] for t in targets} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert all(t.name.startswith("model.layers.") for t in targets)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

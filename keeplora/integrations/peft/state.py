@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from keeplora._version import __version__
-from keeplora.lora import LoraAdapter, Target, merge_adapters, peft_checkpoint
+from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.peft_checkpoint import Update
 from keeplora.methods.buffers import Buffers, model_buffers
@@ -76,7 +76,8 @@ class SubspaceState:
     masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
     loss_fn: LossFn | None = field(default=None, repr=False)
-    """What the open task was initialised with; not saved."""
+    token_mask: TokenMask | None = field(default=None, repr=False)
+    """What the open task was initialised with; not saved, like its ``loss_fn``."""
 
     def capacity(self) -> Capacity:
         """Room that is left, as :meth:`keeplora.KeepLora.capacity`."""

@@ -50,6 +50,7 @@ def initialize(
     targets: Sequence[Target] | None = None,
     also_train: Sequence[str] = (),
     batch_size: BatchSize | None = None,
+    token_mask: TokenMask | None = None,
     progress: bool | None = None,
 ) -> SubspaceState:
     r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
@@ -75,6 +76,8 @@ def initialize(
             buffers may move. Nothing protects what they do. All other buffers of the model stay as they are until
             :func:`update_subspace`, running statistics in ``train()`` too.
         batch_size: What a batch's loss is a mean over, as of :meth:`keeplora.KeepLora.before_task`.
+        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
+            Remembered for :func:`update_subspace`.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -135,8 +138,9 @@ def initialize(
     ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
     with borrow(adapter) as slots:
         gradients = TaskGradients(
-            model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks, batch_size=batch_size
-        )
+            model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks, batch_size=batch_size,
+            own_mask=token_mask,
+        )  # fmt: skip
         if state.bases:
             bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
         else:
@@ -163,7 +167,8 @@ def initialize(
     state.free_shares = {n: before[n].opened(s) for n, s in zip(names, gradients.free_shares, strict=True)}
     state.alphas = {layer.name: layer.alpha for layer in layers}
     state.ranks = {layer.name: layer.rank for layer in layers}
-    state.also_train, state.open_adapter, state.loss_fn = tuple(also_train), adapter.name, loss_fn
+    state.also_train, state.open_adapter = tuple(also_train), adapter.name
+    state.loss_fn, state.token_mask = loss_fn, token_mask
     state.frozen = frozen_fingerprint(adapter, also_train)
     hold_buffers("initialize", adapter, buffers)
     return state
@@ -199,7 +204,8 @@ def update_subspace(
         state: Changed when everything has succeeded.
         loss_fn: Runs the model on a batch; by default the one :func:`initialize` was given.
         merge: Whether the update goes into the base weights.
-        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
+        token_mask: Which inputs count as features; by default what :func:`initialize` was given, or what
+            :func:`keeplora.families.token_mask` tells.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
 
     Returns:
@@ -250,8 +256,9 @@ def update_subspace(
     ):
         updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
         new, reached = extended_bases(
-            model, slots, loader, forward, state.config, bases, own_mask=token_mask, shown=progress
-        )
+            model, slots, loader, forward, state.config, bases, own_mask=token_mask or state.token_mask,
+            shown=progress,
+        )  # fmt: skip
         # Where A is zero nothing was learned, and initialize has said why.
         unseen = [p.name for p, yes in zip(layers, reached, strict=True) if not yes and bool(p.a.any())]
         warn_of_unreached("update_subspace", unseen, len(layers), closing=True)
@@ -269,7 +276,7 @@ def update_subspace(
         state.kept = (*state.kept, adapter.name)
     state.learned.append({layer.name: update for layer, update in zip(layers, updates, strict=True)} if merge else {})
     state.current = fingerprint(layers)
-    state.open_adapter, state.loss_fn = None, None
+    state.open_adapter, state.loss_fn, state.token_mask = None, None, None
     result = RetentionCertificate(state.tasks_learned, tuple(proofs), tuple(buffers.moved()))
     forget_buffers(adapter)
     state.tasks_learned += 1

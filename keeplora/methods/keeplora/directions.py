@@ -19,7 +19,7 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.ops.precision import full_precision
 from keeplora.statistics import BatchSize, first_batches, mean_gradients, sketch_widths
-from keeplora.statistics.input_sample import InputSample
+from keeplora.statistics.input_sample import ROWS, InputSample
 from keeplora.statistics.passes import observing
 
 from .config import KeepLoraConfig
@@ -98,7 +98,8 @@ class TaskGradients:
     """What one pass over a task's data tells of the gradients of the adapted weights, and :meth:`directions` of it.
 
     With ``config.balance`` rows of A are shortened where the task's inputs are strong (:func:`balanced`), as a sample
-    of inputs tells that is taken in the same pass.
+    of inputs tells that is taken in the same pass. Where it is not known which tokens of the inputs will count as
+    features, this first pass is where the user is told.
 
     ``reached`` says of every slot whether a token has come to it; ``free_shares``, after :meth:`directions`, which
     share of the gradient's energy lies outside of its basis, None where it has none.
@@ -133,9 +134,11 @@ class TaskGradients:
         # Free memory may differ between processes: where one has to sketch, all do.
         self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
         with ExitStack() as stack:
-            if config.balance:
-                self.sample = InputSample(slots, stack.enter_context(token_mask(model, own_mask)))
-                stack.enter_context(observing(self.sample.hosts, self.sample))
+            if config.balance or (config.feature_source == "inputs" and own_mask is None):
+                mask = stack.enter_context(token_mask(model, own_mask))
+                sample = InputSample(slots, mask, rows=ROWS if config.balance else 0)
+                stack.enter_context(observing(sample.hosts, sample))
+                self.sample = sample if config.balance else None
             self.matrices = self._pass(self.widths, "gradients", reached)
         self.free_shares: list[float | None] = []
         self.reached = [slot.name in reached for slot in slots]
