@@ -33,6 +33,7 @@ from .method import LossFn, freeze
 from .progress import for_all_layers, progress
 from .ranks import warn_of_ranks, warn_of_unreached
 from .shares import UNKNOWN, Shares
+from .size import update_size, warn_of_size
 from .slot_states import SlotStates
 
 __all__ = ["LoraMethod"]
@@ -125,6 +126,19 @@ class LoraMethod(SlotStates):
     def drop_task(self) -> None:
         for slot in self.slots:
             slot.detach()
+
+    def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
+        """As :meth:`Method.after_task`.
+
+        Warns:
+            UserWarning: also where what was merged is next to nothing, or about as large as the weights
+                (:mod:`.size`); not of methods that train whole weights, which keep no update.
+        """
+        before = [len(slot.learned or ()) for slot in self.slots]
+        report = super().after_task(loader, loss_fn)
+        merged = [(slot.learned or [])[count:] for slot, count in zip(self.slots, before, strict=True)]
+        warn_of_size("after_task", update_size(merged, [slot.weight for slot in self.slots]))
+        return report
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The open adapters' parameters that take gradients, by target."""

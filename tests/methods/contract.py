@@ -16,7 +16,7 @@ SMALL = {
     "lora": {"r": 2},
     "gpm": {"feature_energy": 0.5},
     "inflora": {"r": 2, "alpha": 2.0, "feature_energy": 0.5, "tasks": 40},
-    "o-lora": {"r": 2, "decay": 0.01},
+    "o-lora": {"r": 2, "alpha": 2.0, "decay": 0.01},
     "sd-lora": {"r": 2, "alpha": 2.0},
     "loda": {"r": 2},
     "lines": {"base": "lora", "settings": {"r": 2}, "alpha": 0.5},

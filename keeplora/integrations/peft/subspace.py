@@ -21,6 +21,7 @@ from keeplora.methods.keeplora.trained_a import confined_again
 from keeplora.methods.method import LossFn
 from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
 from keeplora.methods.shares import UNKNOWN
+from keeplora.methods.size import update_size, warn_of_size
 from keeplora.statistics import BatchSize
 
 from .adapter import (
@@ -265,6 +266,7 @@ def update_subspace(
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
         proofs = certified(slots, bases, new, merge=merge, shown=progress)
+        size = update_size([[(update.a, update.b)] for update in updates], [slot.weight for slot in slots])
     if merge:
         for layer in layers:
             layer.b.zero_()
@@ -280,6 +282,7 @@ def update_subspace(
     result = RetentionCertificate(state.tasks_learned, tuple(proofs), tuple(buffers.moved()))
     forget_buffers(adapter)
     state.tasks_learned += 1
+    warn_of_size("update_subspace", size)
     return result
 
 

@@ -130,7 +130,7 @@ def most_used(counts: Tensor, k: int) -> Tensor:
 def ago_loss(past: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     r"""Activation-guided orthogonality: how much new experts of a weight write where critical past ones do.
 
-    .. math:: \frac1L \sum_{l=1}^{L} \frac{1}{m n} \sum_{i=1}^{m} \sum_{j=1}^{n} | b_{past,i}^\top b_{new,j} |
+    .. math:: \frac1L \sum_{l=1}^{L} \sum_{i=1}^{m} \sum_{j=1}^{n} | b_{past,i}^\top b_{new,j} |
 
     Args:
         past: ``[out_l, m_l]`` each, the past experts' B; no gradient. new: ``[out_l, n_l]`` each.
@@ -141,16 +141,17 @@ def ago_loss(past: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: no weight has any, or the numbers of weights differ.
 
-    Source: DAC, arXiv:2601.22828.
+    Source: DAC, arXiv:2601.22828; the sum over pairs, which makes past tasks count more the more there are, is that of
+    its public code.
 
     Example:
         >>> past, new = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [-1.0]])
         >>> ago_loss([past], [new])
-        tensor(2.5000)
+        tensor(5.)
     """
     if len(past) != len(new):
         raise ValueError(f"ago_loss: past and new must be as many, got {len(past)} and {len(new)}")
-    terms = [(p.to(n.dtype).T @ n).abs().mean() for p, n in zip(past, new, strict=True) if p.numel() and n.numel()]
+    terms = [(p.to(n.dtype).T @ n).abs().sum() for p, n in zip(past, new, strict=True) if p.numel() and n.numel()]
     if not terms:
         raise ValueError("ago_loss: past must hold an expert of some weight, got none. Leave the loss out.")
     return torch.stack(terms).mean()

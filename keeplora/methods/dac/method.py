@@ -70,7 +70,7 @@ class Dac(LoraMethod):
 
     .. math::
         y = x W^\top + \tfrac{\alpha}{r} \sum_{i \in S} (x a_i)\, b_i^\top, \qquad
-        \mathcal L + \frac{\mu}{m n} \sum_{i, j} | b_{past,i}^\top b_{new,j} |
+        \mathcal L + \mu \sum_{i, j} | b_{past,i}^\top b_{new,j} |
 
     Every adapted weight has r experts and a router on the class token x_cls of its input. A sample votes for its
     ``active`` likeliest experts, softmax(R x_cls); S are the ``active`` experts with the most votes of the batch. After
@@ -89,11 +89,11 @@ class Dac(LoraMethod):
 
     Source: DAC, arXiv:2601.22828 (AAAI 2026): pool, routing by [CLS], vote, merging, AGO loss. From its public code
     (Fazhan-cs/DAC): 12 experts, 8 active, 4 merged, α = 1, weight 0.1, dropout 0.2; a router for each weight; the new
-    experts of the AGO loss are those that lead, and it is averaged over weights. Where that code departs from the paper
-    we follow the paper: its hard choice gives the router no gradient, and its past experts are all 12 of a task, since
-    the filter looks for their counts in the wrong place. Ours: the router learns by a straight-through estimator (the
-    paper gives no formula). A text's class token is its end: the code reads the first one, which in a causal tower is
-    the same for every text.
+    experts of the AGO loss are those that lead; it is a sum over pairs, averaged over weights. Where that code departs
+    from the paper we follow the paper: its hard choice gives the router no gradient, and its past experts are all 12 of
+    a task, since the filter looks for their counts in the wrong place. Ours: the router learns by a straight-through
+    estimator (the paper gives no formula). A text's class token is its end: the code reads the first one, which in a
+    causal tower is the same for every text.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -100,8 +100,8 @@ def test_the_ago_loss_and_its_gradient(dtype):
         for i in range(p.shape[1]):
             for j in range(n.shape[1]):
                 product = sum(p[k, i] * n[k, j] for k in range(len(p)))
-                exact += abs(product) / (p.shape[1] * n.shape[1]) / 2
-                slope[:, j] += (1 if product > 0 else -1) * p[:, i] / (p.shape[1] * n.shape[1]) / 2
+                exact += abs(product) / 2
+                slope[:, j] += (1 if product > 0 else -1) * p[:, i] / 2
     assert_rounded(loss, exact, terms=6 * 32, what="loss")
     for n, slope in zip(new[:2], slopes[:2], strict=True):
         assert_rounded(n.grad, slope, terms=8, what="gradient")
@@ -178,7 +178,7 @@ def test_the_penalty_is_of_the_leading_experts_and_what_was_merged():
         (past.T @ slot.adapter.B[:, slot.adapter.counts.argsort(descending=True, stable=True)[:2].sort().values])
         for past, slot in zip(method.past, method.slots, strict=True)
     ]
-    expected = 0.1 * torch.stack([products.abs().mean() for products in found]).mean()
+    expected = 0.1 * torch.stack([products.abs().sum() for products in found]).mean()
     torch.testing.assert_close(method.penalty(), expected, rtol=1e-6, atol=0)
     method.after_task(task(1))
     assert [past.shape[1] for past in method.past] == [4, 4]
