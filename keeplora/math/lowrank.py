@@ -15,10 +15,12 @@ from keeplora.math.rank import fewest_directions_each, rounding_level
 from keeplora.math.scale import powers, scaled
 from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
-from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.declare import OPS
 from keeplora.ops.precision import full_precision
 
 __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
+
+_orthonormalize = OPS["orthonormalize"].call  # of numbers that have been found finite
 
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
@@ -180,7 +182,7 @@ def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
     """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
     if g.shape[2] - q.shape[2] <= g.shape[1]:
         return complement(q.double()).to(g.dtype)
-    return torch.stack(orthonormalize(list(g.mT), bases)[0])
+    return torch.stack(_orthonormalize(list(g.mT), bases)[0])
 
 
 def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
-from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.declare import OPS
 from keeplora.ops.precision import full_precision
 
 __all__ = ["Enough", "gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+
+_orthonormalize = OPS["orthonormalize"].call  # of numbers that the callers have found finite
 
 NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 
@@ -88,7 +90,9 @@ def row_space(
                 left = project(z[0].mT, frames[0][:, : held[0] + first]).mT
                 if _worst_gain(spectrum, left, enough.rank) <= enough.worst:
                     break
-            columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
+            columns, _ = _orthonormalize(
+                list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)]
+            )
             for frame, k, block in zip(frames, held, columns, strict=True):
                 frame[:, k + first : k + last] = block
             image = g @ torch.stack(columns)
@@ -212,7 +216,7 @@ def _leading(
             left -= _cost(width / d)
             if left < 0:
                 return None
-            v = orthonormalize([v], [q])[0][0]
+            v = _orthonormalize([v], [q])[0][0]
             moved = project((c @ v).mT, q).mT
             if step < 2:  # Ritz values of a fresh block say little
                 v = moved

@@ -115,8 +115,8 @@ def test_steps_that_no_direction_gains_from_are_not_made(fall, monkeypatch):
     s = np.arange(1, 401, dtype=np.float64) ** -fall
     g = tensor((orthonormal(400, 400, rng) * s) @ orthonormal(400, 400, rng).T)
     steps = []
-    real = sketch.orthonormalize
-    monkeypatch.setattr(sketch, "orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
+    real = sketch._orthonormalize
+    monkeypatch.setattr(sketch, "_orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
     top_directions([g], [torch.zeros(400, 0)], 16)
     assert len(steps) == 3  # blocks
 
