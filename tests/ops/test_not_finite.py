@@ -1,4 +1,4 @@
-"""What is no number never makes a plausible one: every op, called as a user does, shows it in what it returns or writes.
+"""What is no number never makes a plausible one: every op, called as users do, shows it in what it returns or writes.
 
 Kernels and references alike: on a GPU these are the kernels.
 """
