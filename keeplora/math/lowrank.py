@@ -56,10 +56,11 @@ def top_directions(
     Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
     they would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction
     may still gain a tenth after those); where its space would be about as large as the matrix, the exact
-    factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for
-    ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction
-    holds nearly all of it. Singular values at the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if
-    ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is scaled by a power of two first.
+    factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall
+    faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction holds nearly all of it. In
+    float32 less (0.88) of directions that are 1e-4 as long as most of the r. Singular values at the rounding level
+    of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of
+    any size: it is scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
