@@ -7,20 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keeplora.math import check
+from keeplora.math import check, sketch
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions_each, rounding_level
 from keeplora.math.scale import powers, scaled
-from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space, worst_gains
+from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
-from keeplora.ops.declare import OPS
 from keeplora.ops.precision import full_precision
 
 __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
-
-_orthonormalize = OPS["orthonormalize"].call  # of numbers that have been found finite
 
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
@@ -171,9 +168,9 @@ def _top(
         enough = None if batched(all_g[group[0]]) else Enough(rank, ENOUGH_GAIN, ENOUGH_WORST)
         v, image, spectrum = row_space(g, bases, width, steps=steps, seed=seed, enough=enough)
         if steps < MOST_STEPS and v.shape[2] == (steps + 1) * width:  # it has not stopped because it was enough
-            gains = worst_gains(g, padded(all_q, group), v, image, spectrum, width, rank)
+            gains = sketch.worst_gains(g, padded(all_q, group), v, image, spectrum, width, rank)
     else:
-        v = _whole_row_space(g, padded(all_q, group), bases)
+        v = sketch.whole_row_space(g, padded(all_q, group), bases)
         image = g @ v
         spectrum = right_spectrum(image)
     a, s, b = _triples(image, v, spectrum.vectors, rank)
@@ -186,13 +183,6 @@ def _top(
         level = NOISE_EPS * torch.finfo(g.dtype).eps * norm
         r = sum(value > level for value in values[: ranks[i]])
         yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype))
-
-
-def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
-    """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
-    if g.shape[2] - q.shape[2] <= g.shape[1]:
-        return complement(q.double()).to(g.dtype)
-    return torch.stack(_orthonormalize(list(g.mT), bases)[0])
 
 
 def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

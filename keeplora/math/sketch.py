@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math.orthonormal import complement
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.declare import OPS
@@ -103,6 +104,13 @@ def row_space(
         image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
     return v, image, spectrum or right_spectrum(image)
+
+
+def whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
+    """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
+    if g.shape[2] - q.shape[2] <= g.shape[1]:
+        return complement(q.double()).to(g.dtype)
+    return torch.stack(_orthonormalize(list(g.mT), bases)[0])
 
 
 @dataclass(frozen=True)
