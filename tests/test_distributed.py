@@ -56,7 +56,8 @@ def test_statistics_are_those_of_all_data(both, name):
         elif kind.startswith("counts"):
             for (tokens, energy), (all_tokens, all_energy) in zip(found[kind], values, strict=True):
                 assert tokens == all_tokens
-                assert energy == pytest.approx(all_energy, rel=1e-12)
+                # of slot_mean it is that of means, which are float32 sums in another order
+                assert energy == pytest.approx(all_energy, rel=1e-6 if "slot_mean" in kind else 1e-12)
         elif kind.startswith("shared"):
             assert found[kind] is values is (name == "one input")
         else:

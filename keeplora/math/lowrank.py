@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keeplora.math import check
+from keeplora.math import check, sketch
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
 from keeplora.math.orthonormal import complement, reorthogonalize
@@ -15,13 +15,13 @@ from keeplora.math.rank import fewest_directions_each, rounding_level
 from keeplora.math.scale import powers, scaled
 from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
-from keeplora.ops.orthonormalize import orthonormalize
 from keeplora.ops.precision import full_precision
 
 __all__ = ["Extension", "TopDirections", "directions_within", "extend_basis", "top_directions", "weight_basis"]
 
 LEAST_WIDTH = 8  # columns of a block of the sketch, also for a rank below it
 STEPS = 4
+MOST_STEPS = 8  # where after those the worst direction may still gain
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
 ENOUGH_WORST = 0.1  # of a direction's energy: the most that the worst may gain; it gains a seventh of that (measured)
@@ -51,11 +51,13 @@ def top_directions(
     .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
 
     Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
-    they would add nothing, neither to all directions together nor to the worst); where its space would be about as
-    large as the matrix, the exact factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for
-    ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction
-    holds nearly all of it. Singular values at the rounding level of ``G`` are not directions: ``r`` shrinks, to 0 if
-    ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is scaled by a power of two first.
+    they would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction
+    may still gain a tenth after those); where its space would be about as large as the matrix, the exact
+    factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall
+    faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction holds nearly all of it. In
+    float32 less (0.88) of directions that are 1e-4 as long as most of the r. Singular values at the rounding level
+    of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of
+    any size: it is scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
@@ -91,11 +93,11 @@ def top_directions(
         check.orthonormal(name, q)
     g = [scaled(*pair) for pair in zip(g, sizes, strict=True)]
     widths = [_width(m, b, r) for m, b, r in zip(g, q, ranks, strict=True)]
-    kinds = [(m.shape, w, 0 if w else b.shape[1]) for m, b, w in zip(g, q, widths, strict=True)]
+    kinds = [(m.shape, r if w else 0, 0 if w else b.shape[1]) for m, b, w, r in zip(g, q, widths, ranks, strict=True)]
     tops: dict[int, TopDirections] = {}
     for group in same_kind(kinds, g):
         with full_precision(*g):
-            tops.update(_top(g, q, ranks, group, widths[group[0]], seed))
+            tops.update(_top(g, q, ranks, group, widths[group[0]], seed, STEPS))
     return [_of_size(tops[i], size) for i, size in enumerate(sizes)]
 
 
@@ -149,38 +151,38 @@ def _of_size(top: TopDirections, power: float) -> TopDirections:
     return top if power == 1 else replace(top, s=top.s / power)
 
 
-def _width(g: Tensor, q: Tensor, rank: int) -> int:
+def _width(g: Tensor, q: Tensor, rank: int, steps: int = STEPS) -> int:
     """Columns of the sketch; 0 for the exact path."""
     side = min(g.shape[0], g.shape[1] - q.shape[1])
     width = max(LEAST_WIDTH, rank)
-    return 0 if (STEPS + 1) * width >= EXACT_SHARE * side else width
+    return 0 if (steps + 1) * width >= EXACT_SHARE * side else width
 
 
 def _top(
-    all_g: list[Tensor], all_q: list[Tensor], ranks: list[int], group: list[int], width: int, seed: int
+    all_g: list[Tensor], all_q: list[Tensor], ranks: list[int], group: list[int], width: int, seed: int, steps: int
 ) -> Iterator[tuple[int, TopDirections]]:
     g, bases = stacked(all_g, group), [all_q[i] for i in group]
     rank = max(ranks[i] for i in group)
+    gains = g.new_zeros(len(group), dtype=torch.float64)
     if width:
         enough = None if batched(all_g[group[0]]) else Enough(rank, ENOUGH_GAIN, ENOUGH_WORST)
-        v, image, turn = row_space(g, bases, width, steps=STEPS, seed=seed, enough=enough)
+        v, image, spectrum = row_space(g, bases, width, steps=steps, seed=seed, enough=enough)
+        if steps < MOST_STEPS and v.shape[2] == (steps + 1) * width:  # it has not stopped because it was enough
+            gains = sketch.worst_gains(g, padded(all_q, group), v, image, spectrum, width, rank)
     else:
-        v = _whole_row_space(g, padded(all_q, group), bases)
+        v = sketch.whole_row_space(g, padded(all_q, group), bases)
         image = g @ v
-        turn = right_spectrum(image).vectors
-    a, s, b = _triples(image, v, turn, rank)
-    host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], s], dim=1).tolist()
-    for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
+        spectrum = right_spectrum(image)
+    a, s, b = _triples(image, v, spectrum.vectors, rank)
+    host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], gains[:, None], s], dim=1).tolist()
+    for j, (i, (norm, gain, *values)) in enumerate(zip(group, host, strict=True)):
+        if gain > ENOUGH_WORST:
+            more = _width(all_g[i], all_q[i], ranks[i], MOST_STEPS)
+            yield from _top(all_g, all_q, ranks, [i], more, seed, MOST_STEPS)
+            continue
         level = NOISE_EPS * torch.finfo(g.dtype).eps * norm
         r = sum(value > level for value in values[: ranks[i]])
         yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype))
-
-
-def _whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
-    """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
-    if g.shape[2] - q.shape[2] <= g.shape[1]:
-        return complement(q.double()).to(g.dtype)
-    return torch.stack(orthonormalize(list(g.mT), bases)[0])
 
 
 def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

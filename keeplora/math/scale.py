@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keeplora.math.check import finite
 
-__all__ = ["powers", "scaled"]
+__all__ = ["largest", "powers", "scaled"]
 
 # From 2^-ORDINARY to 2^ORDINARY a largest entry is left as it is: also fourth powers of norms are numbers of float32.
 ORDINARY = 28
@@ -27,7 +27,7 @@ def powers(name: str, argument: str, values: Sequence[Tensor]) -> list[float]:
         >>> powers("f", "x", [torch.ones(2, 2), torch.full((1, 1), 2.0**39)]) == [1.0, 4.0**-20]
         True
     """
-    sizes = _sizes(values)
+    sizes = largest(values)
     if not all(map(math.isfinite, sizes)):
         finite(name, argument, values)
     return [_power(size, MOST.get(value.dtype, MOST[torch.float32])) for size, value in zip(sizes, values, strict=True)]
@@ -43,8 +43,13 @@ def _power(size: float, most: int) -> float:
     return 1.0 if abs(exponent) <= ORDINARY else 4.0 ** -(max(-most, min(most, exponent)) // 2)
 
 
-def _sizes(values: Sequence[Tensor]) -> list[float]:
-    """The size of every largest entry; NaN where one is."""
+def largest(values: Sequence[Tensor]) -> list[float]:
+    """The size of every matrix's largest entry; NaN where one is. One transfer to the host for all.
+
+    Example:
+        >>> largest([torch.tensor([[1.0, -3.0]]), torch.zeros(0, 2)])
+        [3.0, 0.0]
+    """
     if not values:
         return []
     extremes = [torch.stack(torch.aminmax(v.detach())) if v.numel() else v.new_zeros(2) for v in values]

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math.orthonormal import complement
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
-from keeplora.ops.orthonormalize import orthonormalize
+from keeplora.ops.declare import OPS
 from keeplora.ops.precision import full_precision
 
-__all__ = ["Enough", "gaussian", "leading_eigenvectors", "right_spectrum", "row_space"]
+__all__ = ["Enough", "gaussian", "leading_eigenvectors", "right_spectrum", "row_space", "worst_gains"]
+
+_orthonormalize = OPS["orthonormalize"].call  # of numbers that the callers have found finite
 
 NOISE_EPS = 10  # singular values up to this many eps of ‖G‖_F are what rounding leaves of zero
 
@@ -46,7 +49,7 @@ class Enough:
 
 def row_space(
     g: Tensor, q: Sequence[Tensor], width: int, *, steps: int, seed: int, enough: Enough | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, RightSpectrum]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
     .. math:: \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
@@ -64,8 +67,8 @@ def row_space(
             layers on a CPU.
 
     Returns:
-        ``(V [n, in, (s + 1)·width], G V, T)`` with the ``s`` that was used; columns beyond a layer's rank are zero.
-        ``T`` are the right singular vectors of ``G V``, leading ones first, in float64.
+        ``(V [n, in, (s + 1)·width], G V, spectrum)`` with the ``s`` that was used; columns beyond a layer's rank are
+        zero. ``spectrum`` is that of ``G V``, leading directions first.
 
     Source: Musco & Musco, "Randomized block Krylov methods", 2015, algorithm 2; the probe is that of Halko,
     Martinsson & Tropp, 2011.
@@ -86,9 +89,11 @@ def row_space(
             z = (image.mT @ g).mT  # in this layout both the product and what follows are fastest
             if enough is not None and spectrum is not None and together <= enough.together:
                 left = project(z[0].mT, frames[0][:, : held[0] + first]).mT
-                if _worst_gain(spectrum, left, enough.rank) <= enough.worst:
+                if float(_worst_gains(spectrum, left[None], enough.rank)) <= enough.worst:
                     break
-            columns, _ = orthonormalize(list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)])
+            columns, _ = _orthonormalize(
+                list(z), [frame[:, : k + first] for frame, k in zip(frames, held, strict=True)]
+            )
             for frame, k, block in zip(frames, held, columns, strict=True):
                 frame[:, k + first : k + last] = block
             image = g @ torch.stack(columns)
@@ -98,7 +103,14 @@ def row_space(
                 together = _expected_gain(_leading_energies(spectrum, enough.rank, width))
         image = torch.cat(images, dim=2)
     v = torch.stack([frame[:, k : k + image.shape[2]] for frame, k in zip(frames, held, strict=True)])
-    return v, image, (spectrum or right_spectrum(image)).vectors
+    return v, image, spectrum or right_spectrum(image)
+
+
+def whole_row_space(g: Tensor, q: Tensor, bases: list[Tensor]) -> Tensor:
+    """``[n, in, min(out, in − k)]``: orthonormal columns that hold every row of ``G P``."""
+    if g.shape[2] - q.shape[2] <= g.shape[1]:
+        return complement(q.double()).to(g.dtype)
+    return torch.stack(_orthonormalize(list(g.mT), bases)[0])
 
 
 @dataclass(frozen=True)
@@ -136,22 +148,38 @@ def _expected_gain(energies: list[float]) -> float:
     return second * ratio / (1 - ratio) / energies[2]
 
 
-def _worst_gain(spectrum: RightSpectrum, left: Tensor, count: int) -> float:
+def worst_gains(
+    g: Tensor, q: Tensor, v: Tensor, image: Tensor, spectrum: RightSpectrum, width: int, count: int
+) -> Tensor:
+    """What the worst of ``count`` directions of every layer can still gain, after :func:`row_space`; one product.
+
+    Args:
+        q: ``[n, in, k]``, filled up with zeros. v, image, spectrum: what it returned for ``g`` and these bases.
+
+    Returns:
+        ``[n]`` in float64, shares of a direction's energy.
+    """
+    with full_precision(g):
+        left = project(project(image[:, :, -width:].mT @ g, q), v).mT
+        return _worst_gains(spectrum, left, count)
+
+
+def _worst_gains(spectrum: RightSpectrum, left: Tensor, count: int) -> Tensor:
     r"""What the direction that has most to gain can still gain, as a share of its energy, to second order.
 
     .. math:: \lVert r_i \rVert^2 / (\theta_i (\theta_i - \theta_{count + 1})), \qquad r_i = P G^T G v_i - \theta_i v_i
 
     The worst counts, not the sum: an optimizer that rescales gradients learns along the last direction as fast as along
-    the first, whose energy may hide all others'. ``left`` is what ``P Gᵀ G`` of the last block has outside of all
-    blocks: the residuals are combinations of its columns.
+    the first, whose energy may hide all others'. ``left [n, in, width]`` is what ``P Gᵀ G`` of the last block has
+    outside of all blocks: the residuals are combinations of its columns.
     """
-    theta, turn = spectrum.values[0], spectrum.vectors[0, -left.shape[1] :, :count]
-    residual = (left.double() @ turn).square().sum(0)
-    noise = (NOISE_EPS * torch.finfo(left.dtype).eps) ** 2 * theta.sum()
-    used = theta[:count]
-    gap = (used - theta[count]).clamp_min(1e-3 * used)
+    theta, turn = spectrum.values, spectrum.vectors[:, -left.shape[2] :, :count]
+    residual = (left.double() @ turn).square().sum(1)
+    noise = (NOISE_EPS * torch.finfo(left.dtype).eps) ** 2 * theta.sum(1, keepdim=True)
+    used = theta[:, :count]
+    gap = (used - theta[:, count : count + 1]).clamp_min(1e-3 * used)
     gain = (residual / gap / used).clamp(max=1.0)
-    return float(torch.where(used > noise, gain, 0).amax())
+    return torch.where(used > noise, gain, 0).amax(1)
 
 
 # Of blocked iteration: a block is a quarter wider than the rank it is to certify, or its last directions converge
@@ -212,7 +240,7 @@ def _leading(
             left -= _cost(width / d)
             if left < 0:
                 return None
-            v = orthonormalize([v], [q])[0][0]
+            v = _orthonormalize([v], [q])[0][0]
             moved = project((c @ v).mT, q).mT
             if step < 2:  # Ritz values of a fresh block say little
                 v = moved

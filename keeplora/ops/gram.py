@@ -8,7 +8,7 @@ from torch import Tensor
 from keeplora.ops.check import matrix, wide
 from keeplora.ops.declare import declare
 
-__all__ = ["gram"]
+__all__ = ["energy_of", "gram", "quick_energy"]
 
 
 def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -27,6 +27,10 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
         cores multiply it as it is (``torch.addmm`` with ``out_dtype=torch.float32``), elsewhere 2048 rows are
         widened at a time.
 
+        Numbers below 1e-19 or above 1e19 have squares that float32 does not hold: in ``C`` they vanish or are
+        infinite. ``e`` is right then on a CPU, and as :func:`energy_of` gives it elsewhere. Where ``tr C`` is not
+        ``e``, multiply ``x`` by a power of two, or pass it in float64.
+
     Raises:
         ValueError: shapes do not fit.
         TypeError: ``x`` is not floating, or an accumulator has the wrong dtype.
@@ -40,6 +44,9 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
         >>> c, energy
         (tensor([[1., 2.],
                 [2., 5.]]), tensor(6., dtype=torch.float64))
+        >>> c, energy = gram(torch.full((1, 1), 2.0**-100))
+        >>> c, energy == 2.0**-200
+        (tensor([[0.]]), tensor(True))
     """
     matrix("gram", "x", x)
     d, acc = x.shape[1], wide(x.dtype)
@@ -71,12 +78,38 @@ def _reference(out: Tensor, energy: Tensor, x: Tensor) -> None:
     for rows in torch.split(x, _ROWS) if short else (x,):
         if short and x.is_cuda:
             torch.addmm(out, rows.T, rows, out_dtype=torch.float32, out=out)
-            energies = torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype).double().square()
         else:
             rows = rows.to(out.dtype)
             out.addmm_(rows.T, rows)
-            energies = torch.linalg.vecdot(rows, rows)
-        energy += energies.sum(dtype=torch.float64)
+        energy += quick_energy(rows)
+
+
+# The mean square, from here to its inverse: float32 loses no square that counts.
+_ORDINARY = 2.0**-100
+
+
+def quick_energy(rows: Tensor) -> Tensor:
+    """``energy_of(rows)`` from squares in their dtype, float32 for 16-bit ones; looked at on a CPU, where that does not
+    make anything wait."""
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return lengths.double().square().sum()
+    energy: Tensor = torch.linalg.vecdot(rows, rows).sum(dtype=torch.float64)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        mean = float(energy) / max(1, rows.numel())
+        return energy if _ORDINARY <= mean <= 1 / _ORDINARY else energy_of(rows)
+    return energy
+
+
+def energy_of(rows: Tensor) -> Tensor:
+    r"""``Σ ‖x_t‖²`` of ``rows [tokens, d]``, squares and sums in float64: right whatever the size of float32 numbers.
+
+    Example:
+        >>> energy_of(torch.full((2, 2), 2.0**-100)) == 4 * 2.0**-200
+        tensor(True)
+    """
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(rows, _ROWS)]
+    return torch.stack(parts).square().sum()
 
 
 def _fake(out: Tensor, energy: Tensor, x: Tensor) -> None:

@@ -30,17 +30,19 @@ def orthonormalize(
 
     Columns are taken from left to right. One is dropped when the part of it outside ``q[i]`` and the columns
     kept before is at most ``32 eps`` of its length: zero columns, repeated columns and columns inside
-    ``q[i]`` go.
+    ``q[i]`` go. A column that is NaN or infinite would go, too: where there is one, in ``y[i]`` or ``q[i]``, all of
+    ``z[i]`` is NaN.
 
     Args:
-        y: ``n`` matrices ``[d_i, l_i]``, all float32 or all float64, finite.
+        y: ``n`` matrices ``[d_i, l_i]``, all float32 or all float64.
         q: ``n`` matrices ``[d_i, k_i]`` with orthonormal columns, dtype of ``y``; ``None`` for none.
         check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
     Returns:
         ``(z, rank)``: ``n`` matrices ``[d_i, l_i]`` whose first ``rank[i]`` columns are orthonormal to 5e-6
         in float32 for any condition of ``y[i]``, the others exactly zero; ``rank`` is ``[n]`` int64 on the
-        device of ``y``.
+        device of ``y``. Where ``y[i]`` or ``q[i]`` is not finite, ``z[i]`` is NaN and ``rank[i]`` is ``l_i``. Nothing
+        waits for the device.
 
     Raises:
         ValueError: lengths or shapes do not fit, or a checked basis has ``max|QᵀQ - I|`` above 1e-4 (float64:
@@ -75,8 +77,25 @@ def orthonormalize(
             )
     if check_basis:
         orthonormal("orthonormalize", q)
-    z, rank = _op.call([m.detach() for m in y], [m.detach() for m in q])
-    return z, rank
+    y, q = [m.detach() for m in y], [m.detach() for m in q]
+    z, rank = _op.call(y, q)
+    return _visibly(z, rank, y, q) if z else (z, rank)
+
+
+def _visibly(z: list[Tensor], rank: Tensor, y: Sequence[Tensor], q: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """NaN, and every column, for problems that have a number which is none: comparing with it drops columns."""
+    sizes = [_largest(y), _largest(q)]
+    finite = torch.stack([torch.stack(each).isfinite() for each in sizes]).all(0)
+    torch._foreach_add_(z, list(torch.where(finite, 0.0, torch.nan).to(z[0].dtype).unbind()))
+    widths = torch.stack([rank.new_full((), m.shape[1]) for m in z])
+    return z, torch.where(finite, rank, widths)
+
+
+def _largest(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The size of every one's largest entry, in one launch for all; a NaN is larger than any other number."""
+    full = [m for m in matrices if m.numel()]
+    norms = iter(torch._foreach_norm(full, torch.inf) if full else [])
+    return [next(norms) if m.numel() else m.new_zeros(()) for m in matrices]
 
 
 def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:

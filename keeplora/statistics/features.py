@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import listed, warn
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot, TokenMask
+from keeplora.math.finite import first_not_finite
 from keeplora.math.moment import SketchedMoment, nystrom
 from keeplora.math.sketch import gaussian
-from keeplora.ops.gram import gram
+from keeplora.ops.gram import energy_of, gram, quick_energy
 from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers, evaluating, naming_batch, observing
@@ -27,7 +29,8 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class FeatureStatistic:
-    """Second moment ``Σ xᵀx`` of the inputs of a layer over ``tokens`` tokens, and its trace, summed in float64.
+    """Second moment ``Σ xᵀx`` of the inputs of a layer over ``tokens`` tokens, and its trace, summed in float64 on its
+    own: right also where float32 does not hold the squares.
 
     ``moment`` is ``[in, in]`` in float32 (float64 for float64 inputs), or a sketch of it. Of a layer that no batch
     reached it is zero, as ``tokens`` are.
@@ -74,8 +77,12 @@ def feature_statistics(
 
     Raises:
         ValueError: the loader is empty, or no token counted in any of the layers; an input is NaN or Inf, or its width
-            changes (the layer and the batch are named); ``kind`` or ``sketch_share`` is out of range; with "slot_mean"
-            samples have other numbers of tokens in some batches, so that positions mean nothing.
+            changes (the layer and the batch are named); inputs are so large that float32 does not hold their squares
+            (the layer is named); ``kind`` or ``sketch_share`` is out of range; with "slot_mean" samples have other
+            numbers of tokens in some batches, so that positions mean nothing.
+
+    Warns:
+        UserWarning: inputs are so small that float32 does not hold their squares; the layers are named.
     """
     if kind not in ("second_moment", "slot_mean", "sketch"):
         raise ValueError(f"feature_statistics: kind must be 'second_moment', 'slot_mean' or 'sketch', got {kind!r}")
@@ -118,12 +125,18 @@ class _Input:
 
 @dataclass
 class _Sum:
-    """What the inputs of one set of slots have added up to; ``counts [rows, 1]`` are of ``slot_mean``."""
+    """What the inputs of one set of slots have added up to; ``counts [rows, 1]`` are of ``slot_mean``, whose energy is
+    that of the ``means`` in the end."""
 
     part: Tensor
     counts: Tensor | None
     tokens: int = 0
     energy: float = 0.0
+    means: int = 0
+
+    def rows(self) -> int:
+        """How many of them ``energy`` is of."""
+        return self.means or self.tokens
 
 
 @dataclass(frozen=True)
@@ -157,8 +170,10 @@ class _Collector:
             self.by_host.setdefault(slot.host, {})[slot.slot] = slot
         self.sums: dict[frozenset[LoraSlot], _Sum] = {}
         self.last: _Input | None = None
+        self.ordinary: set[LoraSlot] = set()  # those whose inputs float32 is known to hold the squares of
+        self.small: dict[str, float] = {}  # root mean squares of inputs that it does not, by their first layers
         self.shapes: dict[LoraSlot, tuple[int, ...]] = {}  # of a sample's tokens, for slot_mean
-        self.batch: list[tuple[_Sum, LoraSlot, Tensor]] = []  # energies that are still on their way
+        self.batch: list[tuple[_Sum, frozenset[LoraSlot], Tensor]] = []  # energies that are still on their way
 
     @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
     @torch.no_grad()
@@ -183,6 +198,8 @@ class _Collector:
                     )
                 with full_precision(rows.device):
                     part, energy = self.part(rows)
+                    if slot not in self.ordinary and not _looked_at(rows):
+                        energy = energy_of(rows)
                 tokens, counts = rows.shape[0], None
                 if self.kind == "slot_mean":
                     part, counts = self.positions(slot, x, part, mask)
@@ -194,7 +211,7 @@ class _Collector:
         if self.kind == "second_moment":
             return gram(rows)
         wide = rows.to(_wide(rows), copy=True)
-        energy = torch.linalg.vecdot(wide, wide).sum(dtype=torch.float64)
+        energy = quick_energy(wide)
         return (wide if self.kind == "slot_mean" else wide.T @ (wide @ self.omega(wide))), energy
 
     def positions(self, slot: LoraSlot, x: Tensor, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,6 +235,10 @@ class _Collector:
         d = like.shape[1]
         return gaussian(d, max(1, round(self.share * d)), self.seed, like)
 
+    def names(self, slots: frozenset[LoraSlot]) -> list[str]:
+        """Of these, in the order of the targets."""
+        return [slot.name for slot in self.slots if slot in slots]
+
     def flush(self) -> None:
         """Add what the last input gave to the sum of the slots that were given it."""
         if self.last is None:
@@ -231,7 +252,7 @@ class _Collector:
             if total.counts is not None and self.last.counts is not None:
                 total.counts = _added(total.counts, self.last.counts)
         total.tokens += self.last.tokens
-        self.batch.append((total, next(slot for slot in self.slots if slot in slots), self.last.energy))
+        self.batch.append((total, slots, self.last.energy))
         self.last = None
 
     def end_batch(self, index: int) -> None:
@@ -241,12 +262,15 @@ class _Collector:
             return
         device = self.batch[0][2].device
         energies = torch.stack([energy.to(device) for _, _, energy in self.batch]).tolist()
-        for (total, slot, _), energy in zip(self.batch, energies, strict=True):
+        for (total, slots, _), energy in zip(self.batch, energies, strict=True):
             if not math.isfinite(energy):
                 raise ValueError(
-                    f"feature_statistics: features must be finite, got NaN or Inf in batch {index} [{slot.name}]"
+                    f"feature_statistics: features must be finite, got NaN or Inf in batch {index} "
+                    f"[{self.names(slots)[0]}]"
                 )
             total.energy += energy
+            if total.energy > _LEAST * total.rows() * next(iter(slots)).weight.shape[1]:
+                self.ordinary |= slots
         self.batch.clear()
 
     def add_up(self, peers: Peers) -> None:
@@ -289,7 +313,7 @@ class _Collector:
             if total.counts is not None:
                 mean = total.part / total.counts.clamp_min(1)
                 with full_precision(mean):
-                    total.part = mean.T @ mean
+                    total.part, total.energy, total.means = mean.T @ mean, float(energy_of(mean)), len(mean)
         if not any(total.tokens for total in self.sums.values()):
             raise ValueError(
                 f"feature_statistics: an adapted layer must see a token that counts, got none in all {len(self.slots)} "
@@ -303,9 +327,20 @@ class _Collector:
             kind = mine or (slot.weight.shape[1], slot.weight.dtype, slot.weight.device)
             if kind not in pooled:
                 sums = [total for key, total in self.sums.items() if key in mine]
-                pooled[kind] = self.pool(sums) if sums else self.nothing(slot)
+                pooled[kind] = self.pool(sums, slot) if sums else self.nothing(slot)
             result.append(pooled[kind])
+        self.warn_of_small()
         return result
+
+    def warn_of_small(self) -> None:
+        if self.small:
+            worst = min(self.small, key=self.small.__getitem__)
+            warn(
+                f"feature_statistics: features must have squares that float32 holds, got {self.small[worst]:.1e} in "
+                f"the root mean square [{worst}]: {len(self.small)} of the second moments miss some or all of what "
+                f"came to their layers, which is not protected: {listed(list(self.small))}. Normalise the layers' "
+                "inputs, or run the model in float64."
+            )
 
     def nothing(self, slot: LoraSlot) -> FeatureStatistic:
         """What is known of a layer that no token reached."""
@@ -314,14 +349,34 @@ class _Collector:
             return FeatureStatistic(SketchedMoment(slot.weight.new_zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
         return FeatureStatistic(slot.weight.new_zeros(width, width, dtype=dtype), 0, 0.0)
 
-    def pool(self, sums: Sequence[_Sum]) -> FeatureStatistic:
-        """One statistic of several sums: inputs may be shared at one time and separate at another."""
+    def pool(self, sums: Sequence[_Sum], slot: LoraSlot) -> FeatureStatistic:
+        """One statistic of several sums: inputs may be shared at one time and separate at another. Squares that became
+        infinite are refused, those that vanished noted."""
         part = sums[0].part
         for other in sums[1:]:
             part = part + other.part
         energy = sum(total.energy for total in sums)
+        size = (energy / sum(total.rows() for total in sums) / slot.weight.shape[1]) ** 0.5
+        if energy > _MOST and first_not_finite([part]) is not None:
+            raise ValueError(
+                f"feature_statistics: features must have squares that {part.dtype} holds, got {size:.1e} in the root "
+                f"mean square [{slot.name}]. Normalise the layer's inputs, or run the model in float64."
+            )
+        if 0 < size < _LEAST**0.5 and part.dtype == torch.float32:
+            self.small[slot.name] = size
         moment = nystrom(part, self.omega(part.T), energy) if self.kind == "sketch" else part
         return FeatureStatistic(moment, sum(total.tokens for total in sums), energy)
+
+
+# Of the mean square of float32 numbers: below, some of the squares are denormal, which not all hardware keeps.
+_LEAST = 2.0**-116
+# Of a sum of squares: from here on an entry of a moment, or of a sketch of it, may be infinite.
+_MOST = 2.0**118
+
+
+def _looked_at(rows: Tensor) -> bool:
+    """Whether ``quick_energy`` has seen for itself that float32 holds the squares."""
+    return rows.device.type == "cpu"
 
 
 def _added(total: Tensor, part: Tensor) -> Tensor:

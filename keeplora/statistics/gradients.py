@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -9,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import listed, warn
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot
+from keeplora.math.scale import largest
 from keeplora.ops.lora_grad_b import lora_grad_b
 from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
@@ -21,6 +24,7 @@ __all__ = ["mean_gradients", "sketch_widths"]
 
 ROWS_PER_DIRECTION = 8  # of a sketch: 0.98 of the optimal energy on real gradients
 FREE_SHARE = 0.2  # of the free memory
+_LEAST = 2.0**-116  # of a gradient's largest entry: below, products that it is a sum of are denormal, or vanish
 
 
 def sketch_widths(
@@ -103,6 +107,9 @@ def mean_gradients(
         RuntimeError: the loss has no gradient to any of the slots' weights, in all batches or in one that calls their
             layers; or the model reads an adapted weight
             without calling its layer (an adapter there would do nothing).
+
+    Warns:
+        UserWarning: gradients are so small that float32 does not hold all they are sums of; the layers are named.
 
     Source: the sketch is the range finder of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061, with random signs.
     """
@@ -238,14 +245,32 @@ class _Gradients:
         if not self.touched:
             raise RuntimeError(_NO_GRADIENT)
         gradients = [self.sums[slot.host, slot.slot].div_(weight) for slot in self.slots]
-        finite = torch.stack([torch.isfinite(matrix).all() for matrix in gradients]).tolist()
-        for slot, good in zip(self.slots, finite, strict=True):
-            if not good:
+        sizes = largest(gradients)
+        for slot, size in zip(self.slots, sizes, strict=True):
+            if not math.isfinite(size):
                 raise ValueError(
                     f"mean_gradients: gradients must be finite, got NaN or Inf [{slot.name}]. "
                     "Lower the loss scale, or run this pass in float32 or bfloat16."
                 )
+        self.check_small(sizes)
         return gradients
+
+    def check_small(self, sizes: Sequence[float]) -> None:
+        """Name the slots whose gradient float32 holds in part only; those seen in a frame were named before."""
+        small = {
+            slot.name: size
+            for slot, size in zip(self.slots, sizes, strict=True)
+            if 0 < size < _LEAST
+            and slot.weight.dtype != torch.float64
+            and not isinstance(self.keep[slot.host, slot.slot], Tensor)
+        }
+        if small:
+            least = min(small, key=small.__getitem__)
+            warn(
+                f"mean_gradients: gradients must have entries that float32 holds, got at most {small[least]:.1e} "
+                f"[{least}]: those of {len(small)} of {len(self.slots)} layers are known in part only: "
+                f"{listed(list(small))}. Multiply the loss by a power of two, or run the model in float64."
+            )
 
 
 class _Tap(torch.autograd.Function):

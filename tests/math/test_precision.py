@@ -60,11 +60,18 @@ CASES = {
     "leading_eigenvectors": lambda: (narrow_moment(1024, 12), basis(1024, 8)),
     "right_spectrum": lambda: (torch.randn(2, 96, 40),),
     "row_space": lambda: (torch.randn(1, 300, 400), [basis(400, 9)], 8),
+    "worst_gains": lambda: after_steps(torch.randn(1, 300, 400), [basis(400, 9)]),
     "certificate": lambda: (torch.randn(8, 96), torch.randn(64, 8), basis(96, 40)),
     "certificates": lambda: ([torch.randn(8, 96)], [torch.randn(64, 8)], [basis(96, 40)]),
     "orthogonality": lambda: (basis(256, 48),),
     "project": lambda: (torch.randn(64, 96), basis(96, 40)),
 }
+
+
+def after_steps(g, q):
+    return g, q[0][None], *sketch.row_space(g, q, 8, steps=2, seed=0), 8, 8
+
+
 OPTIONS = {
     "leading_eigenvectors": lambda: {"total": 2.5e3, "share": 0.5, "captured": 0.0, "floor": 1e-4, "seed": 0},
     "row_space": lambda: {"steps": 4, "seed": 0, "enough": sketch.Enough(8, 1e-9, 1e-9)},

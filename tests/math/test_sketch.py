@@ -93,12 +93,12 @@ def test_row_space_is_orthonormal_and_apart_from_the_basis(device):
     rng = np.random.default_rng(2)
     g = torch.randn(2, 50, 60, device=device)
     q = [tensor(orthonormal(60, k, rng)).to(device) for k in (7, 0)]
-    v, image, turn = row_space(g, q, 4, steps=2, seed=3)
+    v, image, spectrum = row_space(g, q, 4, steps=2, seed=3)
     assert v.shape == (2, 60, 12)
     for i in range(2):
         assert off_identity(torch.cat([q[i], v[i]], 1).cpu()) <= 5e-6
     torch.testing.assert_close(image, g @ v)
-    squares = (image.double() @ turn).square().sum(1)
+    squares = (image.double() @ spectrum.vectors).square().sum(1)
     torch.testing.assert_close(squares, torch.linalg.svdvals(image.double()).square(), rtol=1e-9, atol=1e-9)
 
 

@@ -109,14 +109,45 @@ def test_the_last_direction_is_as_good_as_the_first(d, kind, together, monkeypat
         assert held[first:].sum() >= 0.98 * (s[first:16] ** 2).sum(), first
 
 
+def worst_tail(top, exact, s):
+    """The least share of the best energy that directions ``i … r`` hold, over all i."""
+    held = np.linalg.norm(exact @ f64(top.a).T, axis=0) ** 2
+    return min(held[i:].sum() / (s[i : len(held)] ** 2).sum() for i in range(len(held)))
+
+
+@pytest.mark.parametrize("together", ["one by one", "batched"])
+def test_a_layer_whose_worst_direction_may_still_gain_gets_more_steps_alone(together, monkeypatch):
+    if together == "batched":
+        monkeypatch.setattr(batch, "batched", lambda tensor: True)
+        monkeypatch.setattr(lowrank, "batched", lambda tensor: True)
+    rng = np.random.default_rng(0)
+    u, v = orthonormal(400, 400, rng), orthonormal(400, 400, rng)
+    spectra = [np.arange(1, 401, dtype=np.float64) ** -fall for fall in (1.0, 0.1, 2.0)]
+    exact = [(u * s) @ v.T for s in spectra]
+    g, q = [tensor(m) for m in exact], [torch.zeros(400, 0), torch.zeros(400, 3), torch.zeros(400, 0)]
+    groups = []
+    real = lowrank.row_space
+    monkeypatch.setattr(
+        lowrank, "row_space", lambda g, *args, **kw: (groups.append((len(g), kw["steps"])), real(g, *args, **kw))[1]
+    )
+    tops = top_directions(g, q, 8)
+    assert [count for count, steps in groups if steps > lowrank.STEPS] == [1]
+    assert [worst_tail(top, m, s) >= 0.995 for top, m, s in zip(tops, exact, spectra, strict=True)] == [True] * 3
+    groups.clear()
+    others = top_directions([g[0], g[2]], [q[0], q[2]], 8)
+    assert all(steps == lowrank.STEPS for _, steps in groups)
+    for one, other in zip((tops[0], tops[2]), others, strict=True):
+        torch.testing.assert_close(one.s, other.s)
+
+
 @pytest.mark.parametrize("fall", [1.0, 2.0])
 def test_steps_that_no_direction_gains_from_are_not_made(fall, monkeypatch):
     rng = np.random.default_rng(0)
     s = np.arange(1, 401, dtype=np.float64) ** -fall
     g = tensor((orthonormal(400, 400, rng) * s) @ orthonormal(400, 400, rng).T)
     steps = []
-    real = sketch.orthonormalize
-    monkeypatch.setattr(sketch, "orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
+    real = sketch._orthonormalize
+    monkeypatch.setattr(sketch, "_orthonormalize", lambda *args: (steps.append(1), real(*args))[1])
     top_directions([g], [torch.zeros(400, 0)], 16)
     assert len(steps) == 3  # blocks
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from keeplora.distributed import processes
 from keeplora.families.class_head import ClassHead
 from keeplora.math.lowrank import extend_basis
+from keeplora.math.scale import powers, scaled
 from keeplora.math.subspace import project
 
 __all__ = ["ImageFeatures", "KnownTask", "TaskCalibration"]
@@ -87,7 +88,8 @@ class TaskCalibration(ClassHead):
         """Remember a task by what was observed of it; nothing if no logits were formed."""
         if features.moment is None:
             return
-        moment = features.moment.float()
+        [size] = powers("after_task", "image features", [features.moment])  # float32 may not hold their squares
+        moment = scaled(features.moment, size).float()
         (extension,) = extend_basis([moment.new_zeros(len(moment), 0)], [moment], energy)
         self.tasks.append(
             KnownTask(torch.stack(list(features.prompts.values())), extension.q, max(1 - extension.fraction, _LEAST))

@@ -13,6 +13,7 @@ from keeplora.families import token_mask
 from keeplora.lora import LoraSlot, TokenMask
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
+from keeplora.math.scale import powers, scaled
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.shares import UNKNOWN, Shares
@@ -105,4 +106,5 @@ def _of_gradients(
     _: TokenMask | None, shown: bool | None,
 ) -> _Found:  # fmt: skip
     gradients = TaskGradients(model, slots, loader, loss_fn, replace(config, balance=False), shown=shown)
-    return lambda i: gram(gradients.matrices[i])[0], gradients.reached
+    sizes = powers("extended_bases", "gradients", gradients.matrices)  # their squares would leave float32's range
+    return lambda i: gram(scaled(gradients.matrices[i], sizes[i]))[0], gradients.reached
