@@ -11,6 +11,7 @@ import torch
 from keeplora import cli
 from keeplora.compare.comparison import RATES, at_rates, comparison
 from keeplora.methods.settings import ConfigError
+from keeplora.report import info
 from keeplora.tasks import Split
 from keeplora.train import loop
 from keeplora.train.config import parse_config
@@ -134,6 +135,14 @@ def test_an_untrained_model_is_evaluated_once_on_both():
     assert None not in record.validation[0]
     assert record.validation == [record.validation[0]] * 3
     assert record.correct == [record.correct[0]] * 3
+
+
+def test_scipy_is_missed_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(info, "find_spec", lambda name: None if name == "scipy" else name)
+    values = {"benchmark": "embedded", "methods": ["lora"], "steps": 1, "tensorboard": False}
+    info.check_machine(parse_config(values))
+    with pytest.raises(ConfigError, match="scipy must be installed"):
+        info.check_machine(parse_config({**values, "evaluate_on": "both"}))
 
 
 def test_a_benchmark_that_tells_no_items_is_refused(tiny, tmp_path, monkeypatch, capsys):
