@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Sheet
 
 from keeplora.report.comparison_plots import MARKERS, name_points
@@ -22,7 +24,7 @@ def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
     axes.axvline(zero[0], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
     axes.axhline(zero[1], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
     axes.scatter(*zero, marker="*", s=190, color=INK, zorder=4)
-    named = [(*zero, "zero-shot")]
+    named, shown = [(*zero, "zero-shot")], [zero]
     for i, (method, points) in enumerate(fronts.points.items()):
         colour, marker = palette[method], MARKERS[i % len(MARKERS)]
         best = on_front([place(one) for one in points])
@@ -34,8 +36,10 @@ def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
                           alpha=0.45 if on else 0.2, zorder=2)  # fmt: skip
             axes.scatter(x.mean, y.mean, marker=marker, s=62 if on else 34, color=colour if on else "white",
                          edgecolor="white" if on else colour, linewidth=0.9, zorder=3)  # fmt: skip
-            named.append((x.mean, y.mean, method if on and (x.mean, y.mean) == line[0] else ""))
-    axes.margins(0.1)
+            named.append((x.mean, y.mean, ""))
+        named.append((*line[0], method))
+        shown += line
+    outside = _frame(axes, shown, [one[:2] for one in named])
     plain(axes)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_xlabel("Transfer: accuracy on tasks not yet learned (%)", color=SOFT)
@@ -45,8 +49,21 @@ def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
     sheet.supxlabel(
         f"{config.benchmark}, {config.split} split, {seeds}; bars: error of seeds and items; line: a method's front; "
-        "hollow: another rate of the method is better; dashed: before learning",
+        "hollow: another rate of the method is better; dashed: before learning"
+        + (f"\n{outside} hollow points are outside the frame; they are in fronts.csv" if outside else ""),
         fontsize=9, color=SOFT,
     )  # fmt: skip
     name_points(sheet, axes, named, palette)
     save(sheet, path)
+
+
+def _frame(axes: Axes, shown: list[tuple[float, float]], points: list[tuple[float, float]]) -> int:
+    """Show what is on a front and a little around it: rates at which all is lost would press the rest together.
+
+    Returns how many points that leaves outside.
+    """
+    low, high = np.min(shown, axis=0), np.max(shown, axis=0)
+    border = np.maximum(0.12 * (high - low), 2.0)
+    axes.set_xlim(low[0] - border[0], high[0] + border[0])
+    axes.set_ylim(low[1] - border[1], high[1] + border[1])
+    return int((np.abs(np.array(points) - (low + high) / 2) > (high - low) / 2 + border).any(1).sum())
