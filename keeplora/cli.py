@@ -109,12 +109,14 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    from keeplora.compare.comparison import comparison
+    from keeplora.compare.comparison import RATES, comparison
     from keeplora.compare.estimate import announcement
     from keeplora.compare.runs import run_benchmark
     from keeplora.report.comparison import report_comparison
+    from keeplora.report.fronts_table import report_fronts
     from keeplora.report.info import check_machine
 
+    fronts = None if parsed.fronts is None else parsed.fronts or RATES
     chosen = comparison(
         parsed.benchmark,
         budget=parsed.budget,
@@ -123,11 +125,16 @@ def _compare(parsed: argparse.Namespace) -> int:
         out=parsed.out,
         workers=parsed.workers,
         plugins=parsed.plugins,
+        fronts=fronts,
+        reference=parsed.reference,
     )
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
     records = run_benchmark(chosen.config, workload=chosen.workload, accept_versions=parsed.accept_versions)
-    print(report_comparison(chosen.config, records, chosen.notes()))
+    if fronts is None:
+        print(report_comparison(chosen.config, records, chosen.notes()))
+    else:
+        print(report_fronts(chosen.config, chosen.fronts, records, chosen.notes(), reference=parsed.reference))
     return 0
 
 
@@ -176,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs every method and seed, or continues, and writes the table (table.md, summary.json, "
         "metrics.csv) and charts. Prints an estimate of the time first.",
         epilog="examples:\n  keeplora compare --methods all --seeds 3\n  keeplora compare --budget small\n"
+        "  keeplora compare --fronts --benchmark minilm --seeds 3\n"
         "  keeplora compare --methods ablations --benchmark minilm\n  keeplora compare --methods lora inflora keeplora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -189,6 +197,17 @@ def _parser() -> argparse.ArgumentParser:
         default="embedded",
         metavar="NAME",
         help="embedded (default), minilm, clip-b16, or a file like theirs",
+    )
+    compare.add_argument(
+        "--fronts",
+        nargs="*",
+        type=float,
+        metavar="FACTOR",
+        help="run every method at these multiples of its learning rate (default: 0.3 1 3), choose on validation data, "
+        "draw Transfer against Last, and test the methods on the same items",
+    )
+    compare.add_argument(
+        "--reference", default="", metavar="NAME", help="with --fronts: the method the others are tested against"
     )
     compare.set_defaults(command=_compare)
 

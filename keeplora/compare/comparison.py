@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.catalog import load_workload
 from keeplora.tasks.workload import Workload
-from keeplora.train.config import RunConfig, override, parse_config, read_toml
+from keeplora.train.config import BOTH, ZERO_SHOT, MethodConfig, RunConfig, override, parse_config, read_toml
 from keeplora.train.plugins import join_plugins, load_plugins
 
 BUDGETS = ("small", "full")
@@ -28,13 +29,15 @@ class Comparison:
     """A configuration of all runs, the workload they share, and what has to be said about it.
 
     ``left_out`` tells of methods that "all" means but that cannot handle this model, by name: why.
-    ``untuned`` are methods without settings of their own for this benchmark.
+    ``untuned`` are methods without settings of their own for this benchmark. ``fronts`` are the labels of every
+    method's learning rates, lowest first, where each runs at several.
     """
 
     config: RunConfig
     workload: Workload
     left_out: Mapping[str, str] = field(default_factory=dict)
     untuned: tuple[str, ...] = ()
+    fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What a reader of the table should know, one sentence each."""
@@ -59,6 +62,8 @@ def comparison(
     out: str | None = None,
     workers: int | None = None,
     plugins: Sequence[str] = (),
+    fronts: Sequence[float] | None = None,
+    reference: str = "",
 ) -> Comparison:
     """Settle a comparison: the runs, each method with its settings for this benchmark.
 
@@ -74,6 +79,9 @@ def comparison(
         out: Folder of the results; ``runs/compare-<benchmark>-<budget>`` if None.
         workers: Runs at the same time.
         plugins: Modules to import first, besides those of the file, for the methods they register.
+        fronts: Run every method at each of these multiples of its learning rate, as ``METHOD@RATE``, evaluated on both
+            splits; for :func:`~keeplora.report.fronts_table.report_fronts`.
+        reference: With ``fronts``, the method that the others are to be tested against; checked here.
 
     Raises:
         ConfigError: a name nobody knows (the nearest are offered), a setting its method does not have, or a method
@@ -91,7 +99,7 @@ def comparison(
     sections = values["method"] = _resolved(values.get("method", {}), where)
     named, grouped = _labels(methods, groups, sections)
     values = {**values, **budgets.get(budget, {}), "methods": [*named, *(g for g in grouped if g not in named)]}
-    default_out = f"runs/compare-{Path(where).stem}-{budget}"
+    default_out = f"runs/{'compare' if fronts is None else 'fronts'}-{Path(where).stem}-{budget}"
     config = override(
         parse_config({"out": default_out, **values}, where=where),
         out=out,
@@ -103,7 +111,44 @@ def comparison(
     left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
     kept = tuple(label for label in config.methods if label not in left_out)
     untuned = tuple(label for label in kept if label not in sections and METHODS[label].config is not _NO_CONFIG)
-    return Comparison(override(config, methods=kept), workload, left_out, untuned)
+    chosen = override(config, methods=kept)
+    labels: dict[str, tuple[str, ...]] = {}
+    if fronts is not None:
+        chosen, labels = at_rates(chosen, fronts)
+    if reference and reference not in labels:
+        known = ", ".join(labels) or "none without fronts"
+        raise ConfigError(
+            f"comparison: reference must be one of {known}, got {reference!r}{suggest(reference, labels)}"
+        )
+    return Comparison(chosen, workload, left_out, untuned, labels)
+
+
+RATES = (0.3, 1.0, 3.0)
+"""Multiples of a method's learning rate, about three times apart."""
+
+
+def at_rates(config: RunConfig, factors: Sequence[float]) -> tuple[RunConfig, dict[str, tuple[str, ...]]]:
+    """Every method at several learning rates, as ``METHOD@RATE``; and the labels of each method, lowest rate first.
+
+    A rate is ``factor`` times the method's own, to two digits. What does not train keeps its label.
+    """
+    if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise ConfigError(f"comparison: fronts must be multiples of a learning rate, above 0, got {list(factors)}")
+    sections: dict[str, MethodConfig] = {}
+    labels: dict[str, tuple[str, ...]] = {}
+    for label in config.methods:
+        entry = config.of(label)
+        if entry.method == ZERO_SHOT:
+            continue
+        rates = sorted({float(f"{factor * entry.learning_rate:.2g}") for factor in factors})
+        entries = {f"{label}@{rate:g}": replace(entry, learning_rate=rate) for rate in rates}
+        if not getattr(METHODS[entry.method].build, "trains", True):
+            entries = {label: entry}
+        sections |= entries
+        labels[label] = tuple(entries)
+    if not labels:
+        raise ConfigError(f"comparison: methods must hold one that learns, got {', '.join(config.labels())}")
+    return replace(config, methods=tuple(sections), method=sections, evaluate_on=BOTH), labels
 
 
 _NO_CONFIG = METHODS["zero-shot"].config

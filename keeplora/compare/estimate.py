@@ -13,7 +13,7 @@ from keeplora.compare.runs import unfinished
 from keeplora.methods import METHODS
 from keeplora.statistics import first_batches
 from keeplora.tasks.workload import Workload
-from keeplora.train.config import RunConfig
+from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.measure import ROUNDS
 
 _START_SECONDS = 8.0
@@ -41,7 +41,9 @@ def announcement(config: RunConfig, workload: Workload) -> str:
     """What is about to run and how long it will take, in a sentence."""
     waiting = unfinished(config)
     runs, done = len(config.pairs()), len(config.pairs()) - len(waiting)
-    title = f"{len(config.labels())} methods x {len(config.seeds)} seeds on {config.benchmark}"
+    names = dict.fromkeys(label.partition("@")[0] for label in config.labels())
+    rates = f", {len(config.labels())} settings" if len(names) < len(config.labels()) else ""
+    title = f"{len(names)} methods{rates} x {len(config.seeds)} seeds on {config.benchmark}"
     if not waiting:
         return f"{title}: all {runs} runs are finished in {config.out}"
     left = f"{len(waiting)} of {runs} runs are left" if done else f"{runs} runs"
@@ -70,8 +72,14 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
         started = time.perf_counter()
         with torch.no_grad():
             for task in [*range(len(workload.tasks)), *([] if workload.witness is None else [None])]:
-                workload.accuracy(model.eval(), task, config.evaluate_on, config.evaluation_batch_size)
-        evaluation = time.perf_counter() - started
+                workload.accuracy(model.eval(), task, config.split, config.evaluation_batch_size)
+            evaluation = time.perf_counter() - started
+            extra = 0.0
+            if config.evaluate_on == BOTH:
+                started = time.perf_counter()
+                for task in range(len(workload.tasks)):
+                    workload.accuracy(model, task, "validation", config.evaluation_batch_size)
+                extra = time.perf_counter() - started
     steps = config.steps if config.steps is not None else (config.epochs or 1) * len(batches)
     seen = len(first_batches(batches, config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
@@ -81,10 +89,10 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
     for label, _ in pairs:
         entry = METHODS[config.of(label).method].build
         if not getattr(entry, "trains", True):
-            total += evaluation
+            total += evaluation + extra
             continue
         rounds = (tasks + 1) / 2 if getattr(entry, "joint", False) else 1
-        total += tasks * (rounds * (steps + switch) * step * _MARGIN + evaluation)
+        total += tasks * (rounds * (steps + switch) * step * _MARGIN + evaluation) + extra * (tasks + 1) / 2
     workers = max(1, min(config.workers, len(pairs)))
     return Estimate(step, evaluation, total / workers + (_START_SECONDS if config.workers else 0.0))
 

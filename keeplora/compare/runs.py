@@ -7,8 +7,8 @@ from keeplora._messages import suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.catalog import load_workload
-from keeplora.tasks.workload import Workload
-from keeplora.train.config import RunConfig
+from keeplora.tasks.workload import ItemWorkload, Workload
+from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.plugins import load_plugins
@@ -106,7 +106,14 @@ def check_settings(config: RunConfig) -> None:
 def check_methods(config: RunConfig, workload: Workload) -> None:
     """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
     check_settings(config)
-    for label in config.labels():
+    if config.evaluate_on == BOTH and not isinstance(workload, ItemWorkload):
+        raise ConfigError(
+            "check_methods: benchmark must tell which test items are right (ItemWorkload.correct), got "
+            f"{config.benchmark!r}, which does not: paired tests need that. Add the function to it, or compare without "
+            "fronts"
+        )
+    alike = {repr((config.of(label).method, config.of(label).settings)): label for label in config.labels()}
+    for label in alike.values():  # a learning rate is nothing to refuse
         why = refusal(config, workload, label)
         if why:
             raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")

@@ -17,7 +17,7 @@ from keeplora.report.plots import colours, end_labels, staircase
 from keeplora.report.style import GRID, INK, SOFT, plain, save
 from keeplora.train.record import RunRecord
 
-_MARKERS = "osD^vPX"
+MARKERS = "osD^vPX"
 _ORDER = {part: place for place, part in enumerate("qkvo")}
 
 
@@ -36,7 +36,7 @@ def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
         x, y = values["transfer"], values["last"]
         axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], color=palette[label], linewidth=1.1,
                       alpha=0.6, zorder=2)  # fmt: skip
-        axes.scatter(x["mean"], y["mean"], marker=_MARKERS[i % len(_MARKERS)], s=74, color=palette[label],
+        axes.scatter(x["mean"], y["mean"], marker=MARKERS[i % len(MARKERS)], s=74, color=palette[label],
                      edgecolor="white", linewidth=0.9, zorder=3)  # fmt: skip
         points.append((x["mean"], y["mean"], label))
     axes.margins(0.12)
@@ -50,11 +50,11 @@ def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
     spread = f"bars: ± 1 std over {seeds} seeds" if seeds > 1 else "one seed"
     figure.supxlabel(f"{summary['benchmark']}, {summary['split']} split; {spread}; dashed: the model before learning",
                      fontsize=9, color=SOFT)  # fmt: skip
-    _name_points(figure, axes, points, palette)
+    name_points(figure, axes, points, palette)
     save(figure, path)
 
 
-def _name_points(
+def name_points(
     figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]], palette: Mapping[str, str]
 ) -> None:
     """Write every name where it covers neither a point nor another name, near its own point."""
@@ -106,7 +106,7 @@ def plot_forgetting(path: Path, summary: Mapping[str, Any], runs: Mapping[str, S
     for i, label in enumerate(labels):
         curves = np.array([_changes(100 * np.asarray(record.accuracy)) for record in runs[label]])
         mean = curves.mean(0)
-        axes.plot(x, mean, color=palette[label], linewidth=2.1, marker=_MARKERS[i % len(_MARKERS)], markersize=5.5,
+        axes.plot(x, mean, color=palette[label], linewidth=2.1, marker=MARKERS[i % len(MARKERS)], markersize=5.5,
                   markeredgecolor="white", markeredgewidth=0.7)  # fmt: skip
         ends.append((float(mean[-1]), label))
     axes.axhline(0, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))

@@ -17,9 +17,9 @@ from keeplora.methods.settings import ConfigError
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
 from keeplora.tasks.catalog import benchmarks
-from keeplora.train.config import RunConfig, shipped_configs
+from keeplora.train.config import BOTH, RunConfig, shipped_configs
 
-_PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "tensorboard", "peft")
+_PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "scipy", "tensorboard", "peft")
 
 
 def check_machine(config: RunConfig) -> None:
@@ -32,6 +32,8 @@ def check_machine(config: RunConfig) -> None:
     needed = {"matplotlib": "matplotlib"}
     if config.tensorboard:
         needed["tensorboard"] = "tensorboard"
+    if config.evaluate_on == BOTH:  # paired tests
+        needed["scipy"] = "scipy"
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         raise ConfigError(

@@ -61,7 +61,7 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
     return {
         "benchmark": config.benchmark,
         "tasks": records[0].tasks,
-        "split": config.evaluate_on,
+        "split": config.split,
         "seeds": list(config.seeds),
         "zero_shot": {name: methods[zero][name] for name in (*METRICS[:3], "witness") if name in methods[zero]},
         "methods": {label: values for label, values in methods.items() if label != zero},

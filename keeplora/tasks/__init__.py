@@ -11,16 +11,18 @@ from .classification import (
     Task,
     accuracy,
     classification_loss,
+    correct,
     loader,
     normalize,
 )
 from .sequence import TaskSequence
-from .workload import Batches, Workload
+from .workload import Batches, ItemWorkload, Workload
 
 __all__ = [
     "Batch",
     "Batches",
     "ClassificationWorkload",
+    "ItemWorkload",
     "Loader",
     "Split",
     "Task",
@@ -30,6 +32,7 @@ __all__ = [
     "adjusted_logits",
     "benchmarks",
     "classification_loss",
+    "correct",
     "load_workload",
     "loader",
     "normalize",

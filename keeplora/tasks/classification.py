@@ -189,9 +189,19 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(adjusted_logits(model, logits, images, batch.tokens), batch.labels)
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_size: int = 256) -> float:
-    """Percentage of a split's images whose nearest class text is their own, in evaluation mode.
+    """Percentage of a split's images whose nearest class text is their own: the share of :func:`correct`.
+
+    Raises:
+        ValueError: unknown split, empty split, or batch size below 1.
+    """
+    right = correct(model, task, split, batch_size=batch_size)
+    return 100.0 * int(right.sum()) / len(right)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, task: Task, split: SplitName = "test", *, batch_size: int = 256) -> Tensor:
+    """Which of a split's images are nearest to their own class text, in evaluation mode: bool [n], on the CPU.
 
     Where a method has put a head on the model, the class with the largest logit counts. The head is told the prompts of
     the task's classes and nothing else: as in MTIL, which classes are to choose from is known, and no more.
@@ -213,17 +223,17 @@ def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_s
     try:
         tokens = task.tokens.to(device)
         texts = clip.encode_text(tokens, normalize=True)
-        right = 0
+        right = []
         for start in range(0, len(part), batch_size):
             images = clip.encode_image(normalize(part.images[start : start + batch_size].to(device)), normalize=True)
             scores = images @ texts.T
             if class_head(model) is not None:  # which the temperature is for: it changes no order among the texts
                 scores = adjusted_logits(model, clip.logit_scale.exp() * scores, images, tokens)
-            right += int((scores.argmax(1).cpu() == part.labels[start : start + batch_size].cpu()).sum())
+            right.append(scores.argmax(1).cpu() == part.labels[start : start + batch_size].cpu())
     finally:
         for module, training in modes.items():
             module.training = training
-    return 100.0 * right / len(part)
+    return torch.cat(right)
 
 
 class ClassificationWorkload(TaskSequence[Task]):
@@ -254,3 +264,7 @@ class ClassificationWorkload(TaskSequence[Task]):
     def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
         """Fraction of images whose nearest class text is their own."""
         return accuracy(model, self.task(task), cast(SplitName, split), batch_size=batch_size) / 100
+
+    def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
+        """Which images are nearest to their own class text."""
+        return correct(model, self.task(task), cast(SplitName, split), batch_size=batch_size)

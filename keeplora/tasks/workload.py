@@ -42,3 +42,14 @@ class Workload(Protocol):
 
     def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
         """Fraction of right answers on ``split`` of a task (None: the witness), in [0, 1]."""
+
+
+@runtime_checkable
+class ItemWorkload(Workload, Protocol):
+    """A workload that also tells which items a model gets right: what paired tests between methods need."""
+
+    def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
+        """Which items of ``split`` are answered right: bool [n], always in the order of the split.
+
+        Their share is :meth:`accuracy`.
+        """

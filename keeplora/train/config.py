@@ -28,7 +28,8 @@ from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
-EVALUATED_SPLITS = ("test", "validation")
+BOTH = "both"
+EVALUATED_SPLITS = ("test", "validation", BOTH)
 DEVICES = ("cpu", "cuda")
 
 
@@ -52,7 +53,8 @@ class RunConfig:
     """Everything that decides the numbers of a run, and where they go.
 
     Exactly one of ``epochs`` and ``steps`` is given. ``switch_fraction`` is the share of a task's training
-    batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split.
+    batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
+    evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
     ``plugins`` are modules that are imported first, for the methods and families they register.
     ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
@@ -95,6 +97,11 @@ class RunConfig:
     def pairs(self) -> list[tuple[str, int]]:
         """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
         return [(label, seed) for seed in self.seeds for label in self.labels()]
+
+    @property
+    def split(self) -> str:
+        """The split that a run's accuracies are of."""
+        return "test" if self.evaluate_on == BOTH else self.evaluate_on
 
     @property
     def computes_in(self) -> str:
@@ -232,8 +239,8 @@ def _validate(config: RunConfig) -> None:
         _check_list(config, name)
     for label in config.methods:
         check_name(config, "methods", value=label)
-        if not all(c.isalnum() or c in "+-_." for c in label):
-            raise ConfigError(f"RunConfig: methods must be names of letters, digits and + - _ ., got {label!r}")
+        if not all(c.isalnum() or c in "+-_.@" for c in label):
+            raise ConfigError(f"RunConfig: methods must be names of letters, digits and + - _ . @, got {label!r}")
     for seed in config.seeds:
         check_whole(config, "seeds", SEEDS, value=seed)
     for name in ("methods", "seeds"):

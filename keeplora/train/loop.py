@@ -25,7 +25,8 @@ from keeplora.methods.method import Method
 from keeplora.statistics.passes import evaluating, first_batches
 from keeplora.tasks.workload import Batches, Workload
 from keeplora.train.batches import Union
-from keeplora.train.config import RunConfig
+from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.evaluation import evaluate
 from keeplora.train.events import Event, Listener, silent
 from keeplora.train.measure import fastest, peak_bytes, reset_peak
 from keeplora.train.plugins import load_plugins
@@ -53,7 +54,8 @@ def run_one(
     task, an interrupted run continues after its last finished task, and a finished run is read, not repeated.
     All draws follow from ``(seed, task)``: a resumed run gives the numbers of an uninterrupted one, exactly.
 
-    Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite.
+    Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
+    "both", which is for looking where rates lead, such a run ends with :attr:`RunRecord.failed`, and the others go on.
     """
     load_plugins(config.plugins)
     identity = config.identity(label, seed)
@@ -68,6 +70,10 @@ def run_one(
         run = _Run(config, workload, label, seed, folder, listener)
         try:
             return run.learn_all(identity)
+        except Exception as error:
+            if config.evaluate_on != BOTH or not run.diverged(error):
+                raise
+            return run.give_up(identity, error)
         finally:
             run.scalars.close()
 
@@ -114,6 +120,19 @@ class _Run:
         self.tell("done", len(self.names), text=self.summary())
         return self.record
 
+    def diverged(self, error: Exception) -> bool:
+        """Whether numbers that are not finite are behind this error."""
+        weights = (parameter.detach() for parameter in self.model.parameters())
+        return isinstance(error, NonFiniteLossError) or not all(bool(weight.isfinite().all()) for weight in weights)
+
+    def give_up(self, identity: dict[str, Any], error: Exception) -> RunRecord:
+        """End the run here, with the reason in its record."""
+        self.record.failed = str(error)
+        if self.folder is not None:
+            save_result(self.folder, self.record, identity, keep_state=False)
+        self.tell("done", len(self.names), text=f"given up: {error}")
+        return self.record
+
     @property
     def done(self) -> int:
         return self.record.finished_tasks
@@ -140,10 +159,14 @@ class _Run:
             with self.notes(task):
                 certificate = self.method.after_task(self.part(task, "after"), self.loss_fn)
             switch += time.perf_counter() - started
+            if self.method.joint and task:
+                self.looked_at("training")
             self.record.trainable.append(sum(parameter.numel() for parameter in parameters))
         started = time.perf_counter()
-        row, witness = self.evaluate()
-        evaluate = time.perf_counter() - started
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            row, witness = evaluate(self.config, self.workload, self.model, self.record, trained=self.method.trains)
+        evaluation = time.perf_counter() - started
 
         record = self.record
         record.accuracy.append(row)
@@ -151,7 +174,7 @@ class _Run:
         record.loss.append(loss)
         record.train_seconds.append(train)
         record.switch_seconds.append(switch)
-        record.evaluate_seconds.append(evaluate)
+        record.evaluate_seconds.append(evaluation)
         record.certificates.append(None if certificate is None else _certificate(certificate))
         if problem := record.problem():
             raise ValueError(f"run_one: {problem}")
@@ -240,22 +263,16 @@ class _Run:
 
     def validate(self, task: int) -> float:
         """Mean accuracy of the model on the validation splits of the tasks up to ``task``."""
+        if task:
+            self.looked_at("validation")
         size = self.config.evaluation_batch_size
         with evaluating(self.model), torch.no_grad(), self.autocast():
             scores = [self.workload.accuracy(self.model, t, "validation", size) for t in range(task + 1)]
         return math.fsum(scores) / len(scores)
 
-    def evaluate(self) -> tuple[list[float], float | None]:
-        """Accuracy on every task and on the witness."""
-        if not self.method.trains and self.record.accuracy:  # nothing changed since the first evaluation
-            return list(self.record.accuracy[0]), next(iter(self.record.witness), None)
-        split, size = self.config.evaluate_on, self.config.evaluation_batch_size
-        self.model.eval()
-        with torch.no_grad(), self.autocast():
-            row = [self.workload.accuracy(self.model, task, split, size) for task in range(len(self.names))]
-            if self.workload.witness is None:
-                return row, None
-            return row, self.workload.accuracy(self.model, None, split, size)
+    def looked_at(self, data: str) -> None:
+        """The method saw this part of earlier tasks again."""
+        self.record.earlier_data = sorted({*self.record.earlier_data, data})
 
     def inference(self) -> list[float]:
         """Seconds of one evaluation by the finished model, merged where its method merges, and by the pretrained one.
@@ -264,7 +281,7 @@ class _Run:
         model came out 6 % slower than a fresh one, that of plain full fine-tuning too.
         """
         task = None if self.workload.witness is not None else 0
-        split, size = self.config.evaluate_on, self.config.evaluation_batch_size
+        split, size = self.config.split, self.config.evaluation_batch_size
         plain, finished = (self.workload.model().to(self.config.device).eval() for _ in range(2))
         method = create(self.settings.method, finished, seeded_settings(self.config, self.label, self.seed))
         method.load_state(self.method.state())

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from keeplora._files import write_json
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
@@ -18,8 +20,9 @@ from keeplora._version import __version__
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import State, StateError, has_state, read_state, write_state
 from keeplora.train.config import RunConfig
+from keeplora.train.items import unpacked
 
-SCHEMA = 1
+SCHEMA = 2
 """Of a result, and of a run between two tasks."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.json"
@@ -31,7 +34,12 @@ class RunRecord:
     """What is measured in one run of one method with one seed. Accuracies are fractions.
 
     ``accuracy[i][j]`` is task j after task i; ``witness[i]`` the task that is never trained. ``inference_seconds`` are
-    those of one evaluation at the end of the run and of the same by the untouched pretrained model.
+    those of one evaluation at the end of the run and of the same by the untouched pretrained model. ``earlier_data``
+    names what the method looked at again of earlier tasks: "training" data, "validation" data.
+
+    Where a run is evaluated on both splits, ``validation[i][j]`` is the accuracy there (None where neither Transfer nor
+    Last needs it), ``correct[i][j]`` tells which of the ``items[j]`` test items were right (:mod:`.items`). ``failed``
+    says what went wrong where it ended before its time because its numbers were no longer finite.
     """
 
     label: str
@@ -49,6 +57,15 @@ class RunRecord:
     steps: int = 0
     peak_bytes: int = 0
     inference_seconds: list[float] = field(default_factory=list)
+    earlier_data: list[str] = field(default_factory=list)
+    validation: list[list[float | None]] = field(default_factory=list)
+    items: list[int] = field(default_factory=list)
+    correct: list[list[str]] = field(default_factory=list)
+    failed: str = ""
+
+    def right(self, after: int, task: int) -> NDArray[np.bool_]:
+        """Which test items of ``task`` were right after the task ``after``."""
+        return unpacked(self.correct[after][task], self.items[task])
 
     @property
     def finished_tasks(self) -> int:
@@ -85,6 +102,27 @@ class RunRecord:
         for name in ("loss", "train_seconds", "switch_seconds", "evaluate_seconds", "inference_seconds"):
             if strange := [value for value in getattr(self, name) if not _is_number(value)]:
                 return f"{name} must be finite, got {strange[0]!r}"
+        return self._items_problem() if self.correct or self.validation else ""
+
+    def _items_problem(self) -> str:
+        """As :meth:`problem`, of a run that is evaluated on both splits."""
+        tasks, finished = len(self.tasks), self.finished_tasks
+        if len(self.items) != tasks or not all(isinstance(n, int) and n > 1 for n in self.items):
+            return f"items must tell of at least two test items in each of {tasks} tasks, got {self.items}"
+        for name, rows in (("validation", self.validation), ("correct", self.correct)):
+            if [len(row) for row in rows] != [tasks] * finished:
+                return f"{name} must have {tasks} values after each of {finished} finished tasks, got {rows}"
+        shares = [value for row in self.validation for value in row if value is not None]
+        if strange := [value for value in shares if not (_is_number(value) and 0 <= value <= 1)]:
+            return f"validation must be from 0 to 1, got {strange[0]!r}"
+        for after, row in enumerate(self.accuracy):
+            for task, share in enumerate(row):
+                try:
+                    right = int(self.right(after, task).sum())
+                except ValueError as error:
+                    return f"correct must be the test items of {self.tasks[task]} ({error})"
+                if abs(right / self.items[task] - share) > 1e-9:
+                    return f"correct must be {share:.1%} of {self.tasks[task]}, got {right} of {self.items[task]}"
         return ""
 
 
@@ -143,7 +181,7 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     if not os.path.lexists(file):
         return None
     record = _read("load_result", _parsed("load_result", file, "Delete it to run again."), identity, file)
-    if not record.done:
+    if not record.done and not record.failed:
         raise StateError(
             f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. "
             "Delete it to run again"

@@ -9,7 +9,7 @@ import torch
 from packages import pretrained_encoder
 
 from keeplora.tasks import minilm
-from keeplora.tasks.minilm import DATA, TextBatch, TextSplit, TextTask, accuracy, embed, read_tasks, shuffled
+from keeplora.tasks.minilm import DATA, TextBatch, TextSplit, TextTask, accuracy, correct, embed, read_tasks, shuffled
 
 SPLITS = ("train", "validation", "test")
 
@@ -52,6 +52,8 @@ def test_accuracy_counts_the_nearest_names():
     split = TextSplit(torch.tensor([[1, 1, 0], [2, 0, 0], [2, 2, 1], [3, 1, 3]]), torch.tensor([0, 1, 0, 1]))
     task = TextTask("t", ("one", "two"), torch.tensor([[1], [2]]), split, split, split)
     assert accuracy(Lookup(), task, "test", batch_size=3) == 0.5  # the third is nearer to 2, the fourth to 1
+    # Texts of one length go together, and are told in the order of the split all the same.
+    assert correct(Lookup(), task, "test", batch_size=3).tolist() == [True, True, False, False]
 
 
 def test_passes_hold_every_text_once_in_the_order_of_the_seed():

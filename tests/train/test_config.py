@@ -49,7 +49,7 @@ def test_values_from_toml(tmp_path):
         ({"methods": ["../x"]}, "methods .*got '../x'"),
         ({"methods": [["lora"]]}, r"methods .*got \['lora'\]"),
         ({"precision": "fp16"}, "precision .*auto, bf16, fp32, got 'fp16'"),
-        ({"evaluate_on": "train"}, "evaluate_on .*test, validation, got 'train'"),
+        ({"evaluate_on": "train"}, "evaluate_on .*test, validation, both, got 'train'"),
         ({"switch_fraction": 0.0}, "switch_fraction .*got 0.0"),
         ({"weight_decay": float("nan")}, "weight_decay .*got nan"),
         ({"workers": -1}, "workers .*got -1"),

@@ -307,8 +307,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, workload):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.pop("schema"), "must have schema 1, got None"),
-        (lambda saved: saved.update(schema=2), "must have schema 1, got 2"),
+        (lambda saved: saved.pop("schema"), "must have schema 2, got None"),
+        (lambda saved: saved.update(schema=3), "must have schema 2, got 3"),
         (lambda saved: saved["record"].pop("inference_seconds"), r"inference_seconds.*, got \['accuracy', 'capacity'"),
         (lambda saved: saved.pop("record"), "an identity and a record .*got None"),
         (lambda saved: saved.update(identity=3), "an identity and a record"),

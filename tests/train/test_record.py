@@ -11,6 +11,7 @@ from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import State, StateError
 from keeplora.train import record as records
 from keeplora.train.config import parse_config
+from keeplora.train.items import packed
 from keeplora.train.record import RunRecord, claim_folder, load_progress, load_result, save_progress, save_result
 
 CONFIG = {"benchmark": "tiny_workload:workload", "methods": ["lora"], "epochs": 1, "workers": 0, "tensorboard": False}
@@ -57,6 +58,33 @@ def test_figures_that_are_missing_or_no_numbers_are_no_result(tmp_path, name):
     file.write_text(json.dumps({**saved, "record": saved["record"] | changes}))
     with pytest.raises(StateError, match=f"load_result.*({next(iter(changes))}|record|NaN|Infinity)"):
         load_result(tmp_path, IDENTITY)
+
+
+ITEMS = {"accuracy": [[0.5, 0.75]] * 2, "items": [4, 8], "validation": [[None, 0.5], [0.5, 0.5]],
+         "correct": [[packed([1, 0, 1, 0]), packed([1, 1, 0] * 2 + [1, 1])]] * 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("items", []), ("items", [4, 9]), ("items", [4, 16]), ("items", [4, 1]), ("items", [4, "8"]),
+        ("validation", [[None, 0.5]]), ("validation", [[0.5]] * 2), ("validation", [[None, 50.0]] * 2),
+        ("correct", []), ("correct", [["oA==", "oA=="]] * 2), ("correct", [["oA==", "?"]] * 2),
+        ("correct", [["oA==", None]] * 2), ("accuracy", [[0.5, 0.5]] * 2),
+    ],
+)  # fmt: skip
+def test_items_that_do_not_fit_the_accuracies_are_no_result(tmp_path, name, value):
+    save_result(tmp_path, run(**ITEMS), IDENTITY, keep_state=True)
+    assert load_result(tmp_path, IDENTITY) == run(**ITEMS)
+    assert load_result(tmp_path, IDENTITY).right(1, 1).tolist() == [True, True, False, True, True, False, True, True]
+    save_result(tmp_path, run(**ITEMS | {name: value}), IDENTITY, keep_state=True)
+    with pytest.raises(StateError, match=f"load_result.*({name}|correct)"):
+        load_result(tmp_path, IDENTITY)
+
+
+def test_a_run_that_diverged_is_a_result(tmp_path):
+    save_result(tmp_path, run(finished=1, failed="the loss was nan"), IDENTITY, keep_state=False)
+    assert load_result(tmp_path, IDENTITY).failed == "the loss was nan"
 
 
 def test_a_run_that_is_not_through_all_tasks_is_no_result(tmp_path):

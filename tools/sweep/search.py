@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from keeplora.report import fronts
 from keeplora.train.config import MethodConfig, fingerprint
 
 Settings = dict[str, Any]
@@ -56,20 +57,17 @@ def ranked(rows: Iterable[Row], seeds: Sequence[int], zero_shot: float) -> list[
     return sorted(scored, key=lambda item: score(item[1], zero_shot), reverse=True)
 
 
-ALLOWANCE = 3.0  # points of Transfer that learning may cost
-PENALTY = 5.0  # points of Last that every further point of Transfer is worth
+ALLOWANCE = 3.0
+"""Points of Transfer that learning may cost."""
 
 
 def score(means: Mapping[str, float], zero_shot: float) -> float:
-    """The rule: Last, less five points for every point of Transfer lost beyond three.
-
-    Last alone would choose settings that learn fast and spoil what no task has trained yet. A continual learner is
-    to keep its zero-shot ability, up to an allowance; the penalty makes that a soft bound, the same for every method.
+    """The rule of :func:`keeplora.report.fronts.score`: Last, less five points per point of Transfer beyond three.
 
     >>> score({"last": 70.0, "transfer": 46.0}, zero_shot=49.0), score({"last": 72.0, "transfer": 45.0}, zero_shot=49.0)
     (70.0, 67.0)
     """
-    return means["last"] - PENALTY * max(0.0, zero_shot - ALLOWANCE - means["transfer"])
+    return fronts.score(means["transfer"], means["last"], zero_shot, ALLOWANCE)
 
 
 TABLE = "| Transfer | Avg | Last | Learn |\n|---|---|---|---|---|"

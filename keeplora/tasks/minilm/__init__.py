@@ -22,8 +22,8 @@ SCALE = 20.0
 LONGEST = 16
 """Tokens of a text; the few longer definitions are cut."""
 
-__all__ = ["TextBatch", "TextSplit", "TextTask", "accuracy", "classification_loss", "embed", "encoder_folder",
-           "load_encoder", "load_tasks", "load_tokenizer", "read_tasks", "shuffled"]  # fmt: skip
+__all__ = ["TextBatch", "TextSplit", "TextTask", "accuracy", "classification_loss", "correct", "embed",
+           "encoder_folder", "load_encoder", "load_tasks", "load_tokenizer", "read_tasks", "shuffled"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,23 @@ def classification_loss(model: nn.Module, batch: TextBatch) -> Tensor:
     return F.cross_entropy(SCALE * embed(model, batch.tokens) @ embed(model, batch.names).T, batch.labels)
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, task: TextTask, split: str, *, batch_size: int = 128) -> float:
     """Fraction of a split's texts whose nearest class name is their own. The model should be in evaluation mode."""
+    right = correct(model, task, split, batch_size=batch_size)
+    return int(right.sum()) / len(right)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, task: TextTask, split: str, *, batch_size: int = 128) -> Tensor:
+    """Which of a split's texts are nearest to their own class name: bool [n], in the order of the split."""
     part: TextSplit = getattr(task, split)
     order = (part.tokens != 0).sum(1).argsort()  # texts of one length together: less padding
     names = embed(model, task.names)
-    right = 0
+    right = torch.zeros(len(part), dtype=torch.bool, device=part.labels.device)
     for chosen in torch.split(order, batch_size):
         scores = embed(model, _trimmed(part.tokens[chosen])) @ names.T
-        right += int((scores.argmax(1) == part.labels[chosen]).sum())
-    return right / len(part)
+        right[chosen] = scores.argmax(1) == part.labels[chosen]
+    return right
 
 
 def _trimmed(tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from keeplora.tasks.minilm import (
     TextTask,
     accuracy,
     classification_loss,
+    correct,
     load_encoder,
     load_tasks,
     shuffled,
@@ -63,6 +64,10 @@ class TextWorkload(TaskSequence[TextTask]):
     def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
         """Fraction of definitions whose nearest class name is their own."""
         return accuracy(model, self.task(task), split, batch_size=batch_size)
+
+    def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
+        """Which definitions are nearest to their own class name."""
+        return correct(model, self.task(task), split, batch_size=batch_size)
 
 
 _SMALL_TASKS, _EVERY = 4, 2
