@@ -122,7 +122,7 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     """
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
     for group in portions([slot.weight for slot, _ in held]):
-        members = [held[i] for i in group]
+        members = [(held[i][0], held[i][1].plain()) for i in group]
         merged = merge_weights(
             [slot.exact_weight for slot, _ in members],
             [adapter.A.detach() for _, adapter in members],
