@@ -117,7 +117,7 @@ def refusal(config: RunConfig, workload: Workload, label: str) -> str:
     entry = config.of(label)
     try:
         create(entry.method, workload.model(), dict(entry.settings))
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         return str(error).rstrip(".")
     return ""
 

@@ -104,6 +104,8 @@ class Eva(Peer):
         found = [watch.of[slot].result() if slot in watch.of else None for slot in self.slots]
         self.warn_of_unreached([components is not None for components in found])
         ranks = ranks_by_variance([() if c is None else c.shares.tolist() for c in found], self.config.r)
+        if not any(ranks):
+            raise ValueError("Eva: features must vary, got one and the same token everywhere. Use another method.")
 
         def start(i: int) -> Factors | None:
             components, rank, weight = found[i], ranks[i], self.slots[i].exact_weight
@@ -117,11 +119,15 @@ class Eva(Peer):
         self.attach_started(start)
 
 
+_NOISE = 1e-10
+"""Of the variance: a float32 decomposition leaves so much of components that do not exist."""
+
+
 def ranks_by_variance(shares: Sequence[Sequence[float]], r: int) -> list[int]:
     """How many components each layer gets: of all layers' the ``r × layers`` with the largest share of variance.
 
     Args:
-        shares: By layer, those of its components, in falling order.
+        shares: By layer, those of its components, in falling order; those at rounding level get nothing.
 
     Example:
         >>> ranks_by_variance([[0.9, 0.05], [0.5, 0.4]], 1)
@@ -129,7 +135,7 @@ def ranks_by_variance(shares: Sequence[Sequence[float]], r: int) -> list[int]:
         >>> ranks_by_variance([[0.3, 0.2], [0.6, 0.4]], 1)
         [0, 2]
     """
-    by_share = sorted(((-share, layer) for layer, own in enumerate(shares) for share in own))
+    by_share = sorted((-share, layer) for layer, own in enumerate(shares) for share in own if share > _NOISE)
     chosen = [layer for _, layer in by_share[: r * len(shares)]]
     return [chosen.count(layer) for layer in range(len(shares))]
 
