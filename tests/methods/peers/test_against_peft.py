@@ -105,7 +105,7 @@ def test_corda_takes_out_what_stock_peft_takes_out():
 @pytest.mark.filterwarnings("ignore")
 def test_eva_finds_what_stock_peft_finds():
     """On one batch again and again, where PEFT's components settle."""
-    data = task(0, batches=1, size=64) * 3
+    data = [(x * 3.0 ** -torch.arange(9), y) for x, y in task(0, batches=1, size=64)] * 3
     for layers, rho in ((1, 1.0), (2, 2.0)):
         names = [str(2 * i) for i in range(layers)]
         config = LoraConfig(r=R, init_lora_weights="eva", eva_config=EvaConfig(rho=rho), target_modules=names)
