@@ -43,7 +43,8 @@ class Corda(SubtractedStart):
 
     Source: Yang et al., "CorDA", NeurIPS 2024, arXiv:2406.05223, as PEFT has it (``preprocess_corda``,
     ``corda_method="kpm"``; C is damped by 0.01 of its mean diagonal). There C is of data whose knowledge is to be kept,
-    which the user collects once. Ours: which data that is, in a sequence of tasks.
+    which the user collects once. Ours: which data that is, in a sequence of tasks; A₀ and B₀ of one norm, where PEFT's
+    share of each depends on the number of tokens in a batch.
 
     Example:
         >>> from torch import nn
@@ -73,14 +74,12 @@ class Corda(SubtractedStart):
             if not statistics[i].tokens:
                 return None
             root = _root(_sum(self.moments[i], statistics[i]))
-            return self.peft_factors(
-                i,
-                lambda model, config: preprocess_corda(
-                    model, config, run_model=lambda: model.get_submodule(LAYER)(root)
-                ),
-                init_lora_weights="corda",
-                corda_config=PeftCordaConfig(corda_method="kpm"),
-            )
+
+            def prepare(model: Any, config: Any) -> None:
+                preprocess_corda(model, config, run_model=lambda: model[LAYER](root))
+
+            settings = {"init_lora_weights": "corda", "corda_config": PeftCordaConfig(corda_method="kpm")}
+            return self.subtracted(_balanced(self.peft_factors(i, prepare, **settings)))
 
         self.attach_started(start)
 
@@ -104,6 +103,13 @@ class Corda(SubtractedStart):
 
     def remember(self, memory: list[Tensor | None]) -> None:
         self.moments = memory
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product of an A and a B of one norm; PEFT's depend on how many tokens the covariance is of."""
+    a, b = (torch.linalg.vector_norm(factors[key]) for key in "AB")
+    ratio = (b / a).sqrt() if a > 0 and b > 0 else torch.ones_like(a)
+    return {"A": factors["A"] * ratio, "B": factors["B"] / ratio}
 
 
 def _root(moment: Tensor) -> Tensor:

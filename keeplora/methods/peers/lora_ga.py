@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -97,18 +96,17 @@ class LoraGa(SubtractedStart):
         def start(i: int) -> Factors | None:
             if self.slots[i].name not in reached:
                 return None
-            step = partial(_backward, gradients[i].float())
-            return self.peft_factors(
-                i,
-                lambda model, config: preprocess_loraga(model, config, lambda: step(model)),
-                init_lora_weights="lora_ga",
-                lora_ga_config=peft_config,
-            )
+
+            def prepare(model: Any, config: Any) -> None:
+                preprocess_loraga(model, config, lambda: _backward(model[LAYER], gradients[i].float()))
+
+            settings = {"init_lora_weights": "lora_ga", "lora_ga_config": peft_config}
+            return self.subtracted(self.peft_factors(i, prepare, **settings))
 
         self.attach_started(start)
 
 
-def _backward(gradient: Tensor, model: nn.Module) -> None:
+def _backward(layer: nn.Module, gradient: Tensor) -> None:
     """A backward pass that leaves this gradient in the layer's weight."""
     identity = torch.eye(gradient.shape[1], device=gradient.device, requires_grad=True)
-    (model.get_submodule(LAYER)(identity) * gradient.T).sum().backward()
+    (layer(identity) * gradient.T).sum().backward()

@@ -77,8 +77,8 @@ class Peer(SequentialLora):
 class SubtractedStart(Peer):
     """A peer whose start PEFT takes out of the frozen weight; here the update counts from it."""
 
-    def peft_factors(self, i: int, prepare: Prepare | None = None, **settings: Any) -> Factors:
-        factors = super().peft_factors(i, prepare, **settings)
+    def subtracted(self, factors: Factors) -> Factors:
+        """With A₀ and B₀ beside A and B."""
         return {**factors, "start": factors["A"], "origin": factors["B"]}
 
     def adapter_of(self, i: int, tensors: Factors) -> StartedAdapter:

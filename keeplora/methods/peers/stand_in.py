@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ OLDEST = (0, 21)
 
 
 def require_peft(method: str) -> None:
-    """Refuse to go on without a PEFT that has the starts.
+    """Load PEFT, which takes seconds, and refuse to go on without one that has the starts.
 
     Raises:
         ImportError: PEFT is not installed, or too old.
@@ -34,6 +34,7 @@ def require_peft(method: str) -> None:
             "Run pip install 'keeplora[peft]'.",
             name="peft",
         )
+    import_module("peft")
 
 
 def peft_factors(weight: Tensor, prepare: Prepare | None = None, **settings: Any) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def test_a_task_is_what_stock_peft_makes_of_it(name, alpha):
 
 @pytest.mark.filterwarnings("ignore")
 def test_corda_takes_out_what_stock_peft_takes_out():
-    """The product: how it is shared out between A and B depends on the scale of the covariance, which is not told."""
+    """The product: how PEFT shares it out between A and B depends on the number of tokens."""
     data = task(0)
     theirs = stock("corda", data).base_model.model[0]
     method = made("corda", net(1))
@@ -98,8 +98,7 @@ def test_corda_takes_out_what_stock_peft_takes_out():
     adapter = method.slots[0].adapter
     expected = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
     torch.testing.assert_close(adapter.origin @ adapter.start, expected, rtol=0, atol=1e-5)
-    a, b = (torch.linalg.vector_norm(t) for t in (adapter.A, adapter.B))
-    assert 0.1 < a / b < 10
+    torch.testing.assert_close(torch.linalg.vector_norm(adapter.A), torch.linalg.vector_norm(adapter.B))
 
 
 @pytest.mark.filterwarnings("ignore")
