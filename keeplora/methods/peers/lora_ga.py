@@ -62,7 +62,7 @@ class LoraGa(SubtractedStart):
             :func:`keeplora.statistics.mean_gradients` raises.
 
     Source: Wang et al., "LoRA-GA", NeurIPS 2024, arXiv:2407.05000, as PEFT has it (``preprocess_loraga``): there B₀ is
-    scaled by the gradient's singular values, and A₀ is not scaled, where the paper's ``stable`` scales both by
+    scaled by the gradient's singular values, and A₀ is not scaled, where the public code's ``stable`` scales both by
     ``out^¼/√γ`` and takes no singular values. Ours: the gradient of all batches of the pass; the paper takes some.
 
     Example:
