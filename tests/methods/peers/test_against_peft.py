@@ -54,7 +54,7 @@ def trained(method, data):
     return method
 
 
-def stock(name, data, layers=1, alpha=R):
+def stock(name, data, layers=1, alpha=R, scale="stable"):
     """The same, by PEFT's own calls as its documentation has them."""
     model, names = net(layers), [str(2 * i) for i in range(layers)]
     options = {"r": R, "lora_alpha": alpha, "target_modules": names}
@@ -64,7 +64,7 @@ def stock(name, data, layers=1, alpha=R):
     if name == "osf":
         return get_peft_model(model, OSFConfig(effective_rank=0.5, target_modules=names))
     if name == "lora-ga":
-        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **options)
+        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(scale=scale), **options)
         preprocess_loraga(model, config, lambda: [loss_fn(model, batch).backward() for batch in data])
     else:
         config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"), **options)
@@ -73,11 +73,17 @@ def stock(name, data, layers=1, alpha=R):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "alpha"), [("mica", R), ("mica", 3.0), ("osf", R), ("lora-ga", R), ("lora-ga", 3.0)])
-def test_a_task_is_what_stock_peft_makes_of_it(name, alpha):
+@pytest.mark.parametrize(
+    ("name", "alpha", "settings"),
+    [
+        ("mica", R, {}), ("mica", 3.0, {}), ("osf", R, {}), ("lora-ga", R, {}), ("lora-ga", 3.0, {}),
+        ("lora-ga", 3.0, {"init_scale": "gd_scale"}),
+    ],
+)  # fmt: skip
+def test_a_task_is_what_stock_peft_makes_of_it(name, alpha, settings):
     data = task(0)
-    theirs = stock(name, data, alpha=alpha)
-    method = made(name, net(1), **({} if name == "osf" else {"alpha": float(alpha)}))
+    theirs = stock(name, data, alpha=alpha, scale=settings.get("init_scale", "stable"))
+    method = made(name, net(1), **settings, **({} if name == "osf" else {"alpha": float(alpha)}))
     train(theirs, [p for p in theirs.parameters() if p.requires_grad], data)
     trained(method, data)
     x = task(7)[0][0]
@@ -89,11 +95,12 @@ def test_a_task_is_what_stock_peft_makes_of_it(name, alpha):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_corda_takes_out_what_stock_peft_takes_out():
+@pytest.mark.parametrize("alpha", [R, 3.0])
+def test_corda_takes_out_what_stock_peft_takes_out(alpha):
     """The product: how PEFT shares it out between A and B depends on the number of tokens."""
     data = task(0)
-    theirs = stock("corda", data).base_model.model[0]
-    method = made("corda", net(1))
+    theirs = stock("corda", data, alpha=alpha).base_model.model[0]
+    method = made("corda", net(1), alpha=float(alpha))
     method.before_task(data, loss_fn)
     adapter = method.slots[0].adapter
     expected = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
