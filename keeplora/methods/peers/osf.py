@@ -87,14 +87,11 @@ class Osf(LoraMethod):
     U, S and V of the minor triples are trained; gradients of U and V lose their part in the frozen directions. What was
     learned becomes part of the next task's decomposition: nothing is kept, no data is looked at. While a task is open,
     ``8 (min(out, in) − k/2) (out + in)`` bytes per weight are held, and the optimizer's two numbers for each that is
-    trained: more than full fine-tuning holds. One full singular value decomposition per weight and task.
+    trained: more than full fine-tuning holds. One full singular value decomposition per weight and task. An optimizer
+    that rescales elements, and weight decay, leave the free directions, as in PEFT.
 
     Raises:
         ImportError: PEFT is not installed, or too old.
-
-    Warns:
-        UserWarning: none of its own. An optimizer that rescales elements, and weight decay, leave the free directions,
-            as in PEFT.
 
     Source: Nayak et al., "Sculpting Subspaces", ICLR 2026, arXiv:2504.07097, as PEFT has it (``OSFConfig``): the
     decomposition, projected gradients, half of the directions frozen, a share that grows from task to task. The paper
