@@ -61,8 +61,12 @@ class Peer(SequentialLora):
         """Attach what ``start(i)`` gives for every slot; it may draw from the global generators, which are put back."""
         devices = {slot.weight.device for slot in self.slots}
         cuda = [device for device in devices if device.type == "cuda"]
+        seed = self.generator().initial_seed()
         with torch.random.fork_rng(cuda), full_precision(*devices):
-            torch.manual_seed(self.generator().initial_seed())
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:  # and of no other GPU
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             made = for_all_layers(self.slots, lambda group: map(start, group), "starts", shown=self.progress)
         self.attach([None if factors is None else self.adapter_of(i, factors) for i, factors in enumerate(made)])
 
