@@ -33,7 +33,7 @@ NEED = {
     ],
     "peft": [
         "methods/keeplora/test_peft_exchange.py", "methods/keeplora/test_hostile_adapters.py",
-        "methods/test_every_method.py", "methods/test_unreached.py", "statistics/test_in_place.py",
+        "methods/test_every_method.py", "methods/test_unreached.py", "methods/peers", "statistics/test_in_place.py",
     ],
 }  # fmt: skip
 

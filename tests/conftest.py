@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    if find_spec("peft") is None:  # of the tests of every method, those of methods that need it
+        from keeplora.methods import METHODS
+
+        peers = {name for name, entry in METHODS.items() if entry.build.__module__.startswith("keeplora.methods.peers")}
+        for item in items:
+            params = getattr(item, "callspec", None)
+            if params is not None and peers & {value for value in params.params.values() if isinstance(value, str)}:
+                item.add_marker(pytest.mark.skip("peft is not installed"))
 
 
 @pytest.fixture(params=DEVICES)

@@ -124,7 +124,7 @@ def refusal(config: RunConfig, workload: Workload, label: str) -> str:
     entry = config.of(label)
     try:
         create(entry.method, workload.model(), dict(entry.settings))
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         return str(error).rstrip(".")
     return ""
 

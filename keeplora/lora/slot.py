@@ -117,12 +117,13 @@ TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
 def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     """``W ← W + c (B − B₀) A`` of every slot with an adapter, exact to float32 rounding, rounded once to its dtype.
 
-    A layer in half precision keeps the float32 result too, so that roundings do not pile up over tasks. One call of the
-    op for as many weights as their merged copies may take memory at a time (:func:`keeplora.math.batch.portions`).
+    An adapter of another kind is merged as its ``plain()`` writes it. A layer in half precision keeps the float32
+    result too, so that roundings do not pile up over tasks. One call of the op for as many weights as their merged
+    copies may take memory at a time (:func:`keeplora.math.batch.portions`).
     """
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
     for group in portions([slot.weight for slot, _ in held]):
-        members = [held[i] for i in group]
+        members = [(held[i][0], held[i][1].plain()) for i in group]
         merged = merge_weights(
             [slot.exact_weight for slot, _ in members],
             [adapter.A.detach() for _, adapter in members],

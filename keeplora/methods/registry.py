@@ -26,6 +26,11 @@ from .loda import LoDa, LoDaConfig
 from .lora import LoraConfig, SequentialLora
 from .method import Method
 from .olora import OLora, OLoraConfig
+from .peers.corda import Corda, CordaConfig
+from .peers.eva import Eva, EvaConfig
+from .peers.lora_ga import LoraGa, LoraGaConfig
+from .peers.mica import Mica, MicaConfig
+from .peers.osf import Osf, OsfConfig
 from .saved import made, resumed
 from .sdlora import SdLora, SdLoraConfig
 from .state import StateError, read_state
@@ -84,6 +89,11 @@ METHODS: dict[str, Registered] = {
         DualLora, DualLoraConfig, {}, "orthogonal and residual adapters, a dynamic memory (arXiv:2411.00623)"
     ),
     "hdsd": Registered(Hdsd, HdsdConfig, {}, "updates scaled by subspace and relative change (after arXiv:2605.07512)"),
+    "mica": Registered(Mica, MicaConfig, {}, "B frozen at minor directions of the weight, by PEFT (arXiv:2604.01694)"),
+    "osf": Registered(Osf, OsfConfig, {}, "whole weights outside their leading directions, by PEFT (arXiv:2504.07097)"),
+    "corda": Registered(Corda, CordaConfig, {}, "started where inputs so far matter least, by PEFT (arXiv:2406.05223)"),
+    "lora-ga": Registered(LoraGa, LoraGaConfig, {}, "started along the task's gradient, by PEFT (arXiv:2407.05000)"),
+    "eva": Registered(Eva, EvaConfig, {}, "started along the task's inputs, by PEFT (arXiv:2410.07170)"),
 }
 """Every method that :func:`create` knows, by name; more may be added."""
 

@@ -158,8 +158,6 @@ class SdLora(SequentialLora):
             magnitudes = adapter.magnitudes.detach()
             rescaled = Directions(known.a, known.b, magnitudes[:-1])
             learned.append(rescaled.with_update(adapter.A.detach(), adapter.B.detach(), magnitudes[-1]))
-            slot.detach()
-            slot.attach(adapter.plain())
         self.merge_adapters()
         self.directions = learned
 

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from keeplora import cli
 from keeplora.compare.comparison import BUDGETS, comparison, shipped_comparisons
 from keeplora.compare.estimate import announcement, estimate
-from keeplora.compare.runs import run_benchmark, unfinished
+from keeplora.compare.runs import check_methods, run_benchmark, unfinished
 from keeplora.methods import METHODS, create
 from keeplora.methods.settings import ConfigError
 from keeplora.train import loop
@@ -62,6 +63,24 @@ def test_all_means_every_registered_method(tiny):
     assert not {"lora", "keeplora"} & set(chosen.untuned)
     assert "keeplora++" in chosen.untuned
     assert any("keeplora++" in note and "default settings" in note for note in chosen.notes())
+
+
+def test_a_method_whose_package_is_missing_is_left_out_of_all_and_refused_by_name(tiny, monkeypatch):
+    version = metadata.version
+
+    def without_peft(package):
+        if package == "peft":
+            raise metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(metadata, "version", without_peft)
+    chosen = comparison(tiny, methods=["all"])
+    peers = {"mica", "osf", "corda", "lora-ga", "eva"}
+    assert peers <= set(chosen.left_out)
+    assert all("peft must be installed" in chosen.left_out[name] for name in peers)
+    named = comparison(tiny, methods=["osf"])
+    with pytest.raises(ConfigError, match=r"osf must suit .*peft must be installed.*got none"):
+        check_methods(named.config, named.workload)
 
 
 def test_a_variant_is_its_model_with_a_change(tiny):

@@ -26,6 +26,10 @@ SMALL = {
     "dac": {"r": 3, "dropout": 0.0},  # which draws from the global generator
     "duallora": {"r": 2, "feature_energy": 0.5},
     "hdsd": {"r": 2},
+    "mica": {"r": 2},
+    "corda": {"r": 2},
+    "lora-ga": {"r": 2},
+    "eva": {"r": 2},
 }
 
 
@@ -161,7 +165,9 @@ class Breaking:
         raise OSError("the data is gone")
 
 
-LOOKS_BEFORE = {"inflora", "loda", "keeplora", "keeplora++", "keeplora++cls", "duallora"}
+LOOKS_BEFORE = {
+    "inflora", "loda", "keeplora", "keeplora++", "keeplora++cls", "duallora", "corda", "lora-ga", "eva",
+}  # fmt: skip
 
 
-LOOKS_AFTER = {"gpm", "inflora", "loda", "keeplora", "keeplora++", "keeplora++cls", "duallora"}
+LOOKS_AFTER = {"gpm", "inflora", "loda", "keeplora", "keeplora++", "keeplora++cls", "duallora", "corda"}

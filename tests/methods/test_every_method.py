@@ -108,6 +108,7 @@ NOT_EXPORTED = {
     "gpm": "weights are trained as a whole",
     "keeplora++cls": "classifiers stand beside the weights",
     "duallora": "what it adds depends on the sample",
+    "osf": "weights are trained nearly as a whole",
 }
 
 

@@ -13,7 +13,7 @@ from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.size import update_size
 from tests.methods.contract import loss_fn, make, task
 
-WHOLE = {"gpm": "trains whole weights"}
+WHOLE = {"gpm": "trains whole weights", "osf": "as good as does"}
 NAMES = sorted(
     name
     for name, method in METHODS.items()
@@ -50,8 +50,9 @@ def test_every_method_says_when_an_update_is_negligible_or_huge(name, b, told):
     method.before_task(task(0), loss_fn)
     for slot in method.slots:
         if slot.adapter is not None:
+            origin = 0 if slot.adapter.origin is None else slot.adapter.origin
             with torch.no_grad():
-                slot.adapter.B.normal_().mul_(b)
+                (slot.adapter.B if slot.adapter.B.requires_grad else slot.adapter.A).normal_().mul_(b).add_(origin)
     before = [slot.weight.detach().double().clone() for slot in method.slots]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

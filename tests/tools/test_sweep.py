@@ -75,6 +75,10 @@ def test_every_rate_is_for_a_method_with_settings(name):
         assert sections[method]["learning_rate"] > 0
 
 
+NOT_SEARCHED = {"mica", "osf", "corda", "lora-ga", "eva"}
+"""Their sections say so."""
+
+
 @pytest.mark.parametrize("name", ["embedded", "minilm"])
 def test_the_shipped_rates_are_the_choice_of_the_rule(name):
     """Every run of the search is in the repository: whoever changes a rate without one fails here."""
@@ -85,7 +89,8 @@ def test_the_shipped_rates_are_the_choice_of_the_rule(name):
     [zero_shot] = {row["transfer"] for row in rows if row["method"] == "zero-shot"}
     assert len({row["shared"] for row in rows}) == 1
     searched = {row["method"] for row in rows} - {"zero-shot"}
-    assert searched == {label for label, section in sections.items() if "like" not in section} - {"zero-shot"}
+    own = {label for label, section in sections.items() if "like" not in section}
+    assert searched == own - {"zero-shot"} - NOT_SEARCHED
     for method in searched:
         floor = 0.0 if method in REFERENCES else zero_shot
         chosen = ranked([row for row in rows if row["method"] == method], [100], floor)[0][0]
