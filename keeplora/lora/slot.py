@@ -65,6 +65,11 @@ class LoraSlot(nn.Module):
         return self.whole if self.rows is None else self.whole[self.rows[0] : self.rows[1]]
 
     @property
+    def exact_dtype(self) -> torch.dtype:
+        """What the weight before rounding, and what is learned of it, are held in: float64 or float32."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @property
     def exact_weight(self) -> Tensor:
         """The weight before rounding to the layer's dtype: float32, kept since the first merge."""
         weight = self.weight

@@ -50,14 +50,14 @@ class SequentialLora(LoraMethod):
         """An untrained A and B for every slot: their numbers follow from the seed and the number of tasks learned."""
         generator, r = self.generator(), self.config.r
         return [
-            {"A": kaiming((r, width), generator), "B": torch.zeros(out, r)}
-            for out, width in (slot.weight.shape for slot in self.slots)
+            {"A": kaiming((r, width), generator, dtype), "B": torch.zeros(out, r, dtype=dtype)}
+            for (out, width), dtype in ((slot.weight.shape, slot.exact_dtype) for slot in self.slots)
         ]
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         self.merge_adapters()
 
 
-def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform numbers, as PEFT starts A with them."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+def kaiming(shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Kaiming-uniform numbers, as PEFT starts A with them: the same float32 ones in each dtype."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator).to(dtype)

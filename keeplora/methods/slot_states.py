@@ -47,9 +47,9 @@ class SlotStates(Method):
             if slot.learned is not None:
                 out, width = slot.weight.shape
                 a, b = [a for a, _ in slot.learned], [b for _, b in slot.learned]
-                tensors[f"{slot.name}.learned.A"] = torch.cat(a) if a else torch.zeros(0, width, dtype=_exact(slot))
+                tensors[f"{slot.name}.learned.A"] = torch.cat(a) if a else torch.zeros(0, width, dtype=slot.exact_dtype)
                 tensors[f"{slot.name}.learned.B"] = (
-                    torch.cat(b, dim=1) if b else torch.zeros(out, 0, dtype=_exact(slot))
+                    torch.cat(b, dim=1) if b else torch.zeros(out, 0, dtype=slot.exact_dtype)
                 )
         meta = {
             "targets": [slot.name for slot in self.slots],
@@ -101,7 +101,7 @@ class SlotStates(Method):
     def _recall_slot(self, state: State, i: int, held: list[str] | None, unknown: bool) -> _SlotState:
         slot = self.slots[i]
         out, width = slot.weight.shape
-        exact = _exact(slot)
+        exact = slot.exact_dtype
         weight, adapter, learned = stored(state, f"{slot.name}.weight", (out, width), dtype=exact), None, None
         if held is not None:
             prefix = f"{slot.name}.adapter"
@@ -158,8 +158,3 @@ class _SlotState(NamedTuple):
     weight: Tensor
     adapter: LoraAdapter | None
     learned: list[tuple[Tensor, Tensor]] | None
-
-
-def _exact(slot: LoraSlot) -> torch.dtype:
-    """What exact weights and what is learned of them are held in."""
-    return torch.float64 if slot.weight.dtype == torch.float64 else torch.float32

@@ -77,6 +77,21 @@ def test_an_open_task_goes_on_from_disk_bit_for_bit(name, tasks, tmp_path):
     assert agree(one, other, x)
 
 
+class WideNet(Net):
+    def forward(self, x):
+        return super().forward(x.double())
+
+
+def test_a_model_in_float64_goes_on_from_disk_too(name, tmp_path):
+    start, x = WideNet().double(), torch.randn(2, 4, WIDTH)
+    one, _ = opened(name, start, 1)
+    one.save(tmp_path)
+    other = load(tmp_path, copy.deepcopy(start))
+    assert agree(one, other, x)
+    assert one.after_task(task(1)) == other.after_task(task(1), loss_fn)
+    assert agree(one, other, x)
+
+
 @pytest.mark.parametrize("tasks", [0, 1, 2])
 @pytest.mark.parametrize("reloaded", [False, True], ids=["at once", "after loading"])
 def test_an_abandoned_task_never_was(name, tasks, reloaded, tmp_path):

@@ -113,16 +113,18 @@ class Dac(LoraMethod):
         self._hooks += hooks
         for slot in self.slots:
             slot.host.forward_mode = "factored"  # a merged weight has no gates
-        self.past: list[Tensor] = [slot.weight.new_zeros(slot.weight.shape[0], 0).float() for slot in self.slots]
+        self.past: list[Tensor] = [
+            slot.weight.new_zeros(slot.weight.shape[0], 0, dtype=slot.exact_dtype) for slot in self.slots
+        ]
         """By slot, the B ``[out, m]`` of the experts that were merged."""
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         generator, r = self.generator(), self.config.r
         pools = []
         for i, slot in enumerate(self.slots):
-            out, width = slot.weight.shape
-            a, router = kaiming((r, width), generator), kaiming((r, width), generator)
-            pools.append(self.adapter_of(i, {"A": a, "B": torch.zeros(out, r), "router": router}))
+            (out, width), dtype = slot.weight.shape, slot.exact_dtype
+            a, router = (kaiming((r, width), generator, dtype) for _ in range(2))
+            pools.append(self.adapter_of(i, {"A": a, "B": torch.zeros(out, r, dtype=dtype), "router": router}))
         self.attach(pools)
 
     def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> ExpertPool:

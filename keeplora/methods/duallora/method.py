@@ -146,13 +146,13 @@ class DualLora(LoraMethod):
         generator, adapters = self.generator(), []
         for slot, phi, (psi, share), seen in zip(self.slots, self.bases, own, statistics, strict=True):
             out, width = slot.weight.shape
-            a = kaiming((self.config.r, width), generator)  # drawn even where no room is left
+            a = kaiming((self.config.r, width), generator, phi.dtype)  # drawn even where no room is left
             rank = min(self.config.r, width - phi.shape[1]) if seen.tokens else 0
             residuals = self._residuals(slot)
             if psi.shape[1]:
                 start = torch.eye(psi.shape[1], dtype=psi.dtype, device=psi.device)
                 residuals.append(ResidualAdapter(start, psi.new_zeros(out, psi.shape[1]), psi, share, new=True))
-            adapters.append(self._adapter(slot, a[:rank].to(phi), phi.new_zeros(out, rank), phi, residuals))
+            adapters.append(self._adapter(slot, a[:rank].to(phi.device), phi.new_zeros(out, rank), phi, residuals))
         full = [slot.name for slot, phi in zip(self.slots, self.bases, strict=True) if phi.shape[0] == phi.shape[1]]
         if full:
             warn(
