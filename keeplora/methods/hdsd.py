@@ -194,8 +194,8 @@ class Hdsd(SequentialLora):
             change = directions.change.cpu()
             seen = seen + torch.stack([torch.tensor(len(change)).double(), change.sum(), change.square().sum()])
             scale = self.rescaling(change, seen).to(directions.s.device)
-            factors = (directions.v, directions.u * (scale * directions.s))
-            kept.append(LoraAdapter(*(part.to(slot.exact_dtype) for part in factors), 1.0))
+            a, b = directions.v.to(slot.exact_dtype), (directions.u * (scale * directions.s)).to(slot.exact_dtype)
+            kept.append(LoraAdapter(a, b, 1.0))
             changes.append(seen)
         for slot, update in zip(self.slots, kept, strict=True):
             slot.detach()
