@@ -186,7 +186,7 @@ def begun(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for background jobs
     )  # fmt: skip
     state = out / "runs" / "keeplora" / "seed-0" / "state" / "state.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # three processes import torch, beside whatever else runs
     while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     return process, out, state
