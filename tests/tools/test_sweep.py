@@ -10,6 +10,7 @@ import pytest
 from keeplora.methods import METHODS, create
 from keeplora.train.config import load_config, parse_config
 from keeplora.train.loop import NonFiniteLossError
+from tools.sweep import demo
 from tools.sweep.__main__ import REFERENCES, Sweep, grid_of_rates, small_benchmark
 from tools.sweep.search import as_method, candidates, label_of, ranked, score
 from tools.sweep.settings import BASE, CHANGES, costs
@@ -146,3 +147,14 @@ def test_rows_are_written_as_runs_finish_and_not_repeated(tmp_path):
 
 def test_the_sweep_and_the_demo_share_no_seed():
     assert not {100, 101} & set(load_config("demo").seeds)
+
+
+@pytest.mark.parametrize("method", demo.TRIED)
+def test_the_demo_runs_what_the_rule_chose(method):
+    """Best Last of all that were tried whose Transfer is no lower than full fine-tuning's."""
+    rows = [json.loads(line) for line in GRID.with_name("demo.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {label_of(row["method"], row["settings"]) for row in rows} == {
+        label_of(name, settings) for name, many in demo.TRIED.items() for settings in many
+    }
+    entry = load_config("demo").of(method)
+    assert demo.choice(rows, method)["settings"] == {**entry.settings, "learning_rate": entry.learning_rate}
