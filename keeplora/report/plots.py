@@ -102,6 +102,7 @@ def end_labels(
 def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette: Mapping[str, str]) -> None:
     width = 0.8 / len(labels)
     top = 0.0
+    zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in _BARS]
     for i, label in enumerate(labels):
         values = [summary["methods"][label][key] for key, _, _ in _BARS]
         places = np.arange(len(_BARS)) - 0.4 + width * (i + 0.5)
@@ -110,12 +111,15 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
             places, means, 0.92 * width, yerr=stds if any(stds) else None, color=palette[label], label=label,
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
         )  # fmt: skip
-        for place, mean, std in zip(places, means, stds, strict=True):
-            axes.text(place, mean + std + 0.8, f"{mean:.1f}", ha="center", va="bottom", fontsize=8.5, color=INK,
-                      zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
+        for place, mean, std, zero in zip(places, means, stds, zeros, strict=True):
+            inside = 0 < zero - mean - std < 5  # there the line of zero-shot would run through the number
+            axes.text(
+                place, mean - std - 0.8 if inside else mean + std + 0.8, f"{mean:.1f}", ha="center",
+                va="top" if inside else "bottom", fontsize=8.5, color=INK, zorder=5,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )  # fmt: skip
         top = max(top, *(mean + std for mean, std in zip(means, stds, strict=True)))
-    for i, (key, _, _) in enumerate(_BARS):
-        zero = summary["zero_shot"][key]["mean"]
+    for i, zero in enumerate(zeros):
         top = max(top, zero)
         line = axes.plot([i - 0.45, i + 0.45], [zero, zero], color=INK, linewidth=1.4, linestyle=(0, (4, 3)))[0]
         if i == 0:
