@@ -88,7 +88,9 @@ def savings() -> list[Saving]:
     def wrong_adapter(folder: Path, through: bool) -> str | None:
         try:
             read = peft_checkpoint.read(folder)
-        except FileNotFoundError:
+        except ValueError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
             return "is gone" if through else None  # neither the old nor the new one, and it says so
         config = json.loads((folder / "adapter_config.json").read_text())
         ranks = [2] if through else [1, 2]
