@@ -47,13 +47,6 @@ r = 4000
 """
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
-    return str(file)
-
-
 def test_all_means_every_registered_method(tiny):
     chosen = comparison(tiny, methods=["all"])
     assert set(chosen.config.labels()) | set(chosen.left_out) == set(METHODS)

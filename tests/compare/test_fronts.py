@@ -40,13 +40,6 @@ learning_rate = 1e-3
 """
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
-    return str(file)
-
-
 def test_every_method_runs_at_every_rate(tiny):
     chosen = comparison(tiny, methods=["lora", "joint"], fronts=(3, 1 / 3, 1))
     assert chosen.fronts == {

@@ -167,6 +167,15 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
+def on_validation(base: RunConfig, doc: str | None) -> RunConfig:
+    """``base`` on the validation splits, with the folder and the workers of the command line; ``doc`` is its help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
+    parser.add_argument("--workers", type=int, default=2)
+    parsed = parser.parse_args()
+    return replace(base, evaluate_on="validation", out=parsed.out, workers=parsed.workers, tensorboard=False)
+
+
 def small_benchmark(name: str) -> RunConfig:
     """A comparison's full training of every task, on its small benchmark."""
     small = comparison(name, budget="small").config

@@ -9,13 +9,11 @@ tools/sweep/demo.jsonl and are not repeated; it prints the choice.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from keeplora.train.config import load_config
-from tools.sweep.__main__ import HERE, Sweep
+from tools.sweep.__main__ import HERE, Sweep, on_validation
 from tools.sweep.search import TABLE, Row, Settings, cells
 
 SEED = 100
@@ -46,14 +44,7 @@ def choice(rows: Sequence[Row], method: str) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
-    parser.add_argument("--workers", type=int, default=2)
-    parsed = parser.parse_args()
-    base = replace(
-        load_config("demo"), evaluate_on="validation", out=parsed.out, workers=parsed.workers, tensorboard=False
-    )
-    sweep = Sweep(base, HERE / "demo.jsonl")
+    sweep = Sweep(on_validation(load_config("demo"), __doc__), HERE / "demo.jsonl")
     wanted: list[tuple[str, dict[str, Any], int]] = [
         (method, settings, SEED) for method, many in TRIED.items() for settings in many
     ]

@@ -8,11 +8,9 @@ rate. Rows go to tools/sweep/variants.jsonl and are not repeated.
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
 from typing import Any
 
-from tools.sweep.__main__ import HERE, Sweep, small_benchmark
+from tools.sweep.__main__ import HERE, Sweep, on_validation, small_benchmark
 from tools.sweep.search import TABLE, Settings, cells, label_of
 
 SEED = 100
@@ -26,13 +24,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="working folder, for resuming; it can be deleted afterwards")
-    parser.add_argument("--workers", type=int, default=2)
-    parsed = parser.parse_args()
-    base = replace(
-        small_benchmark("embedded"), evaluate_on="validation", out=parsed.out, workers=parsed.workers, tensorboard=False
-    )
+    base = on_validation(small_benchmark("embedded"), __doc__)
     sweep = Sweep(base, HERE / "variants.jsonl")
     wanted: list[tuple[str, Settings, int]] = []
     for method, changes in VARIANTS.items():
