@@ -15,7 +15,7 @@ from keeplora.lora import LoraHost, LoraSlot, Target, depth_factor, depth_positi
 
 from .capacity import Capacity
 from .method import LossFn, Method
-from .settings import SEEDS, ConfigError, ConfigTypeError, check_name, check_range, check_whole
+from .settings import SEEDS, ConfigError, ConfigTypeError, check_name, check_range, check_whole, plain
 from .state import State, StateError
 
 __all__ = ["Lines", "LinesConfig", "layer_scales"]
@@ -287,6 +287,11 @@ class Lines(Method):
         tasks, training = state.meta["tasks_learned"], state.meta["training_task"]
         if not isinstance(inner, dict) or (inner.get("tasks_learned"), inner.get("training_task")) != (tasks, training):
             raise StateError(f"load_state: base must be a state after {tasks} tasks, open: {training}, got {inner!r}")
+        if inner.get("config") != plain(self.base.config) or inner.get("versions") != state.meta.get("versions"):
+            raise StateError(
+                "load_state: base must have the settings of this method's base and the versions of the state around "
+                f"it, got {inner.get('config')!r} and {inner.get('versions')!r}"
+            )
         if not isinstance(alphas, list) or not all(type(a) in (int, float) and 0 <= a <= 1 for a in alphas):
             raise StateError(f"load_state: alphas must be numbers in [0, 1], got {alphas!r}")
         if len(alphas) > tasks:

@@ -144,6 +144,7 @@ class Saved(ABC):
         checked = _Checked(tasks, training, self.recall_weights(recorded), self.recall(recorded))
         tensors.require_all_read("tensors", self.name)
         meta.require_all_read("meta", self.name, besides=("method", "config", "versions"))
+        meta.require_all_there("meta", self.name)
         return checked
 
     def _continue(self, checked: _Checked) -> None:
@@ -225,6 +226,14 @@ class Reading(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.names.add(name)
         return super().get(name, default)
+
+    def require_all_there(self, part: str, method: str) -> None:
+        """Refuse if an entry that was asked for is missing: none is not null."""
+        if missing := sorted(self.names - set(self)):
+            raise StateError(
+                f"load_state: {part} must be those of {method!r} at this point of its life, got {len(missing)} less "
+                f"(first: {missing[0]})"
+            )
 
     def require_all_read(self, part: str, method: str, besides: Sequence[str] = ()) -> None:
         """Refuse entries that were not asked for."""
