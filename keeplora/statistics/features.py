@@ -19,7 +19,7 @@ from keeplora.math.sketch import gaussian
 from keeplora.ops.gram import energy_of, gram, quick_energy
 from keeplora.ops.precision import full_precision
 
-from .passes import ALONE, Peers, evaluating, naming_batch, observing
+from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing
 
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics"]
 
@@ -184,12 +184,7 @@ class _Collector:
             slot = self.by_host[host][name]
             if self.last is None or not self.last.is_same(x, slot):
                 self.flush()
-                mask = None if self.token_mask is None else self.token_mask(slot, x)
-                if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-                    raise ValueError(
-                        f"feature_statistics: token_mask must return bool {list(x.shape[:-1])} or None, got "
-                        f"{list(mask.shape)} in {mask.dtype} [{slot.name}]"
-                    )
+                mask = counting("feature_statistics", self.token_mask, slot, x)
                 rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
                 if rows.shape[1] != slot.weight.shape[1]:
                     raise ValueError(

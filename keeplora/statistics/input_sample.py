@@ -10,7 +10,7 @@ from torch import Tensor
 from keeplora.lora import LoraHost, LoraSlot, TokenMask
 from keeplora.ops.precision import full_precision
 
-from .passes import ALONE, Peers
+from .passes import ALONE, Peers, counting
 
 __all__ = ["ROWS", "InputSample"]
 
@@ -40,7 +40,7 @@ class InputSample:
             if slot is None:
                 continue
             if self.last is None or self.last[0] is not x:
-                self.last = x, None if self.token_mask is None else self.token_mask(slot, x), []
+                self.last = x, counting("mean_gradients", self.token_mask, slot, x), []
             _, mask, sampled = self.last
             if sum(map(len, self.kept[slot])) < self.rows:
                 if not sampled:

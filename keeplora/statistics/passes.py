@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from keeplora._messages import warn
 from keeplora.lora.host import LoraHost, Observer, Tap
+from keeplora.lora.slot import LoraSlot, TokenMask
 
 __all__ = [
     "ALONE",
@@ -21,6 +23,7 @@ __all__ = [
     "Peers",
     "Samples",
     "batch_size_of",
+    "counting",
     "evaluating",
     "first_batches",
     "frozen",
@@ -60,6 +63,21 @@ class _Alone:
 
 
 ALONE: Peers = _Alone()
+
+
+def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Tensor) -> Tensor | None:
+    """Which tokens of a layer's input count, ``bool [x.shape[:-1]]``; None where all do.
+
+    Raises:
+        ValueError: the mask is of another shape or dtype.
+    """
+    mask = None if token_mask is None else token_mask(slot, x)
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"{function}: token_mask must return bool {list(x.shape[:-1])} or None, got {list(mask.shape)} in "
+            f"{mask.dtype} [{slot.name}]"
+        )
+    return mask
 
 
 @contextmanager

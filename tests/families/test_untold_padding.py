@@ -228,10 +228,23 @@ def test_a_method_made_by_its_name_takes_a_mask(name, tmp_path):
     assert keeplora.load(tmp_path, remote(), token_mask=mask).token_mask is mask
 
 
+@pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("wrong", [torch.ones(8, dtype=torch.bool), torch.ones(8, 8)])
-def test_masks_of_the_user_with_other_axes_or_another_dtype_are_refused(wrong):
+def test_masks_of_the_user_with_other_axes_or_another_dtype_are_refused_before_anything_is_trained(wrong, balance):
     batch = texts(8, 8, PAD)
-    keeper = keeplora.KeepLora(remote(), CONFIG, token_mask=lambda slot, x: wrong)
+    keeper = keeplora.KeepLora(remote(), replace(CONFIG, balance=balance), token_mask=lambda slot, x: wrong)
+    with pytest.raises(ValueError, match=r"token_mask must return bool \[8, 8\] .*q_proj"):
+        keeper.before_task([batch], loss_of_first)
+    assert not keeper.training_task
+
+
+def test_a_mask_that_no_longer_fits_is_refused_when_the_task_is_closed():
+    batch, fits = texts(8, 8, PAD), torch.ones(8, 8, dtype=torch.bool)
+    now = [fits]
+    keeper = keeplora.KeepLora(remote(), CONFIG, token_mask=lambda slot, x: now[0])
     keeper.before_task([batch], loss_of_first)
+    now[0] = fits[0]
     with pytest.raises(ValueError, match=r"token_mask must return bool \[8, 8\] .*q_proj"):
         keeper.after_task([batch])
+    now[0] = fits
+    keeper.after_task([batch])

@@ -99,7 +99,7 @@ class TaskGradients:
 
     With ``config.balance`` rows of A are shortened where the task's inputs are strong (:func:`balanced`), as a sample
     of inputs tells that is taken in the same pass. Where it is not known which tokens of the inputs will count as
-    features, this first pass is where the user is told.
+    features, or a mask of the user's does not fit them, this first pass is where the user is told.
 
     ``reached`` says of every slot whether a token has come to it; ``free_shares``, after :meth:`directions`, which
     share of the gradient's energy lies outside of its basis, None where it has none.
@@ -134,7 +134,7 @@ class TaskGradients:
         # Free memory may differ between processes: where one has to sketch, all do.
         self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
         with ExitStack() as stack:
-            if config.balance or (config.feature_source == "inputs" and own_mask is None):
+            if config.balance or config.feature_source == "inputs":
                 mask = stack.enter_context(token_mask(model, own_mask))
                 sample = InputSample(slots, mask, rows=ROWS if config.balance else 0)
                 stack.enter_context(observing(sample.hosts, sample))
