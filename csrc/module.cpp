@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "bind/cpu/levels.h"
+
 #define KEEPLORA_TEXT_OF(...) #__VA_ARGS__
 #define KEEPLORA_TEXT(...) KEEPLORA_TEXT_OF(__VA_ARGS__)
 
@@ -44,4 +46,13 @@ PYBIND11_MODULE(_C, m) {
         "None; "
         "archs: GPU architectures; kernels: ops with a compiled CUDA kernel; cpu_kernels: those with one for "
         "the CPU.");
+  m.def(
+      "limit_cpu_level",
+      [](int level) {
+        keeplora::cpu::level_limit = level;
+        return keeplora::cpu::level();
+      },
+      "Let the CPU's kernels use vector instructions up to a level (csrc/bind/cpu/levels.h), for tests; "
+      "returns the "
+      "level they now use.");
 }

@@ -3,15 +3,13 @@
 Both give ``y = x (W + Σ c_i E_i (B_i − B_{0,i}) A_i)ᵀ + b``, where ``E_i`` places adapter i in its rows of the weight.
 Merged: the weight in the brackets is formed anew in every forward (:mod:`.merge_ahead` does it for all layers
 at once), so it cannot be out of date, and is multiplied with like any frozen weight. Training needs ``t = x Aᵀ
-[tokens, r]`` besides, and keeps that instead of x. Factored: ``x Aᵀ`` and its product with B, added to the frozen
-layer's output; no second copy of the weight.
+[tokens, r]`` besides, and keeps that instead of x; the A's are stacked and cast where the weight is formed. Factored:
+``x Aᵀ`` and its product with B, added to the frozen layer's output; no second copy of the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,16 +28,19 @@ if TYPE_CHECKING:
 __all__ = ["Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_job", "own_linear"]
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
-_merge, _thin_matmul = OPS["merge_weights"].call, OPS["thin_matmul"].call
+_merge, _grads, _thin_matmul = OPS["merge_weights"].call, OPS["lora_grad_b"].call, OPS["thin_matmul"].call
 
 ForwardMode = Literal["auto", "merged", "factored"]
 
 
 class Part(NamedTuple):
-    """An adapter and its rows of the layer's output; None for all."""
+    """An adapter, its rows of the layer's output (None for all), and its tensors, looked up once per forward."""
 
     adapter: LoraAdapter
     rows: Rows
+    a: Tensor
+    b: Tensor
+    origin: Tensor | None
 
     def of(self, y: Tensor) -> Tensor:
         """The adapter's columns of ``y [..., out]``."""
@@ -76,7 +77,7 @@ def _parts(places: Sequence[tuple[LoraSlot, Rows]]) -> list[Part]:
     for slot, rows in places:
         adapter = slot.adapter
         if adapter is not None:
-            parts.append(Part(adapter, rows))
+            parts.append(Part(adapter, rows, adapter.A, adapter.B, adapter.origin))
     return parts
 
 
@@ -90,8 +91,9 @@ def _merges(host: LoraHost, x: Tensor, weight: Tensor, bias: Tensor | None, part
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if any(part.adapter.A.requires_grad or part.adapter.dropout for part in parts):
-        return False
+    for adapter, _, a, *_ in parts:
+        if a.requires_grad or adapter.dropout:
+            return False
     return host.forward_mode == "merged" or _merge_is_cheaper(x.numel() // x.shape[-1], weight)
 
 
@@ -101,7 +103,14 @@ def _merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
     return tokens * (out + width) >= out * width
 
 
-def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parameter: str) -> Tensor:
+class Merged(NamedTuple):
+    """A layer's weight with its adapters, and where gradients are wanted their A's ``[Σr, in]``, in one dtype."""
+
+    weight: Tensor
+    a: Tensor | None
+
+
+def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parameter: str) -> Merged:
     """The merged weight that was formed ahead, if it still is what would be formed now, else formed now."""
     ahead = host.merged_ahead.pop(parameter, None)
     if ahead is not None and ahead.is_current(weight, parts):
@@ -109,7 +118,7 @@ def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parame
     dtype = compute_dtype(weight)
     if parameter and torch.is_grad_enabled():
         host.to_merge[parameter] = dtype
-    return _merged_weights([(weight, parts)], dtype)[0]
+    return _merged_weights([(weight, parts)], dtype, stack=torch.is_grad_enabled())[0]
 
 
 def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
@@ -117,78 +126,64 @@ def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
     return getattr(host, parameter), _parts([(slot, slot.rows) for slot in host.by_parameter[parameter]])
 
 
-def _exact(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which would round factors before their product."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _stack(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
-    """``(A [Σr, in], B [out, Σr], c)`` with ``c B A`` the sum of all updates, each in its rows."""
-    if len(parts) == 1 and parts[0].rows is None:
-        adapter = parts[0].adapter
-        return adapter.A, adapter.update(), adapter.scaling
-    a = torch.cat([part.adapter.A for part in parts])
-    a = a.double() if weight.dtype == torch.float64 else a
-    b = a.new_zeros(weight.shape[0], a.shape[0])
-    begin = 0
-    for part in parts:
-        end = begin + part.adapter.rank
-        rows = slice(None) if part.rows is None else slice(*part.rows)
-        b[rows, begin:end] = part.adapter.update().to(b.dtype) * part.adapter.scaling
-        begin = end
-    return a, b, 1.0
-
-
 @torch.no_grad()
-def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Tensor]:
-    """The merged weight of every (weight, adapters), in one call of the op."""
-    factors = [_stack(weight, parts) for weight, parts in jobs]
-    with _exact(jobs[0][0]):
-        merged: list[Tensor] = _merge(
-            [weight for weight, _ in jobs],
-            [a for a, _, _ in factors],
-            [b for _, b, _ in factors],
-            [scale for _, _, scale in factors],
-            dtype,
-        )
-    return merged
+def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype, *, stack: bool) -> list[Merged]:
+    """The merged weight of every (weight, adapters), in one call of the op; ``stack``: and the A's."""
+    a, b, scale = [], [], []
+    origins: list[Tensor] = []
+    place: list[int] = []
+    for k, (weight, parts) in enumerate(jobs):
+        for adapter, rows, down, up, origin in parts:
+            if origin is not None and up.dtype != weight.dtype == torch.float64:
+                up, origin = adapter.update(), None  # rounded, as everywhere else that this update is formed
+            a.append(down)
+            b.append(up)
+            scale.append(adapter.scaling)
+            start, stop = (0, weight.shape[0]) if rows is None else rows
+            place += (k, start, stop, -1 if origin is None else len(origins))
+            if origin is not None:
+                origins.append(origin)
+    weights, stacks = _merge([weight for weight, _ in jobs], a, b, origins, place, scale, stack, dtype)
+    return [Merged(weight, stacks[k] if stack else None) for k, weight in enumerate(weights)]
 
 
-@dataclass(frozen=True)
-class Ahead:
+class Ahead(NamedTuple):
     """A merged weight in the dtype its layer multiplies in, and what it was made from."""
 
-    merged: Tensor
+    merged: Merged
     stamp: tuple[Any, ...]
 
     @staticmethod
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
-        return [Ahead(matrix, _stamp(*job)) for matrix, job in zip(_merged_weights(jobs, dtype), jobs, strict=True)]
+        merged = _merged_weights(jobs, dtype, stack=True)
+        return [Ahead(one, _stamp(*job)) for one, job in zip(merged, jobs, strict=True)]
 
     def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:
-        return self.merged.dtype == compute_dtype(weight) and self.stamp == _stamp(weight, parts)
+        return self.merged.weight.dtype == compute_dtype(weight) and self.stamp == _stamp(weight, parts)
 
 
 def _stamp(weight: Tensor, parts: Sequence[Part]) -> tuple[Any, ...]:
     """What changes whenever a merged weight would: objects, storages, version counters, numbers."""
-    stamp: list[Any] = []
-    tensors: list[Tensor | None] = [weight]
-    for part in parts:
-        stamp += [part.rows, part.adapter.scaling]
-        tensors += [part.adapter.A, part.adapter.B, part.adapter.origin]
-    for tensor in tensors:
-        stamp.append(None if tensor is None else (id(tensor), tensor.data_ptr(), tensor._version))
+    stamp: list[Any] = [id(weight), weight.data_ptr(), weight._version]
+    for adapter, rows, a, b, origin in parts:
+        stamp += (rows, adapter.scaling, id(a), a.data_ptr(), a._version, id(b), b.data_ptr(), b._version)
+        if origin is not None:
+            stamp += (id(origin), origin.data_ptr(), origin._version)
     return tuple(stamp)
 
 
-def _merged_linear(x: Tensor, merged: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B."""
-    x = x.to(merged.dtype) if torch.is_autocast_enabled(x.device.type) else x
-    bias = None if bias is None else bias.to(merged.dtype)
-    with _exact(x):
-        y: Tensor = _Merged.apply(x, merged, bias, tuple(parts), *(part.adapter.B for part in parts))
+def _merged_linear(x: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B.
+
+    Everything is in M's dtype, which is autocast's where that is on: it finds nothing to cast.
+    """
+    dtype = merged.weight.dtype
+    if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    y: Tensor = _Merged.apply(x, *merged, bias, parts, *[part.b for part in parts])
     return y
 
 
@@ -206,15 +201,10 @@ def _factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequ
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, merged: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *b: Tensor
+        ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, bias: Tensor | None, parts: Sequence[Part], *b: Tensor
     ) -> Tensor:
         ctx.parts = parts
-        if any(ctx.needs_input_grad[4:]):
-            a: list[Tensor] = [part.adapter.A for part in parts]
-            t = _narrow(x, (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype))
-        else:
-            t = x.new_empty(0)
-        ctx.save_for_backward(merged, t)
+        ctx.save_for_backward(merged, _narrow(x, a) if a is not None and any(ctx.needs_input_grad[5:]) else None)
         return F.linear(x, merged, bias)
 
     @staticmethod
@@ -226,16 +216,21 @@ class _Merged(torch.autograd.Function):
                 'in KeepLoraConfig, or forward_mode="factored" on the layers.'
             )
         merged, t = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (_flat(dy) @ merged).view(*dy.shape[:-1], merged.shape[1])
-        grads: list[Tensor | None] = []
-        begin = 0
-        for part, wanted in zip(ctx.parts, ctx.needs_input_grad[4:], strict=True):
-            end = begin + part.adapter.rank
-            grads.append(_grad_b(part.of(dy), t[..., begin:end], part.adapter) if wanted else None)
-            begin = end
-        return dx, None, None, None, *grads
+        needs, flat = ctx.needs_input_grad, _flat(dy)
+        dx = (flat @ merged).view(*dy.shape[:-1], merged.shape[1]) if needs[0] else None
+        grads: list[Tensor | None] = [None] * len(ctx.parts)
+        if t is not None:
+            wanted, place, scale, begin = [], [], [], 0
+            for i, (adapter, rows, _, b, _) in enumerate(ctx.parts):
+                end = begin + b.shape[1]
+                if needs[5 + i]:
+                    wanted.append((i, b.dtype))
+                    place += (begin, end, 0, flat.shape[1]) if rows is None else (begin, end, *rows)
+                    scale.append(adapter.scaling)
+                begin = end
+            for (i, dtype), grad in zip(wanted, _grads(flat, t, place, scale), strict=True):
+                grads[i] = grad if grad.dtype == dtype else grad.to(dtype)
+        return dx, None, None, None, None, *grads
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -244,23 +239,15 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _narrow(x: Tensor, a: Tensor) -> Tensor:
-    """``x Aᵀ [..., r]``, where r is small."""
-    if not _is_thin(x):
+    """``t = x Aᵀ [tokens, r]``, where r is small, in float32 where that costs nothing."""
+    x = _flat(x)
+    if torch.compiler.is_compiling():  # a compiler does better by seeing the product
         return F.linear(x, a)
-    t: Tensor = _thin_matmul(_flat(x), a, 1.0)
-    return t.view(*x.shape[:-1], a.shape[0])
-
-
-def _grad_b(dy: Tensor, t: Tensor, adapter: LoraAdapter) -> Tensor:
-    """``c dyᵀ t [out, r]`` in the dtype of B."""
-    dy, t = _flat(dy), _flat(t)
-    if _is_thin(dy) and t.shape[1] <= 64:  # 128 columns take 1.1 times as long as in a gemm
-        thin: Tensor = _thin_matmul(dy.T, t.T, adapter.scaling)
-        return thin.to(adapter.B.dtype)
-    # As (tᵀ dy)ᵀ, which keeps the gemm's inner loop long on a CPU.
-    return (t.T @ dy).to(adapter.B.dtype).mul_(adapter.scaling).T.contiguous()
-
-
-def _is_thin(x: Tensor) -> bool:
-    """Whether the op has a kernel for it that is faster than a gemm; a compiler does better by seeing the product."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if x.device.type == "cpu":
+        if x.dtype == torch.float32:
+            t: Tensor = _thin_matmul(x, a, 1.0)
+            return t
+        return (a @ x.T).T  # the gemm's inner loop runs along the tokens
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x, a.T, out_dtype=torch.float32)
+    return F.linear(x, a)

@@ -17,6 +17,7 @@ from keeplora.math.scale import largest
 from keeplora.ops.lora_grad_b import lora_grad_b
 from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
+from keeplora.ops.thin_matmul import thin_matmul
 
 from .passes import ALONE, BatchSize, Peers, Samples, evaluating, frozen, naming_batch, tapping
 
@@ -200,7 +201,8 @@ class _Gradients:
                 sketch_rows(x, delta, width=kept, seed=self.seed, out=total)
                 return
             if kept is not None:  # V as it is: rounded to 16 bits it would not be the one that the images are taken for
-                _, (image,) = lora_grad_b(x, delta, [kept.T], rows=[(0, len(total))], scale=1.0)
+                t = thin_matmul(x, kept.T)
+                [image] = lora_grad_b(delta, t, columns=[(0, t.shape[1])], rows=[(0, len(total))], scale=1.0)
                 total += image
             elif x.dtype == delta.dtype == total.dtype:
                 total.addmm_(delta.T, x)

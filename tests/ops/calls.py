@@ -35,14 +35,14 @@ class Draw:
 
 
 def lora_grad_b(draw):
-    x, dy = draw(2000, 768, dtype=torch.bfloat16), draw(2000, 2304, dtype=torch.bfloat16)
-    return {"x": x, "dy": dy, "a": [draw(r, 768) for r in (16, 8, 4)], "rows": QKV, "scale": 0.5}
+    dy, t = draw(2000, 2304, dtype=torch.bfloat16), draw(2000, 28)
+    return {"dy": dy, "t": t, "columns": [(0, 16), (16, 24), (24, 28)], "rows": QKV, "scale": 0.5}
 
 
 def merge_weights(draw):
     w = [draw(rows, columns, dtype=dtype) for rows, columns, _, dtype in MERGED]
     a, b = [draw(r, columns) for _, columns, r, _ in MERGED], [draw(rows, r) for rows, _, r, _ in MERGED]
-    return {"w": w, "a": a, "b": b, "scale": 0.5}
+    return {"w": w, "a": a, "b": b, "scale": 0.5, "origin": [draw(*b[0].shape), None, None]}
 
 
 def orthonormalize(draw):

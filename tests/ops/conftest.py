@@ -5,10 +5,13 @@ import fcntl
 import functools
 import importlib
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from keeplora._C import limit_cpu_level
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "kernels"
@@ -47,6 +50,28 @@ def emulated():
     kernels = EmulatedKernels(BUILD / "libemulate.so")
     yield kernels
     kernels.set_schedule("sequential")
+
+
+def cpu_levels():
+    """The levels of vector instructions (csrc/bind/cpu/levels.h) that this CPU has."""
+    most = limit_cpu_level(99)
+    return range(most + 1)
+
+
+@contextmanager
+def at_level(level):
+    """The CPU's kernels use the instructions of this level."""
+    assert limit_cpu_level(level) == level
+    try:
+        yield
+    finally:
+        limit_cpu_level(99)
+
+
+@pytest.fixture(params=cpu_levels(), ids="level {}".format)
+def every_level(request):
+    with at_level(request.param):
+        yield
 
 
 @pytest.fixture

@@ -1,22 +1,29 @@
 import pytest
 import torch
 from close import assert_rounded
+from guarded import at_the_end_of_memory
+from ops.conftest import at_level, cpu_levels
 
 from keeplora.ops import build_info, merge_weights
+from keeplora.ops.declare import OPS
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["op", "emulated kernel"] + (["CUDA kernel"] if torch.cuda.is_available() else [])
+BACKENDS = [*cpu_levels(), "emulated kernel"] + (["CUDA kernel"] if torch.cuda.is_available() else [])
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=BACKENDS, ids=lambda kind: kind if isinstance(kind, str) else f"op at level {kind}")
 def backend(request):
-    """The op as users call it, the CUDA kernel's source run on the CPU and, where there is one, a GPU; its device."""
+    """The op as users call it, at every level of vector instructions that this CPU has; the CUDA kernel's source run on
+    the CPU and, where there is one, a GPU; and its device."""
     if request.param == "emulated kernel":
-        return request.getfixturevalue("emulated").merge_weights, "cpu"
-    if request.param == "CUDA kernel":
+        yield request.getfixturevalue("emulated").merge_weights, "cpu"
+    elif request.param == "CUDA kernel":
         assert "merge_weights" in build_info()["kernels"]
-        return merge_weights, "cuda"
-    return merge_weights, "cpu"
+        yield merge_weights, "cuda"
+    else:
+        assert "merge_weights" in build_info()["cpu_kernels"]
+        with at_level(request.param):
+            yield merge_weights, "cpu"
 
 
 def exact_merge(w, a, b, scale):
@@ -129,8 +136,130 @@ def test_a_thousand_problems(backend):
     check(merge(w, a, b, scale=scale), w, a, b, scale, None)
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(13, 29, 5), (8, 48, 3), (9, 97, 2), (1, 400, 1)], ids=str)
+@pytest.mark.usefixtures("every_level")
+def test_reads_nothing_beyond_its_inputs(size, dtype, out):
+    """Under a bug the process ends here."""
+    rows, columns, r = size
+    w = at_the_end_of_memory(rows, columns, dtype)
+    a, b = at_the_end_of_memory(r, columns, torch.float32), at_the_end_of_memory(rows, r, torch.float32)
+    check(merge_weights([w], [a], [b], scale=0.5, dtype=out), [w], [a], [b], [0.5], out)
+
+
+@pytest.mark.usefixtures("every_level")
+def test_threads_do_not_change_a_bit():
+    w, a, b, scale = problems([(1000, 300, 16), (70, 900, 4)], "cpu", FLOATS[1:])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            results.append(merge_weights(w, a, b, scale=scale))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
 def test_no_problems():
     assert merge_weights([], [], [], scale=1.0) == []
+
+
+# A fused weight with rows that nobody has before, between and after those of its adapters, which are not given in
+# their order; a transposed one with one adapter; one without any; one element.
+FUSED = [(150, 131), (40, 300), (7, 5), (1, 1)]
+PLACES = [(0, 90, 150), (1, 0, 40), (0, 3, 50), (3, 0, 1), (0, 60, 60)]
+RANKS = [17, 4, 3, 2, 5]
+
+
+def fused(device, dtype, origin):
+    w = [torch.randn(shape, device=device).to(dtype) for shape in FUSED]
+    w[1] = w[1].T.contiguous().T
+    a = [torch.randn(r, FUSED[k][1], device=device) for r, (k, *_) in zip(RANKS, PLACES, strict=True)]
+    b = [torch.randn(stop - start, r, device=device) for r, (_, start, stop) in zip(RANKS, PLACES, strict=True)]
+    has = {"none": (), "some": (0, 2, 4), "all": range(len(b))}[origin]
+    origins = [torch.randn_like(up) if i in has else None for i, up in enumerate(b)]
+    return w, a, b, origins
+
+
+@pytest.mark.parametrize("origin", ["none", "some", "all"])
+@pytest.mark.parametrize("out", [None, *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_row_ranges_and_origins(backend, dtype, out, origin):
+    merge, device = backend
+    w, a, b, origins = fused(device, dtype, origin)
+    scale = [0.5, -2.0, 1.0, 0.25, 3.0]
+    merged = merge(w, a, b, scale=scale, places=PLACES, origin=origins if origin != "none" else None, dtype=out)
+    for k, weight in enumerate(w):
+        exact = weight.cpu().double().clone()
+        for (of, start, stop), down, up, b0, c in zip(PLACES, a, b, origins, scale, strict=True):
+            if of == k:
+                up = up.cpu().double() - (0 if b0 is None else b0.cpu().double())
+                exact[start:stop] += c * up @ down.cpu().double()
+        assert merged[k].dtype == (out or dtype)
+        assert merged[k].is_contiguous()
+        single = merged[k].dtype == torch.float64 and dtype != torch.float64
+        result = merged[k].float() if single else merged[k]
+        # B - B0 is rounded before the product, which has as many terms again
+        assert_rounded(result, exact, terms=40, what=f"merged[{k}]")
+        free = [i for i in range(len(weight)) if not any(k == of and s <= i < e for of, s, e in PLACES)]
+        assert torch.equal(merged[k][free], weight[free].to(out or dtype))
+
+
+@pytest.mark.parametrize("out", [None, *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_stacks_what_a_layer_multiplies_with_first(backend, dtype, out):
+    """Exactly what a cast of each A gives."""
+    merge, device = backend
+    w, a, b, _ = fused(device, dtype, "none")
+    a = [down.to(FLOATS[i % 4]) if dtype == torch.float64 else down for i, down in enumerate(a)]
+    if merge is merge_weights:  # the op itself, which hands the stacks to layers only
+        place = [number for of, start, stop in PLACES for number in (of, start, stop, -1)]
+        _, stacked = OPS["merge_weights"].call(w, a, b, [], place, [1.0] * len(a), True, out)
+    else:
+        _, stacked = merge(w, a, b, scale=1.0, places=PLACES, stack=True, dtype=out)
+    for k, rows in enumerate(stacked):
+        mine = [down for down, place in zip(a, PLACES, strict=True) if place[0] == k]
+        expected = torch.cat([w[k].new_empty(0, w[k].shape[1], dtype=out or dtype), *(m.to(out or dtype) for m in mine)])
+        assert torch.equal(rows, expected)
+        assert rows.dtype == (out or dtype)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ([0, 0, 3, -1, 0, 2, 5, -1], "two adapters"),
+        ([0, 0, 3, -1, 0, 3, 6, -1], "rows of it"),
+        ([0, 0, 3, -1, 1, 0, 3, -1], "a weight"),
+        ([0, 0, 3, -1, 0, 3, 5, 0], "an origin"),
+        ([0, 0, 3, -1, 0, 3, 5], "8 items"),
+        ([0, 0, 3, -1, 0, 3, 4, -1], "shape of their rows"),
+    ],
+)
+def test_what_would_reach_other_memory_is_refused_without_checks_too(device, place, message):
+    w, a, b = ([torch.zeros(shape, device=device)] for shape in ((5, 2), (1, 2), (3, 1)))
+    b += [torch.zeros(place[6] - place[5], 1, device=device) if "shape" not in message else b[0]]
+    with pytest.raises(RuntimeError, match=f"merge_weights: .*{message}"):
+        OPS["merge_weights"].call(w, a * 2, b, [], place, [1.0, 1.0], False, None)
+
+
+@pytest.mark.parametrize(
+    ("places", "origin", "message"),
+    [
+        ([(0, 0, 3), (0, 2, 5)], None, r"places must not overlap, .* 3 and from 2 .* w\[0\] at places\[0\] and"),
+        ([(0, 0, 3), (0, 3, 6)], None, r"places\[1\] must .*<= 5, got \(0, 3, 6\)"),
+        ([(0, 0, 3), (2, 0, 3)], None, r"places\[1\] must .*weight < 1, got \(2, 0, 3\)"),
+        ([(0, 0, 3)], None, r"places must have one item for each of a, got 1 for 2"),
+        ([(0, 0, 3), (0, 3, 5)], None, r"b\[1\] .* shape of w\[0\]\[3:5\], got \[3, 1\] .* for \[2, 2\]"),
+        ([(0, 0, 3), (1, 0, 3)], [None], r"origin must have one item for each of b, got 1 for 2"),
+        ([(0, 0, 3), (1, 0, 3)], [None, torch.zeros(2, 1)], r"origin\[1\] must .* got \[2, 1\] for \[3, 1\]"),
+    ],
+)
+def test_refuses_places_and_origins(places, origin, message):
+    w = [torch.zeros(5, 2), torch.zeros(3, 2)][: 1 + any(place[0] == 1 for place in places)]
+    with pytest.raises(ValueError, match=f"^merge_weights: {message}"):
+        merge_weights(w, [torch.zeros(1, 2)] * 2, [torch.zeros(3, 1)] * 2, scale=1.0, places=places, origin=origin)
 
 
 def test_dependent_ranks_cancel(backend):
@@ -169,6 +298,11 @@ def test_gradient(device):
         return tuple(merge_weights(flat[:2], flat[2:4], flat[4:], scale=[0.5, -1.5]))
 
     assert torch.autograd.gradcheck(merge, (*w, *a, *b))
+
+    def merge_rows(w, a, b, b0):
+        return merge_weights([w], [a, a], [b, b], scale=[0.5, 2.0], places=[(0, 0, 2), (0, 3, 5)], origin=[None, b0])[0]
+
+    assert torch.autograd.gradcheck(merge_rows, (make(6, 4), make(2, 4), make(2, 2), make(2, 2)))
 
 
 def test_gradient_of_b_alone(device):

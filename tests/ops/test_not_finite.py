@@ -19,13 +19,22 @@ from keeplora.ops import (
 )
 from keeplora.ops.declare import OPS
 
+
+def every_fourth(place, *which):
+    """The numbers of each adapter in an op's ``place``."""
+    return list(zip(*(place[i::4] for i in which), strict=True))
+
+
 # From the dispatcher's arguments, which every op has samples of.
 PUBLIC = {
     "gram": lambda out, energy, x: gram(x, out=out, energy=energy),
-    "lora_grad_b": lambda x, dy, a, rows, scale: lora_grad_b(
-        x, dy, a, rows=[*zip(rows[::2], rows[1::2], strict=True)], scale=scale
+    "lora_grad_b": lambda dy, t, place, scale: lora_grad_b(
+        dy, t, columns=every_fourth(place, 0, 1), rows=every_fourth(place, 2, 3), scale=scale
     ),
-    "merge_weights": lambda w, a, b, scale, dtype: merge_weights(w, a, b, scale=scale, dtype=dtype),
+    "merge_weights": lambda w, a, b, origin, place, scale, stack, dtype: merge_weights(
+        w, a, b, scale=scale, dtype=dtype, places=every_fourth(place, 0, 1, 2),
+        origin=[None if i < 0 else origin[i] for i in place[3::4]],
+    ),
     "orthonormalize": orthonormalize,
     "project_rows": lambda g, q, scale, passes: project_rows(g, q, scale=scale, passes=passes),
     "projected_adamw": lambda a, grad, m, v, q, step, lr, beta1, beta2, eps, decay: projected_adamw(
@@ -39,7 +48,6 @@ STEPS = [(0, 5), (1, 15), (1, 16), (1, 17)]
 UNUSED = {
     ("project_rows", 1, 7): "q of a matrix without rows",
     ("orthonormalize", 1, 5): "q of a matrix without columns",
-    ("lora_grad_b", 2, 2): "a of no tokens",
     ("thin_matmul", 2, 1): "a of an x without rows",
     **{("projected_adamw", which, i): "a step, so late that no bias is left to correct" for which, i in STEPS},
 }

@@ -41,8 +41,11 @@ def basis(d, k):
 
 LARGE = {
     "gram": lambda: (torch.zeros(96, 96), torch.zeros((), dtype=torch.float64), torch.randn(128, 96)),
-    "lora_grad_b": lambda: (torch.randn(128, 96), torch.randn(128, 64), [torch.randn(32, 96)], [0, 64], [1.0]),
-    "merge_weights": lambda: ([torch.randn(64, 96)], [torch.randn(48, 96)], [torch.randn(64, 48)], [0.5], None),
+    "lora_grad_b": lambda: (torch.randn(128, 64), torch.randn(128, 32), [0, 32, 0, 64], [1.0]),
+    "merge_weights": lambda: (
+        *([torch.randn(shape)] for shape in ((64, 96), (48, 96), (64, 48), (64, 48))),
+        [0, 0, 64, 0], [0.5], True, None,
+    ),
     "orthonormalize": lambda: ([torch.randn(256, 48)], [basis(256, 40)]),
     "project_rows": lambda: ([torch.randn(64, 96)], [basis(96, 40)], [1.0], 2),
     "projected_adamw": lambda: (

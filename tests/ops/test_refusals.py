@@ -30,8 +30,14 @@ CALLS = {
         "step": 1,
         "lr": 0.1,
     },
-    "merge_weights": {"w": [ones(3, 4)], "a": [ones(2, 4)], "b": [ones(3, 2)], "scale": 1.0},
-    "lora_grad_b": {"x": ones(5, 4), "dy": ones(5, 3), "a": [ones(2, 4)], "rows": [(0, 3)], "scale": 1.0},
+    "merge_weights": {
+        "w": [ones(3, 4)],
+        "a": [ones(2, 4)],
+        "b": [ones(3, 2)],
+        "scale": 1.0,
+        "origin": [ones(3, 2)],
+    },
+    "lora_grad_b": {"dy": ones(5, 3), "t": ones(5, 2), "columns": [(0, 2)], "rows": [(0, 3)], "scale": 1.0},
     "orthonormalize": {"y": [ones(4, 1)], "q": [eye(4, 2)]},
     "sketch_rows": {"x": ones(5, 4), "delta": ones(5, 3), "width": 2, "seed": 0, "out": ones(2, 4)},
     "thin_matmul": {"x": ones(5, 4), "a": ones(2, 4), "scale": 1.0},
@@ -91,7 +97,7 @@ def test_wrong_shape(name, argument, bad):
         bad = [ones(9, 2)]  # any number of columns is a basis
     if (name, argument) == ("orthonormalize", "y"):
         bad = [ones(9, 1)]
-    if (name, argument) in (("lora_grad_b", "dy"), ("sketch_rows", "delta")):
+    if (name, argument) in (("lora_grad_b", "dy"), ("lora_grad_b", "t"), ("sketch_rows", "delta")):
         bad = ones(9, 3)  # any number of outputs
     bad = bad.double() if argument == "energy" else bad
     refuses(name, {argument: bad}, ValueError, rf"^{name}: .*must ")

@@ -1,16 +1,11 @@
-import ctypes
-import mmap
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from close import assert_rounded
-from torch.utils.cpp_extension import include_paths, library_paths
+from guarded import at_the_end_of_memory
 
 from keeplora.ops import build_info, thin_matmul
+
+pytestmark = pytest.mark.usefixtures("every_level")
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # n, k, r: one element, nothing, nothing to sum, no rows of a; one less and one more than a tile, a panel, a strip and
@@ -102,26 +97,11 @@ def test_not_a_number_stays_where_it_is(device):
         assert torch.equal(product.nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
-def at_the_end_of_memory(rows, columns):
-    """A matrix whose last element is the last one that may be read, and what keeps its memory."""
-    size = rows * columns * 4
-    pages = -(-size // mmap.PAGESIZE) + 1
-    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    forbidden = start + (pages - 1) * mmap.PAGESIZE
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), mmap.PAGESIZE, 0) == 0
-    offset = (pages - 1) * mmap.PAGESIZE - size
-    return (
-        torch.frombuffer(memory, dtype=torch.float32, count=rows * columns, offset=offset).view(rows, columns).normal_()
-    )
-
-
 @pytest.mark.parametrize("size", [(13, 29, 5), (24, 16, 16), (7, 100, 17), (100, 7, 3), (49, 51, 4)], ids=str)
 def test_reads_nothing_beyond_its_inputs(size):
     """Under a bug the process ends here."""
     n, k, r = size
-    check(at_the_end_of_memory(n, k), at_the_end_of_memory(r, k), 1.0)
-    check(at_the_end_of_memory(k, n).T, at_the_end_of_memory(k, r).T, 1.0)
+    check(at_the_end_of_memory(n, k, torch.float32), at_the_end_of_memory(r, k, torch.float32), 1.0)
 
 
 def test_gradients(device):
@@ -131,38 +111,3 @@ def test_gradients(device):
     half = x.detach().bfloat16().requires_grad_()
     thin_matmul(half, a.detach().float()).sum().backward()
     assert half.grad.dtype == torch.bfloat16
-
-
-WITHOUT_FMA = """
-import sys
-import pytest
-import torch
-import keeplora
-
-torch.manual_seed(1)
-x, a = torch.randn(64, 4096), torch.randn(8, 4096)
-layouts = (x, x.T.contiguous().T)
-chosen = [keeplora.ops.thin_matmul(x, a) for x in layouts]
-torch.ops.load_library(sys.argv[1])  # takes the place of the kernel that this CPU was given
-plain = [keeplora.ops.thin_matmul(x, a) for x in layouts]
-same = [torch.equal(*pair) for pair in zip(chosen, plain)]
-has_fma = " fma " in open("/proc/cpuinfo").read()
-assert same == [not has_fma] * 2, same  # one rounding for a product and a sum, or two
-sys.exit(pytest.main(["-q", sys.argv[2], "-k", "not without_fma"]))
-"""
-
-
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="only for x86 on Linux is the kernel built twice"
-)
-def test_without_fma(tmp_path):
-    """Everything above, by the instructions that every x86 CPU has: where there is FMA, the loader chooses that."""
-    root, library = Path(__file__).parents[2], str(tmp_path / "plain.so")
-    command = ["g++", "-O3", "-std=c++20", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
-    command += ["-DKEEPLORA_EVERY_CPU=", f"-I{root / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
-    command += [str(root / "csrc/bind/cpu/thin_matmul.cpp"), *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
-    subprocess.run([*command, "-o", library], check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FMA, library, __file__], cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

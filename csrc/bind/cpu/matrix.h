@@ -12,6 +12,8 @@ template <typename T>
 struct Matrix {
   const T* data;
   int64_t rows, columns, row_stride, column_stride;
+
+  const T& at(int64_t row, int64_t column) const { return data[row * row_stride + column * column_stride]; }
 };
 
 template <typename T>

@@ -1,0 +1,137 @@
+// One source for every x86 CPU, with vectors as wide as it has: `Body::run<kBytes>(args...)` is compiled for
+// SSE2 and AVX2 with vectors of 32 bytes and for AVX-512, which has twice the registers, with vectors of 64.
+// Elsewhere, and with other compilers, once: for the CPU the compiler was told of.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#define KEEPLORA_INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KEEPLORA_X86 1
+#endif
+
+namespace keeplora::cpu {
+
+template <typename T, int kBytes>
+struct WideOf;
+#define KEEPLORA_WIDE(T, ALIGNED, BYTES)                                             \
+  template <>                                                                        \
+  struct WideOf<T, BYTES> {                                                          \
+    typedef T type __attribute__((vector_size(BYTES), aligned(ALIGNED), may_alias)); \
+  }
+KEEPLORA_WIDE(float, 4, 32);
+KEEPLORA_WIDE(float, 4, 64);
+KEEPLORA_WIDE(double, 8, 32);
+KEEPLORA_WIDE(double, 8, 64);
+KEEPLORA_WIDE(uint32_t, 2, 32);  // also two 16-bit numbers
+KEEPLORA_WIDE(uint32_t, 2, 64);
+KEEPLORA_WIDE(int32_t, 4, 32);
+KEEPLORA_WIDE(int32_t, 4, 64);
+KEEPLORA_WIDE(uint16_t, 2, 16);
+KEEPLORA_WIDE(uint16_t, 2, 32);
+#undef KEEPLORA_WIDE
+// As many T as fill kBytes, wherever a T may lie. Never passed by value: functions that do would be others with every
+// instruction set.
+template <typename T, int kBytes>
+using Wide = typename WideOf<T, kBytes>::type;
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// `to` = the numbers from `from` on.
+template <int kBytes, typename T>
+KEEPLORA_INLINE void load(Wide<T, kBytes>& to, const T* from) {
+  to = *reinterpret_cast<const Wide<T, kBytes>*>(from);  // no memcpy: GCC splits one of 32 bytes
+}
+template <int kBytes>
+KEEPLORA_INLINE void load(Wide<float, kBytes>& to, const Bfloat16* from) {
+  using Bits = Wide<uint32_t, kBytes>;
+  const Wide<uint16_t, kBytes / 2> half = *reinterpret_cast<const Wide<uint16_t, kBytes / 2>*>(from);
+  const Bits bits = __builtin_convertvector(half, Bits) << 16;
+  to = (Wide<float, kBytes>)bits;
+}
+
+// Rounds to nearest, ties to even; a NaN stays one.
+template <int kBytes, typename T>
+KEEPLORA_INLINE void store(T* to, const Wide<T, kBytes>& from) {
+  *reinterpret_cast<Wide<T, kBytes>*>(to) = from;
+}
+template <int kBytes>
+KEEPLORA_INLINE void store(Bfloat16* to, const Wide<float, kBytes>& from) {
+  using Bits = Wide<uint32_t, kBytes>;
+  using Half = Wide<uint16_t, kBytes / 2>;
+  Bits bits = (Bits)from;
+  const Bits magnitude = bits & 0x7fffffff;
+  const Wide<int32_t, kBytes> above = magnitude > 0x7f800000;
+  const Bits nan = (Bits)above;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  bits = (bits & ~nan) | (nan & 0x7fc0);
+  *reinterpret_cast<Half*>(to) = __builtin_convertvector(bits, Half);
+}
+
+// What tests have lowered the level to.
+inline std::atomic<int> level_limit{3};
+
+// What kernels may use: 0 SSE2 or no x86, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16.
+inline int level() {
+#ifdef KEEPLORA_X86
+  static const int here = [] {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+      return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  }();
+  return std::min(here, level_limit.load(std::memory_order_relaxed));
+#else
+  return 0;
+#endif
+}
+
+// Bytes of the vectors that on_this_cpu takes.
+inline int vector_bytes() { return level() >= 2 ? 64 : 32; }
+
+#ifdef KEEPLORA_X86
+template <typename Body, typename... Args>
+__attribute__((target("avx2,fma"))) void run_avx2(const Args&... args) {
+  Body::template run<32>(args...);
+}
+template <typename Body, typename... Args>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(const Args&... args) {
+  Body::template run<64>(args...);
+}
+#endif
+
+// Body::run with vectors of `bytes`, which is vector_bytes() at some moment.
+template <typename Body, typename... Args>
+void on_this_cpu(int bytes, const Args&... args) {
+#ifdef KEEPLORA_X86
+  if (bytes == 64) return run_avx512<Body>(args...);
+  if (level() >= 1) return run_avx2<Body>(args...);
+#endif
+  static_cast<void>(bytes);
+  Body::template run<32>(args...);
+}
+
+// Uninitialised memory that begins at a cache line.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(new (kLine) T[static_cast<size_t>(size)]) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* data) const { operator delete[](data, kLine); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+}  // namespace keeplora::cpu
