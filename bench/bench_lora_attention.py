@@ -31,20 +31,23 @@ class Block(nn.Module):
         return y
 
 
-def setup(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+def setup(
+    batch: int, tokens: int, dtype: torch.dtype, device: torch.device, width: int = WIDTH, heads: int = HEADS
+) -> tuple[Any, ...]:
     """Inputs and one block per provider, all with the same frozen weights."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    base = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=device, dtype=dtype).requires_grad_(False)
-    x = torch.randn(batch, tokens, WIDTH, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(batch, tokens, WIDTH, device=device).to(dtype)
+    base = nn.MultiheadAttention(width, heads, batch_first=True, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(batch, tokens, width, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(batch, tokens, width, device=device).to(dtype)
     models: dict[str, Any] = {"plain": Block(copy.deepcopy(base))}
     for name in ("keeplora", "frozen"):
         block = Block(copy.deepcopy(base))
         for slot in wrap(block, attention_targets("attn", base, 0, "vision")):
             if name == "keeplora":
-                slot.attach(LoraAdapter(torch.randn(RANK, WIDTH) / WIDTH**0.5, torch.randn(WIDTH, RANK), 0.5))
+                a, b, b0 = torch.randn(RANK, width) / width**0.5, torch.randn(width, RANK), torch.randn(width, RANK)
+                slot.attach(LoraAdapter(a, b, 0.5, origin=b0))
         merge_ahead(block)
         models[name] = block
     config = LoraConfig(r=RANK, lora_alpha=RANK // 2, target_modules=["attn"], init_lora_weights=False)

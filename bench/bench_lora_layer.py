@@ -55,7 +55,7 @@ def setup(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.
 
     holder = nn.Sequential(layer_of(d_in, d_out, device, dtype))
     [slot] = wrap(holder, [Target("0", "0", "weight", None, 0, "model")])
-    slot.attach(LoraAdapter(a, b, 0.5))
+    slot.attach(LoraAdapter(a, b, 0.5, origin=torch.randn_like(b)))
 
     def peft(**kwargs):  # type: ignore[no-untyped-def]
         base = nn.Sequential(layer_of(d_in, d_out, device, dtype))

@@ -47,9 +47,12 @@ def step(
 
 
 def setup(
-    batch: int, vision: dict[str, Any], text: dict[str, Any], autocast: bool, device: torch.device
+    batch: int, vision: dict[str, Any], text: dict[str, Any], autocast: bool, device: torch.device, update: bool = True
 ) -> tuple[Any, ...]:
-    """One model per provider, all with the same weights; in the frozen one the first block's input wants a gradient."""
+    """One model per provider, all with the same weights; in the frozen one the first block's input wants a gradient.
+
+    ``update``: with a step of AdamW where something is trained.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -63,7 +66,8 @@ def setup(
         slots = wrap(model, select_targets(find_targets(model), ["attn"]))
         for slot in slots:
             out, width = slot.weight.shape
-            slot.attach(LoraAdapter(torch.randn(RANK, width) / width**0.5, torch.zeros(out, RANK), 1.0))
+            b = torch.randn(out, RANK) / RANK**0.5  # from where the update counts, as the method sets it
+            slot.attach(LoraAdapter(torch.randn(RANK, width) / width**0.5, b, 1.0, origin=b))
         for module in model.modules():
             if isinstance(module, LoraHost):
                 module.forward_mode = mode  # type: ignore[assignment]
@@ -86,7 +90,7 @@ def setup(
     ready = {}
     for name, model in models.items():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = None if name in ("frozen", "plain") else torch.optim.AdamW(trained, lr=1e-4)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4) if update and name not in ("frozen", "plain") else None
         ready[name] = partial(step, model, trained, images, tokens, optimizer, autocast)
     return (ready,)
 
