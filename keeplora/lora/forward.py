@@ -243,11 +243,9 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
     x = _flat(x)
     if torch.compiler.is_compiling():  # a compiler does better by seeing the product
         return F.linear(x, a)
-    if x.device.type == "cpu":
-        if x.dtype == torch.float32:
-            t: Tensor = _thin_matmul(x, a, 1.0)
-            return t
-        return (a @ x.T).T  # the gemm's inner loop runs along the tokens
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        t: Tensor = _thin_matmul(x, a, 1.0)
+        return t
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, a.T, out_dtype=torch.float32)
     return F.linear(x, a)

@@ -1,6 +1,7 @@
-// One source for every x86 CPU, with vectors as wide as it has: `Body::run<kBytes>(args...)` is compiled for
-// SSE2 and AVX2 with vectors of 32 bytes and for AVX-512, which has twice the registers, with vectors of 64.
-// Elsewhere, and with other compilers, once: for the CPU the compiler was told of.
+// One source for every CPU, with vectors as wide as it has: `Body::run<kBytes>(args...)` is compiled for x86 with
+// vectors of 16 bytes, for AVX2 with 32, and for AVX-512, which has twice the registers, with 64. Elsewhere, and
+// with other compilers, once: for the CPU the compiler was told of, with 16. (Vectors that a CPU has not are made
+// of several, through memory: 20 times slower.)
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -23,14 +24,19 @@ struct WideOf;
   struct WideOf<T, BYTES> {                                                          \
     typedef T type __attribute__((vector_size(BYTES), aligned(ALIGNED), may_alias)); \
   }
+KEEPLORA_WIDE(float, 4, 16);
 KEEPLORA_WIDE(float, 4, 32);
 KEEPLORA_WIDE(float, 4, 64);
+KEEPLORA_WIDE(double, 8, 16);
 KEEPLORA_WIDE(double, 8, 32);
 KEEPLORA_WIDE(double, 8, 64);
-KEEPLORA_WIDE(uint32_t, 2, 32);  // also two 16-bit numbers
+KEEPLORA_WIDE(uint32_t, 2, 16);  // also two 16-bit numbers each
+KEEPLORA_WIDE(uint32_t, 2, 32);
 KEEPLORA_WIDE(uint32_t, 2, 64);
+KEEPLORA_WIDE(int32_t, 4, 16);
 KEEPLORA_WIDE(int32_t, 4, 32);
 KEEPLORA_WIDE(int32_t, 4, 64);
+KEEPLORA_WIDE(uint16_t, 2, 8);
 KEEPLORA_WIDE(uint16_t, 2, 16);
 KEEPLORA_WIDE(uint16_t, 2, 32);
 #undef KEEPLORA_WIDE
@@ -95,7 +101,7 @@ inline int level() {
 }
 
 // Bytes of the vectors that on_this_cpu takes.
-inline int vector_bytes() { return level() >= 2 ? 64 : 32; }
+inline int vector_bytes() { return level() >= 2 ? 64 : level() == 1 ? 32 : 16; }
 
 #ifdef KEEPLORA_X86
 template <typename Body, typename... Args>
@@ -113,10 +119,10 @@ template <typename Body, typename... Args>
 void on_this_cpu(int bytes, const Args&... args) {
 #ifdef KEEPLORA_X86
   if (bytes == 64) return run_avx512<Body>(args...);
-  if (level() >= 1) return run_avx2<Body>(args...);
+  if (bytes == 32) return run_avx2<Body>(args...);
 #endif
   static_cast<void>(bytes);
-  Body::template run<32>(args...);
+  Body::template run<16>(args...);
 }
 
 // Uninitialised memory that begins at a cache line.
