@@ -45,6 +45,15 @@ cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Argument
   return cudaLaunchKernelEx(&native, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// Blocks that a cluster of this kernel may have: by what its code for this GPU was compiled for, not by the GPU.
+// 1 where that is not to be had; a launch will say why.
+template <typename... Parameters>
+unsigned largest_cluster(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) return 1;
+  return attributes.ptxVersion >= 90 ? 8 : 1;
+}
+
 // Queues setting `bytes` bytes of device memory to zero.
 inline cudaError_t clear(void* memory, size_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(memory, 0, bytes, stream);

@@ -42,8 +42,31 @@ struct Down : gpu::AnyMatrix<T, false> {
   }
 };
 
+// B, or B - B0: a thread that subtracts waits for both, which is little beside W.
 template <typename T>
-using Up = gpu::AnyMatrix<T, true>;
+struct Up : gpu::AnyMatrix<T, true> {
+  const void* origin;
+  gpu::Format origin_format;
+
+  template <int kLines>
+  __device__ void fetch(T* tile, int line, int depth, int end) const {
+    using Same = gpu::AnyMatrix<T, true>;
+    if (origin == nullptr) {
+      Same::template fetch<kLines>(tile, line, depth, end);
+      return;
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kLines * kDepth; i += kProductThreads) {
+      const int row = line + i / kDepth, column = depth + i % kDepth;
+      T value(0);
+      if (row < this->lines && column < end) {
+        const int64_t at = row * this->pitch + column;
+        value = gpu::load<T>(this->data, this->format, at) - gpu::load<T>(origin, origin_format, at);
+      }
+      tile[i / kDepth * gpu::Matrix<T, true>::template kTilePitch<kLines> + i % kDepth] = value;
+    }
+  }
+};
 
 template <typename T>
 constexpr int kUpTile = Up<T>::template kTile<kRows<T>>;
@@ -135,7 +158,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 3 : 4)
     if constexpr (sizeof(like) <= sizeof(T)) runs.template fetch<decltype(like)>(entry, own_row, own_column);
   });
   gpu::Sum<T, kRowTiles<T>> sum;
-  const Up<T> up{entry.b, entry.b_format, entry.r, entry.rows};
+  const Up<T> up{{entry.b, entry.b_format, entry.r, entry.rows}, entry.origin, entry.origin_format};
   const Down<T> down{{entry.a, entry.a_format, entry.cols, entry.cols}};
   sum.add_product(up, row, down, column, 0, entry.r, up_tiles, down_tiles);
   gpu::copy_wait<0>();

@@ -1,68 +1,109 @@
+// Row ranges, rows without an adapter (r = 0) and A's that are cast into their stack (r = 0, too) are problems of one
+// launch.
 #include "kernels/merge_weights.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "bind/check.h"
 #include "bind/cuda/stream.h"
 #include "bind/dispatch.h"
+#include "bind/merge_places.h"
 
 namespace keeplora {
 namespace {
 
 constexpr const char* kOp = "merge_weights";
 
-// Queues the problems whose sums are formed in T.
+// out's rows from `to` on = rows [start, stop) of w, merged if there is an adapter. All but w, out: dense.
+struct Merged {
+  const Tensor& w;
+  int64_t start, stop;
+  const Tensor& out;
+  int64_t to;
+  const Tensor *a, *b, *origin;
+  double scale;
+};
+
 template <typename T>
-void run(const std::vector<Tensor>& w, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
-         const std::vector<double>& scale, const std::vector<Tensor>& merged) {
-  std::vector<MergeWeightsProblem<T>> problems;
-  for (size_t i = 0; i < w.size(); ++i) {
-    const gpu::Format formats[] = {format_of(kOp, w[i].scalar_type()), format_of(kOp, a[i].scalar_type()),
-                                   format_of(kOp, b[i].scalar_type()),
-                                   format_of(kOp, merged[i].scalar_type())};
-    const bool is_double = formats[0] == gpu::Format::kFloat64 || formats[1] == gpu::Format::kFloat64 ||
-                           formats[2] == gpu::Format::kFloat64;
-    if (is_double != (sizeof(T) == 8)) continue;
-    problems.push_back({w[i].const_data_ptr(), a[i].const_data_ptr(), b[i].const_data_ptr(),
-                        merged[i].mutable_data_ptr(), w[i].stride(0), static_cast<int>(w[i].size(0)),
-                        static_cast<int>(w[i].size(1)), static_cast<int>(a[i].size(0)),
-                        static_cast<T>(scale[i]), formats[0], formats[1], formats[2], formats[3]});
-  }
-  check_launch(kOp, merge_weights(problems.data(), static_cast<int>(problems.size()),
-                                  current_stream(w[0].get_device_index())));
+MergeWeightsProblem<T> problem_of(const Merged& merged) {
+  const auto format = [](const Tensor& tensor) { return format_of(kOp, tensor.scalar_type()); };
+  const auto row = [&](const void* data, int64_t first, int64_t pitch, gpu::Format of) {
+    return static_cast<const char*>(data) + first * pitch * size_of(of);
+  };
+  MergeWeightsProblem<T> problem{};
+  problem.w_format = format(merged.w), problem.out_format = format(merged.out);
+  problem.w = row(merged.w.const_data_ptr(), merged.start, merged.w.stride(0), problem.w_format);
+  problem.pitch = merged.w.stride(0);
+  problem.rows = static_cast<int>(merged.stop - merged.start);
+  problem.cols = static_cast<int>(merged.w.size(1));
+  problem.out = const_cast<char*>(
+      row(merged.out.mutable_data_ptr(), merged.to, merged.out.size(1), problem.out_format));
+  if (merged.a == nullptr) return problem;
+  problem.a = merged.a->const_data_ptr(), problem.a_format = format(*merged.a);
+  problem.b = merged.b->const_data_ptr(), problem.b_format = format(*merged.b);
+  problem.r = static_cast<int>(merged.a->size(0)), problem.scale = static_cast<T>(merged.scale);
+  if (merged.origin == nullptr) return problem;
+  problem.origin = merged.origin->const_data_ptr(), problem.origin_format = format(*merged.origin);
+  return problem;
 }
 
-std::vector<Tensor> merge_weights_cuda(std::vector<Tensor> w, std::vector<Tensor> a, std::vector<Tensor> b,
-                                       std::vector<double> scale, std::optional<ScalarType> dtype) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_weights_cuda(
+    std::vector<Tensor> w, std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor> origin,
+    std::vector<int64_t> place, std::vector<double> scale, bool stack, std::optional<ScalarType> dtype) {
   // The dispatcher comes here only with a tensor on a GPU.
-  const size_t n = w.size();
-  STD_TORCH_CHECK(n > 0 && a.size() == n && b.size() == n && scale.size() == n, kOp,
-                  ": w, a, b and scale must have one length, got ", n, ", ", a.size(), ", ", b.size(),
-                  " and ", scale.size());
-  for (size_t i = 0; i < n; ++i) {
-    check_matrix_of_any_dtype(kOp, "w", w[i], w[0]);
-    check_matrix_of_any_dtype(kOp, "a", a[i], w[0]);
-    check_matrix_of_any_dtype(kOp, "b", b[i], w[0]);
-    STD_TORCH_CHECK(
-        b[i].size(0) == w[i].size(0) && a[i].size(1) == w[i].size(1) && b[i].size(1) == a[i].size(0), kOp,
-        ": b times a must have the shape of w, got [", b[i].size(0), ", ", b[i].size(1), "] times [",
-        a[i].size(0), ", ", a[i].size(1), "] for [", w[i].size(0), ", ", w[i].size(1), "] in problem ", i);
-    if (w[i].stride(1) != 1) w[i] = torch::stable::contiguous(w[i]);
-    a[i] = torch::stable::contiguous(a[i]);
-    b[i] = torch::stable::contiguous(b[i]);
+  STD_TORCH_CHECK(!w.empty(), kOp, ": w must have a matrix, got none");
+  for (Tensor& weight : w) {
+    check_matrix_of_any_dtype(kOp, "w", weight, w[0]);
+    if (weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
   }
+  const auto densely = [&](const char* name, std::vector<Tensor>& tensors) {
+    for (Tensor& tensor : tensors) {
+      check_matrix_of_any_dtype(kOp, name, tensor, w[0]);
+      tensor = torch::stable::contiguous(tensor);
+    }
+  };
+  densely("a", a);
+  densely("b", b);
+  densely("origin", origin);
+  const MergePlaces places = merge_places(kOp, w, a, b, origin, place, scale);
 
   const torch::stable::accelerator::DeviceGuard guard(w[0].get_device_index());
-  std::vector<Tensor> merged;
-  for (const Tensor& weight : w)
-    merged.push_back(torch::stable::new_empty(weight, weight.sizes(), dtype.value_or(weight.scalar_type())));
-  run<float>(w, a, b, scale, merged);
-  run<double>(w, a, b, scale, merged);
-  return merged;
+  std::vector<Tensor> merged, stacked;
+  std::vector<MergeWeightsProblem<float>> singles;
+  std::vector<MergeWeightsProblem<double>> doubles;
+  for (size_t k = 0; k < w.size(); ++k) {
+    const auto is_double = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; };
+    const ScalarType to = dtype.value_or(w[k].scalar_type());
+    const auto add = [&](bool any, const Merged& one) {
+      any ? doubles.push_back(problem_of<double>(one)) : singles.push_back(problem_of<float>(one));
+    };
+    bool any = is_double(w[k]);
+    for (const int64_t j : places.adapters[k])
+      any = any || is_double(a[j]) || is_double(b[j]) || (places.origin[j] && is_double(*places.origin[j]));
+    const Tensor& out = merged.emplace_back(torch::stable::new_empty(w[k], w[k].sizes(), to));
+    for (const auto& [start, stop, j] : places.rows[k])
+      if (j < 0)
+        add(any, {w[k], start, stop, out, start, nullptr, nullptr, nullptr, 0});
+      else
+        add(any, {w[k], start, stop, out, start, &a[j], &b[j], places.origin[j], scale[j]});
+    if (!stack) continue;
+    const Tensor& rows =
+        stacked.emplace_back(torch::stable::new_empty(w[k], {places.ranks(k, a), w[k].size(1)}, to));
+    int64_t row = 0;
+    for (const int64_t j : places.adapters[k]) {
+      add(is_double(a[j]), {a[j], 0, a[j].size(0), rows, row, nullptr, nullptr, nullptr, 0});
+      row += a[j].size(0);
+    }
+  }
+  const cudaStream_t stream = current_stream(w[0].get_device_index());
+  check_launch(kOp, merge_weights(singles.data(), static_cast<int>(singles.size()), stream));
+  check_launch(kOp, merge_weights(doubles.data(), static_cast<int>(doubles.size()), stream));
+  return {merged, stacked};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(keeplora, CUDA, m) {

@@ -1,5 +1,6 @@
 // Blocks of a cluster (Config::cluster; from sm_90 on) run together and reach each other's shared memory. A
 // block must not exit before the others have finished with its memory: end with a cluster_sync().
+// In code for older GPUs a block is alone in its cluster; largest_cluster() tells the host.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +12,8 @@ namespace gpu {
 __device__ inline void cluster_sync() {
 #ifdef KEEPLORA_EMULATE
   emulate::cluster_barrier(EMULATE_SITE);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  __syncthreads();
 #else
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 #endif
@@ -20,6 +23,8 @@ __device__ inline void cluster_sync() {
 __device__ inline unsigned cluster_rank() {
 #ifdef KEEPLORA_EMULATE
   return emulate::cluster_rank();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 0;
 #else
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -32,6 +37,8 @@ template <typename T>
 __device__ inline T* cluster_map(T* mine, unsigned rank) {
 #ifdef KEEPLORA_EMULATE
   return static_cast<T*>(emulate::cluster_address(mine, rank, EMULATE_SITE));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return rank == 0 ? mine : nullptr;
 #else
   uint64_t address;
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));

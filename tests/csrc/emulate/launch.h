@@ -43,6 +43,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Argument
   return emulate::run_grid(grid, body, &call) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+template <typename... Parameters>
+unsigned largest_cluster(void (*)(Parameters...)) {
+  return 8;
+}
+
 inline cudaError_t clear(void* memory, size_t bytes, cudaStream_t) {
   std::memset(memory, 0, bytes);
   return cudaSuccess;
