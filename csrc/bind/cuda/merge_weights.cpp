@@ -32,17 +32,15 @@ struct Merged {
 template <typename T>
 MergeWeightsProblem<T> problem_of(const Merged& merged) {
   const auto format = [](const Tensor& tensor) { return format_of(kOp, tensor.scalar_type()); };
-  const auto row = [&](const void* data, int64_t first, int64_t pitch, gpu::Format of) {
-    return static_cast<const char*>(data) + first * pitch * size_of(of);
-  };
   MergeWeightsProblem<T> problem{};
   problem.w_format = format(merged.w), problem.out_format = format(merged.out);
-  problem.w = row(merged.w.const_data_ptr(), merged.start, merged.w.stride(0), problem.w_format);
   problem.pitch = merged.w.stride(0);
+  problem.w = static_cast<const char*>(merged.w.const_data_ptr()) +
+              merged.start * problem.pitch * static_cast<int64_t>(merged.w.element_size());
   problem.rows = static_cast<int>(merged.stop - merged.start);
   problem.cols = static_cast<int>(merged.w.size(1));
-  problem.out = const_cast<char*>(
-      row(merged.out.mutable_data_ptr(), merged.to, merged.out.size(1), problem.out_format));
+  problem.out = static_cast<char*>(merged.out.mutable_data_ptr()) +
+                merged.to * merged.out.size(1) * static_cast<int64_t>(merged.out.element_size());
   if (merged.a == nullptr) return problem;
   problem.a = merged.a->const_data_ptr(), problem.a_format = format(*merged.a);
   problem.b = merged.b->const_data_ptr(), problem.b_format = format(*merged.b);

@@ -28,7 +28,7 @@ double rounding(Format format) {
 template <typename T>
 bool check_group(const char* name, const std::vector<Shape>& shapes) {
   std::mt19937_64 random(9);
-  std::vector<Numbers> w, a, b, out;
+  std::vector<Numbers> w, a, b, origin, out;
   std::vector<keeplora::MergeWeightsProblem<T>> table;
   for (const auto& [rows, cols, r, gap, w_format, a_format, b_format, out_format, misaligned] : shapes) {
     const size_t last = rows > 0 ? static_cast<size_t>(rows - 1) * (cols + gap) + cols : 0;
@@ -36,8 +36,13 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
     a.push_back(Numbers::random(a_format, static_cast<size_t>(r) * cols, misaligned, random));
     b.push_back(Numbers::random(b_format, static_cast<size_t>(rows) * r, misaligned, random));
     out.emplace_back(out_format, static_cast<size_t>(rows) * cols, misaligned);
-    table.push_back({w.back().data(), a.back().data(), b.back().data(), out.back().data(), cols + gap, rows,
-                     cols, r, static_cast<T>(0.3 * (1 + table.size())), w_format, a_format, b_format,
+    // Every other one has an origin, in a format of its own now and then.
+    const bool has = table.size() % 2 == 1;
+    const Format origin_format = table.size() % 4 == 1 ? b_format : a_format;
+    origin.push_back(Numbers::random(origin_format, static_cast<size_t>(rows) * r, misaligned, random));
+    table.push_back({w.back().data(), a.back().data(), b.back().data(),
+                     has ? origin.back().data() : nullptr, out.back().data(), cols + gap, rows, cols, r,
+                     static_cast<T>(0.3 * (1 + table.size())), w_format, a_format, b_format, origin_format,
                      out_format});
   }
   if (keeplora::merge_weights(table.data(), static_cast<int>(table.size()), nullptr) != cudaSuccess) {
@@ -49,9 +54,11 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
     for (int row = 0; row < shape.rows; ++row)
       for (int column = 0; column < shape.cols; ++column) {
         double exact = 0;
-        for (int k = 0; k < shape.r; ++k)
-          exact += b[i][static_cast<size_t>(row) * shape.r + k] *
+        for (int k = 0; k < shape.r; ++k) {
+          const size_t at = static_cast<size_t>(row) * shape.r + k;
+          exact += (b[i][at] - (table[i].origin != nullptr ? origin[i][at] : 0.0)) *
                    a[i][static_cast<size_t>(k) * shape.cols + column];
+        }
         exact = w[i][static_cast<size_t>(row) * (shape.cols + shape.gap) + column] +
                 static_cast<double>(table[i].scale) * exact;
         const double actual = out[i][static_cast<size_t>(row) * shape.cols + column];

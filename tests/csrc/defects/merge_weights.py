@@ -1,6 +1,14 @@
 SOURCE = "kernels/merge_weights.cu"
 DEFECTS = [
     ("scale forgotten", SOURCE, "entry.scale * value", "value"),
+    ("origin forgotten", SOURCE, "origin == nullptr", "true"),
+    ("origin added", SOURCE,
+     "gpu::load<T>(this->data, this->format, at) - gpu::load<T>(origin, origin_format, at)",
+     "gpu::load<T>(this->data, this->format, at) + gpu::load<T>(origin, origin_format, at)"),
+    ("origin in the format of B", SOURCE, "gpu::load<T>(origin, origin_format, at)",
+     "gpu::load<T>(origin, this->format, at)"),
+    ("rows of B after the last", SOURCE, "row < this->lines", "true"),
+    ("columns of B after the last", SOURCE, "column < end", "true"),
     ("columns of A not dealt out", SOURCE, "line / 2 % 4 * 4 + line / 8 % 2 * 2 + line % 2", "line % 16"),
     ("rows of W taken as dense", SOURCE, "(row + 8 * i) * entry.pitch", "(row + 8 * i) * entry.cols"),
     ("a stage too few", SOURCE, "steps < kStages ? steps : kStages", "steps < 2 ? steps : 2"),
@@ -9,7 +17,7 @@ DEFECTS = [
     ("out taken as aligned", SOURCE, "gpu::aligned16(out)", "true"),
     ("rows of out taken as aligned", SOURCE, "entry.cols % 4 == 0", "true"),
     ("another format taken as T", "kernels/any_matrix.cuh", "format == kFormatOf<T>", "true"),
-]
+]  # fmt: skip
 
 REPRESENTATIVES = {
     "plain": ("kernels/merge_weights.cu", "entry.scale * value -> value"),
