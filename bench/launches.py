@@ -78,9 +78,12 @@ def host_times(repeats: int) -> dict[str, float]:
             if hasattr(module, "forward_mode"):
                 module.forward_mode = "merged"
     calls = {name: bench_lora_attention.run_model({"ours": "keeplora"}.get(key, key)) for key, name in NAMES.items()}
+    trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            for parameter in trained:
+                parameter.grad = None
             start = time.thread_time()
             call(x, grad, models)
             times[name].append(time.thread_time() - start)
