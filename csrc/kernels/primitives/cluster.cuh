@@ -6,16 +6,24 @@
 
 #include "kernels/launch.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define KEEPLORA_CLUSTERS 1
+#else
+#define KEEPLORA_CLUSTERS 0
+#endif
+
 namespace gpu {
 
 // A barrier of all threads of the cluster; orders their accesses to memory.
 __device__ inline void cluster_sync() {
 #ifdef KEEPLORA_EMULATE
   emulate::cluster_barrier(EMULATE_SITE);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  __syncthreads();
 #else
+#if KEEPLORA_CLUSTERS
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
 #endif
 }
 
@@ -23,12 +31,14 @@ __device__ inline void cluster_sync() {
 __device__ inline unsigned cluster_rank() {
 #ifdef KEEPLORA_EMULATE
   return emulate::cluster_rank();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 0;
 #else
+#if KEEPLORA_CLUSTERS
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+#else
+  return 0;
+#endif
 #endif
 }
 
@@ -37,12 +47,14 @@ template <typename T>
 __device__ inline T* cluster_map(T* mine, unsigned rank) {
 #ifdef KEEPLORA_EMULATE
   return static_cast<T*>(emulate::cluster_address(mine, rank, EMULATE_SITE));
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return rank == 0 ? mine : nullptr;
 #else
+#if KEEPLORA_CLUSTERS
   uint64_t address;
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
   return reinterpret_cast<T*>(address);
+#else
+  return rank == 0 ? mine : nullptr;
+#endif
 #endif
 }
 
