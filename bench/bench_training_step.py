@@ -59,7 +59,7 @@ def setup(
     base = clip_model(vision, text).to(device).eval().requires_grad_(False)
     size = base.visual.image_size  # type: ignore[union-attr]
     images = torch.randn(batch, 3, *size, device=device)
-    tokens = torch.randint(1, 49000, (batch, 77), device=device)
+    tokens = torch.randint(1, base.vocab_size, (batch, 77), device=device)  # type: ignore[arg-type]
 
     def ours(mode: str) -> Any:
         model = copy.deepcopy(base)
