@@ -13,6 +13,12 @@
 #define KEEPLORA_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KEEPLORA_X86 1
+#if defined(__linux__) && __GNUC__ >= 11
+#define KEEPLORA_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace keeplora::cpu {
@@ -81,9 +87,23 @@ KEEPLORA_INLINE void store(Bfloat16* to, const Wide<float, kBytes>& from) {
 }
 
 // What tests have lowered the level to.
-inline std::atomic<int> level_limit{3};
+inline std::atomic<int> level_limit{4};
 
-// What kernels may use: 0 SSE2 or no x86, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16.
+#ifdef KEEPLORA_AMX
+// Whether the CPU multiplies tiles of bfloat16 and the system lets this process: it saves 8 KB more for each of its
+// threads then, so it has to be asked.
+inline bool has_tiles() {
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBfloat16) == 0 || (d & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+#else
+inline bool has_tiles() { return false; }
+#endif
+
+// What kernels may use: 0 SSE2 or no x86, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16, 4 AMX, too.
 inline int level() {
 #ifdef KEEPLORA_X86
   static const int here = [] {
@@ -92,7 +112,8 @@ inline int level() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
       return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    return has_tiles() ? 4 : 3;
   }();
   return std::min(here, level_limit.load(std::memory_order_relaxed));
 #else

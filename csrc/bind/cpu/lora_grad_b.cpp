@@ -33,7 +33,8 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "lora_grad_b";
 constexpr int kVectors = 2;  // in a tile
 constexpr int64_t kBlock = 16;         // tokens
-constexpr int64_t kMostSteps = 8;      // t is packed in multiples of it
+constexpr int64_t kMostSteps = 8;      // t is packed in multiples of it, or of kTileRanks
+constexpr int64_t kTileRanks = 16, kTileTokens = 32;
 constexpr int64_t kColumnGrain = 384;  // of dy, for one thread
 
 // What one thread forms: the rows of a dB that are `columns` of dy from `dy` on. T: what t was packed as.
@@ -44,6 +45,15 @@ struct Piece {
   const T* t;  // [tokens][steps], zeros from r on
   R* out;      // [columns][r]
   R scale;
+};
+
+// An adapter's columns of t.
+template <typename S>
+struct Slice {
+  const S* data;
+  int64_t tokens, r, stride, step;  // from token to token, from rank to rank
+
+  const S& at(int64_t token, int64_t rank) const { return data[token * stride + rank * step]; }
 };
 
 // Numbers 2i of a run of 2 kBytes / 4 to `even`, 2i + 1 to `odd`: cheaper than in order.
@@ -189,6 +199,95 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))
 }
 #endif
 
+#ifdef KEEPLORA_AMX
+// As dot_columns, in products of tiles: 16 ranks x 32 tokens by 32 tokens x 16 columns.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+};
+
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))) void
+tile_columns(const Piece<Bfloat16, Bfloat16, float>& piece) {
+  constexpr int64_t kStrip = 64, kTiles = kStrip / 16, kBlocks = 4;  // a block: kTileTokens
+  constexpr int64_t kTile = 16 * 16;
+  const int64_t groups = piece.steps / kTileRanks, strips = padded(piece.columns, kStrip) / kStrip;
+  const Buffer<float> sums(strips * groups * kTiles * kTile);  // [strips][groups][kTiles][16 ranks][16 columns]
+  std::fill(sums.get(), sums.get() + strips * groups * kTiles * kTile, 0.0f);
+  alignas(64) uint32_t pairs[kBlocks][kTiles][kTile];  // of tokens: [16 pairs][16 columns]
+  const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+  for (int64_t first = 0; first < piece.tokens; first += kBlocks * kTileTokens) {
+    const int64_t depth = std::min(kBlocks * kTileTokens, piece.tokens - first);
+    const int64_t blocks = padded(depth, kTileTokens) / kTileTokens;
+    for (int64_t s = 0; s < strips; ++s) {
+      const Bfloat16* from = piece.dy + first * piece.stride + s * kStrip;
+      const int64_t next = std::min(kBlocks * kTileTokens, piece.tokens - first - depth);
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t valid = std::clamp<int64_t>(piece.columns - s * kStrip - 32 * half, 0, 32);
+        const __mmask32 mask = valid == 32 ? 0xffffffffu : (1u << valid) - 1;
+        for (int64_t k = 0; k < blocks * kTileTokens; k += 2) {
+          const Bfloat16* at = from + k * piece.stride + 32 * half;
+          const __m512i a = k < depth ? _mm512_maskz_loadu_epi16(mask, at) : _mm512_setzero_si512();
+          const __m512i b =
+              k + 1 < depth ? _mm512_maskz_loadu_epi16(mask, at + piece.stride) : _mm512_setzero_si512();
+          uint32_t* to = pairs[k / kTileTokens][2 * half] + k % kTileTokens / 2 * 16;
+          _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+          _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
+          if (k < next) {
+            __builtin_prefetch(at + kBlocks * kTileTokens * piece.stride, 0, 2);
+            __builtin_prefetch(at + (kBlocks * kTileTokens + 1) * piece.stride, 0, 2);
+          }
+        }
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        float* own = sums.get() + (s * groups + g) * kTiles * kTile;
+        _tile_loadd(0, own, 64);
+        _tile_loadd(1, own + kTile, 64);
+        _tile_loadd(2, own + 2 * kTile, 64);
+        _tile_loadd(3, own + 3 * kTile, 64);
+        for (int64_t k = 0; k < blocks; ++k) {
+          const int64_t block = first / kTileTokens + k;
+          _tile_loadd(4, piece.t + (block * groups + g) * kTileRanks * kTileTokens, 64);
+          _tile_loadd(5, pairs[k][0], 64);
+          _tile_dpbf16ps(0, 4, 5);
+          _tile_loadd(5, pairs[k][1], 64);
+          _tile_dpbf16ps(1, 4, 5);
+          _tile_loadd(5, pairs[k][2], 64);
+          _tile_dpbf16ps(2, 4, 5);
+          _tile_loadd(5, pairs[k][3], 64);
+          _tile_dpbf16ps(3, 4, 5);
+        }
+        _tile_stored(0, own, 64);
+        _tile_stored(1, own + kTile, 64);
+        _tile_stored(2, own + 2 * kTile, 64);
+        _tile_stored(3, own + 3 * kTile, 64);
+      }
+    }
+  }
+  _tile_release();
+  for (int64_t row = 0; row < piece.columns; ++row) {
+    const int64_t i = row % 32, tile = row % kStrip / 32 * 2 + i % 8 / 4;  // as unpack deals out
+    const float* from = sums.get() + (row / kStrip * groups * kTiles + tile) * kTile + i / 8 * 4 + i % 4;
+    for (int64_t j = 0; j < piece.r; ++j)
+      piece.out[row * piece.r + j] =
+          piece.scale * from[j / kTileRanks * kTiles * kTile + j % kTileRanks * 16];
+  }
+}
+
+// t^T in such tiles: [blocks of tokens][groups of ranks][16 ranks][32 tokens].
+void pack_tiles(const Slice<Bfloat16>& t, int64_t steps, Bfloat16* to) {
+  for (int64_t first = 0; first < t.tokens; first += kTileTokens) {
+    const int64_t tokens = std::min(kTileTokens, t.tokens - first);
+    std::fill(to, to + steps * kTileTokens, Bfloat16{0});
+    for (int64_t k = 0; k < tokens; ++k)
+      for (int64_t j = 0; j < t.r; ++j)
+        to[j * kTileTokens + k] = t.at(first + k, j);
+    to += steps * kTileTokens;
+  }
+}
+#endif
+
 template <typename T, typename S>
 T widened(const S& number) {
   if constexpr (std::is_same_v<S, Bfloat16>) {
@@ -201,37 +300,38 @@ T widened(const S& number) {
   }
 }
 
-// Columns [p, q) of t, one row of `steps` after the other.
+// One row of `steps` after the other.
 template <typename S, typename T>
-void pack(const Tensor& t, int64_t p, int64_t q, int64_t steps, T* to) {
-  const auto* from = static_cast<const S*>(t.const_data_ptr());
-  for (int64_t k = 0; k < t.size(0); ++k, to += steps)
-    for (int64_t j = 0; j < steps; ++j)
-      to[j] = p + j < q ? widened<T>(from[k * t.stride(0) + (p + j) * t.stride(1)]) : T(0);
+void pack(const Slice<S>& t, int64_t steps, T* to) {
+  for (int64_t k = 0; k < t.tokens; ++k, to += steps) {
+    for (int64_t j = 0; j < t.r; ++j)
+      to[j] = widened<T>(t.at(k, j));
+    std::fill(to + t.r, to + steps, T(0));
+  }
 }
 
 // The same in pairs of tokens, the second in the upper half.
-void pack_pairs(const Tensor& t, int64_t p, int64_t q, int64_t steps, uint32_t* to) {
-  const auto* from = static_cast<const uint16_t*>(t.const_data_ptr());
-  for (int64_t k = 0; k < t.size(0); k += 2, to += steps)
-    for (int64_t j = 0; j < steps; ++j) {
-      const uint16_t* at = from + k * t.stride(0) + (p + j) * t.stride(1);
-      to[j] = p + j >= q ? 0u : *at | (k + 1 < t.size(0) ? static_cast<uint32_t>(at[t.stride(0)]) << 16 : 0u);
-    }
+void pack_pairs(const Slice<Bfloat16>& t, int64_t steps, uint32_t* to) {
+  for (int64_t k = 0; k < t.tokens; k += 2, to += steps) {
+    for (int64_t j = 0; j < t.r; ++j)
+      to[j] = t.at(k, j).bits | (k + 1 < t.tokens ? static_cast<uint32_t>(t.at(k + 1, j).bits) << 16 : 0u);
+    std::fill(to + t.r, to + steps, 0u);
+  }
 }
 
 // S: of dy and t in memory; T: of t as it is packed by `fill`; R: of the results.
-template <typename S, typename T, typename R, typename Fill, typename Form>
+template <typename S, typename T, typename R, int64_t kSteps, typename Fill, typename Form>
 void run(const Tensor& dy, const Tensor& t, const std::vector<int64_t>& place,
          const std::vector<double>& scale, std::vector<Tensor>& db, Fill&& fill, Form&& form) {
+  const auto* from = static_cast<const S*>(t.const_data_ptr());
   std::vector<Buffer<T>> packed;
   std::vector<Piece<S, T, R>> pieces;
   for (size_t i = 0; i < db.size(); ++i) {
     const int64_t p = place[4 * i], q = place[4 * i + 1], s = place[4 * i + 2], e = place[4 * i + 3];
     if (p == q || s == e) continue;
-    const int64_t r = q - p, steps = padded(r, kMostSteps);
-    const T* own = packed.emplace_back(std::max<int64_t>(1, t.size(0) * steps)).get();
-    fill(t, p, q, steps, packed.back().get());
+    const int64_t r = q - p, steps = padded(r, kSteps);
+    T* own = packed.emplace_back(padded(t.size(0), kTileTokens) * steps).get();
+    fill(Slice<S>{from + p * t.stride(1), t.size(0), r, t.stride(0), t.stride(1)}, steps, own);
     for (int64_t column = s; column < e; column += kColumnGrain)
       pieces.push_back({static_cast<const S*>(dy.const_data_ptr()) + column, dy.stride(0), dy.size(0),
                         std::min(kColumnGrain, e - column), r, steps, own,
@@ -263,7 +363,7 @@ std::vector<Tensor> lora_grad_b_cpu(Tensor dy, Tensor t, std::vector<int64_t> pl
   const auto as_they_are = [&](auto* s, auto* w) {
     using S = ElementOf<decltype(s)>;
     using T = ElementOf<decltype(w)>;
-    run<S, T, T>(dy, t, place, scale, db, pack<S, T>, [&](const Piece<S, T, T>& piece) {
+    run<S, T, T, kMostSteps>(dy, t, place, scale, db, pack<S, T>, [&](const Piece<S, T, T>& piece) {
       cpu::on_this_cpu<Columns<S, T>>(bytes, piece);
     });
   };
@@ -271,9 +371,13 @@ std::vector<Tensor> lora_grad_b_cpu(Tensor dy, Tensor t, std::vector<int64_t> pl
   constexpr double* kDouble = nullptr;
   if (is_double)
     as_they_are(kDouble, kDouble);
+#ifdef KEEPLORA_AMX
+  else if (half && cpu::level() == 4)
+    run<Bfloat16, Bfloat16, float, kTileRanks>(dy, t, place, scale, db, pack_tiles, tile_columns);
+#endif
 #ifdef KEEPLORA_X86
-  else if (half && cpu::level() == 3)
-    run<Bfloat16, uint32_t, float>(dy, t, place, scale, db, pack_pairs, dot_columns);
+  else if (half && cpu::level() >= 3)
+    run<Bfloat16, uint32_t, float, kMostSteps>(dy, t, place, scale, db, pack_pairs, dot_columns);
 #endif
   else if (half)
     as_they_are(static_cast<Bfloat16*>(nullptr), kFloat);
