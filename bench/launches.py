@@ -1,8 +1,8 @@
 """What a training step asks of the host: python -m bench.launches
 
-Kernel launches of a step of open_clip's ViT-B/16 with adapters on q, k, v, o of both towers, under bfloat16 autocast, and
-the host's time for one attention block in float32; for KeepLoRA, the frozen model and PEFT. Counted on a CPU, with layers
-too small to take time: how many calls there are does not depend on the sizes.
+Kernel launches of a step of open_clip's ViT-B/16 with adapters on q, k, v, o of both towers, under bfloat16 autocast,
+and the host's time for one attention block in float32; for KeepLoRA, the frozen model and PEFT. Counted on a CPU, with
+layers too small to take time: how many calls there are does not depend on the sizes.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def host_times(repeats: int) -> dict[str, float]:
         for module in model.modules():
             if hasattr(module, "forward_mode"):
                 module.forward_mode = "merged"
-    calls = {
-        name: bench_lora_attention.run_model("keeplora" if key == "ours" else key) for key, name in NAMES.items()
-    }
+    calls = {name: bench_lora_attention.run_model("keeplora" if key == "ours" else key) for key, name in NAMES.items()}
     trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):

@@ -45,8 +45,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Config& config, Argument
   return cudaLaunchKernelEx(&native, kernel, std::forward<Arguments>(arguments)...);
 }
 
-// Blocks that a cluster of this kernel may have: by what its code for this GPU was compiled for, not by the GPU.
-// 1 where that is not to be had; a launch will say why.
+// Blocks that a cluster of this kernel may have: by what its code for this GPU was compiled for, not by the
+// GPU. 1 where that is not to be had; a launch will say why.
 template <typename... Parameters>
 unsigned largest_cluster(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes{};

@@ -1,5 +1,5 @@
-// The outputs are few and the tokens many, so a tile of dB is the work of a cluster: each of its blocks sums over a
-// range of the tokens, and then adds up its share of the tile from all of them, in shared memory.
+// The outputs are few and the tokens many, so a tile of dB is the work of a cluster: each of its blocks sums
+// over a range of the tokens, and then adds up its share of the tile from all of them, in shared memory.
 #include "kernels/lora_grad_b.h"
 
 #include <type_traits>
@@ -19,7 +19,7 @@ using gpu::kProductThreads;
 using gpu::kStages;
 using gpu::Matrix;
 
-constexpr int kAdapters = 32;  // per launch
+constexpr int kAdapters = 32;   // per launch
 constexpr int kFewTokens = 64;  // a block more is not worth fewer
 
 template <typename T>

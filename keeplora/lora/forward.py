@@ -222,7 +222,8 @@ class _Merged(torch.autograd.Function):
         dx = (flat @ merged).view(*dy.shape[:-1], merged.shape[1]) if needs[0] else None
         grads: list[Tensor | None] = [None] * len(ctx.parts)
         if t is not None:
-            wanted, place, scale, begin = [], [], [], 0
+            place: list[int] = []
+            wanted, scale, begin = [], [], 0
             for i, (adapter, rows, _, b, _) in enumerate(ctx.parts):
                 end = begin + b.shape[1]
                 if needs[5 + i]:

@@ -1,6 +1,7 @@
 """merge_weights: the effective weights of many LoRA layers at once (kernels: csrc/{kernels,bind/cpu}/merge_weights)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ def merge_weights(
     .. math:: W^{\mathrm{eff}}_k = \mathrm{cast}\Bigl(W_k + \sum_{j\ \text{of}\ k} c_j\,E_j (B_j - B_{0,j}) A_j\Bigr)
 
     ``E_j`` places an adapter in its rows of the weight; no row has two. One call merges any mixture of fused and plain
-    weights, and on a GPU is one launch for up to 370 row ranges.
+    weights, and on a GPU is one launch for up to 339 row ranges and A's.
 
     Args:
         w: ``m`` weights ``[out_k, in_k]``, any floating dtype each; row ranges of fused weights may be views.
         a: ``n`` matrices ``[r_j, in_k]``, any floating dtype.
-        b: ``n`` matrices, one row for each of the adapter's rows and ``r_j`` columns, any floating dtype; ``r_j`` may be 0.
+        b: ``n`` matrices ``[rows of the adapter, r_j]``, any floating dtype; ``r_j`` may be 0.
         scale: ``c``, one number or one per adapter (LoRA's ``alpha / r`` times the depth scale).
         places: ``n`` triples ``(k, start, stop)``: adapter j belongs to rows ``[start, stop)`` of weight k. None:
             adapter j to all rows of weight j.
@@ -109,7 +110,7 @@ def _check_places(w: Sequence[Tensor], places: Sequence[Place]) -> None:
             taken.setdefault(k, []).append((start, stop, i))
     for k, spans in taken.items():
         spans.sort()
-        for (_, stop, i), (start, _, j) in zip(spans, spans[1:], strict=False):
+        for (_, stop, i), (start, _, j) in pairwise(spans):
             if start < stop:
                 raise ValueError(
                     f"merge_weights: places must not overlap, got rows up to {stop} and from {start} on of w[{k}] at "

@@ -17,10 +17,9 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
 
     .. math:: y = c\, x\, a^T
 
-    LoRA's ``x Aᵀ`` is ``thin_matmul(x, A)``, and the gradient of B is ``thin_matmul(dy.T, t.T, scale=c)``. On a CPU
-    ``x`` is read once, from where it lies, if one of its strides is 1 (else it is copied); on a GPU, and where
-    gradients are wanted, it is torch's product. The sums of float16 and bfloat16 inputs are formed in float32, those of
-    gradients too.
+    LoRA's ``t = x Aᵀ`` is ``thin_matmul(x, A)``; for the gradient of B there is ``lora_grad_b``. On a CPU ``x`` is read
+    once, from where it lies, if its rows are contiguous (else it is copied); on a GPU, and where gradients are wanted,
+    it is torch's product. The sums of float16 and bfloat16 inputs are formed in float32, those of gradients too.
 
     Args:
         x: ``[n, k]``, any floating dtype.
@@ -34,7 +33,7 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
         ValueError: shapes or devices do not fit, or ``scale`` is not finite.
         TypeError: an argument is not a floating matrix.
 
-    Source: the two products of a LoRA layer with frozen weight, Hu et al., "LoRA", 2021, eq. 3, arXiv:2106.09685.
+    Source: the first product of a LoRA layer with frozen weight, Hu et al., "LoRA", 2021, eq. 3, arXiv:2106.09685.
 
     Example:
         >>> x, a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1.0, -1.0]])

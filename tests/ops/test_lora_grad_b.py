@@ -106,7 +106,10 @@ def test_many_adapters(backend):
 
 
 def test_no_adapters(device):
-    assert lora_grad_b(torch.zeros(5, 6, device=device), torch.zeros(5, 0, device=device), columns=[], rows=[], scale=1.0) == []
+    assert (
+        lora_grad_b(torch.zeros(5, 6, device=device), torch.zeros(5, 0, device=device), columns=[], rows=[], scale=1.0)
+        == []
+    )
 
 
 def test_nothing_to_sum(backend):
@@ -187,7 +190,8 @@ def test_compiles_in_one_graph(device):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [([0, 3, 0, 5], "<= 2"), ([0, 2, 3, 6], "<= 5"), ([0, 2, -1, 5], "<= 5"), ([0, 2], "4 numbers")]
+    ("place", "message"),
+    [([0, 3, 0, 5], "<= 2"), ([0, 2, 3, 6], "<= 5"), ([0, 2, -1, 5], "<= 5"), ([0, 2], "4 numbers")],
 )
 def test_what_would_reach_other_memory_is_refused_without_checks_too(device, place, message):
     with pytest.raises(RuntimeError, match=f"lora_grad_b: place must .*{message}"):

@@ -221,7 +221,9 @@ def test_stacks_what_a_layer_multiplies_with_first(backend, dtype, out):
         _, stacked = merge(w, a, b, scale=1.0, places=PLACES, stack=True, dtype=out)
     for k, rows in enumerate(stacked):
         mine = [down for down, place in zip(a, PLACES, strict=True) if place[0] == k]
-        expected = torch.cat([w[k].new_empty(0, w[k].shape[1], dtype=out or dtype), *(m.to(out or dtype) for m in mine)])
+        expected = torch.cat(
+            [w[k].new_empty(0, w[k].shape[1], dtype=out or dtype), *(m.to(out or dtype) for m in mine)]
+        )
         assert torch.equal(rows, expected)
         assert rows.dtype == (out or dtype)
 

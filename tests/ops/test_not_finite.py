@@ -32,7 +32,12 @@ PUBLIC = {
         dy, t, columns=every_fourth(place, 0, 1), rows=every_fourth(place, 2, 3), scale=scale
     ),
     "merge_weights": lambda w, a, b, origin, place, scale, stack, dtype: merge_weights(
-        w, a, b, scale=scale, dtype=dtype, places=every_fourth(place, 0, 1, 2),
+        w,
+        a,
+        b,
+        scale=scale,
+        dtype=dtype,
+        places=every_fourth(place, 0, 1, 2),
         origin=[None if i < 0 else origin[i] for i in place[3::4]],
     ),
     "orthonormalize": orthonormalize,

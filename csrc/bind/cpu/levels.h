@@ -1,7 +1,7 @@
-// One source for every CPU, with vectors as wide as it has: `Body::run<kBytes>(args...)` is compiled for x86 with
-// vectors of 16 bytes, for AVX2 with 32, and for AVX-512, which has twice the registers, with 64. Elsewhere, and
-// with other compilers, once: for the CPU the compiler was told of, with 16. (Vectors that a CPU has not are made
-// of several, through memory: 20 times slower.)
+// One source for every CPU, with vectors as wide as it has: `Body::run<kBytes>(args...)` is compiled for x86
+// with vectors of 16 bytes, for AVX2 with 32, and for AVX-512, which has twice the registers, with 64.
+// Elsewhere, and with other compilers, once: for the CPU the compiler was told of, with 16. (Vectors that a
+// CPU has not are made of several, through memory: 20 times slower.)
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -46,8 +46,8 @@ KEEPLORA_WIDE(uint16_t, 2, 8);
 KEEPLORA_WIDE(uint16_t, 2, 16);
 KEEPLORA_WIDE(uint16_t, 2, 32);
 #undef KEEPLORA_WIDE
-// As many T as fill kBytes, wherever a T may lie. Never passed by value: functions that do would be others with every
-// instruction set.
+// As many T as fill kBytes, wherever a T may lie. Never passed by value: functions that do would be others
+// with every instruction set.
 template <typename T, int kBytes>
 using Wide = typename WideOf<T, kBytes>::type;
 
@@ -90,8 +90,8 @@ KEEPLORA_INLINE void store(Bfloat16* to, const Wide<float, kBytes>& from) {
 inline std::atomic<int> level_limit{4};
 
 #ifdef KEEPLORA_AMX
-// Whether the CPU multiplies tiles of bfloat16 and the system lets this process: it saves 8 KB more for each of its
-// threads then, so it has to be asked.
+// Whether the CPU multiplies tiles of bfloat16 and the system lets this process: it saves 8 KB more for each
+// of its threads then, so it has to be asked.
 inline bool has_tiles() {
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
   constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -100,7 +100,9 @@ inline bool has_tiles() {
   return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 }
 #else
-inline bool has_tiles() { return false; }
+inline bool has_tiles() {
+  return false;
+}
 #endif
 
 // What kernels may use: 0 SSE2 or no x86, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16, 4 AMX, too.
@@ -122,7 +124,9 @@ inline int level() {
 }
 
 // Bytes of the vectors that on_this_cpu takes.
-inline int vector_bytes() { return level() >= 2 ? 64 : level() == 1 ? 32 : 16; }
+inline int vector_bytes() {
+  return level() >= 2 ? 64 : level() == 1 ? 32 : 16;
+}
 
 #ifdef KEEPLORA_X86
 template <typename Body, typename... Args>

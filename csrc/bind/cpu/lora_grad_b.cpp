@@ -1,8 +1,8 @@
 // lora_grad_b: dB_i = c_i dy_i^T t_i for all adapters of a layer, from one read of dy in its own dtype.
 //
-// Tiles of kVectors vectors along dy's columns by kSteps columns of t, kBlock tokens at a time: with more, rows
-// that lie 2^n bytes apart push each other out of the first cache. Every sum is formed by one thread in one
-// order. What a prefetch asks for may lie beyond dy: that is no access.
+// Tiles of kVectors vectors along dy's columns by kSteps columns of t, kBlock tokens at a time: with more,
+// rows that lie 2^n bytes apart push each other out of the first cache. Every sum is formed by one thread in
+// one order. What a prefetch asks for may lie beyond dy: that is no access.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -31,9 +31,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "lora_grad_b";
-constexpr int kVectors = 2;  // in a tile
-constexpr int64_t kBlock = 16;         // tokens
-constexpr int64_t kMostSteps = 8;      // t is packed in multiples of it, or of kTileRanks
+constexpr int kVectors = 2;        // in a tile
+constexpr int64_t kBlock = 16;     // tokens
+constexpr int64_t kMostSteps = 8;  // t is packed in multiples of it, or of kTileRanks
 constexpr int64_t kTileRanks = 16, kTileTokens = 32;
 constexpr int64_t kColumnGrain = 384;  // of dy, for one thread
 
@@ -109,8 +109,7 @@ struct Columns {
       }
     }
     for (int64_t row = 0; row < piece.columns; ++row) {
-      const T* from =
-          sums.get() + row / kStrip * steps * kStrip + place_in_pairs<kBytes, T, S>(row % kStrip);
+      const T* from = sums.get() + row / kStrip * steps * kStrip + place_in_pairs<kBytes, T, S>(row % kStrip);
       for (int64_t j = 0; j < piece.r; ++j)
         piece.out[row * piece.r + j] = piece.scale * from[j * kStrip];
     }
@@ -175,8 +174,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))
           const __m512bh back = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(a, b));
 #pragma GCC unroll 8
           for (int i = 0; i < kDotSteps; ++i) {
-            const __m512bh pair =
-                reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pairs[i])));
+            const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pairs[i])));
             low[i] = _mm512_dpbf16_ps(low[i], front, pair);
             high[i] = _mm512_dpbf16_ps(high[i], back, pair);
           }
@@ -212,7 +210,8 @@ tile_columns(const Piece<Bfloat16, Bfloat16, float>& piece) {
   constexpr int64_t kStrip = 64, kTiles = kStrip / 16, kBlocks = 4;  // a block: kTileTokens
   constexpr int64_t kTile = 16 * 16;
   const int64_t groups = piece.steps / kTileRanks, strips = padded(piece.columns, kStrip) / kStrip;
-  const Buffer<float> sums(strips * groups * kTiles * kTile);  // [strips][groups][kTiles][16 ranks][16 columns]
+  const Buffer<float> sums(strips * groups * kTiles *
+                           kTile);  // [strips][groups][kTiles][16 ranks][16 columns]
   std::fill(sums.get(), sums.get() + strips * groups * kTiles * kTile, 0.0f);
   alignas(64) uint32_t pairs[kBlocks][kTiles][kTile];  // of tokens: [16 pairs][16 columns]
   const TileShapes shapes;
@@ -369,8 +368,7 @@ std::vector<Tensor> lora_grad_b_cpu(Tensor dy, Tensor t, std::vector<int64_t> pl
   };
   constexpr float* kFloat = nullptr;
   constexpr double* kDouble = nullptr;
-  if (is_double)
-    as_they_are(kDouble, kDouble);
+  if (is_double) as_they_are(kDouble, kDouble);
 #ifdef KEEPLORA_AMX
   else if (half && cpu::level() == 4)
     run<Bfloat16, Bfloat16, float, kTileRanks>(dy, t, place, scale, db, pack_tiles, tile_columns);

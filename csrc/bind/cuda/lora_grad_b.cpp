@@ -35,16 +35,12 @@ std::vector<Tensor> lora_grad_b_cuda(Tensor dy, Tensor t, std::vector<int64_t> p
     for (size_t i = 0; i < scale.size(); ++i) {
       const auto at = [&](size_t j) { return static_cast<int>(place[4 * i + j]); };
       db.push_back(torch::stable::new_empty(dy, {at(3) - at(2), at(1) - at(0)}, dtype));
-      adapters.push_back({db[i].mutable_data_ptr<T>(), at(0), at(1) - at(0), at(2), at(3),
-                          static_cast<T>(scale[i])});
+      adapters.push_back(
+          {db[i].mutable_data_ptr<T>(), at(0), at(1) - at(0), at(2), at(3), static_cast<T>(scale[i])});
     }
-    const LoraGradBProblem problem{dy.const_data_ptr(),
-                                   t.const_data_ptr(),
-                                   dy.stride(0),
-                                   t.stride(0),
-                                   static_cast<int>(dy.size(0)),
-                                   dy_format,
-                                   t_format};
+    const LoraGradBProblem problem{
+        dy.const_data_ptr(),          t.const_data_ptr(), dy.stride(0), t.stride(0),
+        static_cast<int>(dy.size(0)), dy_format,          t_format};
     check_launch(kOp, lora_grad_b(problem, adapters.data(), static_cast<int>(adapters.size()),
                                   current_stream(dy.get_device_index())));
   });

@@ -1,5 +1,5 @@
-// Row ranges, rows without an adapter (r = 0) and A's that are cast into their stack (r = 0, too) are problems of one
-// launch.
+// Row ranges, rows without an adapter (r = 0) and A's that are cast into their stack (r = 0, too) are
+// problems of one launch.
 #include "kernels/merge_weights.h"
 
 #include <torch/csrc/stable/library.h>

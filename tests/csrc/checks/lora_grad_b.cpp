@@ -25,7 +25,8 @@ struct Case {
   Format dy, t;
   std::vector<Adapter> adapters;
   bool misaligned;
-  bool infinite = false;  // the first element of dy that the first adapter has, which is what it makes of that row only
+  bool infinite =
+      false;  // the first element of dy that the first adapter has, which is what it makes of that row only
 };
 
 Numbers rows(Format format, int height, int width, int gap, bool misaligned, std::mt19937_64& random) {
@@ -47,8 +48,8 @@ bool check_case(const char* name, const Case& c) {
         Array<T>::filled(static_cast<size_t>(stop - start) * r, c.misaligned, [](size_t) { return NAN; }));
     adapters.push_back({db.back().data(), first, r, start, stop, static_cast<T>(0.5 + adapters.size())});
   }
-  const keeplora::LoraGradBProblem problem{dy.data(), t.data(), c.out + c.gap, c.ranks + c.gap,
-                                           c.tokens,  c.dy,     c.t};
+  const keeplora::LoraGradBProblem problem{dy.data(), t.data(), c.out + c.gap, c.ranks + c.gap, c.tokens,
+                                           c.dy,      c.t};
   const int count = static_cast<int>(adapters.size());
   if (keeplora::lora_grad_b(problem, adapters.data(), count, nullptr) != cudaSuccess) {
     std::printf("%s: %s\n", name, emulate::last_error().c_str());
@@ -82,9 +83,11 @@ bool check_case(const char* name, const Case& c) {
 }  // namespace
 
 int main() {
-  // Several tiles in each direction, a cluster of one block and of several, some of them without tokens; empty,
-  // overlapping and odd ranges, columns of t that nobody asks for; no rank, one, and the sizes of tile there are.
-  const std::vector<Adapter> fused = {{0, 4, 0, 70}, {4, 0, 0, 5}, {6, 7, 70, 90}, {3, 1, 33, 33}, {13, 3, 5, 10}};
+  // Several tiles in each direction, a cluster of one block and of several, some of them without tokens;
+  // empty, overlapping and odd ranges, columns of t that nobody asks for; no rank, one, and the sizes of tile
+  // there are.
+  const std::vector<Adapter> fused = {
+      {0, 4, 0, 70}, {4, 0, 0, 5}, {6, 7, 70, 90}, {3, 1, 33, 33}, {13, 3, 5, 10}};
   const Case single{150, 17, 90, 0, kF32, kF32, fused, false};
   Case half = single, other = single, odd = single, mixed = single, none = single;
   half.dy = kBf16;

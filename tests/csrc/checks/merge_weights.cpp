@@ -40,10 +40,9 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
     const bool has = table.size() % 2 == 1;
     const Format origin_format = table.size() % 4 == 1 ? b_format : a_format;
     origin.push_back(Numbers::random(origin_format, static_cast<size_t>(rows) * r, misaligned, random));
-    table.push_back({w.back().data(), a.back().data(), b.back().data(),
-                     has ? origin.back().data() : nullptr, out.back().data(), cols + gap, rows, cols, r,
-                     static_cast<T>(0.3 * (1 + table.size())), w_format, a_format, b_format, origin_format,
-                     out_format});
+    table.push_back({w.back().data(), a.back().data(), b.back().data(), has ? origin.back().data() : nullptr,
+                     out.back().data(), cols + gap, rows, cols, r, static_cast<T>(0.3 * (1 + table.size())),
+                     w_format, a_format, b_format, origin_format, out_format});
   }
   if (keeplora::merge_weights(table.data(), static_cast<int>(table.size()), nullptr) != cudaSuccess) {
     std::printf("%s: %s\n", name, emulate::last_error().c_str());

@@ -29,8 +29,8 @@ int lora_grad_b(const void* dy, const void* t, const int64_t* sizes, const int64
 
 extern "C" {
 
-// sizes: tokens, pitch of dy, pitch of t; formats: of dy, t; places: of each adapter its first column of t, the one
-// after its last, the same of dy. Returns 0 or a cudaError_t.
+// sizes: tokens, pitch of dy, pitch of t; formats: of dy, t; places: of each adapter its first column of t,
+// the one after its last, the same of dy. Returns 0 or a cudaError_t.
 int emulate_lora_grad_b_float(const void* dy, const void* t, const int64_t* sizes, const int64_t* formats,
                               int count, float* const* db, const int64_t* places, const float* scale) {
   return lora_grad_b(dy, t, sizes, formats, count, db, places, scale);

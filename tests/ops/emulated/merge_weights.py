@@ -36,5 +36,13 @@ def call(library, w, a, b, *, scale, places=None, origin=None, dtype=None, stack
         ranks = [0 if down is None else len(down) for down in a_]
         shapes = integers(n for m, r in zip(w_, ranks, strict=True) for n in (*m.shape, r, m.stride(0)))
         formats = integers(0 if m is None else FORMATS[m.dtype] for own in zip(*matrices, strict=True) for m in own)
-        run(library, f"emulate_merge_weights_{name}", len(some), *arrays, shapes, formats, (REAL[acc] * len(some))(*scale_))
+        run(
+            library,
+            f"emulate_merge_weights_{name}",
+            len(some),
+            *arrays,
+            shapes,
+            formats,
+            (REAL[acc] * len(some))(*scale_),
+        )
     return (out, stacked) if stack else out
