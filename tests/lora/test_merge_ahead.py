@@ -57,21 +57,45 @@ def test_one_call_per_forward_and_the_same_bits(calls):
                     q.sub_(1e-5 * q.grad)
 
 
-def test_what_changes_between_preparation_and_use_is_noticed():
+def replace(slot):
+    slot.detach()
+    slot.attach(LoraAdapter(torch.ones(2, WIDTH), torch.ones(WIDTH, 2), 0.5))
+
+
+CHANGES = {
+    "A": lambda slot: slot.adapter.A.mul_(3),
+    "B": lambda slot: slot.adapter.B.mul_(3),
+    "B0": lambda slot: slot.adapter.origin.mul_(3),
+    "B0 put there": lambda slot: setattr(slot.adapter, "origin", torch.ones(WIDTH, 2)),
+    "scaling": lambda slot: setattr(slot.adapter, "scaling", 2.0),
+    "the weight": lambda slot: slot.weight.mul_(3),
+    "the memory of B": lambda slot: setattr(slot.adapter.B, "data", torch.ones(WIDTH, 2)),
+    "the adapter": replace,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_preparation_and_use_is_noticed(change):
     model, x = make(), torch.randn(20, WIDTH)
+    model[2].adapters["weight"].origin = None if change is CHANGES["B0 put there"] else torch.randn(WIDTH, 2)
     merge_ahead(model)
-    step(model, x)
+    before, *_ = step(model, x)
 
-    def change(module, args):
+    def interfere(module, args):
         with torch.no_grad():
-            model[2].adapters["weight"].B.mul_(3)
+            change(model[2].slots["weight"])
 
-    model[1].register_forward_pre_hook(change)  # in the middle of the forward
-    y = model(x)
+    handle = model[1].register_forward_pre_hook(interfere)  # in the middle of the forward
+    for p in model.parameters():
+        p.grad = None
+    got = step(model, x)
+    handle.remove()
     plain = copy.deepcopy(model)
-    plain[1]._forward_pre_hooks.clear()
     plain._forward_pre_hooks.clear()
-    assert torch.equal(y, plain(x))
+    for p in plain.parameters():
+        p.grad = None
+    assert not torch.equal(got[0], before)
+    assert all(torch.equal(a, b) for a, b in zip(got, step(plain, x), strict=True))
 
 
 def test_changes_between_forwards_are_seen_whatever_made_them():
