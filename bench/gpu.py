@@ -29,11 +29,12 @@ NEED = {
     "open_clip": [
         "report", "tasks", "train", "compare", "tools", "test_examples.py", "methods/dac", "methods/duallora",
         "methods/keeplora_cls", "methods/test_lines.py", "methods/keeplora/test_peft_exchange.py",
-        "statistics/test_in_place.py",
+        "statistics/test_in_place.py", "test_launches.py",
     ],
     "peft": [
         "methods/keeplora/test_peft_exchange.py", "methods/keeplora/test_hostile_adapters.py",
         "methods/test_every_method.py", "methods/test_unreached.py", "methods/peers", "statistics/test_in_place.py",
+        "test_launches.py",
     ],
 }  # fmt: skip
 
