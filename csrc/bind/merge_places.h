@@ -1,6 +1,8 @@
-// Where the adapters of merge_weights belong, from its argument `place`; the same on every device.
+// Where the adapters of merge_weights belong, from its argument `place`, and which sums are float64; the same
+// on every device.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -18,6 +20,18 @@ struct MergePlaces {
   std::vector<std::vector<MergedRows>> rows;         // of each weight, all of them, in order
   std::vector<std::vector<int64_t>> adapters;        // of each weight, as they were given
   std::vector<const torch::stable::Tensor*> origin;  // of each adapter, or null
+
+  // Whether a weight or anything that is added to it is float64.
+  bool is_double(size_t weight, const std::vector<torch::stable::Tensor>& w,
+                 const std::vector<torch::stable::Tensor>& a,
+                 const std::vector<torch::stable::Tensor>& b) const {
+    const auto wide = [](const torch::stable::Tensor& tensor) {
+      return tensor.scalar_type() == torch::headeronly::ScalarType::Double;
+    };
+    return wide(w[weight]) || std::any_of(adapters[weight].begin(), adapters[weight].end(), [&](int64_t j) {
+             return wide(a[j]) || wide(b[j]) || (origin[j] != nullptr && wide(*origin[j]));
+           });
+  }
 
   int64_t ranks(size_t weight, const std::vector<torch::stable::Tensor>& a) const {
     int64_t sum = 0;

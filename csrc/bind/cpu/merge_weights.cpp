@@ -189,10 +189,6 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_weights_cpu(
   Batch<double> doubles;
   std::vector<Tensor> merged, stacked;
   for (size_t k = 0; k < w.size(); ++k) {
-    const auto is_double = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; };
-    bool any = is_double(w[k]);
-    for (const int64_t j : places.adapters[k])
-      any = any || is_double(a[j]) || is_double(b[j]) || (places.origin[j] && is_double(*places.origin[j]));
     const auto add = [&](auto& batch) {
       const ScalarType to = dtype.value_or(w[k].scalar_type());
       Tensor& out = merged.emplace_back(batch.output(w[k], {w[k].size(0), w[k].size(1)}, to));
@@ -209,7 +205,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_weights_cpu(
         row += a[j].size(0);
       }
     };
-    any ? add(doubles) : add(singles);
+    places.is_double(k, w, a, b) ? add(doubles) : add(singles);
   }
   singles.run();
   doubles.run();

@@ -75,14 +75,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_weights_cuda(
   std::vector<MergeWeightsProblem<float>> singles;
   std::vector<MergeWeightsProblem<double>> doubles;
   for (size_t k = 0; k < w.size(); ++k) {
-    const auto is_double = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; };
     const ScalarType to = dtype.value_or(w[k].scalar_type());
     const auto add = [&](bool any, const Merged& one) {
       any ? doubles.push_back(problem_of<double>(one)) : singles.push_back(problem_of<float>(one));
     };
-    bool any = is_double(w[k]);
-    for (const int64_t j : places.adapters[k])
-      any = any || is_double(a[j]) || is_double(b[j]) || (places.origin[j] && is_double(*places.origin[j]));
+    const bool any = places.is_double(k, w, a, b);
     const Tensor& out = merged.emplace_back(torch::stable::new_empty(w[k], w[k].sizes(), to));
     for (const auto& [start, stop, j] : places.rows[k])
       if (j < 0)
@@ -94,7 +91,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_weights_cuda(
         stacked.emplace_back(torch::stable::new_empty(w[k], {places.ranks(k, a), w[k].size(1)}, to));
     int64_t row = 0;
     for (const int64_t j : places.adapters[k]) {
-      add(is_double(a[j]), {a[j], 0, a[j].size(0), rows, row, nullptr, nullptr, nullptr, 0});
+      add(any, {a[j], 0, a[j].size(0), rows, row, nullptr, nullptr, nullptr, 0});
       row += a[j].size(0);
     }
   }
