@@ -55,7 +55,7 @@ test-kernels: $(BIN)/.dev
 reliability: $(BIN)/.dev
 	$(BIN)/python -m tools.reliability $(if $(HOURS),--hours $(HOURS),--minutes $(MINUTES)) $(ARGUMENTS)
 
-CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/csrc/*' | grep -E '\.(cpp|h|cuh?)$$')
+CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/csrc/*' 'bench/*' | grep -E '\.(cpp|h|cuh?)$$')
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

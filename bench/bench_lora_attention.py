@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.graphs import in_graph
 from bench.harness import Case, cpu_has_bfloat16
 from keeplora.lora import LoraAdapter, attention_targets, merge_ahead, wrap
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
 def setup(
     batch: int, tokens: int, dtype: torch.dtype, device: torch.device, width: int = WIDTH, heads: int = HEADS
 ) -> tuple[Any, ...]:
-    """Inputs and one block per provider, all with the same frozen weights."""
+    """Inputs, one block per provider, all with the same frozen weights, and graphs."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -54,11 +55,11 @@ def setup(
     models["peft"] = get_peft_model(Block(copy.deepcopy(base)), config)
     for name, parameter in models["peft"].named_parameters():
         parameter.requires_grad_("lora_B" in name)  # A frozen, as ours
-    return x, grad, models
+    return x, grad, models, {}
 
 
-def run_model(name: str) -> Callable[[Tensor, Tensor, dict[str, Any]], None]:
-    def call(x: Tensor, grad: Tensor, models: dict[str, Any]) -> None:
+def run_model(name: str) -> Callable[[Tensor, Tensor, dict[str, Any], Any], None]:
+    def call(x: Tensor, grad: Tensor, models: dict[str, Any], graphs: Any) -> None:
         x.grad = None
         models[name](x).backward(grad)
 
@@ -69,16 +70,19 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         emulated = dtype == torch.bfloat16 and not cpu_has_bfloat16()
         label, batch, tokens = GPU if torch.cuda.is_available() else CPU_EMULATED if emulated else CPU
+        providers: dict[str, Callable[..., None]] = {
+            "keeplora": run_model("keeplora"),
+            "frozen": run_model("frozen"),
+            "frozen nn.MultiheadAttention": run_model("plain"),
+            "PEFT": run_model("peft"),
+            # not torch.compile of it: "Encountered a set_ on a graph input", PEFT 0.21 with torch 2.15
+        }
+        if torch.cuda.is_available():
+            providers |= {f"{name}, CUDA graph": in_graph(providers[name]) for name in tuple(providers)}
         yield Case(
             id="B6",
             name=f"attention with LoRA fwd+bwd / {label}, {tokens} tokens, q k v o r {RANK} / {str(dtype)[6:]}",
             setup=partial(setup, batch, tokens, dtype),
-            providers={
-                "keeplora": run_model("keeplora"),
-                "frozen": run_model("frozen"),
-                "frozen nn.MultiheadAttention": run_model("plain"),
-                "PEFT": run_model("peft"),
-                # not torch.compile of it: "Encountered a set_ on a graph input", PEFT 0.21 with torch 2.15
-            },
+            providers=providers,
             small=partial(setup, 1, 5, dtype),
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.graphs import in_graph
 from bench.harness import Case
 from keeplora.lora import LoraAdapter, Target, wrap
 
@@ -42,8 +44,8 @@ def layer_of(d_in: int, d_out: int, device: torch.device, dtype: torch.dtype) ->
     return layer
 
 
-def setup(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, dict]:
-    """Inputs and one model per provider, all with the same frozen weight and adapter sizes."""
+def setup(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """Inputs, one model per provider, all with the same frozen weight and adapter sizes, and graphs."""
     from peft import LoraConfig, get_peft_model
 
     generator = torch.Generator(device).manual_seed(0)
@@ -68,18 +70,18 @@ def setup(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.
     models = {"frozen": frozen, "keeplora": holder, "peft": peft(), "peft_same": peft(autocast_adapter_dtype=False)}
     models["peft_compiled"] = torch.compile(peft(autocast_adapter_dtype=False))
     models["hand"] = (frozen, a, b.requires_grad_())
-    return x, grad, models
+    return x, grad, models, {}
 
 
-def run_model(name: str) -> Callable[[Tensor, Tensor, dict], None]:
-    def call(x: Tensor, grad: Tensor, models: dict) -> None:
+def run_model(name: str) -> Callable[[Tensor, Tensor, dict, dict], None]:
+    def call(x: Tensor, grad: Tensor, models: dict, graphs: dict) -> None:
         x.grad = None
         models[name](x).backward(grad)
 
     return call
 
 
-def run_hand(x: Tensor, grad: Tensor, models: dict) -> None:
+def run_hand(x: Tensor, grad: Tensor, models: dict, graphs: dict) -> None:
     x.grad = None
     frozen, a, b = models["hand"]
     b.grad = None
@@ -89,12 +91,15 @@ def run_hand(x: Tensor, grad: Tensor, models: dict) -> None:
 def cases() -> Iterator[Case]:
     for label, tokens, d_in, d_out in GPU_SIZES if torch.cuda.is_available() else CPU_SIZES:
         for dtype in (torch.float32, torch.bfloat16):
-            providers = {
+            providers: dict[str, Callable[..., None]] = {
                 "keeplora": run_model("keeplora"),
                 "frozen layer": run_model("frozen"),
                 "hand-written addmm": run_hand,
                 "PEFT": run_model("peft"),
             }
+            if torch.cuda.is_available():
+                graphs = ("keeplora", "frozen layer", "hand-written addmm", "PEFT")
+                providers |= {f"{name}, CUDA graph": in_graph(providers[name]) for name in graphs}
             if dtype != torch.float32:
                 providers["PEFT, adapters in the base's dtype"] = run_model("peft_same")
             providers["PEFT, adapters in the base's dtype, torch.compile"] = run_model("peft_compiled")

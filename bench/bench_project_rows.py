@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.graphs import in_graph
 from bench.harness import Case
 from keeplora.ops import project_rows
 
@@ -14,11 +15,17 @@ from keeplora.ops import project_rows
 MODELS = [
     ("CLIP ViT-B/16, q k v o of both towers", 16, [(48, 768, 330), (48, 512, 60)], [(48, 768, 330), (48, 512, 60)]),
     ("LLaVA-1.5-7B, seven kinds of layer", 64, [(192, 4096, 900), (32, 11008, 2200)], [(4, 4096, 900)]),
+    ("its q, k, v, o, bases of odd width", 64, [(128, 4096, 899)], []),
 ]
 
 
+def label_of(label: str, rank: int, groups: list[tuple[int, int, int]]) -> str:
+    """A case's name behind that of its op."""
+    return f"{label}, r {rank}: " + ", ".join(f"{n} x [{d}, <= {k}]" for n, d, k in groups)
+
+
 def inputs(rank: int, groups: list[tuple[int, int, int]], device: torch.device) -> tuple[Any, ...]:
-    """Ragged gradients and bases, and the same padded with zeros to one shape per width, as a batch needs them."""
+    """Ragged gradients and bases, the same padded with zeros to one shape per width for batches, and graphs."""
     g, q, padded = [], [], []
     for count, d, k in groups:
         # Ranks differ between layers; the padded version has to take the largest.
@@ -30,14 +37,14 @@ def inputs(rank: int, groups: list[tuple[int, int, int]], device: torch.device) 
         padded.append((torch.stack(rows), torch.stack(wide)))
         g += rows
         q += bases
-    return g, q, padded
+    return g, q, padded, {}
 
 
-def ours(g: list[Tensor], q: list[Tensor], padded: Any) -> Any:
+def ours(g: list[Tensor], q: list[Tensor], padded: Any, graphs: Any) -> Any:
     return project_rows(g, q)
 
 
-def loop(g: list[Tensor], q: list[Tensor], padded: Any) -> Any:
+def loop(g: list[Tensor], q: list[Tensor], padded: Any, graphs: Any) -> Any:
     done = []
     for rows, basis in zip(g, q, strict=True):
         left = rows
@@ -47,7 +54,7 @@ def loop(g: list[Tensor], q: list[Tensor], padded: Any) -> Any:
     return done
 
 
-def padded_bmm(g: list[Tensor], q: list[Tensor], padded: list[tuple[Tensor, Tensor]]) -> Any:
+def padded_bmm(g: list[Tensor], q: list[Tensor], padded: list[tuple[Tensor, Tensor]], graphs: Any) -> Any:
     """Given its inputs already padded: the padding itself is not timed."""
     done = []
     for rows, basis in padded:
@@ -58,21 +65,28 @@ def padded_bmm(g: list[Tensor], q: list[Tensor], padded: list[tuple[Tensor, Tens
     return done
 
 
-def read_and_write(g: list[Tensor], q: list[Tensor], padded: Any) -> Any:
+def read_and_write(g: list[Tensor], q: list[Tensor], padded: Any, graphs: Any) -> Any:
     """The ceiling: read Q once, read G and write it once."""
     return [basis.sum() for basis in q], [rows.clone() for rows in g]
 
 
 def cases() -> Iterator[Case]:
-    providers: dict[str, Callable[..., Any]] = {"keeplora": ours, "loop": loop, "padded bmm": padded_bmm}
+    gpu_here = torch.cuda.is_available()
+    providers: dict[str, Callable[..., Any]] = {"keeplora": ours}
+    if gpu_here:
+        providers["keeplora, CUDA graph"] = in_graph(ours)
+    providers |= {"loop": loop, "padded bmm": padded_bmm}
+    if gpu_here:
+        providers["padded bmm, CUDA graph"] = in_graph(padded_bmm)
     providers["padded bmm, torch.compile"] = torch.compile(padded_bmm)
     providers["read Q, copy G (ceiling)"] = read_and_write
     for label, rank, gpu, cpu in MODELS:
-        groups = gpu if torch.cuda.is_available() else cpu
+        if not (groups := gpu if gpu_here else cpu):
+            continue
         sizes = [(d, max(1, k * (3 + i % 3) // 5)) for count, d, k in groups for i in range(count)]
         yield Case(
             id="B4",
-            name=f"project_rows / {label}, r {rank}: " + ", ".join(f"{n} x [{d}, <= {k}]" for n, d, k in groups),
+            name=f"project_rows / {label_of(label, rank, groups)}",
             setup=partial(inputs, rank, groups),
             providers=providers,
             bytes=sum(4 * d * (k + 2 * rank) for d, k in sizes),

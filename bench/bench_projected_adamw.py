@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.bench_project_rows import MODELS, inputs
+from bench.bench_project_rows import MODELS, inputs, label_of
+from bench.graphs import in_graph
 from bench.harness import Case
 from keeplora.ops import projected_adamw
 
@@ -16,12 +17,12 @@ LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 def state(rank: int, groups: list[tuple[int, int, int]], device: torch.device) -> tuple[Any, ...]:
     """Ragged parameters, gradients and moments, and the same padded with zeros to one shape per width."""
-    a, q, padded = inputs(rank, groups, device)
+    a, q, padded, graphs = inputs(rank, groups, device)
     ragged = (a, [torch.randn_like(m) for m in a], [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in a])
     batches = [
         (rows, torch.randn_like(rows), torch.zeros_like(rows), torch.zeros_like(rows), basis) for rows, basis in padded
     ]
-    return *ragged, q, batches, {}
+    return *ragged, q, batches, graphs
 
 
 def ours(a: Any, grad: Any, m: Any, v: Any, q: Any, batches: Any, graphs: Any) -> Any:
@@ -66,21 +67,6 @@ def padded_bmm(a: Any, grad: Any, m: Any, v: Any, q: Any, batches: Any, graphs: 
     return leaks
 
 
-def in_graph(call: Callable[..., Any], *arguments: Any) -> Any:
-    """``call`` captured once in a CUDA graph, then replayed."""
-    graphs = arguments[-1]
-    if call not in graphs:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call(*arguments)
-        torch.cuda.current_stream().wait_stream(side)
-        graphs[call] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[call]):
-            call(*arguments)
-    graphs[call].replay()
-
-
 def read_and_write(a: Any, grad: Any, m: Any, v: Any, q: Any, batches: Any, graphs: Any) -> Any:
     """The ceiling: read Q and the gradient once, read and write the rest once."""
     return [basis.sum() for basis in q], [g.sum() for g in grad], [x.clone() for x in (*a, *m, *v)]
@@ -90,17 +76,18 @@ def cases() -> Iterator[Case]:
     gpu_here = torch.cuda.is_available()
     providers: dict[str, Callable[..., Any]] = {"keeplora": ours}
     if gpu_here:
-        providers["keeplora, CUDA graph"] = partial(in_graph, ours)
+        providers["keeplora, CUDA graph"] = in_graph(ours)
     providers |= {"loop + fused AdamW": loop, "padded bmm + fused AdamW": padded_bmm}
     if gpu_here:
-        providers["padded bmm + fused AdamW, CUDA graph"] = partial(in_graph, padded_bmm)
+        providers["padded bmm + fused AdamW, CUDA graph"] = in_graph(padded_bmm)
     providers["read Q, copy A m v (ceiling)"] = read_and_write
     for label, rank, gpu, cpu in MODELS:
-        groups = gpu if gpu_here else cpu
+        if not (groups := gpu if gpu_here else cpu):
+            continue
         sizes = [(d, max(1, k * (3 + i % 3) // 5)) for count, d, k in groups for i in range(count)]
         yield Case(
             id="B5",
-            name=f"projected_adamw / {label}, r {rank}: " + ", ".join(f"{n} x [{d}, <= {k}]" for n, d, k in groups),
+            name=f"projected_adamw / {label_of(label, rank, groups)}",
             setup=partial(state, rank, groups),
             providers=providers,
             bytes=sum(4 * d * (k + 7 * rank) for d, k in sizes),

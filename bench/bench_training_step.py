@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.graphs import in_graph
 from bench.harness import Case, cpu_has_bfloat16
 from keeplora.families import find_targets
 from keeplora.lora import LoraAdapter, LoraHost, merge_ahead, select_targets, wrap
@@ -49,7 +50,7 @@ def step(
 def setup(
     batch: int, vision: dict[str, Any], text: dict[str, Any], autocast: bool, device: torch.device, update: bool = True
 ) -> tuple[Any, ...]:
-    """One model per provider, all with the same weights; in the frozen one the first block's input wants a gradient.
+    """A step per provider, all with the same weights, and graphs; in the frozen one the first block wants a gradient.
 
     ``update``: with a step of AdamW where something is trained.
     """
@@ -90,31 +91,38 @@ def setup(
     ready = {}
     for name, model in models.items():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4) if update and name not in ("frozen", "plain") else None
+        optimizer = (
+            torch.optim.AdamW(trained, lr=1e-4, capturable=device.type == "cuda")
+            if update and name not in ("frozen", "plain")
+            else None
+        )
         ready[name] = partial(step, model, trained, images, tokens, optimizer, autocast)
-    return (ready,)
+    return ready, {}
 
 
-def provider(name: str) -> Callable[[dict[str, Any]], None]:
-    return lambda ready: ready[name]()
+def provider(name: str) -> Callable[[dict[str, Any], Any], None]:
+    return lambda ready, graphs: ready[name]()
 
 
 def cases() -> Iterator[Case]:
     label, batch, vision, text = GPU if torch.cuda.is_available() else CPU
     autocast = torch.cuda.is_available() or cpu_has_bfloat16()
+    providers: dict[str, Callable[..., None]] = {
+        "keeplora": provider("ours"),
+        "frozen model": provider("frozen"),
+        "frozen model, nn.MultiheadAttention": provider("plain"),
+        "PEFT": provider("peft"),
+        # not torch.compile of it: "Encountered a set_ on a graph input", from PEFT's attention (0.21, torch 2.15)
+        "keeplora, factored (as the public code's layers)": provider("factored"),
+    }
+    if torch.cuda.is_available():
+        providers |= {f"{name}, CUDA graph": in_graph(providers[name]) for name in ("keeplora", "frozen model", "PEFT")}
     yield Case(
         id="B8",
         name=f"training step / {label}, LoRA q k v o r {RANK} of both towers, "
         + ("bf16 autocast" if autocast else "float32 (a CPU without bfloat16 instructions)"),
         setup=partial(setup, batch, vision, text, autocast),
-        providers={
-            "keeplora": provider("ours"),
-            "frozen model": provider("frozen"),
-            "frozen model, nn.MultiheadAttention": provider("plain"),
-            "PEFT": provider("peft"),
-            # not torch.compile of it: "Encountered a set_ on a graph input", from PEFT's attention (0.21, torch 2.15)
-            "keeplora, factored (as the public code's layers)": provider("factored"),
-        },
+        providers=providers,
         small=partial(
             setup, 2, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}, {"layers": 1}, autocast
         ),

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Case:
     small: Callable[[torch.device], tuple[Any, ...]] | None = None  # for tests, where setup's inputs take minutes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of what a provider adds to, which is among its inputs
     memory: dict[str, Callable[..., int]] = field(default_factory=dict)  # peak bytes of what works in other processes
+
+    def without(self, text: str) -> "Case":
+        """The case without the providers that have ``text`` in their names."""
+        return replace(self, providers={name: call for name, call in self.providers.items() if text not in name})
 
 
 @dataclass(frozen=True)

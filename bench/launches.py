@@ -65,13 +65,13 @@ def count_step(step: Callable[[], None]) -> Counter[str]:
 def count_steps() -> dict[str, Counter[str]]:
     """The launches of forward and backward, by provider."""
     batch, vision, text_tower = SIZES
-    [ready] = bench_training_step.setup(batch, vision, text_tower, True, torch.device("cpu"), update=False)
+    ready, _ = bench_training_step.setup(batch, vision, text_tower, True, torch.device("cpu"), update=False)
     return {name: count_step(ready[key]) for key, name in NAMES.items()}
 
 
 def host_times(repeats: int) -> dict[str, float]:
     """Medians of the seconds that forward and backward of one attention block take, by provider, in turns."""
-    x, grad, models = bench_lora_attention.setup(1, 5, torch.float32, torch.device("cpu"), width=64, heads=1)
+    x, grad, models, _ = bench_lora_attention.setup(1, 5, torch.float32, torch.device("cpu"), width=64, heads=1)
     for model in models.values():  # few tokens: "auto" would multiply in the factored way
         for module in model.modules():
             if hasattr(module, "forward_mode"):
@@ -84,7 +84,7 @@ def host_times(repeats: int) -> dict[str, float]:
             for parameter in trained:
                 parameter.grad = None
             start = time.thread_time()
-            call(x, grad, models)
+            call(x, grad, models, {})
             times[name].append(time.thread_time() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench import kit
 from bench.harness import Case, keep_freed_memory, run
 from bench.table import markdown, text
 
@@ -35,7 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         cpu = names[0] if names else cpu
     facts = {
         "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
-        "commit": commit(Path(__file__).parent),
+        "commit": commit(kit.ROOT),
         "torch": torch.__version__,
         "cpu": cpu,
         "cores": os.cpu_count() or 1,
@@ -47,15 +48,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """The commit that ``folder`` is at, and whether files differ from it."""
+    """The commit that ``folder`` is at, and whether files differ from it; of a copy without git, what its kit says."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     name = git("rev-parse", "--verify", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (name or "unknown") + (", with changes" if changed else "")
+    if not name:
+        made = kit.read(folder / "build" / "gpu-kit")
+        return made.commit if made else "unknown"
+    return name + (", with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def gpu_state() -> dict[str, str]:
@@ -88,6 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("ids", nargs="*", metavar="ID", help="B1 ... B10, kernels or systems; all when none is given")
     parser.add_argument("--only", default="", metavar="TEXT", help="of those, the cases with this in their names")
+    parser.add_argument(
+        "--without", default="", metavar="TEXT", help="leave out the providers with this in their names"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="inputs as small as the tests': a rehearsal, no measurement"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the rows as a table in Markdown here")
@@ -109,6 +118,10 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only: some case of {', '.join(sorted(ids))} must have it in its name, got {options.only!r}")
     chosen.sort(key=lambda case: int(case.id[1:]))
+    if options.without:
+        chosen = [case.without(options.without) for case in chosen]
+    if options.small:
+        chosen = [dataclasses.replace(case, setup=case.small or case.setup) for case in chosen]
     failed = False
     for result in measure(chosen, device, options.seconds):
         # After every case: a run that is cut short keeps what it has.

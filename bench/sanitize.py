@@ -62,15 +62,20 @@ def check(op: Op, device: torch.device) -> int:
     return count
 
 
+def kernels_of(device: torch.device) -> dict[str, Op]:
+    """The ops with a kernel for ``device``; on a CPU all, whose references run there."""
+    kernels = OPS if device.type == "cpu" else {name: OPS[name] for name in build_info()["kernels"] or ()}
+    if not kernels:
+        raise SystemExit("this build of keeplora has no CUDA kernels")
+    return kernels
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cpu runs the references: a check of this program")
     device = torch.device(parser.parse_args().device)
     torch.manual_seed(0)
-    kernels = OPS if device.type == "cpu" else {name: OPS[name] for name in build_info()["kernels"] or ()}
-    if not kernels:
-        raise SystemExit("bench.sanitize: this build has no CUDA kernels")
-    for name, op in kernels.items():
+    for name, op in kernels_of(device).items():
         print(f"{name}: {check(op, device)} calls as expected", flush=True)
 
 

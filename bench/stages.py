@@ -1,14 +1,15 @@
-"""Runs stages one after another, each with a time limit of its own, so that none can eat or hide another's result."""
+"""Runs stages, each with a time limit of its own, so that none can eat or hide another's result."""
 
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-OK = "ok"
+OK, EARLIER = "ok", "ok, in an earlier run"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Stage:
     command: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
     needs: str = ""  # a stage without which this one has no meaning
+    always: bool = False  # also where an earlier run has done it
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,62 @@ class Result:
     outcome: str
     seconds: float
 
+    @property
+    def well(self) -> bool:
+        return self.outcome in (OK, EARLIER)
 
-def run_stages(stages: Sequence[Stage], out: Path, *, seconds: float) -> list[Result]:
-    """Run ``stages`` within ``seconds`` in all; ``out/summary.txt`` is up to date after each."""
-    out.mkdir(parents=True, exist_ok=True)
+
+def run_stages(
+    groups: Sequence[Sequence[Stage]],
+    folder: Path,
+    *,
+    seconds: float,
+    done: Collection[str] = (),
+    report: Callable[[Sequence[Result]], None] = lambda results: None,
+) -> list[Result]:
+    """Run groups of stages within ``seconds`` in all: one group after another, the stages of one at the same time.
+
+    Args:
+        folder: for the logs.
+        done: names of stages that an earlier run has done.
+        report: is given all results so far, after every group.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     results: list[Result] = []
-    for stage in stages:
-        begin = time.monotonic()
-        limit = min(stage.seconds, end - begin)
-        failed = {result.name for result in results if result.outcome != OK}
-        if stage.needs in failed:
-            outcome = f"not run: {stage.needs} failed"
-        elif limit <= 0:
-            outcome = f"not run: the {seconds:.0f} s for all stages are over"
-        else:
-            outcome = _run(stage, limit, out / f"{stage.name}.log")
-        results.append(Result(stage.name, outcome, time.monotonic() - begin))
-        print(_line(results[-1]), flush=True)
-        if outcome.startswith("FAILED"):
-            print("\n".join((out / f"{stage.name}.log").read_text(errors="replace").splitlines()[-15:]), flush=True)
-        (out / "summary.txt").write_text(summary(results))
+    for group in groups:
+        failed = {result.name for result in results if not result.well}
+
+        def run(stage: Stage, failed: set[str] = failed) -> Result:
+            begin = time.monotonic()
+            limit = min(stage.seconds, end - begin)
+            if stage.name in done and not stage.always:
+                outcome = EARLIER
+            elif stage.needs in failed:
+                outcome = f"not run: {stage.needs} failed"
+            elif limit <= 0:
+                outcome = f"not run: the {seconds:.0f} s for all stages are over"
+            else:
+                outcome = _run(stage, limit, folder / f"{stage.name}.log")
+            return Result(stage.name, outcome, time.monotonic() - begin)
+
+        with ThreadPoolExecutor(len(group)) as pool:
+            finished = list(pool.map(run, group))
+        for result in finished:
+            print(_line(result), flush=True)
+            if result.outcome.startswith("FAILED"):
+                log = (folder / f"{result.name}.log").read_text(errors="replace")
+                print("\n".join(log.splitlines()[-15:]), flush=True)
+        results += finished
+        report(results)
     return results
 
 
 def summary(results: Sequence[Result]) -> str:
     """One line per stage, and how many did not end well."""
-    bad = sum(result.outcome != OK for result in results)
-    total = sum(result.seconds for result in results)
+    bad = sum(not result.well for result in results)
     verdict = "every stage is ok" if not bad else f"{bad} of {len(results)} stages are not ok"
-    return "\n".join([*map(_line, results), f"{verdict}, {total:.0f} s", ""])
+    return "\n".join([*map(_line, results), verdict, ""])
 
 
 def _line(result: Result) -> str:

@@ -1,9 +1,11 @@
 """bench/gpu.sh, as far as it can be tried without a GPU."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -37,18 +39,15 @@ def python(code):
 def test_a_stage_cannot_eat_the_others(tmp_path, capsys):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begin = time.monotonic()
-    results = stages.run_stages(
-        [
-            stages.Stage("first", 20, python("import os; print('said', os.environ['GIVEN'])"), {"GIVEN": "this"}),
-            stages.Stage("slow", 1, python(child)),
-            stages.Stage("broken", 20, python("print('why it broke'); raise SystemExit(3)")),
-            stages.Stage("absent", 20, ["no-such-program-anywhere", "--tool"]),
-            stages.Stage("hopeless", 20, python("print(1)"), needs="broken"),
-            stages.Stage("last", 20, python("print(2)"), needs="first"),
-        ],
-        tmp_path,
-        seconds=60,
-    )
+    alone = [
+        stages.Stage("first", 20, python("import os; print('said', os.environ['GIVEN'])"), {"GIVEN": "this"}),
+        stages.Stage("slow", 1, python(child)),
+        stages.Stage("broken", 20, python("print('why it broke'); raise SystemExit(3)")),
+        stages.Stage("absent", 20, ["no-such-program-anywhere", "--tool"]),
+        stages.Stage("hopeless", 20, python("print(1)"), needs="broken"),
+        stages.Stage("last", 20, python("print(2)"), needs="first"),
+    ]
+    results = stages.run_stages([[stage] for stage in alone], tmp_path, seconds=60)
     assert time.monotonic() - begin < 30
     assert [result.outcome.split(" [")[0] for result in results[:3]] == [
         "ok",
@@ -59,13 +58,13 @@ def test_a_stage_cannot_eat_the_others(tmp_path, capsys):
     assert [result.outcome for result in results[4:]] == ["not run: broken failed", "ok"]
     assert "said this" in (tmp_path / "first.log").read_text()
     assert "why it broke" in capsys.readouterr().out
-    written = (tmp_path / "summary.txt").read_text()
+    written = stages.summary(results)
     assert [line.split()[0] for line in written.splitlines()] == [*(result.name for result in results), "4"]
     assert "4 of 6 stages are not ok" in written
 
 
 def test_all_stages_have_one_time_limit(tmp_path):
-    two = [stages.Stage(name, 60, python("import time; time.sleep(60)")) for name in ("one", "two")]
+    two = [[stages.Stage(name, 60, python("import time; time.sleep(60)"))] for name in ("one", "two")]
     results = stages.run_stages(two, tmp_path, seconds=1)
     assert [result.outcome for result in results] == [
         "FAILED: not done after 1 s",
@@ -74,32 +73,87 @@ def test_all_stages_have_one_time_limit(tmp_path):
     assert "every stage is ok" in stages.summary([stages.Result("one", "ok", 1.0)])
 
 
-def test_summary_is_there_while_stages_run(tmp_path):
-    code = f"print(open({str(tmp_path / 'summary.txt')!r}).read())"
-    stages.run_stages([stages.Stage("a", 20, python("")), stages.Stage("b", 20, python(code))], tmp_path, seconds=40)
-    assert "every stage is ok" in (tmp_path / "b.log").read_text()
+def test_stages_of_a_group_run_at_the_same_time_and_groups_one_after_another(tmp_path):
+    """Each of a pair waits for the other's file; the third finds both."""
+
+    def meet(own, other):
+        code = f"""
+import pathlib, time
+pathlib.Path({str(tmp_path / own)!r}).touch()
+while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)
+"""
+        return stages.Stage(own, 30, python(code))
+
+    after = stages.Stage("after", 20, python(f"import os; assert len(os.listdir({str(tmp_path)!r})) == 5"))
+    reported = []
+    results = stages.run_stages(
+        [[meet("a", "b"), meet("b", "a")], [after]], tmp_path, seconds=60,
+        report=lambda results: reported.append([result.name for result in results]),
+    )  # fmt: skip
+    assert all(result.outcome == "ok" for result in results), results
+    assert reported == [["a", "b"], ["a", "b", "after"]]
 
 
-def test_the_stages_of_a_gpu(tmp_path):
-    found = {stage.name: stage for stage in gpu.stages(tmp_path, "90a")}
-    names = list(found)
-    assert names[:4] == ["build", "conformance", "ops_on_cuda", "kernels"]
-    assert {"memcheck", "racecheck", "initcheck", "synccheck", "suite"} <= set(names)
-    assert found["build"].environment == {"KEEPLORA_CUDA": "1", "KEEPLORA_CUDA_ARCHS": "90a"}
-    assert gpu.SECONDS < 8 * 60
-    # The first four must come to their end whatever they need; then 100 s are left for the sanitizers.
-    assert sum(found[name].seconds for name in names[:4]) <= gpu.SECONDS - 40
-    for stage in found.values():
+def test_what_an_earlier_run_has_done_is_left_out(tmp_path):
+    fails = python("raise SystemExit(1)")
+    groups = [
+        [stages.Stage("build", 20, python(""), always=True)],
+        [stages.Stage("done", 20, fails)],
+        [stages.Stage("new", 20, python(""), needs="done")],
+    ]
+    results = stages.run_stages(groups, tmp_path, seconds=60, done=["build", "done"])
+    assert [result.outcome for result in results] == ["ok", "ok, in an earlier run", "ok"]
+    assert "every stage is ok" in stages.summary(results)
+
+
+def found(rehearse=False):
+    return {stage.name: stage for group in gpu.stages("90a", rehearse=rehearse) for stage in group}
+
+
+def test_the_stages_of_a_gpu():
+    """What counts most comes first, and comes to its end whatever it needs; what is timed runs alone."""
+    groups = gpu.stages("90a")
+    assert [stage.name for stage in groups[0]] == ["build", "conformance"]
+    assert [group[0].name for group in groups[1:6]] == ["ceilings", "large", "step", "layers", "kernels"]
+    assert sum(max(stage.seconds for stage in group) for group in groups[:6]) <= gpu.SECONDS
+    together = [[stage.name for stage in group] for group in groups if len(group) > 1]
+    assert together == [["build", "conformance"], list(gpu.SANITIZERS)]
+    assert gpu.SECONDS < 10 * 60
+    for stage in found().values():
         for word in (word for part in stage.command for word in part.split()):
-            if word.startswith(("tests/", "csrc/")):
+            if word.startswith(("tests/", "csrc/", "bench/")):
                 assert (ROOT / word).exists(), word
     for parts in (gpu.LEFT_OUT, *gpu.NEED.values()):
         assert all((ROOT / "tests" / part).exists() for part in parts)
 
 
-def test_suite_leaves_out_what_a_bare_machine_cannot_import(tmp_path, monkeypatch):
+def test_every_benchmark_stage_measures_something(monkeypatch):
+    """With the arguments the stages give, and inputs of the tests' sizes; in a rehearsal, on a CPU."""
+    asked = []
+    monkeypatch.setattr(run, "measure", lambda cases, *_: iter([asked.append((stage.name, cases))][:0]))
+    measuring = [stage for stage in found(rehearse=True).values() if "bench.run" in stage.command]
+    for stage in measuring:
+        monkeypatch.setattr(sys, "argv", ["bench.run", *stage.command[3:]])
+        with pytest.raises(SystemExit, match="0"):
+            run.main()
+    assert [name for name, _ in asked] == [stage.name for stage in measuring]
+    providers = {name: {p for case in cases for p in case.providers} for name, cases in asked}
+    assert not any("torch.compile" in p for name in providers if name != "compiled" for p in providers[name])
+    assert any("torch.compile" in p for p in providers["compiled"])
+    known = {case.id for case in run.all_cases()} - {"B10"}
+    assert {case.id for _, cases in asked for case in cases} == known
+
+
+def test_a_rehearsal_has_the_same_stages(tmp_path):
+    real, rehearsed = found(), found(rehearse=True)
+    assert real.keys() == rehearsed.keys()
+    assert not any(word == "cuda" for stage in rehearsed.values() for word in stage.command)
+    assert all(stage.needs == rehearsed[name].needs for name, stage in real.items())
+
+
+def test_suite_leaves_out_what_a_bare_machine_cannot_import(monkeypatch):
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    suite = next(stage for stage in gpu.stages(tmp_path, "80") if stage.name == "suite")
+    suite = found()["suite"]
     assert "--ignore=tests/train" in suite.command
     asks = {path for path in (ROOT / "tests").rglob("*.py") if "open_clip" in path.read_text()} - {Path(__file__)}
     asks |= {path for path in (ROOT / "tests").rglob("*.py") if "import tiny_workload" in path.read_text()}
@@ -107,6 +161,51 @@ def test_suite_leaves_out_what_a_bare_machine_cannot_import(tmp_path, monkeypatc
     kept = [path for path in asks if not gone & {path, *path.parents}]
     named_only = {"test_layers.py", "test_public.py", "test_api_page.py", "test_gpu_script.py"}  # as text, not imported
     assert {path.name for path in kept} <= {"tiny_workload.py", *named_only}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
+    gpu.WORK.mkdir()
+    return gpu.WORK
+
+
+def test_what_a_run_writes_is_five_files_and_a_later_run_adds_to_it(tmp_path, work):
+    rows = {"machine": MACHINE, "rows": [dataclasses.asdict(row) for row in ROWS[:3]], "not_measured": []}
+    (work / "kernels.json").write_text(json.dumps(rows))
+    (work / "ceilings.json").write_text(json.dumps({"copy_GBs": 4300.0}))
+    (work / "kernels.log").write_text("what it said")
+    first = [
+        stages.Result("ceilings", "ok", 1.0),
+        stages.Result("kernels", "ok", 1.0),
+        stages.Result("suite", "FAILED", 1),
+    ]
+    gpu.write(tmp_path / "one", first, "abc", {})
+    names = ["done.json", "logs.tar.gz", "results.json", "summary.txt", "table.md"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
+    text = (tmp_path / "one" / "table.md").read_text()
+    assert "* copy_GBs: 4300.0" in text
+    assert "**B4** case one" in text
+    assert "commit abc" in (tmp_path / "one" / "summary.txt").read_text()
+    with tarfile.open(tmp_path / "one" / "logs.tar.gz") as logs:
+        assert logs.extractfile("kernels.log").read() == b"what it said"
+
+    done, earlier = gpu.done_before(tmp_path / "one", "abc")
+    assert done == ["ceilings", "kernels"]
+    for path in work.iterdir():
+        path.unlink()
+    (work / "suite.log").write_text("passed")
+    again = [*(stages.Result(name, stages.EARLIER, 0.0) for name in done), stages.Result("suite", "ok", 1.0)]
+    gpu.write(tmp_path / "two", again, "abc", earlier)
+    assert (tmp_path / "two" / "table.md").read_text() == text
+    assert json.loads((tmp_path / "two" / "done.json").read_text())["stages"] == ["ceilings", "kernels", "suite"]
+
+
+def test_a_run_of_another_commit_is_not_continued(tmp_path, work, capsys):
+    gpu.write(tmp_path, [stages.Result("suite", "ok", 1.0)], "abc", {})
+    assert gpu.done_before(tmp_path, "def") == ([], {})
+    assert "is of commit abc, and this is def: every stage is run" in capsys.readouterr().out
+    assert gpu.done_before(None, "def") == ([], {})
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,21 @@ def test_a_copy_has_its_own_and_handles_remove(calls):
     calls.clear()
     model(x)
     assert calls == [1, 1, 1]
+
+
+def test_a_whole_model_compiles_in_one_graph_and_stays_up_to_date():
+    model = make()
+    merge_ahead(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(20, WIDTH)
+        found = []
+        for call in (model, compiled):
+            model.zero_grad()
+            found.append(step(call, x))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.sub_(0.01 * p.grad)
