@@ -12,10 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from keeplora.ops.check import MASTER
-from keeplora.ops.project_rows import project_rows
-from keeplora.ops.projected_adamw import projected_adamw
+from keeplora.ops.declare import OPS
+from keeplora.ops.projected_adamw import checked_arguments
 
 __all__ = ["Confinement", "ProjectedAdamW", "confine", "unwrapped"]
+
+# The ops without their checks of arguments, which take longer than all else that a step asks of the host.
+_projected_adamw, _project_rows = OPS["projected_adamw"].call, OPS["project_rows"].call
 
 Bases = Mapping[nn.Parameter, Tensor]
 """Orthonormal columns ``Q [in, k]`` for parameters ``[r, in]``, which are to keep ``A Q = 0``."""
@@ -66,6 +69,8 @@ class ProjectedAdamW(Optimizer):
         fused: bool = False,
     ):
         self._bases: dict[nn.Parameter, Tensor] = {}
+        # By what parameters are stepped together with: the tensors whose shapes, dtypes and strides have been checked.
+        self._checked: dict[Any, tuple[list[int], list[Tensor]]] = {}
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "capturable": capturable, "fused": fused,
@@ -110,22 +115,29 @@ class ProjectedAdamW(Optimizer):
         for group, parameters in groups:
             self._start(parameters, group)
             self._step_free([p for p in parameters if p not in self._bases], group)
+            rule = tuple(group["betas"]), group["eps"], group["weight_decay"]
             for p in parameters:
                 if p in self._bases:
-                    rule = tuple(group["betas"]), group["eps"], group["weight_decay"]
                     confined.setdefault((p.device, p.dtype, *rule), []).append((p, group["lr"]))
-        for (_, _, betas, eps, decay), members in confined.items():
+        for key, members in confined.items():
+            *_, betas, eps, decay = key
             parameters, rates = [p for p, _ in members], [lr for _, lr in members]
-            steps, averages, squares = self._states(parameters)
+            bases, (steps, averages, squares) = [self._bases[p] for p in parameters], self._states(parameters)
+            gradients = _gradients(parameters)
+            held = [*parameters, *averages, *squares, *bases, *steps]
+            if [*map(id, held)] != self._checked.get(key, ((), ()))[0]:
+                checked_arguments(parameters, gradients, averages, squares, bases, steps, rates, betas, eps, decay)
+                self._checked[key] = [*map(id, held)], held
             torch._foreach_add_(steps, 1)
-            projected_adamw(
-                parameters, _gradients(parameters), averages, squares, [self._bases[p] for p in parameters],
-                step=steps, lr=rates, betas=betas, eps=eps, weight_decay=decay,
-            )  # fmt: skip
+            _projected_adamw(parameters, gradients, averages, squares, bases, steps, rates, *betas, eps, decay)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_bases": self._bases}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._checked = {}
 
     def _start(self, parameters: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
         """Zeros as the state of parameters that are stepped for the first time."""
@@ -261,7 +273,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 @torch.no_grad()
 def _project_(rows: Sequence[Tensor], bases: Sequence[Tensor], passes: int) -> None:
     if rows:
-        projected, _ = project_rows([r.detach() for r in rows], bases, passes=passes)
+        projected, _ = _project_rows([r.detach() for r in rows], bases, [1.0] * len(rows), passes)
         torch._foreach_copy_(list(rows), projected)
 
 

@@ -68,6 +68,26 @@ def projected_adamw(
         >>> a, leak
         (tensor([[0.0000, 0.9000]]), tensor([0.]))
     """
+    arguments = checked_arguments(a, grad, exp_avg, exp_avg_sq, q, step, lr, betas, eps, weight_decay)
+    if check_basis:
+        orthonormal("projected_adamw", arguments[4])
+    leak: Tensor = _op.call(*arguments)
+    return leak
+
+
+def checked_arguments(
+    a: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    q: Sequence[Tensor],
+    step: int | Tensor | Sequence[Tensor],
+    lr: Sequence[float] | float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Any, ...]:
+    """The arguments of the op, or what :func:`projected_adamw` raises of them."""
     state = {"a": a, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "q": q}
     lists = {name: matrices("projected_adamw", name, values, MASTER) for name, values in state.items()}
     lists["grad"] = matrices("projected_adamw", "grad", grad, uniform=False)
@@ -86,14 +106,11 @@ def projected_adamw(
         if not fits:
             rule = "lie in [0, 1)" if name == "betas" else "not be negative, and be finite"
             raise ValueError(f"projected_adamw: {name} must {rule}, got {value}.")
-    if check_basis:
-        orthonormal("projected_adamw", lists["q"])
     flat = {name: [m.detach() for m in values] for name, values in lists.items()}
-    leak: Tensor = _op.call(
+    return (
         flat["a"], flat["grad"], flat["exp_avg"], flat["exp_avg_sq"], flat["q"],
         steps, rates, betas[0], betas[1], eps, weight_decay,
     )  # fmt: skip
-    return leak
 
 
 def _steps(step: int | Tensor | Sequence[Tensor], a: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,8 @@ from confined import confined, give_gradients, leak, trained, twins
 from torch import nn
 
 from keeplora.lora import ProjectedAdamW, confine
-from keeplora.ops import projected_adamw
+from keeplora.ops.declare import OPS
+from keeplora.ops.projected_adamw import checked_arguments
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -57,11 +58,11 @@ def test_stays_outside_and_matches_float64(dtype):
 def test_all_confined_parameters_are_stepped_in_one_call(monkeypatch):
     calls = []
 
-    def counted(a, *args, **options):
+    def counted(a, *arguments):
         calls.append(len(a))
-        return projected_adamw(a, *args, **options)
+        return OPS["projected_adamw"].call(a, *arguments)
 
-    monkeypatch.setattr("keeplora.lora.optimizer.projected_adamw", counted)
+    monkeypatch.setattr("keeplora.lora.optimizer._projected_adamw", counted)
     made = [confined(2, 6 + i, 2) for i in range(5)]
     params = [p for p, _ in made]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 1e-3}]  # lr does not divide them
@@ -72,6 +73,38 @@ def test_all_confined_parameters_are_stepped_in_one_call(monkeypatch):
     optimizer.param_groups[1]["weight_decay"] = 0.5
     optimizer.step()
     assert calls == [5, 3, 2]
+
+
+def test_arguments_are_checked_once_and_whenever_a_tensor_is_another(monkeypatch):
+    checks = []
+
+    def counted(*arguments):
+        checks.append(len(arguments[0]))
+        return checked_arguments(*arguments)
+
+    monkeypatch.setattr("keeplora.lora.optimizer.checked_arguments", counted)
+    (a, q), (b, p) = confined(2, 8, 3), confined(2, 8, 3)
+    optimizer = ProjectedAdamW([a, b], bases={a: q, b: p})
+    give_gradients([a, b], 0)
+    for _ in range(3):
+        optimizer.step()
+    assert checks == [2]
+    b.grad = None
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert checks == [2, 1, 1]
+    before = a.detach().clone()
+    optimizer.state[a]["exp_avg"] = torch.zeros(8, 2).T
+    with pytest.raises(ValueError, match=r"exp_avg\[0\] must be contiguous, got strides \[1, 2\]"):
+        optimizer.step()
+    assert torch.equal(a, before)
+    assert optimizer.state[a]["step"] == 5
+    twin = pickle.loads(pickle.dumps(ProjectedAdamW([a], bases={a: q})))
+    [[copied]] = [group["params"] for group in twin.param_groups]
+    copied.grad = torch.ones_like(copied)
+    twin.step()
+    assert checks[3:] == [1, 1]
 
 
 def test_groups_have_options_of_their_own():
