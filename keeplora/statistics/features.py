@@ -19,7 +19,7 @@ from keeplora.math.sketch import gaussian
 from keeplora.ops.gram import energy_of, gram, quick_energy
 from keeplora.ops.precision import full_precision
 
-from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing
+from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing, rows_that_count
 
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics"]
 
@@ -114,7 +114,7 @@ class _Input:
     version: int  # counts changes in place
     part: Tensor
     counts: Tensor | None
-    tokens: int
+    tokens: int | Tensor  # a number that only the device knows, or one that is known
     energy: Tensor
     slots: set[LoraSlot]
 
@@ -173,7 +173,8 @@ class _Collector:
         self.ordinary: set[LoraSlot] = set()  # those whose inputs float32 is known to hold the squares of
         self.small: dict[str, float] = {}  # root mean squares of inputs that it does not, by their first layers
         self.shapes: dict[LoraSlot, tuple[int, ...]] = {}  # of a sample's tokens, for slot_mean
-        self.batch: list[tuple[_Sum, frozenset[LoraSlot], Tensor]] = []  # energies that are still on their way
+        # Energies and numbers of tokens that are still on their way.
+        self.batch: list[tuple[_Sum, frozenset[LoraSlot], Tensor, int | Tensor]] = []
 
     @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
     @torch.no_grad()
@@ -185,7 +186,7 @@ class _Collector:
             if self.last is None or not self.last.is_same(x, slot):
                 self.flush()
                 mask = counting("feature_statistics", self.token_mask, slot, x)
-                rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+                rows, tokens = rows_that_count(x, mask, in_place=self.kind == "slot_mean")
                 if rows.shape[1] != slot.weight.shape[1]:
                     raise ValueError(
                         f"feature_statistics: features must have the layer's {slot.weight.shape[1]} columns, got "
@@ -195,9 +196,7 @@ class _Collector:
                     part, energy = self.part(rows)
                     if slot not in self.ordinary and not _looked_at(rows):
                         energy = energy_of(rows)
-                tokens, counts = rows.shape[0], None
-                if self.kind == "slot_mean":
-                    part, counts = self.positions(slot, x, part, mask)
+                counts = self.positions(slot, x, part, mask) if self.kind == "slot_mean" else None
                 self.last = _Input(x, _version(x), part, counts, tokens, energy, set())
             self.last.slots.add(slot)
 
@@ -209,8 +208,8 @@ class _Collector:
         energy = quick_energy(wide)
         return (wide if self.kind == "slot_mean" else wide.T @ (wide @ self.omega(wide))), energy
 
-    def positions(self, slot: LoraSlot, x: Tensor, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rows that count at their positions in the batch, zeros elsewhere, and which those are."""
+    def positions(self, slot: LoraSlot, x: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Which rows count, ``[rows, 1]``: each is at its position in the batch."""
         shape = tuple(x.shape[1:-1])
         known = self.shapes.setdefault(slot, shape)
         if shape != known:
@@ -219,12 +218,7 @@ class _Collector:
                 f"{list(shape)} after {list(known)} [{slot.name}]. Pad all batches to one length, or use "
                 'feature_statistic="second_moment".'
             )
-        if mask is None:
-            return rows, rows.new_ones(len(rows), 1)
-        keep = mask.reshape(-1)
-        placed = rows.new_zeros(len(keep), rows.shape[1])
-        placed[keep] = rows
-        return placed, keep[:, None].to(rows.dtype)
+        return rows.new_ones(len(rows), 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
 
     def omega(self, like: Tensor) -> Tensor:
         d = like.shape[1]
@@ -246,24 +240,26 @@ class _Collector:
             total.part = _added(total.part, part)
             if total.counts is not None and self.last.counts is not None:
                 total.counts = _added(total.counts, self.last.counts)
-        total.tokens += self.last.tokens
-        self.batch.append((total, slots, self.last.energy))
+        self.batch.append((total, slots, self.last.energy, self.last.tokens))
         self.last = None
 
     def end_batch(self, index: int) -> None:
-        """Bring the batch's energies over, in one transfer, and refuse what is not finite."""
+        """Bring the batch's energies and numbers of tokens over, in one transfer, and refuse what is not finite."""
         self.flush()
         if not self.batch:
             return
         device = self.batch[0][2].device
-        energies = torch.stack([energy.to(device) for _, _, energy in self.batch]).tolist()
-        for (total, slots, _), energy in zip(self.batch, energies, strict=True):
+        waiting = [t.to(device, torch.float64) for _, _, *sent in self.batch for t in sent if isinstance(t, Tensor)]
+        arrived = iter(torch.stack(waiting).tolist())
+        for total, slots, *sent in self.batch:
+            energy, tokens = (next(arrived) if isinstance(t, Tensor) else t for t in sent)
             if not math.isfinite(energy):
                 raise ValueError(
                     f"feature_statistics: features must be finite, got NaN or Inf in batch {index} "
                     f"[{self.names(slots)[0]}]"
                 )
             total.energy += energy
+            total.tokens += int(tokens)
             if total.energy > _LEAST * total.rows() * next(iter(slots)).weight.shape[1]:
                 self.ordinary |= slots
         self.batch.clear()

@@ -10,12 +10,31 @@ from torch import Tensor
 from keeplora.lora import LoraHost, LoraSlot, TokenMask
 from keeplora.ops.precision import full_precision
 
-from .passes import ALONE, Peers, counting
+from .passes import ALONE, Peers, counting, zeroed
 
 __all__ = ["ROWS", "InputSample"]
 
 ROWS, OF_A_CALL = 256, 64
 """Rows kept of every input, and at most of one call: the first batches count, not the first alone."""
+
+
+def evenly_spaced(x: Tensor, mask: Tensor | None, most: int) -> Tensor:
+    """At most ``most`` of the tokens of ``x`` that count, as rows; on a GPU rows of zeros where there are fewer."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None or x.device.type == "cpu" or not len(rows):
+        rows = rows if mask is None else rows[mask.reshape(-1)]
+        return rows[:: max(1, -(-len(rows) // most))].clone()
+    return evenly_spaced_on_device(rows, mask.reshape(-1), most)
+
+
+def evenly_spaced_on_device(rows: Tensor, keep: Tensor, most: int) -> Tensor:
+    """The same where only the device knows how many count: ``most`` rows, zeros behind those that there are."""
+    upto = keep.cumsum(0)
+    count = upto[-1:]
+    step = ((count + most - 1) // most).clamp_min(1)
+    wanted = torch.arange(most, device=rows.device) * step
+    place = torch.searchsorted(upto, wanted + 1).clamp_max(len(rows) - 1)
+    return zeroed(rows[place], wanted < count)
 
 
 class InputSample:
@@ -44,8 +63,7 @@ class InputSample:
             _, mask, sampled = self.last
             if sum(map(len, self.kept[slot])) < self.rows:
                 if not sampled:
-                    rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
-                    sampled.append(rows[:: max(1, -(-len(rows) // OF_A_CALL))].clone())
+                    sampled.append(evenly_spaced(x, mask, OF_A_CALL))
                 self.kept[slot] += sampled
 
     @torch.no_grad()

@@ -29,7 +29,9 @@ __all__ = [
     "frozen",
     "naming_batch",
     "observing",
+    "rows_that_count",
     "tapping",
+    "zeroed",
 ]
 
 
@@ -78,6 +80,28 @@ def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Ten
             f"{mask.dtype} [{slot.name}]"
         )
     return mask
+
+
+def rows_that_count(x: Tensor, mask: Tensor | None, *, in_place: bool = False) -> tuple[Tensor, int | Tensor]:
+    """The tokens of ``x`` as rows, and how many count; ``in_place``: every token has its row.
+
+    On a CPU those that count are taken out. Elsewhere their number is known to the device alone, and asking for it
+    would hold up the host: the others are rows of zeros, which add nothing to a sum of squares, and the number is a
+    tensor.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None:
+        return rows, len(rows)
+    keep = mask.reshape(-1)
+    if x.device.type == "cpu" and not in_place:
+        rows = rows[keep]
+        return rows, len(rows)
+    return zeroed(rows, keep), keep.sum()
+
+
+def zeroed(rows: Tensor, keep: Tensor) -> Tensor:
+    """Rows with zeros in place of those that do not count, whatever is in these: NaN, too."""
+    return torch.where(keep[:, None], rows, rows.new_zeros(()))
 
 
 @contextmanager
