@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from keeplora.distributed import processes
 from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
-from keeplora.ops.project_rows import project_rows
+from keeplora.ops.declare import OPS
 
 from .capacity import Capacity
 from .lora_method import LoraMethod
@@ -29,6 +29,8 @@ from .shortfall import warn_of_shortfall
 from .state import State, StateError
 
 __all__ = ["Gpm", "GpmConfig"]
+
+_project_rows = OPS["project_rows"].call  # in every step, so without the checks of its arguments
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ class Gpm(LoraMethod):
         spans = [slice(None) if (rows := self.slots[i].rows) is None else slice(*rows) for i in slots]
         bases = [self.bases[i] for i in slots]
         parts = [gradient[span].to(basis.dtype) for span, basis in zip(spans, bases, strict=True)]
-        free, _ = project_rows(parts, bases, passes=1)
+        free, _ = _project_rows(parts, bases, [1.0] * len(parts), 1)
         for i, part, left in zip(slots, parts, free, strict=True):
             if self.shares[i].opening is None:  # later gradients are of what has been learned
                 whole, outside = (float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in (part, left))

@@ -19,15 +19,20 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def _is_matrix(value: object, dtypes: Sequence[torch.dtype]) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.dtype in dtypes
+
+
 def matrix(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """Raise unless ``value`` is a matrix of one of ``dtypes``."""
+    if _is_matrix(value, dtypes):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
     if value.dim() != 2:
         raise ValueError(f"{op}: {name} must be a matrix (2 dimensions), got shape {list(value.shape)}.")
-    if value.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be one of {allowed}, got {value.dtype}. Cast it with .to(torch.float32).")
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    raise TypeError(f"{op}: {name} must be one of {allowed}, got {value.dtype}. Cast it with .to(torch.float32).")
 
 
 def matrices(
@@ -46,7 +51,8 @@ def matrices(
         raise TypeError(f"{op}: {name} must be a sequence of matrices, got a single tensor. Pass [{name}].")
     checked = list(values)
     for i, value in enumerate(checked):
-        matrix(op, f"{name}[{i}]", value, dtypes)
+        if not _is_matrix(value, dtypes):
+            matrix(op, f"{name}[{i}]", value, dtypes)  # says what is wrong: names are formatted only then
         if value.device != checked[0].device:
             raise ValueError(
                 f"{op}: {name} must lie on one device, got {value.device} at {name}[{i}] and "

@@ -94,7 +94,7 @@ def checked_arguments(
     same_length("projected_adamw", **lists)
     for i, parameter in enumerate(lists["a"]):
         for name, values in lists.items():
-            _check_fit(f"{name}[{i}]", values[i], i, parameter, overwritten=name not in ("q", "grad"))
+            _check_fit(name, values[i], i, parameter)
     rates = float_list("projected_adamw", "lr", lr, len(lists["a"]))
     steps = _steps(step, lists["a"])
     for name, value, fits in (
@@ -133,20 +133,20 @@ def _steps(step: int | Tensor | Sequence[Tensor], a: Sequence[Tensor]) -> list[T
     return steps
 
 
-def _check_fit(name: str, value: Tensor, i: int, parameter: Tensor, *, overwritten: bool) -> None:
-    basis = name.startswith("q[")
-    fits = value.shape[0] == parameter.shape[1] if basis else value.shape == parameter.shape
+def _check_fit(name: str, value: Tensor, i: int, parameter: Tensor) -> None:
+    """Raise unless ``value``, item ``i`` of the argument ``name``, fits ``a[i]``."""
+    fits = value.shape[0] == parameter.shape[1] if name == "q" else value.shape == parameter.shape
     if not fits or value.device != parameter.device:
-        want = f"[{parameter.shape[1]}, k]" if basis else str(list(parameter.shape))
+        want = f"[{parameter.shape[1]}, k]" if name == "q" else str(list(parameter.shape))
         raise ValueError(
-            f"projected_adamw: {name} must be {want} on {parameter.device} to fit a[{i}], got "
+            f"projected_adamw: {name}[{i}] must be {want} on {parameter.device} to fit a[{i}], got "
             f"{list(value.shape)} on {value.device}."
         )
-    if not name.startswith("grad[") and value.dtype != parameter.dtype:
-        raise TypeError(f"projected_adamw: {name} must be {parameter.dtype} like a[{i}], got {value.dtype}.")
-    if overwritten and not value.is_contiguous():
+    if name != "grad" and value.dtype != parameter.dtype:
+        raise TypeError(f"projected_adamw: {name}[{i}] must be {parameter.dtype} like a[{i}], got {value.dtype}.")
+    if name not in ("q", "grad") and not value.is_contiguous():
         raise ValueError(
-            f"projected_adamw: {name} must be contiguous, got strides {list(value.stride())}. It is "
+            f"projected_adamw: {name}[{i}] must be contiguous, got strides {list(value.stride())}. It is "
             "overwritten in place."
         )
 
