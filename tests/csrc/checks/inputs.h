@@ -66,6 +66,12 @@ inline std::vector<double> orthonormal_columns(int d, int k, std::mt19937_64& ra
   return q;
 }
 
+// The same, always the same one.
+inline std::vector<double> orthonormal_columns_of(int d, int k) {
+  std::mt19937_64 random(1);
+  return orthonormal_columns(d, k, random);
+}
+
 template <typename T>
 Array<T> basis(int d, int k, bool misaligned, std::mt19937_64& random) {
   const std::vector<double> q = orthonormal_columns(d, k, random);

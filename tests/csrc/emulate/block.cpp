@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string>
 
+#include "emulate/counts.h"
 #include "emulate/races.h"
 #include "emulate/scheduler.h"
 
@@ -231,6 +232,7 @@ void* take_shared(size_t index, size_t bytes, size_t reserved) {
     ASAN_POISON_MEMORY_REGION(memory, kGuard);
     ASAN_POISON_MEMORY_REGION(memory + kGuard + bytes, kGuard);
     block.shared.push_back({memory, bytes});
+    count_shared(memory + kGuard, bytes);
   }
   if (block.shared[index].bytes != bytes) stop("threads of a block disagree on the size of a shared array");
   return block.shared[index].memory + kGuard;

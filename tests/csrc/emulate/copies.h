@@ -7,11 +7,12 @@
 #include <cstdint>
 
 #include "emulate/block.h"
+#include "emulate/counts.h"
 
 namespace emulate {
 
 // Word by word, so that a race detector remembers every part of the range.
-inline void read_and_forget(const void* from, int bytes) {
+EMULATE_COPYING inline void read_and_forget(const void* from, int bytes) {
   const auto* words = static_cast<const volatile uint32_t*>(from);
   for (int i = 0; i < bytes / 4; ++i)
     static_cast<void>(words[i]);
@@ -20,13 +21,13 @@ inline void read_and_forget(const void* from, int bytes) {
     static_cast<void>(rest[i]);
 }
 
-inline void fill_with_nan(void* to, int bytes) {
+EMULATE_COPYING inline void fill_with_nan(void* to, int bytes) {
   auto* words = static_cast<volatile uint32_t*>(to);
   for (int i = 0; i < bytes / 4; ++i)
     words[i] = ~uint32_t{0};
 }
 
-inline void carry_out(const Copy& copy) {
+EMULATE_COPYING inline void carry_out(const Copy& copy) {
   auto* words = static_cast<volatile uint32_t*>(copy.to);
   const auto* from = static_cast<const volatile uint32_t*>(copy.from);
   for (int i = 0; i < copy.bytes / 4; ++i) {
@@ -47,6 +48,7 @@ inline void start_copy(const Copy& copy, Site site) {
       reinterpret_cast<uintptr_t>(copy.from) % copy.bytes != 0)
     fail("asynchronous copy between addresses that are no multiples of its size", site);
   if (copy.valid < 0 || copy.valid > copy.bytes) fail("asynchronous copy of more bytes than it has", site);
+  count_copy(copy.to, copy.from, copy.bytes, copy.valid, site);
   read_and_forget(copy.from, copy.valid);
   fill_with_nan(copy.to, copy.bytes);
   issue_copy(copy, site);
@@ -56,6 +58,7 @@ inline void start_bulk_copy(void* to, const void* from, int bytes, uint64_t* mba
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 ||
       bytes % 16 != 0)
     fail("bulk copy whose addresses or size are no multiples of 16 bytes", site);
+  count_copy(to, from, bytes, bytes, site);
   read_and_forget(from, bytes);
   fill_with_nan(to, bytes);
   issue_bulk_copy(to, from, bytes, mbarrier, site);

@@ -1,6 +1,7 @@
 // Warp collectives: the last lane to come completes them for all.
 #include <string>
 
+#include "emulate/counts.h"
 #include "emulate/races.h"
 #include "emulate/scheduler.h"
 
@@ -100,6 +101,7 @@ uint64_t shuffle_bits(unsigned mask, uint64_t bits, int source, Site site) {
 }
 
 const unsigned char* gather(const void* mine, size_t bytes, Site site) {
+  count_gather(mine, site);
   join(Collective::kGather, kAllLanes, 0, 0, site, mine, bytes);
   const Thread& me = running();
   return me.block->gathered[me.index / kWarp].data();
