@@ -68,6 +68,17 @@ struct Up : gpu::AnyMatrix<T, true> {
   }
 };
 
+// An operand of floats whose numbers become TF32: one product then, where a float takes three.
+template <typename Operand>
+struct Rounded : Operand {
+  static constexpr bool kExact = true;
+
+  template <int kLines>
+  static __device__ float at(const float* tile, int line, int depth) {
+    return gpu::nearest_tf32(Operand::template at<kLines>(tile, line, depth));
+  }
+};
+
 template <typename T>
 constexpr int kUpTile = Up<T>::template kTile<kRows<T>>;
 
@@ -160,7 +171,15 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 3 : 4)
   gpu::Sum<T, kRowTiles<T>> sum;
   const Up<T> up{{entry.b, entry.b_format, entry.r, entry.rows}, entry.origin, entry.origin_format};
   const Down<T> down{{entry.a, entry.a_format, entry.cols, entry.cols}};
-  sum.add_product(up, row, down, column, 0, entry.r, up_tiles, down_tiles);
+  const auto add = [&](const auto& left, const auto& right) {
+    sum.add_product(left, row, right, column, 0, entry.r, up_tiles, down_tiles);
+  };
+  if constexpr (sizeof(T) == 8)
+    add(up, down);
+  else if (entry.out_format == gpu::Format::kBfloat16)
+    add(Rounded<Up<T>>{up}, Rounded<Down<T>>{down});
+  else
+    add(up, down);
   gpu::copy_wait<0>();
   gpu::with_format(entry.w_format, [&](auto like) {
     using S = decltype(like);

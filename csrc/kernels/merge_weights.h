@@ -7,7 +7,9 @@
 //          null: none. Rows without an adapter, and an A that is only to be cast, are problems with r = 0.
 // Numbers  every array in any format of its own. Sums in T: float (on tensor cores as three TF32 products,
 //          which keeps the precision of float) or double, which an input in double needs. Each element of out
-//          is rounded once from its sum.
+//          is rounded once from its sum. To bfloat16 from float sums, B - B0 and A are rounded to TF32 and one
+//          product is left: that adds at most 2^-10 scale |B - B0| |A| (sizes of the elements), a fraction of
+//          what rounding to bfloat16 is where the update is smaller than the weight.
 // Limits   any rows, cols, r from 0 on (below 2^31), any mixture of shapes, formats and alignments. out must
 //          not overlap an input.
 // Cost     2 rows cols r operations; one launch for some 340 problems; W is read once and out written once, A

@@ -45,7 +45,9 @@ def merge_weights(
         dtype: dtype of the results; that of each weight when ``None``.
 
     Returns:
-        ``m`` new matrices ``[out_k, in_k]``. Sums are formed in float32, in float64 if an input to them is float64.
+        ``m`` new matrices ``[out_k, in_k]``. Sums are formed in float32, in float64 if an input to them is float64. For
+        bfloat16 results of float32 sums the kernel for GPUs rounds ``B − B₀`` and A to TF32's 11 bits, which adds at
+        most ``2⁻¹⁰ c |B − B₀| |A|`` (of the sizes): less than rounding to bfloat16 where the update is the smaller.
 
     Raises:
         ValueError: lengths or shapes do not fit, rows overlap, or ``scale`` is not finite.

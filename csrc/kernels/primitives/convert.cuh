@@ -1,6 +1,7 @@
 // Numbers as they are stored, and as they are computed with.
 // 16-bit formats widen exactly, and round to nearest even.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -34,6 +35,17 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 #else
   return __uint_as_float(bits);
+#endif
+}
+
+// The nearest TF32 number, of two equally near ones the larger in size.
+__device__ inline float nearest_tf32(float x) {
+#ifdef KEEPLORA_EMULATE
+  return std::isnan(x) ? x : float_of((bits_of(x) + 0x1000u) & 0xffffe000u);
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return float_of(bits);
 #endif
 }
 

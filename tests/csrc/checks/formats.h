@@ -25,6 +25,15 @@ class Numbers {
     return numbers;
   }
 
+  // Numbers of many bits, as many as the format has.
+  static Numbers normal(gpu::Format format, size_t count, bool misaligned, std::mt19937_64& random) {
+    Numbers numbers(format, count, misaligned);
+    std::normal_distribution<double> draw;
+    for (size_t i = 0; i < count; ++i)
+      numbers.set(i, draw(random));
+    return numbers;
+  }
+
   void set(size_t i, double x) const {
     switch (format_) {
       case gpu::Format::kFloat32:

@@ -75,6 +75,45 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
   return true;
 }
 
+// Numbers of many bits: what the kernel keeps of them, in every format of the result. The formats differ in which
+// products they are worth.
+bool check_precision() {
+  std::mt19937_64 random(4);
+  const int rows = 40, cols = 72, r = 33;
+  bool good = true;
+  for (const Format out_format : {kF32, kF16, kBf16}) {
+    const auto w = Numbers::normal(kF32, rows * cols, false, random);
+    const auto a = Numbers::normal(kF32, r * cols, false, random),
+               b = Numbers::normal(kF32, rows * r, false, random);
+    const Numbers out(out_format, rows * cols, false);
+    const keeplora::MergeWeightsProblem<float> problem{w.data(), a.data(), b.data(), nullptr, out.data(),
+                                                       cols,     rows,     cols,     r,       0.1f,
+                                                       kF32,     kF32,     kF32,     kF32,    out_format};
+    if (keeplora::merge_weights(&problem, 1, nullptr) != cudaSuccess) return false;
+    double worst = 0, most = 0;
+    for (int row = 0; row < rows; ++row)
+      for (int column = 0; column < cols; ++column) {
+        double exact = 0, sizes = 0;
+        for (int k = 0; k < r; ++k) {
+          const double term = b[row * r + k] * a[k * cols + column];
+          exact += term, sizes += std::fabs(term);
+        }
+        exact = w[row * cols + column] + 0.1f * exact;
+        const double error = std::fabs(out[row * cols + column] - exact);
+        const double product =
+            out_format == kBf16 ? 0x1p-10 * 0.1 * sizes : 0x1p-21 * (0.1 * sizes + std::fabs(exact));
+        worst = std::fmax(worst, error - 1.01 * rounding(out_format) * std::fabs(exact) - product);
+        most = std::fmax(most, error);
+      }
+    if (!(worst <= 0)) {
+      std::printf("many bits, format %d: error up to %.2e, which rounding does not explain\n",
+                  static_cast<int>(out_format), most);
+      good = false;
+    }
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -99,7 +138,7 @@ int main() {
   std::vector<Shape> many(450, {0, 3, 1, 0, kF32, kF32, kF32, kF32, false});
   for (size_t i = 29; i < many.size(); i += 30)
     many[i].rows = 2;
-  good = good && check_group<float>("450 problems", many);
+  good = good && check_group<float>("450 problems", many) && check_precision();
   std::printf(good ? "merge_weights: as the definition says\n" : "merge_weights: WRONG\n");
   return good ? 0 : 1;
 }

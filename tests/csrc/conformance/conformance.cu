@@ -40,6 +40,7 @@ constexpr Check kChecks[] = {
     {"multiply_add, doubles", check_mma<double, Way::kSplit>},
     {"widen, bfloat16", check_widen<gpu::Bfloat16>},
     {"widen, float16", check_widen<gpu::Float16>},
+    {"nearest_tf32", check_nearest_tf32},
     {"narrow, float to bfloat16", check_narrow<gpu::Bfloat16, float>},
     {"narrow, float to float16", check_narrow<gpu::Float16, float>},
     {"narrow, double to bfloat16", check_narrow<gpu::Bfloat16, double>},

@@ -1,6 +1,7 @@
 // Conversions to and from 16-bit formats, on every number of a format and around the middle of every gap.
 #pragma once
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "conformance/machine.h"
@@ -77,6 +78,53 @@ std::string check_narrow() {
   auto bits = found.values();
   if ((bits[count] & 0x7fff) <= infinity) return "a NaN became " + std::to_string(bits[count]);
   bits[count] = 0;
+  return difference(bits, expected);
+}
+
+__global__ static void tf32_kernel(const float* from, float* to, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = gpu::nearest_tf32(from[i]);
+}
+
+inline float float_from(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// Every fraction of TF32 with some exponents, and what lies around the middle of each gap.
+inline std::string check_nearest_tf32() {
+  std::vector<float> from;
+  std::vector<int> expected;
+  const auto add = [&](uint32_t bits, uint32_t rounded) {
+    for (const uint32_t sign : {0u, 0x80000000u}) {
+      from.push_back(float_from(bits | sign));
+      expected.push_back(static_cast<int>(rounded | sign));
+    }
+  };
+  for (const uint32_t exponent : {1u, 2u, 126u, 127u, 200u, 253u})
+    for (uint32_t fraction = 0; fraction < 1024; ++fraction) {
+      const uint32_t bits = (exponent << 10 | fraction) << 13, next = bits + (1u << 13);
+      add(bits, bits);
+      add(bits + 0x0fff, bits);
+      add(bits + 0x1000, next);
+      add(bits + 0x1001, next);
+    }
+  add(0, 0);
+  add(0x7f800000u, 0x7f800000u);
+  const int count = static_cast<int>(from.size());
+  from.push_back(std::numeric_limits<float>::quiet_NaN());
+  from.push_back(float_from(0x7fffffffu));
+  const Memory<float> values(from), found(std::vector<float>(count + 2, -1.0f));
+  const std::string failed =
+      problem(gpu::launch(tf32_kernel, {dim3((count + 257) / 256), dim3(256)},
+                          static_cast<const float*>(values.get()), found.get(), count + 2));
+  if (!failed.empty()) return failed;
+  const auto numbers = found.values();
+  if (!std::isnan(numbers[count]) || !std::isnan(numbers[count + 1])) return "a NaN became a number";
+  std::vector<int> bits(count);
+  for (int i = 0; i < count; ++i)
+    std::memcpy(&bits[i], &numbers[i], sizeof(bits[i]));
   return difference(bits, expected);
 }
 

@@ -69,7 +69,8 @@ class Memory {
 bool failed = false;
 
 template <typename Launch>
-void count(const char* kernel, const std::string& name, const Memory& memory, double compulsory, Launch&& launch) {
+void count(const char* kernel, const std::string& name, const Memory& memory, double compulsory,
+           Launch&& launch) {
   counting::begin(memory.begin(), memory.size());
   const cudaError_t error = launch();
   const counting::Counts counts = counting::end();
@@ -77,11 +78,13 @@ void count(const char* kernel, const std::string& name, const Memory& memory, do
     std::fprintf(stderr, "%s, %s: %s\n", kernel, name.c_str(), emulate::last_error().c_str());
     failed = true;
   }
-  std::printf("{\"kernel\": \"%s\", \"case\": \"%s\", \"compulsory\": %.0f, \"requests\": %lu, \"read_sectors\": %lu, "
-              "\"written_sectors\": %lu, \"ideal_sectors\": %lu, \"wavefronts\": %lu, \"ideal_wavefronts\": %lu, "
-              "\"products\": {",
-              kernel, name.c_str(), compulsory, counts.requests, counts.read_sectors, counts.written_sectors,
-              counts.ideal_sectors, counts.wavefronts, counts.ideal_wavefronts);
+  std::printf(
+      "{\"kernel\": \"%s\", \"case\": \"%s\", \"compulsory\": %.0f, \"requests\": %lu, \"read_sectors\": "
+      "%lu, "
+      "\"written_sectors\": %lu, \"ideal_sectors\": %lu, \"wavefronts\": %lu, \"ideal_wavefronts\": %lu, "
+      "\"products\": {",
+      kernel, name.c_str(), compulsory, counts.requests, counts.read_sectors, counts.written_sectors,
+      counts.ideal_sectors, counts.wavefronts, counts.ideal_wavefronts);
   const char* comma = "";
   for (const auto& [line, lanes] : counts.product_lanes) {
     std::printf("%s\"%d\": %lu", comma, line, lanes / 32);
@@ -104,9 +107,8 @@ void project_rows(int rows, int d, int k) {
       memory.normal(size), memory.basis(d, k), memory.take<float>(size), rows, d, k, 1.0f};
   void* workspace = memory.workspace(keeplora::project_rows_workspace(&problem, 1, 2));
   float leak;
-  count("project_rows", text("[%d, %d], k %d", rows, d, k), memory, 4.0 * (2.0 * size + 1.0 * d * k), [&] {
-    return keeplora::project_rows(&problem, 1, 2, &leak, workspace, nullptr);
-  });
+  count("project_rows", text("[%d, %d], k %d", rows, d, k), memory, 4.0 * (2.0 * size + 1.0 * d * k),
+        [&] { return keeplora::project_rows(&problem, 1, 2, &leak, workspace, nullptr); });
 }
 
 void projected_adamw(int rows, int d, int k) {
@@ -140,7 +142,8 @@ void merge_weights(int rows, int cols, int r, Format in) {
   problem.w_format = in, problem.a_format = problem.b_format = problem.origin_format = Format::kFloat32;
   problem.out_format = Format::kBfloat16;
   const double compulsory = size * (wide ? 6.0 : 4.0) + 4.0 * r * (cols + 2.0 * rows);
-  count("merge_weights", text(wide ? "[%d, %d], r %d, float32 to bfloat16" : "[%d, %d], r %d, bfloat16", rows, cols, r),
+  count("merge_weights",
+        text(wide ? "[%d, %d], r %d, float32 to bfloat16" : "[%d, %d], r %d, bfloat16", rows, cols, r),
         memory, compulsory, [&] { return keeplora::merge_weights(&problem, 1, nullptr); });
 }
 
@@ -155,11 +158,11 @@ void lora_grad_b(int tokens, int out, int adapters, int r, Format dy) {
   problem.dy_format = dy, problem.t_format = Format::kFloat32;
   std::vector<keeplora::LoraGradBAdapter<float>> table;
   for (int i = 0; i < adapters; ++i)
-    table.push_back({memory.take<float>(static_cast<size_t>(out) / adapters * r), r * i, r, out / adapters * i,
-                     out / adapters * (i + 1), 1.0f});
+    table.push_back({memory.take<float>(static_cast<size_t>(out) / adapters * r), r * i, r,
+                     out / adapters * i, out / adapters * (i + 1), 1.0f});
   const double compulsory = size * (wide ? 4.0 : 2.0) + 4.0 * r * (1.0 * tokens * adapters + out);
-  const std::string name = text(wide ? "[%d, %d], %d adapters, float32" : "[%d, %d], %d adapters, bfloat16", tokens,
-                                out, adapters);
+  const std::string name = text(wide ? "[%d, %d], %d adapters, float32" : "[%d, %d], %d adapters, bfloat16",
+                                tokens, out, adapters);
   count("lora_grad_b", name, memory, compulsory,
         [&] { return keeplora::lora_grad_b(problem, table.data(), adapters, nullptr); });
 }
@@ -167,8 +170,8 @@ void lora_grad_b(int tokens, int out, int adapters, int r, Format dy) {
 void orthonormalize(int d, int l, int k) {
   Memory memory;
   const size_t size = static_cast<size_t>(d) * l;
-  const keeplora::OrthonormalizeProblem<float> problem{memory.normal(size), memory.basis(d, k),
-                                                       memory.take<float>(size), d, l, k};
+  const keeplora::OrthonormalizeProblem<float> problem{
+      memory.normal(size), memory.basis(d, k), memory.take<float>(size), d, l, k};
   void* workspace = memory.workspace(keeplora::orthonormalize_workspace(&problem, 1));
   int64_t rank;
   count("orthonormalize", text("[%d, %d], k %d", d, l, k), memory, 4.0 * (2.0 * size + 1.0 * d * k),
@@ -183,8 +186,9 @@ void sketch_rows(int tokens, int d, int width, Format in) {
   const keeplora::SketchRowsProblem problem{
       made(), in, made(), in, memory.normal(static_cast<size_t>(width) * d), tokens, d, d, width, 7};
   void* workspace = memory.workspace(keeplora::sketch_rows_workspace(problem));
-  count("sketch_rows", text(wide ? "[%d, %d], width %d, float32" : "[%d, %d], width %d, bfloat16", tokens, d, width),
-        memory, size * (wide ? 8.0 : 4.0) + 8.0 * width * d,
+  count("sketch_rows",
+        text(wide ? "[%d, %d], width %d, float32" : "[%d, %d], width %d, bfloat16", tokens, d, width), memory,
+        size * (wide ? 8.0 : 4.0) + 8.0 * width * d,
         [&] { return keeplora::sketch_rows(problem, workspace, nullptr); });
 }
 

@@ -32,8 +32,8 @@ struct Request {
 };
 struct Block {
   uint64_t number;
-  std::unordered_map<uint64_t, Request> requests;     // by place, warp and time around
-  std::unordered_map<uint64_t, unsigned> times;       // that a thread has been at a place
+  std::unordered_map<uint64_t, Request> requests;  // by place, warp and time around
+  std::unordered_map<uint64_t, unsigned> times;    // that a thread has been at a place
 };
 
 std::vector<Range> global, shared;
@@ -43,7 +43,8 @@ uint64_t launch = 0;
 bool on = false;
 
 bool within(const std::vector<Range>& ranges, uintptr_t at) {
-  return std::any_of(ranges.rbegin(), ranges.rend(), [at](const Range& r) { return r.begin <= at && at < r.end; });
+  return std::any_of(ranges.rbegin(), ranges.rend(),
+                     [at](const Range& r) { return r.begin <= at && at < r.end; });
 }
 
 // Distinct aligned pieces of `size` bytes that the lanes touch.
@@ -150,51 +151,68 @@ void count_gather(const void* mine, Site site) {
 
 void count_shared(const void* memory, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(memory);
-  std::erase_if(counting::shared, [&](const counting::Range& r) { return r.begin < begin + bytes && begin < r.end; });
+  std::erase_if(counting::shared,
+                [&](const counting::Range& r) { return r.begin < begin + bytes && begin < r.end; });
   counting::shared.push_back({begin, begin + bytes});
 }
 
 }  // namespace emulate
 
 #define PLACE reinterpret_cast<uint64_t>(__builtin_return_address(0))
-#define ACCESSES(N)                                                                                    \
-  void __tsan_read##N(void* p) { counting::access(p, N, false, PLACE); }                               \
-  void __tsan_write##N(void* p) { counting::access(p, N, true, PLACE); }                               \
-  void __tsan_unaligned_read##N(void* p) { counting::access(p, N, false, PLACE); }                     \
-  void __tsan_unaligned_write##N(void* p) { counting::access(p, N, true, PLACE); }                     \
-  void __tsan_volatile_read##N(void* p) { counting::access(p, N, false, PLACE); }                      \
-  void __tsan_volatile_write##N(void* p) { counting::access(p, N, true, PLACE); }
+#define ACCESSES(N)                         \
+  void __tsan_read##N(void* p) {            \
+    counting::access(p, N, false, PLACE);   \
+  }                                         \
+  void __tsan_write##N(void* p) {           \
+    counting::access(p, N, true, PLACE);    \
+  }                                         \
+  void __tsan_unaligned_read##N(void* p) {  \
+    counting::access(p, N, false, PLACE);   \
+  }                                         \
+  void __tsan_unaligned_write##N(void* p) { \
+    counting::access(p, N, true, PLACE);    \
+  }                                         \
+  void __tsan_volatile_read##N(void* p) {   \
+    counting::access(p, N, false, PLACE);   \
+  }                                         \
+  void __tsan_volatile_write##N(void* p) {  \
+    counting::access(p, N, true, PLACE);    \
+  }
 // Counters that blocks wait at are no traffic to speak of, and go uncounted.
-#define ATOMICS(BITS, T)                                                                               \
-  T __tsan_atomic##BITS##_load(const volatile T* a, int) { return *a; }                                \
-  void __tsan_atomic##BITS##_store(volatile T* a, T v, int) { *a = v; }                                \
-  T __tsan_atomic##BITS##_fetch_add(volatile T* a, T v, int) {                                         \
-    const T before = *a;                                                                               \
-    *a = before + v;                                                                                   \
-    return before;                                                                                     \
-  }                                                                                                    \
-  T __tsan_atomic##BITS##_fetch_or(volatile T* a, T v, int) {                                          \
-    const T before = *a;                                                                               \
-    *a = before | v;                                                                                   \
-    return before;                                                                                     \
-  }                                                                                                    \
-  T __tsan_atomic##BITS##_exchange(volatile T* a, T v, int) {                                          \
-    const T before = *a;                                                                               \
-    *a = v;                                                                                            \
-    return before;                                                                                     \
-  }                                                                                                    \
-  int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* a, T* expected, T v, int, int) {       \
-    if (*a == *expected) {                                                                             \
-      *a = v;                                                                                          \
-      return 1;                                                                                        \
-    }                                                                                                  \
-    *expected = *a;                                                                                    \
-    return 0;                                                                                          \
-  }                                                                                                    \
-  T __tsan_atomic##BITS##_compare_exchange_val(volatile T* a, T expected, T v, int, int) {             \
-    const T before = *a;                                                                               \
-    if (before == expected) *a = v;                                                                    \
-    return before;                                                                                     \
+#define ATOMICS(BITS, T)                                                                         \
+  T __tsan_atomic##BITS##_load(const volatile T* a, int) {                                       \
+    return *a;                                                                                   \
+  }                                                                                              \
+  void __tsan_atomic##BITS##_store(volatile T* a, T v, int) {                                    \
+    *a = v;                                                                                      \
+  }                                                                                              \
+  T __tsan_atomic##BITS##_fetch_add(volatile T* a, T v, int) {                                   \
+    const T before = *a;                                                                         \
+    *a = before + v;                                                                             \
+    return before;                                                                               \
+  }                                                                                              \
+  T __tsan_atomic##BITS##_fetch_or(volatile T* a, T v, int) {                                    \
+    const T before = *a;                                                                         \
+    *a = before | v;                                                                             \
+    return before;                                                                               \
+  }                                                                                              \
+  T __tsan_atomic##BITS##_exchange(volatile T* a, T v, int) {                                    \
+    const T before = *a;                                                                         \
+    *a = v;                                                                                      \
+    return before;                                                                               \
+  }                                                                                              \
+  int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* a, T* expected, T v, int, int) { \
+    if (*a == *expected) {                                                                       \
+      *a = v;                                                                                    \
+      return 1;                                                                                  \
+    }                                                                                            \
+    *expected = *a;                                                                              \
+    return 0;                                                                                    \
+  }                                                                                              \
+  T __tsan_atomic##BITS##_compare_exchange_val(volatile T* a, T expected, T v, int, int) {       \
+    const T before = *a;                                                                         \
+    if (before == expected) *a = v;                                                              \
+    return before;                                                                               \
   }
 
 extern "C" {
@@ -210,6 +228,10 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
-void __tsan_read_range(void* p, unsigned long n) { counting::access(p, static_cast<int>(n), false, PLACE); }
-void __tsan_write_range(void* p, unsigned long n) { counting::access(p, static_cast<int>(n), true, PLACE); }
+void __tsan_read_range(void* p, unsigned long n) {
+  counting::access(p, static_cast<int>(n), false, PLACE);
+}
+void __tsan_write_range(void* p, unsigned long n) {
+  counting::access(p, static_cast<int>(n), true, PLACE);
+}
 }

@@ -1,5 +1,9 @@
 SOURCE = "kernels/merge_weights.cu"
 DEFECTS = [
+    ("float32 results from one product", SOURCE, "entry.out_format == gpu::Format::kBfloat16",
+     "entry.out_format == gpu::Format::kFloat32"),
+    ("a half of TF32's gap added", "kernels/primitives/convert.cuh", "(bits_of(x) + 0x1000u) & 0xffffe000u",
+     "bits_of(x) & 0xffffe000u"),
     ("scale forgotten", SOURCE, "entry.scale * value", "value"),
     ("origin forgotten", SOURCE, "origin == nullptr", "true"),
     ("origin added", SOURCE,
