@@ -127,9 +127,10 @@ __global__ void __launch_bounds__(kProductThreads, kRowTiles == 4 ? 2 : 3)
             subtracts = row_tiles * ceil_div(entry.d, kColumns);
   const unsigned before =
       round * multiplies + (round + (phases.prepares && phase != Phase::kPrepare)) * subtracts;
+  const unsigned multiplied = before + multiplies;  // announcements, as `before`
 
   if (phase == Phase::kLeak) {
-    gpu::await(done, before + multiplies);
+    gpu::await(done, multiplied);
     write_leak(entry, multiplies, subtracts, phases, scratch, leak + i);
     return;
   }
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kProductThreads, kRowTiles == 4 ? 2 : 3)
         entry.products[(row + r) * pitch + column + c] = value;
     });
   } else if (phase == Phase::kSubtract) {
-    gpu::await(done, before + multiplies);
+    gpu::await(done, multiplied);
     const Matrix<T, true> products{entry.products, products_pitch(entry.k), entry.rows};
     const Matrix<T, true> q{entry.q, entry.k, entry.d};
     sum.add_product(products, row, q, column, 0, entry.k, tiles.left, tiles.right);

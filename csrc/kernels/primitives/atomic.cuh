@@ -36,8 +36,7 @@ __device__ inline void announce(unsigned* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
 #ifdef KEEPLORA_EMULATE
-  __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
-  emulate::announced();
+  emulate::announce(counter);
 #else
   __threadfence();  // the barrier has ordered the other threads' writes before it
   atomicAdd(counter, 1u);
@@ -50,8 +49,7 @@ __device__ inline void announce(unsigned* counter) {
 __device__ inline void await(const unsigned* counter, unsigned target) {
   if (threadIdx.x == 0) {
 #ifdef KEEPLORA_EMULATE
-    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < target)
-      emulate::wait_for_announcement(counter, target, EMULATE_SITE);
+    emulate::await(counter, target, EMULATE_SITE);
 #else
     unsigned reached;
     do {

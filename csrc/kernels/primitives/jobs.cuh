@@ -40,16 +40,21 @@ struct WorkerSlot {
 };
 
 #ifdef KEEPLORA_EMULATE
-// Blocks run one after another there, so the first would do everything: all but the last leave early.
-constexpr bool kOneTileEach = true;
+// Blocks run one after another there, so the first would do everything: all but the last leave early, unless a
+// check wants to see it done by one.
+inline bool one_tile_each() {
+  return emulate::one_tile_each;
+}
 #else
-constexpr bool kOneTileEach = false;
+__host__ __device__ constexpr bool one_tile_each() {
+  return false;
+}
 #endif
 
 // Blocks worth launching when no phase of all jobs together has more than `tiles`. Those that find no room on
 // the GPU start when others leave, and leave too.
 inline unsigned worker_blocks(int64_t tiles) {
-  const int64_t most = 1024, wanted = kOneTileEach ? 16 * tiles : tiles;
+  const int64_t most = 1024, wanted = one_tile_each() ? 16 * tiles : tiles;
   return static_cast<unsigned>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
@@ -116,7 +121,7 @@ class Worker {
 
   // Takes a tile, of the job it had before if that has one. False when all jobs are closed.
   __device__ bool take() {
-    if (kOneTileEach && begun_ && number_ + 1 < gridDim.x) return false;
+    if (one_tile_each() && begun_ && number_ + 1 < gridDim.x) return false;
     if (threadIdx.x < kWarp) {
       int found = -1;
       while (found < 0) {

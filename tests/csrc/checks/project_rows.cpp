@@ -106,6 +106,11 @@ int main() {
            check_group<double>("ragged, double", ragged, 2, 1.0);
   }
   emulate::set_schedule({});
+  // More problems than one launch takes, most of them empty.
+  std::vector<Shape> many(520, {0, 3, 1, false});
+  for (const size_t i : {7, 200, 511, 519})
+    many[i].rows = 2;
+  good = good && check_group<float>("520 problems", many, 2, 1.0f);
   good = good && check_group<float>("tall", taller, 2, 1.0f) && check_leak();
   std::printf(good ? "project_rows: as the definition says\n" : "project_rows: WRONG\n");
   return good ? 0 : 1;

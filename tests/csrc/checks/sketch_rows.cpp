@@ -116,7 +116,7 @@ int main() {
                                    {9, 5, 3, 2, bf16, f16, false},     {0, 5, 3, 2, f32, f32, false},
                                    {5, 4, 0, 2, f32, f32, false},      {5, 0, 3, 2, f32, f32, false},
                                    {1, 1, 1, 1, bf16, bf16, false},    {150, 140, 70, 67, bf16, bf16, false},
-                                   {300, 9, 33, 5, bf16, bf16, true}};
+                                   {300, 9, 33, 5, bf16, bf16, true},  {3, 5, 40, 300, f32, f32, false}};
   const std::vector<Case> wide = {{70, 66, 40, 18, f64, f64, false},
                                   {300, 5, 7, 3, f64, bf16, true},
                                   {6, 5, 7, 3, f16, f64, false},

@@ -8,6 +8,8 @@ DEFECTS = [
     ("what is left compared with itself", "kernels/gram_factor.cuh", "lengths[pair] / square", "1"),
     ("limit without the Gram matrix's error", "kernels/gram_factor.cuh", "square + error <= limit",
      "square - error <= limit"),
+    ("the factor trusted a million times too long", "kernels/gram_factor.cuh", "growth + inherited < kLost",
+     "growth + inherited < 1e6 * kLost"),
     ("scales forgotten in the transform", "kernels/gram_factor.cuh",
      "upper[packed(from, to)] * space.scale[column]", "upper[packed(from, to)]"),
 ]  # fmt: skip

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <deque>
+#include <map>
 #include <numeric>
 #include <string>
 
@@ -22,6 +24,9 @@ namespace {
 
 constexpr size_t kGuard = 64;          // bytes on either side of a shared array
 constexpr unsigned char kFill = 0xff;  // a NaN in every floating type
+
+// By counter: an address for each announcement, for the race detector. They stay where they are.
+std::map<const unsigned*, std::deque<char>> announcements;
 
 void release_barrier_if_full(Block& block) {
   if (block.waiting == 0 || block.waiting < block.live) return;  // threads that exited count as arrived
@@ -93,6 +98,7 @@ bool run_grid(const Grid& grid, void (*body)(void*), void* argument) {
   {
     const Unseen unseen;
     set_error("");
+    announcements.clear();
     blockDim = {grid.shape[0], grid.shape[1], grid.shape[2]};
     gridDim = {grid.blocks, 1, 1};
     const Schedule& schedule = current_schedule();
@@ -193,6 +199,32 @@ void* cluster_address(void* mine, unsigned rank, Site site) {
     return other[i].memory + offset;
   }
   stop("not an address in the shared memory of this block");
+}
+
+namespace {
+
+// What the race detector knows the number-th announcement of a counter by.
+char* tag_of(const unsigned* counter, unsigned number) {
+  const Unseen unseen;
+  auto& tags = announcements[counter];
+  while (tags.size() <= number)
+    tags.push_back(0);
+  return &tags[number];
+}
+
+}  // namespace
+
+void announce(unsigned* counter) {
+  release(tag_of(counter, *counter));
+  ++*counter;
+  announced();
+}
+
+void await(const unsigned* counter, unsigned target, Site site) {
+  while (*static_cast<const volatile unsigned*>(counter) < target)
+    wait_for_announcement(counter, target, site);
+  for (unsigned number = 0; number < target; ++number)
+    acquire(tag_of(counter, number));
 }
 
 void announced() {

@@ -70,8 +70,15 @@ void commit_copies();
 // false if none.
 bool next_copy(int left, Copy* copy);
 
-// Order between blocks: one that awaits sleeps until another has announced something.
+// Order between blocks: one that awaits sleeps until another has announced something. A block that awaits n
+// announcements is ordered behind the first n alone, so one that awaits too few has a race with the others,
+// although blocks run one after another and all of them have been made.
+void announce(unsigned* counter);
+void await(const unsigned* counter, unsigned target, Site site);
 void announced();
+
+// Whether workers (primitives/jobs.cuh) leave after a tile, all but the last: else the first block does everything.
+inline bool one_tile_each = true;
 void wait_for_announcement(const unsigned* counter, unsigned target, Site site);
 
 // Clusters. The same array in the shared memory of another block of the cluster:
