@@ -69,19 +69,30 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def run(case: Case, device: torch.device, *, seconds: float = 20.0) -> Iterator[Row]:
-    """Measure every provider of ``case``, in about ``seconds`` (at least three repeats whatever they take)."""
+def run(
+    case: Case, device: torch.device, *, seconds: float = 20.0, failed: dict[str, Exception] | None = None
+) -> Iterator[Row]:
+    """Measure every provider of ``case``, in about ``seconds`` (at least three repeats whatever they take).
+
+    One that raises in its first call is left out and noted in ``failed``, where that is given.
+    """
     arguments = case.setup(device)
     once = _once_on_cuda(device) if device.type == "cuda" else _once_on_cpu
-    peaks = {  # warms up, too
-        name: case.memory[name](*arguments) if name in case.memory else _peak_bytes(call, arguments, device)
-        for name, call in case.providers.items()
-    }
-    took = {name: once(call, arguments) for name, call in case.providers.items()}
-    repeats = int(min(100, max(3, seconds / sum(took.values()))))
-    times: dict[str, list[float]] = {name: [] for name in case.providers}
+    peaks: dict[str, int] = {}
+    took: dict[str, float] = {}
+    for name, call in case.providers.items():
+        try:  # warms up, too
+            peaks[name] = case.memory[name](*arguments) if name in case.memory else _peak_bytes(call, arguments, device)
+            took[name] = once(call, arguments)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+    providers = {name: call for name, call in case.providers.items() if name in took}
+    repeats = int(min(100, max(3, seconds / sum(took.values())))) if took else 0
+    times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(repeats):
-        for name, call in case.providers.items():
+        for name, call in providers.items():
             times[name].append(once(call, arguments))
     for name, measured in times.items():
         ordered = sorted(measured)

@@ -134,18 +134,23 @@ def main() -> None:
 
 
 def measure(cases: list[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """All results so far, after every case. One that raises is noted with its error, and the next one follows."""
+    """All results so far, after every case. What raises, a case or a provider, is noted with its error and left out."""
     rows: list[dict[str, Any]] = []
     missing: list[dict[str, str]] = []
     for case in cases:
+        failed: dict[str, Exception] = {}
         try:
-            measured = list(run(case, device, seconds=seconds))
-            print(text(measured), flush=True)
+            measured = list(run(case, device, seconds=seconds, failed=failed))
+            if measured:
+                print(text(measured), flush=True)
             rows += [dataclasses.asdict(row) for row in measured]
         except Exception as error:
-            traceback.print_exc()
+            failed = {"": error}
+        for provider, error in failed.items():
+            traceback.print_exception(error)
             needs = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
-            missing.append({"id": case.id, "case": case.name, "error": repr(error), "needs": needs})
+            name = f"{case.name}: {provider}" if provider else case.name
+            missing.append({"id": case.id, "case": name, "error": repr(error), "needs": needs})
         yield {"machine": machine(device), "rows": rows, "not_measured": missing}
 
 

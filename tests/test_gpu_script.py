@@ -281,12 +281,20 @@ def test_a_case_that_fails_does_not_hide_the_others():
     *_, last = run.measure([*cases, cases[0]], torch.device("cpu"), 0.01)
     assert [row["case"] for row in last["rows"]] == ["works", "works"]
     assert [(missing["case"], missing["needs"]) for missing in last["not_measured"]] == [
-        ("breaks", ""),
-        ("lacks", "peft"),
+        ("breaks: keeplora", ""),
+        ("lacks: keeplora", "peft"),
     ]
     text = table.markdown(last)
-    assert "**B4** breaks: not measured, ZeroDivisionError" in text
-    assert "**B4** lacks: not measured, needs peft" in text
+    assert "**B4** breaks: keeplora: not measured, ZeroDivisionError" in text
+    assert "**B4** lacks: keeplora: not measured, needs peft" in text
+
+
+def test_a_provider_that_fails_does_not_hide_the_others():
+    providers = {"keeplora": lambda: torch.ones(3), "captured": lambda: 1 / 0, "plain": lambda: torch.ones(3)}
+    [result] = run.measure([Case("B4", "case", lambda device: (), providers)], torch.device("cpu"), 0.01)
+    assert [row["provider"] for row in result["rows"]] == ["keeplora", "plain"]
+    assert [missing["case"] for missing in result["not_measured"]] == ["case: captured"]
+    assert "**B4** case: captured: not measured, ZeroDivisionError" in table.markdown(result)
 
 
 def test_groups_of_benchmarks():

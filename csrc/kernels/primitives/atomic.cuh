@@ -36,7 +36,7 @@ __device__ inline void announce(unsigned* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
 #ifdef KEEPLORA_EMULATE
-  emulate::announce(counter);
+  emulate::add_announcement(counter);
 #else
   __threadfence();  // the barrier has ordered the other threads' writes before it
   atomicAdd(counter, 1u);
@@ -49,7 +49,7 @@ __device__ inline void announce(unsigned* counter) {
 __device__ inline void await(const unsigned* counter, unsigned target) {
   if (threadIdx.x == 0) {
 #ifdef KEEPLORA_EMULATE
-    emulate::await(counter, target, EMULATE_SITE);
+    emulate::acquire_announcements(counter, target, EMULATE_SITE);
 #else
     unsigned reached;
     do {

@@ -214,13 +214,13 @@ char* tag_of(const unsigned* counter, unsigned number) {
 
 }  // namespace
 
-void announce(unsigned* counter) {
+void add_announcement(unsigned* counter) {
   release(tag_of(counter, *counter));
   ++*counter;
   announced();
 }
 
-void await(const unsigned* counter, unsigned target, Site site) {
+void acquire_announcements(const unsigned* counter, unsigned target, Site site) {
   while (*static_cast<const volatile unsigned*>(counter) < target)
     wait_for_announcement(counter, target, site);
   for (unsigned number = 0; number < target; ++number)

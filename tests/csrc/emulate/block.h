@@ -73,8 +73,8 @@ bool next_copy(int left, Copy* copy);
 // Order between blocks: one that awaits sleeps until another has announced something. A block that awaits n
 // announcements is ordered behind the first n alone, so one that awaits too few has a race with the others,
 // although blocks run one after another and all of them have been made.
-void announce(unsigned* counter);
-void await(const unsigned* counter, unsigned target, Site site);
+void add_announcement(unsigned* counter);
+void acquire_announcements(const unsigned* counter, unsigned target, Site site);
 void announced();
 
 // Whether workers (primitives/jobs.cuh) leave after a tile, all but the last: else the first block does everything.
