@@ -103,13 +103,17 @@ class ProjectedAdamW(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or a CUDA graph is being captured and ``capturable`` is not set.
-                Nothing has been changed then.
+            ValueError, TypeError: a group's lr, betas, eps or weight_decay is out of range by now, or a state does not
+                fit its parameter.
+                Nothing has been changed in any of these cases, but for parameters without a basis in the last.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for group, _ in groups:
+            _check_numbers(group)  # a schedule or a user may have set others
         self._check_gradients(groups)
         confined: dict[Any, list[tuple[nn.Parameter, float]]] = {}
         for group, parameters in groups:
@@ -286,6 +290,10 @@ def _check_options(group: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.is_complex():
             raise TypeError(f"ProjectedAdamW: params must be real, got {parameter.dtype}.")
+    _check_numbers(group)
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if isinstance(value, Tensor):

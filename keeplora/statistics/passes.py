@@ -68,7 +68,7 @@ ALONE: Peers = _Alone()
 
 
 def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Tensor) -> Tensor | None:
-    """Which tokens of a layer's input count, ``bool [x.shape[:-1]]``; None where all do.
+    """Which tokens of a layer's input count, ``bool [x.shape[:-1]]`` on its device; None where all do.
 
     Raises:
         ValueError: the mask is of another shape or dtype.
@@ -79,7 +79,7 @@ def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Ten
             f"{function}: token_mask must return bool {list(x.shape[:-1])} or None, got {list(mask.shape)} in "
             f"{mask.dtype} [{slot.name}]"
         )
-    return mask
+    return None if mask is None else mask.to(x.device)
 
 
 def rows_that_count(x: Tensor, mask: Tensor | None, *, in_place: bool = False) -> tuple[Tensor, int | Tensor]:

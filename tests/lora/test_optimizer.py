@@ -107,6 +107,20 @@ def test_arguments_are_checked_once_and_whenever_a_tensor_is_another(monkeypatch
     assert checks[3:] == [1, 1]
 
 
+@pytest.mark.parametrize(("name", "value"), [("lr", -0.1), ("lr", float("nan")), ("eps", -1.0), ("betas", (0.9, 1.0))])
+def test_numbers_set_later_are_refused_before_anything_changes(name, value):
+    (a, q), free = confined(2, 8, 3), nn.Parameter(torch.randn(3))
+    optimizer = ProjectedAdamW([{"params": [free]}, {"params": [a]}], bases={a: q})
+    give_gradients([a, free], 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in (a, free)]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=rf"ProjectedAdamW: {name} must"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip((a, free), before, strict=True))
+    assert optimizer.state[free]["step"] == optimizer.state[a]["step"] == 1
+
+
 def test_groups_have_options_of_their_own():
     (a, q), (b, p) = confined(2, 8, 3), confined(2, 8, 3)
     twin_a, twin_b = twins([a, b])

@@ -51,6 +51,13 @@ def test_features_of_masked_tokens(masked_input, kind, monkeypatch):
     assert len(collector.batch) == 2
 
 
+def test_a_mask_on_the_host_is_for_the_device(masked_input):
+    slots, x, _ = masked_input
+    mask = torch.empty(2, 5, dtype=torch.bool, device="cpu")
+    _Collector(slots, "second_moment", lambda slot, x: mask, 0.5, 0).observe(slots[0].host, {slots[0].slot: x})
+    InputSample(slots, lambda slot, x: mask)(slots[0].host, {slots[0].slot: x})
+
+
 def test_samples_of_masked_tokens(masked_input):
     slots, x, mask = masked_input
     sample = InputSample(slots, lambda slot, x: mask)

@@ -10,5 +10,5 @@ DEFECTS = [
 REPRESENTATIVES = {
     "plain": ("kernels/projected_adamw.cu", "entry.lr / common.correction1 -> entry.lr"),
     "sanitized": ("kernels/projection.cuh", "column + c >= entry.d -> false"),
-    "raced": ("kernels/projection.cuh", "gpu::await(done, before + multiplies) -> nothing"),
+    "raced": ("kernels/projection.cuh", "gpu::await(done, multiplied) -> nothing"),
 }
