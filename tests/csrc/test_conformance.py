@@ -25,7 +25,8 @@ MISTAKES = [
     ("convert.cuh", "if (y != 0) y =", "if (false) y =", "narrow, double to bfloat16"),
     ("async.cuh", "kBytes, valid_bytes}, EMULATE_SITE", "kBytes, kBytes}, EMULATE_SITE", "copy_async, 16 bytes"),
     ("async.cuh", "finish_copies(kLeft)", "finish_copies(kLeft + 1)", "copy_async, 4 bytes"),
-    ("atomic.cuh", "__atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);", "", "take_ticket"),
+    ("convert.cuh", "(bits_of(x) + 0x1000u) & 0xffffe000u", "bits_of(x) & 0xffffe000u", "nearest_tf32"),
+    ("atomic.cuh", "emulate::add_announcement(counter);", "", "take_ticket"),
     (
         "jobs.cuh",
         "jobs::publish(&job.tiles, static_cast<unsigned long long>(tiles - 1) << 32);",
