@@ -1,15 +1,13 @@
 """Build keeplora._C and, with a CUDA toolkit, the CUDA kernels (keeplora/_cuda). Metadata is in pyproject.toml.
 
 KEEPLORA_CUDA=0/1 leaves the CUDA part out or insists on it (default: where nvcc and a CUDA build of torch are).
-KEEPLORA_CUDA_ARCHS names the GPU architectures (default "80,90a,100").
-KEEPLORA_CUDA_LIBRARY is a keeplora/_cuda compiled elsewhere for these architectures, for builds in place.
+KEEPLORA_CUDA_ARCHS names the GPU architectures (default "80,90a,100"). KEEPLORA_CUDA_COMPILED=1: _cuda is there.
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -54,12 +52,9 @@ codes = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") fo
 nvcc = [*common, *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)]  # the last for newer GPUs, too
 host = {"include_dirs": [str(Path("csrc").resolve()), pybind11.get_include()], "extra_compile_args": cxx}
 modules = [CppExtension("keeplora._C", sources("module.cpp", "bind/cpu/*.cpp"), **host)]
-library = os.getenv("KEEPLORA_CUDA_LIBRARY") if cuda else None
-if cuda and not library:
+if cuda and os.getenv("KEEPLORA_CUDA_COMPILED") != "1":
     files, flags = sources("bind/cuda/*.cpp", "kernels/*.cu"), {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
     modules.append(CUDAExtension("keeplora._cuda", files, **{**host, "extra_compile_args": flags}))
     runtime = f":libcudart.so.{cuda.split('.')[0]}"  # in NVIDIA's wheels it has no other name
     modules[1].libraries = [runtime if library == "cudart" else library for library in modules[1].libraries]
-if library:
-    shutil.copy(library, f"keeplora/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

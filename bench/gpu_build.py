@@ -7,8 +7,10 @@ are compiled. The rest, which depends on the Python version, takes half a minute
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,22 +30,23 @@ def why_not(found: kit.Kit | None, arch: str, sources: str) -> str:
     return ""
 
 
-def build(folder: Path, arch: str, run: Callable[..., int] = subprocess.call) -> int:
+def build(folder: Path, arch: str, run: Callable[..., int] = subprocess.call, root: Path = kit.ROOT) -> int:
     """Build with the kit's kernels if they fit and load, else with all that is compiled here; the exit status."""
 
     def built(**settings: str) -> int:
         environment = {**os.environ, "KEEPLORA_CUDA": "1", "KEEPLORA_CUDA_ARCHS": arch, **settings}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        return run(command, env=environment, cwd=kit.ROOT) or run([sys.executable, "-c", CHECK], cwd=kit.ROOT)
+        return run(command, env=environment, cwd=root) or run([sys.executable, "-c", CHECK], cwd=root)
 
     reason = why_not(kit.read(folder), arch, kit.sources_hash())
     if not reason:
-        if built(KEEPLORA_CUDA_LIBRARY=str(folder / kit.LIBRARY)) == 0:
+        shutil.copy(folder / kit.LIBRARY, root / "keeplora" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+        if built(KEEPLORA_CUDA_COMPILED="1") == 0:
             print("the kernels are the kit's", flush=True)
             return 0
         reason = "it does not build or load here"
     print(f"the kernels are compiled here: {reason}", flush=True)
-    return built()
+    return built(KEEPLORA_CUDA_COMPILED="0")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 from bench import ceilings, gpu_build, graphs, kit, large, profile_step, run
 from bench.gpu import tool
-from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -76,35 +74,24 @@ def test_a_kit_is_used_for_its_own_sources_and_gpu_alone():
         ([0, 1, 1], "compiled here: it does not build or load here", [True, True, False]),
     ],
 )
-def test_kernels_that_do_not_load_are_compiled(tmp_path, library, monkeypatch, capsys, statuses, says, libraries):
+def test_kernels_that_do_not_load_are_compiled(tmp_path, library, capsys, statuses, says, libraries):
     made(tmp_path, library)
-    monkeypatch.delenv("KEEPLORA_CUDA_LIBRARY", raising=False)
+    (tmp_path / "keeplora").mkdir()
     given, environments = iter(statuses), []
 
     def call(command, cwd, env=None):
         environments.append(env or environments[-1])
         return next(given)
 
-    status = gpu_build.build(tmp_path / "kit", "90a", call)
+    status = gpu_build.build(tmp_path / "kit", "90a", call, root=tmp_path)
     assert status == statuses[-1]
-    assert says in capsys.readouterr().out
-    assert ["KEEPLORA_CUDA_LIBRARY" in environment for environment in environments] == libraries
-    assert all(environment["KEEPLORA_CUDA_ARCHS"] == "90a" for environment in environments)
-
-
-@pytest.mark.skipif(build_info()["cuda"] is None, reason="needs nvcc and a CUDA build of torch, as this build had none")
-def test_setup_takes_a_library_that_was_compiled_elsewhere(tmp_path, library):
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "keeplora").mkdir()
-    shutil.copy(ROOT / "keeplora" / "_version.py", tmp_path / "keeplora")
-    (tmp_path / "keeplora" / "__init__.py").touch()
-    environment = {**os.environ, "KEEPLORA_CUDA": "1", "KEEPLORA_CUDA_LIBRARY": str(library)}
-    subprocess.run([sys.executable, "setup.py", "--name"], cwd=tmp_path, env=environment, check=True)
-    [taken] = (tmp_path / "keeplora").glob("_cuda*.so")
+    [taken] = (tmp_path / "keeplora").iterdir()
     assert taken.read_bytes() == b"kernels"
-    assert taken.name == library.name.replace("311", f"{sys.version_info.major}{sys.version_info.minor}")
+    assert taken.name.startswith("_cuda.")
+    assert taken.suffix == ".so"
+    assert says in capsys.readouterr().out
+    assert [environment["KEEPLORA_CUDA_COMPILED"] == "1" for environment in environments] == libraries
+    assert all(environment["KEEPLORA_CUDA_ARCHS"] == "90a" for environment in environments)
 
 
 def test_a_copy_without_git_has_the_commit_of_its_kit(tmp_path):
