@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NoReturn
 
-__all__ = ["MOST_JSON", "check_tensor_file", "fault", "parse_json", "parse_toml", "read_bytes"]
+__all__ = ["MOST_JSON", "check_tensor_file", "fault", "parse_json", "parse_toml", "parse_yaml", "read_bytes"]
 
 MOST_JSON = 2**26
 """Bytes of a JSON file: a thousand layers over a thousand tasks take a tenth of it."""
@@ -110,6 +110,28 @@ def parse_toml(raw: bytes) -> dict[str, Any]:
         raise ValueError("TOML, got lists or tables too deep to be read") from None
     except ValueError as error:
         raise ValueError(f"TOML, got: {str(error)[:200]}") from None
+
+
+def parse_yaml(raw: bytes) -> dict[str, Any]:
+    """The values of YAML 1.2, in which ``1e-3`` is a number and no key may stand twice.
+
+    Raises:
+        ValueError: it is none, or ruamel.yaml is not installed.
+    """
+    try:
+        from ruamel.yaml import YAML  # optional
+        from ruamel.yaml.error import YAMLError
+    except ImportError:
+        raise ValueError("TOML, or YAML with ruamel.yaml installed. Run pip install 'keeplora[yaml]'") from None
+    try:
+        values = YAML(typ="safe", pure=True).load(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("YAML, got lists or tables too deep to be read") from None
+    except (YAMLError, ValueError) as error:
+        raise ValueError(f"YAML, got: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"YAML of settings and their values, got {type(values).__name__}")
+    return values
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

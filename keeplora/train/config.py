@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from keeplora._messages import suggest
-from keeplora._untrusted import MOST_JSON, fault, parse_toml, read_bytes
+from keeplora._untrusted import MOST_JSON, fault, parse_toml, parse_yaml, read_bytes
 from keeplora.methods.settings import (
     SEEDS,
     ConfigError,
@@ -24,6 +24,7 @@ from keeplora.methods.settings import (
     check_range,
     check_whole,
 )
+from keeplora.tasks.own.config import OwnTasks, parse_own
 from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
@@ -59,6 +60,7 @@ class RunConfig:
     ``plugins`` are modules that are imported first, for the methods and families they register.
     ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
     a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
+    ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
     """
 
     benchmark: str
@@ -80,6 +82,7 @@ class RunConfig:
     keep_states: bool = False
     plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
+    own: OwnTasks | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plugins", join_plugins(self.plugins))
@@ -112,7 +115,8 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        result: dict[str, Any] = json.loads(json.dumps({**asdict(self), "precision": self.computes_in}))
+        own = None if self.own is None else self.own.identity()
+        result: dict[str, Any] = json.loads(json.dumps({**asdict(self), "precision": self.computes_in, "own": own}))
         return result
 
     def identity(self, label: str, seed: int) -> dict[str, Any]:
@@ -120,6 +124,8 @@ class RunConfig:
         chosen = asdict(self.of(label))
         shared = {name: getattr(self, name) for name in _SHARED}
         shared["precision"] = self.computes_in
+        if self.own is not None:
+            shared["own"] = self.own.identity()
         result: dict[str, Any] = json.loads(json.dumps({**shared, "method": chosen, "seed": seed}))
         return result
 
@@ -129,7 +135,7 @@ class RunConfig:
         A different choice of methods or seeds is no difference: their runs stand beside the others.
         """
         mine = self.as_dict()
-        names = [name for name in _SHARED if mine[name] != other.get(name)]
+        names = [name for name in (*_SHARED, "own") if mine[name] != other.get(name)]
         theirs = other.get("method", {})
         both = [label for label in self.labels() if label in theirs or label in other.get("methods", ())]
         for label in both:
@@ -139,6 +145,7 @@ class RunConfig:
         return names
 
 
+_OWN_TABLES = ("model", "data", "task", "witness")
 _SHARED = (
     "benchmark", "epochs", "steps", "batch_size", "evaluation_batch_size", "threads", "precision", "device",
     "weight_decay", "switch_fraction", "evaluate_on",
@@ -155,9 +162,9 @@ def fingerprint(value: Mapping[str, Any]) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read a TOML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
+    """Read a TOML or YAML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
 
-    Raises :class:`ConfigError` when the file is missing, cannot be read, is not TOML, or has unknown or wrong settings.
+    Raises :class:`ConfigError` when the file is missing, cannot be read, is neither, or has unknown or wrong settings.
     """
     shipped = shipped_configs()
     if str(path) in shipped and not os.path.isfile(path):
@@ -169,13 +176,17 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
             f"load_config: path must be a TOML file or one of {', '.join(shipped)}, got {str(path)!r}"
             f"{suggest(str(path), shipped)}"
         )
-    return parse_config(values, where=str(path))
+    return parse_config(values, where=str(path), base=os.path.dirname(os.path.abspath(path)))
 
 
 def read_toml(function: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a settings file, whoever wrote it; :class:`ConfigError` where it cannot be read or is not TOML."""
+    """The values of a settings file, whoever wrote it, TOML, or YAML where its name ends so.
+
+    :class:`ConfigError` where it cannot be read or is neither.
+    """
+    parse = parse_yaml if os.fspath(path).endswith((".yaml", ".yml")) else parse_toml
     try:
-        return parse_toml(read_bytes(path, most=MOST_JSON))
+        return parse(read_bytes(path, most=MOST_JSON))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{function}: {os.fspath(path)} must {fault(error)}") from error
 
@@ -186,17 +197,23 @@ def shipped_configs() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def parse_config(values: Mapping[str, Any], *, where: str = "config") -> RunConfig:
+def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str = ".") -> RunConfig:
     """Build a :class:`RunConfig` from plain values as TOML gives them.
+
+    Where they have tables ``[model]`` and ``[[task]]``, they are a user's own tasks, with paths from ``base`` on; they are
+    then called as ``where`` unless ``benchmark`` says otherwise.
 
     >>> config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": 1,
     ...                        "method": {"lora": {"learning_rate": 3e-4, "r": 8}}})
     >>> config.of("lora").settings
     {'r': 8}
     """
-    known = [entry.name for entry in fields(RunConfig)]
+    known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
-    chosen = dict(values)
+    chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
+    if own := {name: values[name] for name in _OWN_TABLES if name in values}:
+        chosen["own"] = parse_own(own, base=base, where=where)
+        chosen.setdefault("benchmark", os.path.splitext(os.path.basename(where))[0])
     for required in ("benchmark", "methods"):
         if required not in chosen:
             raise ConfigError(f"load_config: {where} must set {required!r}, got only {', '.join(sorted(chosen))}")

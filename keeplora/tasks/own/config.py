@@ -1,0 +1,321 @@
+"""What a settings file says of a user's own tasks: the model, where each task's data is, and what may be left out.
+
+Written as three tables, here in TOML:
+
+    [model]
+    open_clip = "ViT-B-16"
+    pretrained = "openai"
+
+    [data]
+    template = "a photo of a {}."
+
+    [[task]]
+    name = "birds"
+    folder = "data/birds"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from keeplora._messages import suggest
+from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
+
+__all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+KINDS = ("folder", "dataset", "json")
+"""What a task can be, and the setting that says where it is."""
+
+FAULTS: Mapping[str, tuple[str, ...]] = {
+    "corrupt": ("refuse", "skip"),
+    "not_image": ("refuse", "skip"),
+    "depth": ("refuse", "skip"),
+    "grey": ("refuse", "skip", "convert"),
+    "alpha": ("refuse", "skip", "convert"),
+    "animated": ("refuse", "skip", "convert"),
+    "empty_class": ("refuse", "skip"),
+    "missing": ("refuse", "skip"),
+    "empty_answer": ("refuse", "skip"),
+    "long_text": ("refuse", "cut"),
+    "overlap": ("refuse", "allow"),
+}
+"""What can be wrong with data, and what may be done about it; the first is the default.
+
+* ``corrupt``: an image or video that cannot be decoded, empty files too.
+* ``not_image``: a file in a class folder that is none.
+* ``depth``: more than 8 bits a channel (``I;16``, ``I``, ``F``), which no conversion of Pillow scales.
+* ``grey``: no colours. ``convert`` repeats the channel.
+* ``alpha``: transparency. ``convert`` drops it, as ``Image.convert("RGB")`` does.
+* ``animated``: several frames. ``convert`` takes the first.
+* ``empty_class``: a class folder that holds no image.
+* ``missing``: a file that the annotations name and that is not there.
+* ``empty_answer``: a sample without a question or without an answer.
+* ``long_text``: a text longer than the model's context. ``cut`` leaves its end out, as tokenizers do unasked.
+* ``overlap``: two tasks have a class of the same name.
+"""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The pretrained model: one of open_clip's, or one of transformers'.
+
+    Args:
+        open_clip: Name of an architecture (``"ViT-B-16"``), ``"hf-hub:…"`` or ``"local-dir:…"``.
+        pretrained: open_clip's tag of the weights, or a file with them. ``"random"`` leaves them as initialised.
+        transformers: Id or folder of a model, with the processor beside it.
+        dtype: What the weights are kept in.
+    """
+
+    open_clip: str = ""
+    pretrained: str = ""
+    transformers: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        if bool(self.open_clip) == bool(self.transformers):
+            raise ConfigError(
+                "ModelSource: exactly one of open_clip and transformers must be given, got "
+                f"{'both' if self.open_clip else 'none'}"
+            )
+        if self.transformers and self.pretrained:
+            raise ConfigError(
+                f"ModelSource: pretrained must be left out with transformers, got {self.pretrained!r}. "
+                "The id or folder has the weights"
+            )
+        whole = self.open_clip.startswith(("hf-hub:", "local-dir:"))
+        if self.open_clip and not self.pretrained and not whole:
+            raise ConfigError(
+                f"ModelSource: pretrained must be given with open_clip = {self.open_clip!r}, got none. "
+                'Give a tag such as "openai", a file, or "random" to train from nothing'
+            )
+        check_choice(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What all tasks share.
+
+    Args:
+        template: The text of a class, ``{}`` stands for its name.
+        test_fraction: Share of every class that is kept for testing where a task has no test data of its own.
+        validation_fraction: Share of the training data that is kept for choices where a task has no validation data.
+        split_seed: Decides both, whatever the seed of a run.
+        cache: Folder of decoded images, shared by all runs. Empty: ``$XDG_CACHE_HOME/keeplora`` or ``~/.cache/keeplora``.
+        cache_gb: How many GB (10⁹ bytes) of decoded images one settings file may keep there; the rest is decoded again.
+        readers: Threads that decode images.
+        max_new_tokens: Most tokens of an answer; for models that generate.
+        faults: What is done about data that is not as it should be: [`FAULTS`].
+    """
+
+    template: str = "a photo of a {}."
+    test_fraction: float = 0.2
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    cache: str = ""
+    cache_gb: float = 8.0
+    readers: int = 2
+    max_new_tokens: int = 64
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_template(self, self.template)
+        check_range(self, "test_fraction", "(0, 1)")
+        check_range(self, "validation_fraction", "[0, 1)")
+        check_whole(self, "split_seed", "[0, inf)")
+        check_range(self, "cache_gb", "[0, inf)")
+        check_whole(self, "readers", "[1, inf)")
+        check_whole(self, "max_new_tokens", "[1, inf)")
+        if not isinstance(self.cache, str):
+            raise ConfigTypeError(f"DataSettings: cache must be a folder's name, got {self.cache!r}")
+        if not isinstance(self.faults, Mapping):
+            raise ConfigTypeError(f"DataSettings: faults must be a table, got {self.faults!r}")
+        for kind, action in self.faults.items():
+            if kind not in FAULTS:
+                raise ConfigError(
+                    f"DataSettings: faults must be known, got {kind!r}{suggest(kind, FAULTS, listing=True)}"
+                )
+            check_choice(self, f"faults.{kind}", FAULTS[kind], value=action)
+
+    def action(self, kind: str) -> str:
+        """What is done about faults of this kind."""
+        return self.faults.get(kind, FAULTS[kind][0])
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """One task: a name, and exactly one of ``folder``, ``dataset`` and ``json``.
+
+    Args:
+        folder: Image folders: ``class/*.jpg``, or ``train/class/*.jpg`` and ``test/class/*.jpg`` (``val``, too).
+        dataset: What `datasets` reads: a folder or file of parquet, jsonl, csv or arrow.
+        json: Training samples in LLaVA's form, JSON or JSONL.
+        test: Test samples, beside ``json`` or ``dataset``. validation: those for choices.
+        images: Folder that the image paths of ``json`` begin in; the file's own if empty.
+        image_column: Column of ``dataset`` that holds images. label_column: the one that holds classes.
+        template: The text of a class in this task; ``[data]``'s if empty.
+    """
+
+    name: str
+    folder: str = ""
+    dataset: str = ""
+    json: str = ""
+    test: str = ""
+    validation: str = ""
+    images: str = ""
+    image_column: str = ""
+    label_column: str = ""
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        check_name(self, "name")
+        _check_texts(self)
+        given = [kind for kind in KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"TaskSource: exactly one of {', '.join(KINDS)} must be given, got {' and '.join(given) or 'none'} "
+                f"in task {self.name!r}"
+            )
+        if self.template:
+            _check_template(self, self.template)
+        for names, kinds in ((("test", "validation"), ("dataset", "json")), (("images",), ("json",)),
+                             (("image_column", "label_column"), ("dataset",))):  # fmt: skip
+            for name in names:
+                if getattr(self, name) and given[0] not in kinds:
+                    raise ConfigError(
+                        f"TaskSource: {name} must stand beside {' or '.join(kinds)}, got {getattr(self, name)!r} beside "
+                        f"{given[0]} in task {self.name!r}"
+                    )
+
+    @property
+    def kind(self) -> str:
+        """``"folder"``, ``"dataset"`` or ``"json"``."""
+        return next(kind for kind in KINDS if getattr(self, kind))
+
+
+@dataclass(frozen=True)
+class OwnTasks:
+    """A user's own tasks, in learning order, and the model that learns them.
+
+    ``base`` is the folder that relative paths begin in: the settings file's. ``witness`` is evaluated and never trained.
+    """
+
+    model: ModelSource
+    tasks: tuple[TaskSource, ...]
+    data: DataSettings = field(default_factory=DataSettings)
+    witness: TaskSource | None = None
+    base: str = "."
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("OwnTasks: tasks must hold at least one task, got none. Add a table [[task]]")
+        names = [task.name for task in self.all]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"OwnTasks: every task must have a name of its own, got {name!r} twice")
+        kinds = {"answers" if task.kind == "json" else "classes" for task in self.all}
+        if len(kinds) > 1:
+            raise ConfigError(
+                "OwnTasks: tasks must be all json (a model that answers) or none of them (a model that compares), got "
+                "both. Make two files"
+            )
+        if kinds == {"answers"} and not self.model.transformers:
+            raise ConfigError(
+                f"OwnTasks: model must be one of transformers for tasks of json, got {self.model.open_clip!r}. "
+                'Set transformers = "…" in [model]'
+            )
+
+    @property
+    def all(self) -> tuple[TaskSource, ...]:
+        """The tasks, and the witness where there is one."""
+        return (*self.tasks, *([] if self.witness is None else [self.witness]))
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model generates answers; else it compares images with the texts of classes."""
+        return self.tasks[0].kind == "json"
+
+    def path(self, name: str) -> Path:
+        """A path of the settings file, from ``base`` where it is relative; ``~`` is the home folder."""
+        return Path(self.base) / Path(name).expanduser()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide numbers: neither where the file lies, nor what is only about speed."""
+        plain = asdict(self)
+        del plain["base"]
+        for name in ("cache", "cache_gb", "readers"):
+            del plain["data"][name]
+        return plain
+
+
+def parse_own(values: Mapping[str, Any], *, base: str, where: str) -> OwnTasks:
+    """The tables ``model``, ``data``, ``task`` and ``witness`` of a settings file.
+
+    Args:
+        values: Those tables as TOML or YAML give them. base: Folder of the file. where: What messages call it.
+
+    Raises:
+        ConfigError: a table or setting is missing, unknown or wrong.
+
+    Example:
+        >>> own = parse_own({"model": {"transformers": "models/vlm"}, "task": [{"name": "a", "json": "a.json"}]},
+        ...                 base=".", where="tasks.toml")
+        >>> own.answers, own.tasks[0].kind
+        (True, 'json')
+    """
+    for name in ("model", "task"):
+        if name not in values:
+            raise ConfigError(f"load_config: {where} must have {_TABLES[name]}, got none. {_REMEDIES[name]}")
+    tasks = values["task"]
+    if not isinstance(tasks, list | tuple):
+        raise ConfigError(f"load_config: task must be a list of tables [[task]], got {tasks!r} in {where}")
+    made = OwnTasks(
+        model=_made(ModelSource, values["model"], "[model]", where),
+        tasks=tuple(_made(TaskSource, task, "[[task]]", where) for task in tasks),
+        data=_made(DataSettings, values.get("data", {}), "[data]", where),
+        witness=None if "witness" not in values else _made(TaskSource, values["witness"], "[witness]", where),
+    )
+    return replace(made, base=base)
+
+
+_TABLES = {"model": "a table [model]", "task": "tables [[task]]"}
+_REMEDIES = {
+    "model": 'Write [model] with open_clip = "ViT-B-16" and pretrained = "openai", or with transformers = "…"',
+    "task": 'Write [[task]] with name = "…" and folder = "…" for every task',
+}
+
+
+def _made(kind: Any, values: Any, table: str, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"load_config: {table} must be a table, got {values!r} in {where}")
+    known = [entry.name for entry in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"load_config: every setting of {table} must be known, got {name!r} in {where}"
+                f"{suggest(str(name), known, listing=True)}"
+            )
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required one is missing
+        if isinstance(error, ConfigTypeError):
+            raise
+        raise ConfigError(f"load_config: {table} in {where} is incomplete: {error}") from error
+
+
+def _check_texts(config: Any) -> None:
+    for entry in fields(config):
+        if not isinstance(value := getattr(config, entry.name), str):
+            raise ConfigTypeError(f"{type(config).__name__}: {entry.name} must be text, got {value!r}")
+
+
+def _check_template(config: Any, template: Any) -> None:
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ConfigError(
+            f"{type(config).__name__}: template must have one {{}} for the class, got {template!r}. "
+            'Write "a photo of a {}."'
+        )
