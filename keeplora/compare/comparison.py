@@ -15,10 +15,10 @@ from keeplora._untrusted import parse_toml
 from keeplora.compare.runs import check_settings, refusal
 from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
-from keeplora.tasks.catalog import load_workload
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import BOTH, ZERO_SHOT, MethodConfig, RunConfig, override, parse_config, read_toml
 from keeplora.train.plugins import join_plugins, load_plugins
+from keeplora.train.workload import configured_workload
 
 BUDGETS = ("small", "full")
 ALL = "all"
@@ -101,13 +101,13 @@ def comparison(
     values = {**values, **budgets.get(budget, {}), "methods": [*named, *(g for g in grouped if g not in named)]}
     default_out = f"runs/{'compare' if fronts is None else 'fronts'}-{Path(where).stem}-{budget}"
     config = override(
-        parse_config({"out": default_out, **values}, where=where),
+        parse_config({"out": default_out, **values}, where=where, base=str(Path(where).absolute().parent)),
         out=out,
         workers=workers,
         seeds=None if seeds is None else tuple(range(seeds)),
     )
     check_settings(config)  # a misspelled name is a mistake in a group, too; only the model's refusals are left out
-    workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+    workload = configured_workload(config, "cpu" if config.workers else config.device)
     left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
     kept = tuple(label for label in config.methods if label not in left_out)
     untuned = tuple(label for label in kept if label not in sections and METHODS[label].config is not _NO_CONFIG)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from keeplora._files import WriteError
-from keeplora.tasks.catalog import load_workload
+from keeplora.train.workload import configured_workload
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
@@ -171,7 +171,7 @@ def _work(config: RunConfig, pipe: Connection[Any, Any]) -> None:
         try:
             workload = None
             while (pair := _ordered(pipe)) is not None:
-                workload = load_workload(config.benchmark, config.device) if workload is None else workload
+                workload = configured_workload(config, config.device) if workload is None else workload
                 label, seed = pair
                 run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=tell)
                 say(None)

@@ -6,7 +6,7 @@ from keeplora._files import one_writer
 from keeplora._messages import suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
-from keeplora.tasks.catalog import load_workload
+from keeplora.train.workload import configured_workload
 from keeplora.tasks.workload import ItemWorkload, Workload
 from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.events import Event, Listener
@@ -39,7 +39,7 @@ def run_benchmark(
     after Ctrl-C, when the workers have stopped and the folder can be resumed.
     """
     if workload is None:
-        workload = load_workload(config.benchmark, "cpu" if config.workers else config.device)
+        workload = configured_workload(config, "cpu" if config.workers else config.device)
     check_methods(config, workload)
     with one_writer(config.out, patience=0):
         claim_folder(config, workload.fingerprint(), accept_versions=accept_versions)

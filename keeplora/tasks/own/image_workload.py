@@ -1,0 +1,250 @@
+"""A user's own image tasks as a workload: a model that compares images with the texts of classes learns them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keeplora._messages import listed
+from keeplora.families.class_head import adjusted_logits
+from keeplora.methods.settings import ConfigError
+from keeplora.tasks.classification import Batch
+from keeplora.tasks.own.comparing import ComparingModel, open_comparing_model
+from keeplora.tasks.own.config import OwnTasks, TaskSource
+from keeplora.tasks.own.decoded import DecodedImages, cache_folder, decode_all
+from keeplora.tasks.own.faults import Faults
+from keeplora.tasks.own.images import ImageSet, read_images
+from keeplora.tasks.own.splits import split_off
+
+__all__ = ["ImageTask", "ImageWorkload"]
+
+_TEXTS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A task that is read: classes and their texts, images, and which of them are for what."""
+
+    name: str
+    classes: tuple[str, ...]
+    texts: tuple[str, ...]
+    tokens: Tensor
+    images: DecodedImages
+    labels: Tensor
+    places: dict[str, list[int]]
+    contents: str
+    """Hash of the images' names and sizes, the labels and the texts."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the training images, in an order that `seed` decides."""
+
+    task: ImageTask
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-len(self.task.places["train"]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        places = torch.tensor(self.task.places["train"])
+        order = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(self.seed))]
+        parts = [part.tolist() for part in order.split(self.batch_size)]
+        for part, images in zip(parts, self.task.images.batches(parts), strict=True):
+            yield Batch(images, self.task.labels[part], self.task.tokens)
+
+
+class ImageWorkload:
+    """A sequence of image tasks, and the open_clip or transformers model that learns them.
+
+    The loss is the cross-entropy over the texts of the task's classes; right is an image whose nearest text is its own.
+
+    Raises:
+        ConfigError: something is wrong with the model or the data that the settings do not allow; all of it is told at
+            once, before anything is trained.
+    """
+
+    def __init__(self, own: OwnTasks, device: str = "cpu") -> None:
+        self._device = device
+        faults = Faults(own.data)
+        self._model = open_comparing_model(own)
+        self._kept = 0
+        self._folder = cache_folder(own.data.cache and str(own.path(own.data.cache)))
+        sets = [read_images(source, own, faults) for source in own.all]
+        _check_overlap(sets, faults)
+        read = [self._read(source, found, own, faults) for source, found in zip(own.all, sets, strict=True)]
+        faults.refuse()
+        self._tasks = [made for made in read if made is not None]
+        for task in self._tasks:
+            _check_sizes(task)
+        self._witness = self._tasks.pop() if own.witness is not None else None
+        self._notes = [*faults.notes(), *self._told(own)]
+
+    def _read(self, source: TaskSource, found: ImageSet, own: OwnTasks, faults: Faults) -> ImageTask | None:
+        data = own.data
+        room = max(0, int(1e9 * data.cache_gb) - self._kept)
+        images, wrong, kept = decode_all(
+            found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=source.name
+        )
+        self._kept += kept
+        out: set[int] = set()
+        for place, kinds in wrong.items():
+            for kind, why in kinds:
+                if not faults.add(kind, source.name, found.items[place].name, why):
+                    out.add(place)
+        texts = tuple(found.template.format(name.replace("_", " ")) for name in found.classes)
+        for text in self._model.too_long(texts):
+            faults.add("long_text", source.name, repr(text))
+        left = {split: [place for place in places if place not in out] for split, places in found.places.items()}
+        if not left["train"]:  # all are skipped or to be refused
+            return None
+        names = [found.classes[label] for label in found.labels]
+        for split, share in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+            if split not in left:
+                train = left["train"]
+                stay, off = split_off([names[place] for place in train], share, data.split_seed)
+                left["train"], left[split] = [train[i] for i in stay], [train[i] for i in off]
+        digest = hashlib.sha256("\n".join([source.name, *found.classes, *texts]).encode())
+        for split, places in left.items():
+            for place in places:
+                item = found.items[place]
+                digest.update(f"{split}\n{item.name}\n{item.stamp}\n{names[place]}\n".encode())
+        return ImageTask(
+            source.name, found.classes, texts, self._model.tokens(texts), images, torch.tensor(found.labels), left,
+            digest.hexdigest(),
+        )  # fmt: skip
+
+    def _told(self, own: OwnTasks) -> list[str]:
+        lines = []
+        for task in (*self._tasks, *([] if self._witness is None else [self._witness])):
+            sizes = ", ".join(f"{len(task.places[split])} {split}" for split in ("train", "validation", "test"))
+            lines.append(f"{task.name}: {len(task.classes)} classes, {sizes} images; {task.texts[0]!r}")
+        own_splits = all((own.path(task.folder) / "test").is_dir() for task in own.all if task.kind == "folder")
+        if not own_splits:
+            lines.append(
+                f"where a task has no test images, {own.data.test_fraction:.0%} of each class, and of the rest "
+                f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed {own.data.split_seed})"
+            )
+        if self._kept:
+            lines.append(f"decoded images: {self._kept / 1e9:.2g} GB in {self._folder}, which may be deleted")
+        if again := [task.name for task in self._tasks if not task.images.kept]:
+            lines.append(f"decoded again in every pass, beyond cache_gb = {own.data.cache_gb:g}: {listed(again)}")
+        return lines
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names in learning order."""
+        return [task.name for task in self._tasks]
+
+    @property
+    def witness(self) -> str | None:
+        """Name of the task that is only evaluated."""
+        return None if self._witness is None else self._witness.name
+
+    @property
+    def comparing(self) -> ComparingModel:
+        """The model with its preprocessing."""
+        return self._model
+
+    def task(self, index: int | None) -> ImageTask:
+        """The task with this place in the order; None means the witness."""
+        chosen = self._witness if index is None else self._tasks[index]
+        assert chosen is not None
+        return chosen
+
+    def notes(self) -> list[str]:
+        """What a user should know of the data before it is learned: counts, splits, and what was left out or changed."""
+        return list(self._notes)
+
+    def fingerprint(self) -> str:
+        """Hash of the images' names and sizes, labels, texts and splits, and of the pretrained weights."""
+        digest = hashlib.sha256()
+        for task in (*self._tasks, *([] if self._witness is None else [self._witness])):
+            digest.update(task.contents.encode())
+        digest.update(self._model.preprocessing.encode())
+        for name, weight in self._model.pretrained.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def model(self) -> nn.Module:
+        """A fresh copy of the pretrained model."""
+        return self._model.fresh()
+
+    def batches(self, task: int, batch_size: int, seed: int) -> _Pass:
+        """One shuffled pass over the training images."""
+        return _Pass(self.task(task), batch_size, seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy over the classes' texts."""
+        weight = next(model.parameters())
+        batch = batch.to(weight.device)
+        images = self._model.image_features(model, self._model.normalised(batch.images, weight.dtype))
+        texts = self._model.text_features(model, batch.tokens)
+        return F.cross_entropy(self._logits(model, images, texts, batch.tokens), batch.labels)
+
+    def _logits(self, model: nn.Module, images: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
+        scale: Tensor = model.logit_scale  # type: ignore[assignment]
+        return adjusted_logits(model, scale.exp() * images @ texts.T, images, tokens)
+
+    def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
+        """Fraction of images whose nearest text is their own."""
+        right = self.correct(model, task, split, batch_size)
+        return int(right.sum()) / len(right)
+
+    @torch.no_grad()
+    def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
+        """Which images are nearest to their own text: bool `[n]`, in the order of the split. Evaluation mode is set, and put
+        back."""
+        chosen = self.task(task)
+        places = chosen.places[split]
+        if not places:
+            raise ConfigError(f"evaluate: {split} of task {chosen.name!r} must hold images, got none")
+        modes = {module: module.training for module in model.modules()}
+        weight = next(model.parameters())
+        tokens = chosen.tokens.to(weight.device)
+        parts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+        model.eval()
+        try:
+            texts = torch.cat([self._model.text_features(model, part) for part in tokens.split(_TEXTS_AT_A_TIME)])
+            right = []
+            for part, pixels in zip(parts, chosen.images.batches(parts), strict=True):
+                x = self._model.normalised(pixels.to(weight.device), weight.dtype)
+                scores = self._logits(model, self._model.image_features(model, x), texts, tokens)
+                right.append(scores.argmax(1).cpu() == chosen.labels[part])
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return torch.cat(right)
+
+
+def _check_overlap(sets: Sequence[ImageSet], faults: Faults) -> None:
+    first: dict[str, str] = {}
+    for found in sets:
+        for name in found.classes:
+            key = name.replace("_", " ").casefold()
+            if key in first:
+                faults.add("overlap", found.name, repr(name), f"in {first[key]}, too")
+            else:
+                first[key] = found.name
+
+
+def _check_sizes(task: ImageTask) -> None:
+    """Every class is trained, and something is tested."""
+    trained = set(task.labels[task.places["train"]].tolist())
+    if untrained := [name for number, name in enumerate(task.classes) if number not in trained]:
+        raise ConfigError(
+            f"open_workload: every class of task {task.name!r} must have a training image, got none of "
+            f"{listed(untrained)}. Leave them out or add images"
+        )
+    if not task.places["test"]:
+        raise ConfigError(
+            f"open_workload: task {task.name!r} must have test images, got none: every class has one image alone. "
+            "Add images, or a folder test"
+        )

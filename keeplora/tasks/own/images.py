@@ -1,0 +1,225 @@
+"""Image tasks as they lie on a disk: class folders, and what `datasets` reads. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from keeplora._messages import listed, suggest
+from keeplora.methods.settings import ConfigError
+from keeplora.tasks.own.config import OwnTasks, TaskSource
+from keeplora.tasks.own.faults import Faults
+
+__all__ = ["FileImage", "ImageItem", "ImageSet", "RowImage", "read_images"]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Our names of the splits, and the folders' or `datasets`' names."""
+
+
+class ImageItem(Protocol):
+    """One image: where it is, what tells it from another in its place, and its bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stamp(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """A file below a task's folder. ``name`` is its path from there."""
+
+    root: Path
+    name: str
+
+    @property
+    def stamp(self) -> str:
+        """Bytes of the file: two files of one name and length are taken for the same."""
+        return str(os.stat(self.root / self.name).st_size)
+
+    def read(self) -> bytes:
+        return (self.root / self.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """A row of a data set. A path that it holds begins in ``root`` where it is relative."""
+
+    root: Path
+    rows: Any
+    column: str
+    index: int
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}[{self.index}]"
+
+    @property
+    def stamp(self) -> str:
+        return str(self.rows._fingerprint)
+
+    def read(self) -> bytes:
+        value = self.rows[self.index][self.column]
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        return (self.root / value["path"]).read_bytes()
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one task. ``places[split]`` are those that the data itself assigns to a split."""
+
+    name: str
+    classes: tuple[str, ...]
+    items: tuple[ImageItem, ...]
+    labels: tuple[int, ...]
+    places: dict[str, list[int]]
+    template: str
+
+
+def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
+    """List the images of a task of classes.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no classes, or a split without training data.
+    """
+    reader: Callable[[TaskSource, OwnTasks, Faults], tuple[dict[str, list[tuple[ImageItem, str]]], Sequence[str]]]
+    reader = _folder if task.kind == "folder" else _dataset
+    by_split, names = reader(task, own, faults)
+    classes = tuple(names)
+    if len(classes) < 2:
+        raise ConfigError(
+            f"open_workload: a task must have at least two classes, got {listed(classes) or 'none'} in task "
+            f"{task.name!r} ({getattr(task, task.kind)})"
+        )
+    number = {name: place for place, name in enumerate(classes)}
+    items, labels, places = [], [], {}
+    for split, pairs in by_split.items():
+        places[split] = list(range(len(items), len(items) + len(pairs)))
+        items += [item for item, _ in pairs]
+        labels += [number[name] for _, name in pairs]
+    return ImageSet(task.name, classes, tuple(items), tuple(labels), places, task.template or own.data.template)
+
+
+def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
+    root = own.path(task.folder)
+    if not root.is_dir():
+        raise ConfigError(
+            f"open_workload: folder of task {task.name!r} must be a folder, got {str(root)!r}. Paths begin in the folder "
+            "of the settings file"
+        )
+    inside = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
+    named = {split: inside[name] for split, names in SPLITS.items() for name in names if name in inside}
+    if "train" not in named:
+        named = {}  # a class may be called "test"
+    elif others := sorted(set(inside.values()) - set(named.values())):
+        raise ConfigError(
+            f"open_workload: beside {named['train']!r} folder of task {task.name!r} must hold splits alone, got "
+            f"{listed(others)}. Move them, or give each its own task"
+        )
+    parts = {split: root / name for split, name in named.items()} or {"train": root}
+    found = {split: dict(_classes(part)) for split, part in parts.items()}
+    classes = sorted(set().union(*found.values()))
+    by_split: dict[str, list[tuple[ImageItem, str]]] = {}
+    for split, held in found.items():
+        by_split[split] = []
+        for name in classes:
+            files = _images(held[name], faults, task.name) if name in held else []
+            if not files and (split == "train" or name in held):
+                where = held.get(name, parts[split] / name)
+                if not faults.add("empty_class", task.name, where.relative_to(root), f"in {split}"):
+                    continue
+            by_split[split] += [(FileImage(root, path.relative_to(root).as_posix()), name) for path in files]
+    if faults.data.action("empty_class") == "skip":
+        filled = {name for _, name in by_split["train"]}
+        for split in by_split:
+            by_split[split] = [pair for pair in by_split[split] if pair[1] in filled]
+        classes = [name for name in classes if name in filled]
+    return by_split, classes
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] not in "._"), key=lambda entry: entry.name)
+
+
+def _classes(folder: Path) -> Iterator[tuple[str, Path]]:
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield entry.name, Path(entry.path)
+
+
+def _images(folder: Path, faults: Faults, task: str) -> list[Path]:
+    """Image files at any depth below a class folder, sorted by path."""
+    result: list[Path] = []
+    for entry in _entries(folder):
+        path = Path(entry.path)
+        if entry.is_dir():
+            result += _images(path, faults, task)
+        elif path.suffix.lower() in EXTENSIONS:
+            result.append(path)
+        elif path.name.lower() != "thumbs.db":
+            faults.add("not_image", task, f"{folder.name}/{path.name}")
+    return result
+
+
+def _dataset(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
+    from keeplora.tasks.own.rows import open_rows
+
+    rows = open_rows(task, own)
+    place = own.path(task.dataset)
+    root = place if place.is_dir() else place.parent
+    train = rows["train"]
+    image = task.image_column or _only(task, train, "image_column", lambda kind: kind == "Image")
+    label = task.label_column or _only(task, train, "label_column", lambda kind: kind in ("ClassLabel", "string"), image)
+    for column, setting in ((image, "image_column"), (label, "label_column")):
+        if column not in train.column_names:
+            raise ConfigError(
+                f"open_workload: {setting} of task {task.name!r} must be a column of {task.dataset}, got {column!r}"
+                f"{suggest(column, train.column_names, listing=True)}"
+            )
+    names = getattr(train.features[label], "names", None)
+    by_split: dict[str, list[tuple[ImageItem, str]]] = {}
+    for split, part in rows.items():
+        raw = part.cast_column(image, _undecoded())
+        values = [str(names[value]) if names else str(value) for value in part[label]]
+        by_split[split] = [(RowImage(root, raw, image, index, split), value) for index, value in enumerate(values)]
+    held = {name for _, name in by_split["train"]}
+    if strange := sorted({name for pairs in by_split.values() for _, name in pairs} - held):
+        raise ConfigError(
+            f"open_workload: every class of task {task.name!r} must have training images, got none of {listed(strange)}"
+        )
+    return by_split, [name for name in names if name in held] if names else sorted(held)
+
+
+def _undecoded() -> Any:
+    from datasets import Image
+
+    return Image(decode=False)
+
+
+def _only(task: TaskSource, rows: Any, setting: str, wanted: Callable[[str], bool], besides: str = "") -> str:
+    """The one column of a kind; ``ConfigError`` where there are none or several."""
+    kinds = {
+        name: type(feature).__name__ if not hasattr(feature, "dtype") or type(feature).__name__ != "Value" else feature.dtype
+        for name, feature in rows.features.items()
+    }
+    those = [name for name, kind in kinds.items() if wanted(kind) and name != besides]
+    labels = [name for name in those if kinds[name] == "ClassLabel"]
+    if len(labels) == 1:
+        return labels[0]
+    if len(those) != 1:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ConfigError(
+            f"open_workload: {setting} of task {task.name!r} must be given where not exactly one column suits, got "
+            f"{listed(those) or 'none'}. Columns: {columns}"
+        )
+    return those[0]

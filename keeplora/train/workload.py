@@ -1,0 +1,15 @@
+"""The workload that a configuration names: a benchmark, or the user's own tasks."""
+
+from __future__ import annotations
+
+from keeplora.tasks.catalog import load_workload
+from keeplora.tasks.own import open_workload
+from keeplora.tasks.workload import Workload
+from keeplora.train.config import RunConfig
+
+__all__ = ["configured_workload"]
+
+
+def configured_workload(config: RunConfig, device: str) -> Workload:
+    """The tasks and the model of ``config``; `ConfigError` where they cannot be read."""
+    return load_workload(config.benchmark, device) if config.own is None else open_workload(config.own, device)
