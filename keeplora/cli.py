@@ -15,7 +15,8 @@ _EXAMPLES = """examples:
   keeplora demo                                   the embedded benchmark, all methods, three seeds
   keeplora demo --methods lora keeplora++ --seeds 1
   keeplora run quick                              a shipped configuration
-  keeplora run my.toml --out runs/mine            your own; see keeplora/train/configs/demo.toml
+  keeplora run tasks.toml --dry-run               your own tasks: checks data, tells time and memory
+  keeplora run tasks.toml --export                learns them; leaves models and adapters for others
   keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
   keeplora compare --methods lora mine --plugins my_methods    a method of your own: my_methods.py registers it
   keeplora info                                   versions, kernels, methods, benchmarks
@@ -87,11 +88,14 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
+    from keeplora.compare.dry_run import announce_dry_run, dry_run
     from keeplora.compare.runs import run_benchmark
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override
+    from keeplora.train.export import export_runs
     from keeplora.train.plugins import join_plugins
+    from keeplora.train.workload import configured_workload, notes
 
     shared = load_config(config_name)
     config = override(
@@ -101,10 +105,18 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         seeds=seeds,
         workers=parsed.workers,
         methods=None if parsed.methods is None else tuple(parsed.methods),
+        keep_states=True if parsed.export else None,
     )
     check_machine(config)
-    records = run_benchmark(config, accept_versions=parsed.accept_versions)
+    workload = configured_workload(config, "cpu" if config.workers else config.device)
+    print(*notes(workload), sep="\n", end="", file=sys.stderr)
+    if parsed.dry_run:
+        print(announce_dry_run(config, workload, dry_run(config, workload)))
+        return 0
+    records = run_benchmark(config, workload=workload, accept_versions=parsed.accept_versions)
     print(report_run(config, records))
+    if parsed.export:
+        print(*export_runs(config, workload), sep="\n")
     return 0
 
 
@@ -164,17 +176,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     _shared(demo, default_out="runs/demo")
     demo.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=_demo, dry_run=False, export=False)
 
     run = commands.add_parser(
         "run",
-        help="run a configuration from a TOML file",
-        description="Run every method and seed of a configuration and report like the demo.",
-        epilog="example:\n  keeplora run my.toml --out runs/mine --workers 4",
+        help="run a configuration: a benchmark, or your own tasks",
+        description="Run every method and seed of a configuration and report like the demo. The file names a benchmark, "
+        "or your own tasks: folders of images, data sets, LLaVA-style JSON (docs/own-tasks.md).",
+        epilog="examples:\n  keeplora run tasks.toml --dry-run\n  keeplora run tasks.toml --out runs/mine --export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("config", metavar="CONFIG", help="a TOML file, or a shipped one: demo, quick")
+    run.add_argument("config", metavar="CONFIG", help="a TOML or YAML file, or a shipped one: demo, quick")
     _shared(run, default_out="as in CONFIG")
+    run.add_argument(
+        "--dry-run", action="store_true", help="check data and settings, tell time and memory, and train nothing"
+    )
+    run.add_argument(
+        "--export",
+        action="store_true",
+        help="write the merged model and the PEFT adapter of every run below its folder",
+    )
     run.set_defaults(command=_run)
 
     compare = commands.add_parser(

@@ -14,7 +14,7 @@ from keeplora.methods import METHODS
 from keeplora.statistics import first_batches
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import BOTH, RunConfig
-from keeplora.train.measure import ROUNDS
+from keeplora.train.measure import rounds_within
 
 _START_SECONDS = 8.0
 """A worker process imports torch and the model's library."""
@@ -32,7 +32,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"about {_readable(self.total)} (a step takes {1000 * self.step:.0f} ms here, "
+            f"about {readable(self.total)} (a step takes {1000 * self.step:.0f} ms here, "
             f"evaluating all tasks {self.evaluation:.1f} s)"
         )
 
@@ -84,7 +84,8 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
     seen = len(first_batches(batches, config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
     tasks = len(workload.tasks)
-    timed = 2 * ROUNDS * evaluation / (tasks + (workload.witness is not None))  # inference, on one task
+    once = evaluation / (tasks + (workload.witness is not None))
+    timed = 2 * rounds_within(once) * once  # inference, on one task
     total = len(pairs) * timed
     for label, _ in pairs:
         entry = METHODS[config.of(label).method].build
@@ -97,7 +98,7 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
     return Estimate(step, evaluation, total / workers + (_START_SECONDS if config.workers else 0.0))
 
 
-def _readable(seconds: float) -> str:
+def readable(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from keeplora._files import WriteError
-from keeplora.train.workload import configured_workload
 from keeplora.train.config import RunConfig
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.record import run_folder
+from keeplora.train.workload import configured_workload
 
 __all__ = ["Pool", "WorkerError"]
 

@@ -6,13 +6,13 @@ from keeplora._files import one_writer
 from keeplora._messages import suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
-from keeplora.train.workload import configured_workload
 from keeplora.tasks.workload import ItemWorkload, Workload
 from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.plugins import load_plugins
 from keeplora.train.record import RunRecord, claim_folder, load_result, run_folder
+from keeplora.train.workload import configured_workload
 
 from .console import Console
 from .pool import Pool

@@ -28,7 +28,7 @@ from keeplora.train.batches import Union
 from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.evaluation import evaluate
 from keeplora.train.events import Event, Listener, silent
-from keeplora.train.measure import fastest, peak_bytes, reset_peak
+from keeplora.train.measure import fastest, peak_bytes, reset_peak, rounds_within
 from keeplora.train.plugins import load_plugins
 from keeplora.train.record import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.scalars import Scalars, open_scalars
@@ -288,10 +288,10 @@ class _Run:
         if method.merges:
             method.merge()
         with torch.no_grad(), self.autocast():
-            return fastest(
-                [partial(self.workload.accuracy, model, task, split, size) for model in (finished.eval(), plain)],
-                self.config.device,
-            )
+            calls = [partial(self.workload.accuracy, model, task, split, size) for model in (finished.eval(), plain)]
+            started = time.perf_counter()
+            calls[0]()  # tells how long one takes, and warms up
+            return fastest(calls, self.config.device, rounds=rounds_within(time.perf_counter() - started))
 
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         with self.autocast():

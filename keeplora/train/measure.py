@@ -19,6 +19,16 @@ KINDS = {
 
 ROUNDS = 9
 """How often each call is timed."""
+_TIMING_SECONDS = 30.0
+
+
+def rounds_within(seconds: float) -> int:
+    """How often two calls that take so long each are timed: `ROUNDS` times, fewer where that takes over half a minute.
+
+    >>> rounds_within(0.1), rounds_within(5.0), rounds_within(600.0)
+    (9, 3, 1)
+    """
+    return max(1, min(ROUNDS, int(_TIMING_SECONDS / (2 * max(seconds, 1e-9)))))
 
 
 def reset_peak(device: str) -> None:

@@ -7,9 +7,15 @@ from keeplora.tasks.own import open_workload
 from keeplora.tasks.workload import Workload
 from keeplora.train.config import RunConfig
 
-__all__ = ["configured_workload"]
+__all__ = ["configured_workload", "notes"]
 
 
 def configured_workload(config: RunConfig, device: str) -> Workload:
     """The tasks and the model of ``config``; `ConfigError` where they cannot be read."""
     return load_workload(config.benchmark, device) if config.own is None else open_workload(config.own, device)
+
+
+def notes(workload: Workload) -> list[str]:
+    """What a user should know of the data before it is learned, where the workload tells."""
+    told = getattr(workload, "notes", None)
+    return [] if told is None else [*told(), ""]

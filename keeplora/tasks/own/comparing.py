@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keeplora._files import told, write_atomic
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.config import ModelSource, OwnTasks
@@ -60,6 +65,10 @@ class ComparingModel(ABC):
     def text_features(self, model: Any, tokens: Tensor) -> Tensor:
         """Features `[texts, d]`, of length 1."""
 
+    @abstractmethod
+    def save(self, model: Any, folder: Path) -> str:
+        """Write a model of this kind as its library does; returns the line of Python that loads it."""
+
     def normalised(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """`(x / 255 − mean) / std`, computed in float32."""
         mean, std = (value.to(pixels.device) for value in (self._mean, self._std))
@@ -100,15 +109,20 @@ class _OpenClip(ComparingModel):
                     name, weights, force_quick_gelu=quick, require_pretrained=tag != RANDOM, device="cpu"
                 )
             except (OSError, RuntimeError, ValueError) as error:
-                raise ConfigError(f"open_workload: the model {name!r} ({tag or 'its weights'}) must load: {error}") from error
-        self.name, self.config = name, open_clip.get_model_config(name)
-        if self.config is not None and quick:
-            self.config["quick_gelu"] = True
+                raise ConfigError(
+                    f"open_workload: the model {name!r} ({tag or 'its weights'}) must load: {error}"
+                ) from error
+        self._config = dict(open_clip.get_model_config(name) or {}) | ({"quick_gelu": True} if quick else {})
         chosen = open_clip.get_model_preprocess_cfg(model)
-        self._chosen = {key: chosen[key] for key in ("size", "interpolation", "resize_mode", "fill_color") if key in chosen}
+        self._chosen = {
+            key: chosen[key] for key in ("size", "interpolation", "resize_mode", "fill_color") if key in chosen
+        }
         self._transform = open_clip.image_transform(
-            chosen["size"], is_train=False, resize_mode=chosen.get("resize_mode"),
-            interpolation=chosen.get("interpolation"), fill_color=chosen.get("fill_color", 0),
+            chosen["size"],
+            is_train=False,
+            resize_mode=chosen.get("resize_mode"),
+            interpolation=chosen.get("interpolation"),
+            fill_color=chosen.get("fill_color", 0),
         ).transforms[:-2]  # without the last two: to a tensor in [0, 1], and normalised
         self._tokenize = open_clip.get_tokenizer(name)
         super().__init__(model.to(getattr(torch, source.dtype)), chosen["mean"], chosen["std"])
@@ -132,6 +146,19 @@ class _OpenClip(ComparingModel):
 
     def text_features(self, model: Any, tokens: Tensor) -> Tensor:
         return model.encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
+
+    def save(self, model: Any, folder: Path) -> str:
+        from safetensors.torch import save_model
+
+        visual = model.visual
+        preprocessing = {"mean": visual.image_mean, "std": visual.image_std, **self._chosen}
+        text = json.dumps({"model_cfg": self._config, "preprocess_cfg": preprocessing}, indent=2) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(self._tokenize, "save_pretrained"):
+            self._tokenize.save_pretrained(str(folder))
+        write_atomic(folder / "open_clip_model.safetensors", lambda temporary: save_model(model, str(temporary)))
+        write_atomic(folder / "open_clip_config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return f'open_clip.create_model_and_transforms("local-dir:{folder.resolve()}")'
 
 
 class _Transformers(ComparingModel):
@@ -179,6 +206,13 @@ class _Transformers(ComparingModel):
         ids, mask = tokens.chunk(2, 1)
         return _unit(model.get_text_features(input_ids=ids, attention_mask=mask))
 
+    def save(self, model: Any, folder: Path) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        with told(folder):
+            model.save_pretrained(folder)
+            self._processor.save_pretrained(folder)
+        return f'transformers.AutoModel.from_pretrained("{folder.resolve()}")'
+
 
 def _unit(features: Any) -> Tensor:
     """Transformers 5 wraps them; earlier ones do not."""
@@ -201,8 +235,6 @@ def open_comparing_model(own: OwnTasks) -> ComparingModel:
 
 def _from_base(own: OwnTasks) -> ModelSource:
     """The source with paths of files that are found from the settings file on."""
-    from dataclasses import replace
-
     source = own.model
     if source.open_clip.startswith("local-dir:"):
         return replace(source, open_clip=f"local-dir:{own.path(source.open_clip.removeprefix('local-dir:'))}")
@@ -211,7 +243,5 @@ def _from_base(own: OwnTasks) -> ModelSource:
 
 
 def _need(module: str, command: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec(module) is None:
         raise ConfigError(f"open_workload: {module} must be installed for this model, got none. Run {command}")

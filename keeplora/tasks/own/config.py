@@ -109,6 +109,7 @@ class DataSettings:
         cache_gb: How many GB (10⁹ bytes) of decoded images one settings file may keep there; the rest is decoded again.
         readers: Threads that decode images.
         max_new_tokens: Most tokens of an answer; for models that generate.
+        evaluate_at_most: How many samples of a split are evaluated, evenly spaced, for a quick look. 0: all.
         faults: What is done about data that is not as it should be: [`FAULTS`].
     """
 
@@ -120,6 +121,7 @@ class DataSettings:
     cache_gb: float = 8.0
     readers: int = 2
     max_new_tokens: int = 64
+    evaluate_at_most: int = 0
     faults: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ class DataSettings:
         check_range(self, "cache_gb", "[0, inf)")
         check_whole(self, "readers", "[1, inf)")
         check_whole(self, "max_new_tokens", "[1, inf)")
+        check_whole(self, "evaluate_at_most", "[0, inf)")
         if not isinstance(self.cache, str):
             raise ConfigTypeError(f"DataSettings: cache must be a folder's name, got {self.cache!r}")
         if not isinstance(self.faults, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,12 @@ from keeplora._messages import listed
 from keeplora.families.class_head import adjusted_logits
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.classification import Batch
-from keeplora.tasks.own.comparing import ComparingModel, open_comparing_model
+from keeplora.tasks.own.comparing import open_comparing_model
 from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.decoded import DecodedImages, cache_folder, decode_all
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.images import ImageSet, read_images
-from keeplora.tasks.own.splits import split_off
+from keeplora.tasks.own.splits import split_off, thinned
 
 __all__ = ["ImageTask", "ImageWorkload"]
 
@@ -110,6 +111,8 @@ class ImageWorkload:
                 train = left["train"]
                 stay, off = split_off([names[place] for place in train], share, data.split_seed)
                 left["train"], left[split] = [train[i] for i in stay], [train[i] for i in off]
+        for split in ("test", "validation"):
+            left[split] = list(thinned(left[split], data.evaluate_at_most))
         digest = hashlib.sha256("\n".join([source.name, *found.classes, *texts]).encode())
         for split, places in left.items():
             for place in places:
@@ -131,6 +134,10 @@ class ImageWorkload:
                 f"where a task has no test images, {own.data.test_fraction:.0%} of each class, and of the rest "
                 f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed {own.data.split_seed})"
             )
+        if own.data.evaluate_at_most:
+            lines.append(
+                f"a quick look: at most {own.data.evaluate_at_most} images of a split are evaluated, evenly spaced"
+            )
         if self._kept:
             lines.append(f"decoded images: {self._kept / 1e9:.2g} GB in {self._folder}, which may be deleted")
         if again := [task.name for task in self._tasks if not task.images.kept]:
@@ -147,16 +154,15 @@ class ImageWorkload:
         """Name of the task that is only evaluated."""
         return None if self._witness is None else self._witness.name
 
-    @property
-    def comparing(self) -> ComparingModel:
-        """The model with its preprocessing."""
-        return self._model
-
     def task(self, index: int | None) -> ImageTask:
         """The task with this place in the order; None means the witness."""
         chosen = self._witness if index is None else self._tasks[index]
         assert chosen is not None
         return chosen
+
+    def evaluated(self, task: int) -> int:
+        """How many test images of a task are evaluated."""
+        return len(self.task(task).places["test"])
 
     def notes(self) -> list[str]:
         """What a user should know of the data before it is learned: counts, splits, and what was left out or changed."""
@@ -172,6 +178,10 @@ class ImageWorkload:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    def save_model(self, model: nn.Module, folder: Path) -> str:
+        """Write a merged model as its library does; returns the line of Python that loads it."""
+        return self._model.save(model, folder)
 
     def model(self) -> nn.Module:
         """A fresh copy of the pretrained model."""

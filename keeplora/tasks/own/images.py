@@ -179,7 +179,9 @@ def _dataset(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
     root = place if place.is_dir() else place.parent
     train = rows["train"]
     image = task.image_column or _only(task, train, "image_column", lambda kind: kind == "Image")
-    label = task.label_column or _only(task, train, "label_column", lambda kind: kind in ("ClassLabel", "string"), image)
+    label = task.label_column or _only(
+        task, train, "label_column", lambda kind: kind in ("ClassLabel", "string"), image
+    )
     for column, setting in ((image, "image_column"), (label, "label_column")):
         if column not in train.column_names:
             raise ConfigError(
@@ -209,7 +211,9 @@ def _undecoded() -> Any:
 def _only(task: TaskSource, rows: Any, setting: str, wanted: Callable[[str], bool], besides: str = "") -> str:
     """The one column of a kind; ``ConfigError`` where there are none or several."""
     kinds = {
-        name: type(feature).__name__ if not hasattr(feature, "dtype") or type(feature).__name__ != "Value" else feature.dtype
+        name: type(feature).__name__
+        if not hasattr(feature, "dtype") or type(feature).__name__ != "Value"
+        else feature.dtype
         for name, feature in rows.features.items()
     }
     those = [name for name, kind in kinds.items() if wanted(kind) and name != besides]

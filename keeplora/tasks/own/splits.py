@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["split_off"]
+__all__ = ["split_off", "thinned"]
+
+Item = TypeVar("Item")
+
+
+def thinned(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most `most` of the items, evenly spaced; all where `most` is 0.
+
+    Example:
+        >>> thinned(range(10), 4)
+        [0, 2, 5, 7]
+    """
+    if not most or len(items) <= most:
+        return items
+    return [items[place * len(items) // most] for place in range(most)]
 
 
 def split_off(classes: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:

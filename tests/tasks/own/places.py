@@ -25,7 +25,9 @@ def write_model(folder: Path) -> Path:
     (folder / "open_clip_config.json").write_text(text)
     torch.manual_seed(0)
     model = open_clip.model.CLIP(
-        CONFIG["embed_dim"], open_clip.CLIPVisionCfg(**CONFIG["vision_cfg"]), open_clip.CLIPTextCfg(**CONFIG["text_cfg"])
+        CONFIG["embed_dim"],
+        open_clip.CLIPVisionCfg(**CONFIG["vision_cfg"]),
+        open_clip.CLIPTextCfg(**CONFIG["text_cfg"]),
     )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder

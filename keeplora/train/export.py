@@ -1,0 +1,96 @@
+"""What a finished run leaves for others: the merged model in its library's own form, and a PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from keeplora._files import write_atomic
+from keeplora.methods import create
+from keeplora.methods.settings import ConfigError
+from keeplora.methods.state import has_state
+from keeplora.tasks.workload import Workload
+from keeplora.train.config import ZERO_SHOT, RunConfig
+from keeplora.train.loop import seeded_settings
+from keeplora.train.record import load_progress, run_folder
+
+__all__ = ["ExportableWorkload", "export_runs"]
+
+MERGED, ADAPTER = "model", "adapter"
+
+
+@runtime_checkable
+class ExportableWorkload(Protocol):
+    """A workload whose model can be written in the form of the library that it comes from."""
+
+    def save_model(self, model: nn.Module, folder: Path) -> str:
+        """Write a merged model; returns the line of Python that loads it."""
+
+
+def export_runs(config: RunConfig, workload: Workload) -> list[str]:
+    """Write the models of all finished runs below their folders; returns a line for each method and seed.
+
+    ``export/model`` is the merged model; ``export/adapter`` the sum of all tasks' updates as an adapter of stock PEFT,
+    for the pretrained model, where the method's updates are a sum of adapters.
+
+    Raises:
+        ConfigError: the model's library is not known, or a run has kept no state.
+    """
+    if not isinstance(workload, ExportableWorkload):
+        raise ConfigError(
+            f"export_runs: benchmark must be one of your own tasks, with a model of open_clip or transformers, got "
+            f"{config.benchmark!r}"
+        )
+    return [
+        line
+        for label, seed in config.pairs()
+        if config.of(label).method != ZERO_SHOT
+        for line in _export(config, workload, label, seed)
+    ]
+
+
+def _export(config: RunConfig, workload: Any, label: str, seed: int) -> list[str]:
+    folder = run_folder(config.out, label, seed)
+    if not has_state(folder / "state"):
+        raise ConfigError(
+            f"export_runs: {folder} must hold the state of the run, got none: it was made without --export and without "
+            "keep_states. Delete the folder and give the command again"
+        )
+    saved = load_progress(folder, config.identity(label, seed))
+    assert saved is not None
+    method = create(config.of(label).method, workload.model(), seeded_settings(config, label, seed))
+    method.load_state(saved[1])
+    place, lines = folder / "export", []
+    lines.append(f"{label}, seed {seed}: {_export_adapter(method, place / ADAPTER)}")
+    if not method.merges:
+        return [*lines, f"{label}, seed {seed}: no merged model, because what it learned is more than weights"]
+    merged = method.merge()
+    how = workload.save_model(merged, place / MERGED)
+    _write_readme(place / "README.md", config, label, seed, how)
+    return [*lines, f"{label}, seed {seed}: model in {place / MERGED}; load it by {how}"]
+
+
+def _export_adapter(method: Any, folder: Path) -> str:
+    if not hasattr(method, "export_peft"):
+        return "no adapter of PEFT: this method's updates are none"
+    try:
+        method.export_peft(folder)
+    except (RuntimeError, TypeError, ValueError) as error:  # its documented refusals, which say why
+        return f"no adapter of PEFT: {error}"
+    return f"adapter of PEFT in {folder}"
+
+
+def _write_readme(path: Path, config: RunConfig, label: str, seed: int, how: str) -> None:
+    """What these files are and how they are loaded."""
+    chosen: Mapping[str, Any] = {"learning_rate": config.of(label).learning_rate, **config.of(label).settings}
+    text = (
+        f"# {config.of(label).method} on {config.benchmark}\n\n"
+        f"Made by keeplora, run {label!r}, seed {seed}, settings {json.dumps(chosen)}.\n\n"
+        f"* `{MERGED}/`: the pretrained model with all updates in its weights. Load it by `{how}`.\n"
+        f"* `{ADAPTER}/`, if there: the updates alone, for `PeftModel.from_pretrained(pretrained_model, …)`.\n"
+    )
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,182 @@
+"""A user's own image tasks, from folders to a model that plain open_clip and transformers load."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tasks.own.places import picture, write_classes, write_model
+
+from keeplora.methods.settings import ConfigError
+from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, TaskSource, open_workload
+from keeplora.tasks.workload import ItemWorkload
+
+open_clip = pytest.importorskip("open_clip")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model and two tasks."""
+    folder = tmp_path_factory.mktemp("own")
+    write_model(folder / "model")
+    write_classes(folder / "light", 10)
+    write_classes(folder / "dark", 10, prefix="dark_")
+    return folder
+
+
+def own(place, *tasks, model=None, **data):
+    source = ModelSource(open_clip="local-dir:model") if model is None else model
+    return OwnTasks(source, tasks, DataSettings(**{"cache": "cache", **data}), base=str(place))
+
+
+LIGHT, DARK = TaskSource("light", folder="light"), TaskSource("dark", folder="dark")
+
+
+def test_it_is_a_workload_with_tasks_splits_and_texts(place):
+    workload = open_workload(own(place, LIGHT, DARK))
+    assert isinstance(workload, ItemWorkload)
+    assert list(workload.tasks) == ["light", "dark"]
+    task = workload.task(1)
+    assert task.texts[0] == "a photo of a dark blue."
+    assert {split: len(places) for split, places in task.places.items()} == {"train": 21, "validation": 3, "test": 6}
+    assert not set(task.places["train"]) & set(task.places["test"])
+    assert any("21 train, 3 validation, 6 test" in line for line in workload.notes())
+
+
+def test_pixels_and_accuracy_are_those_of_plain_open_clip(place):
+    workload = open_workload(own(place, LIGHT))
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{place / 'model'}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{place / 'model'}")
+    task = workload.task(0)
+    files = sorted((place / "light").glob("*/*.png"))
+    plain = torch.stack([preprocess(Image.open(file).convert("RGB")) for file in files])
+    ours = workload._model.normalised(task.images[range(30)], torch.float32)
+    assert (ours - plain).abs().max() < 1e-6
+    with torch.no_grad():
+        texts = model.eval().encode_text(tokenize([f"a photo of a {name}." for name in task.classes]), normalize=True)
+        right = (model.encode_image(plain, normalize=True) @ texts.T).argmax(1) == task.labels
+    for split in ("train", "test"):
+        torch.testing.assert_close(workload.correct(workload.model(), 0, split, 4), right[task.places[split]])
+
+
+def test_a_pass_sees_every_training_image_once_in_an_order_of_the_seed(place):
+    workload = open_workload(own(place, LIGHT))
+    first, again, other = ([batch.labels for batch in workload.batches(0, 8, seed)] for seed in (1, 1, 2))
+    assert [len(labels) for labels in first] == [8, 8, 5]
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+    assert torch.cat(first).bincount().tolist() == [7, 7, 7]
+
+
+def test_decoded_images_are_used_again_and_nothing_depends_on_them(place, monkeypatch):
+    kept = open_workload(own(place, LIGHT))
+    monkeypatch.setattr("keeplora.tasks.own.decoded.check_image", None)  # nothing may be decoded again
+    monkeypatch.setattr("keeplora.tasks.own.decoded.rgb", None)
+    again = open_workload(own(place, LIGHT))
+    monkeypatch.undo()
+    anew = open_workload(own(place, LIGHT, cache_gb=0.0))
+    assert not anew.task(0).images.kept
+    assert "decoded again in every pass, beyond cache_gb = 0: light" in anew.notes()
+    for other in (again, anew):
+        assert other.fingerprint() == kept.fingerprint()
+        assert torch.equal(other.task(0).images[[5, 0, 7]], kept.task(0).images[[5, 0, 7]])
+
+
+def test_a_changed_image_is_noticed(place, tmp_path):
+    write_classes(tmp_path / "light", 3)
+    write_model(tmp_path / "model")
+    before = open_workload(own(tmp_path, LIGHT))
+    seen = before.task(0).images[[0]]
+    picture("green", 77, (60, 50)).save(tmp_path / "light" / "blue" / "00.png")
+    after = open_workload(own(tmp_path, LIGHT))
+    assert after.fingerprint() != before.fingerprint()
+    assert not torch.equal(after.task(0).images[[0]], seen)
+
+
+@pytest.fixture
+def faulty(place, tmp_path):
+    write_classes(tmp_path / "light", 6)
+    (tmp_path / "model").symlink_to(place / "model")
+    blue = tmp_path / "light" / "blue"
+    (blue / "00.png").write_bytes((blue / "00.png").read_bytes()[:200])
+    (blue / "01.png").write_bytes(b"")
+    Image.new("L", (40, 40), 99).save(blue / "02.png")
+    Image.fromarray(np.full((40, 40, 4), 128, np.uint8), "RGBA").save(blue / "03.png")
+    return tmp_path
+
+
+def test_all_faults_are_told_at_once_with_their_remedies(faulty):
+    with pytest.raises(ConfigError) as told:
+        open_workload(own(faulty, LIGHT, template="a {} " + "very " * 20))
+    text = str(told.value)
+    assert "2 cannot be decoded in light: blue/00.png" in text
+    assert "1 are grey in light: blue/02.png (mode L)" in text
+    assert "1 have transparency in light: blue/03.png" in text
+    assert "3 are texts longer than the model's context in light: 'a blue very" in text
+    for remedy in ('corrupt = "skip"', 'grey = "skip" or "convert"', 'long_text = "cut"'):
+        assert remedy in text
+
+
+def test_faults_are_skipped_or_converted_where_the_file_says_so_and_told(faulty):
+    faults = {"corrupt": "skip", "grey": "convert", "alpha": "skip"}
+    workload = open_workload(own(faulty, LIGHT, faults=faults, test_fraction=0.4))
+    task = workload.task(0)
+    used = {place for places in task.places.values() for place in places}
+    assert used == set(range(18)) - {0, 1, 3}
+    assert task.images[[2]].unique().tolist() == [99]
+    assert workload.notes()[:3] == [
+        "2 cannot be decoded in light: blue/00.png (image file is truncated), blue/01.png (an empty file): left out, as "
+        "[data.faults] says",
+        "1 have transparency in light: blue/03.png (mode RGBA): left out, as [data.faults] says",
+        "1 are grey in light: blue/02.png (mode L): converted to RGB, as [data.faults] says",
+    ]
+
+
+def test_classes_that_two_tasks_share_are_refused_or_allowed(place):
+    again = TaskSource("again", folder="light")
+    with pytest.raises(ConfigError, match="3 are classes that two tasks share in again: 'blue' "):
+        open_workload(own(place, LIGHT, again))
+    assert open_workload(own(place, LIGHT, again, faults={"overlap": "allow"})).tasks == ["light", "again"]
+
+
+def test_a_quick_look_evaluates_fewer_and_says_so(place):
+    workload = open_workload(own(place, LIGHT, evaluate_at_most=2))
+    assert len(workload.correct(workload.model(), 0, "test", 8)) == workload.evaluated(0) == 2
+    assert any("at most 2 images of a split are evaluated" in line for line in workload.notes())
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (ModelSource(open_clip="ViT-B-61", pretrained="openai"), "got 'ViT-B-61'.*'ViT-B-16'"),
+        (ModelSource(open_clip="ViT-B-16", pretrained="opnai"), "pretrained must be a file or one of.*'openai'"),
+        (ModelSource(open_clip="local-dir:nowhere"), "must load.*nowhere"),
+        (ModelSource(transformers="nowhere/at-all"), "must load"),
+    ],
+)
+def test_models_that_cannot_be_had_are_refused(place, source, named, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=named):
+        open_workload(own(place, LIGHT, model=source))
+
+
+def test_weights_that_are_missing_are_never_random(place, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "open_clip_config.json").write_text((place / "model" / "open_clip_config.json").read_text())
+    write_classes(tmp_path / "light", 3)
+    with pytest.raises(ConfigError, match="must load"):
+        open_workload(own(tmp_path, LIGHT))
+
+
+def test_a_saved_model_is_the_same_in_plain_open_clip(place, tmp_path):
+    workload = open_workload(own(place, LIGHT))
+    model = workload.model()
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    how = workload.save_model(model, tmp_path / "out")
+    loaded, _, preprocess = eval(how, {"open_clip": open_clip})
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["preprocess_cfg"]["std"] == [0.25] * 3
+    assert preprocess(picture("red", 0)).shape == (3, 32, 32)
