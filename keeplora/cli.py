@@ -93,7 +93,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override
-    from keeplora.train.export import export_runs
+    from keeplora.train.export import check_exportable, export_runs
     from keeplora.train.plugins import join_plugins
     from keeplora.train.workload import configured_workload, notes
 
@@ -110,6 +110,8 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     check_machine(config)
     workload = configured_workload(config, "cpu" if config.workers else config.device)
     print(*notes(workload), sep="\n", end="", file=sys.stderr)
+    if parsed.export:
+        check_exportable(config, workload)
     if parsed.dry_run:
         print(announce_dry_run(config, workload, dry_run(config, workload)))
         return 0
@@ -181,8 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a configuration: a benchmark, or your own tasks",
-        description="Run every method and seed of a configuration and report like the demo. The file names a benchmark, "
-        "or your own tasks: folders of images, data sets, LLaVA-style JSON (docs/own-tasks.md).",
+        description="Run every method and seed of a configuration and report like the demo. The file names a "
+        "benchmark, or your own tasks: folders of images, data sets, LLaVA-style JSON (docs/own-tasks.md).",
         epilog="examples:\n  keeplora run tasks.toml --dry-run\n  keeplora run tasks.toml --out runs/mine --export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,13 +24,16 @@ from keeplora.train.workload import configured_workload
 __all__ = ["Trial", "announce_dry_run", "dry_run"]
 
 _BATCHES = (2, 5)
-"""Batches of the first and the second task in a trial: two numbers, to tell what a batch takes from what a task takes."""
+"""Batches of the two tasks of a trial: two numbers, to tell what a batch takes from what a task takes."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds and bytes of one method: of a step, of a batch in the passes before and after a task, of what a task takes
-    besides, of evaluating everything once, of a whole run; and the most memory its process used."""
+    """What one method takes, in seconds and bytes.
+
+    Seconds of a step; of a batch in the passes before and after a task, and of what a task switch takes besides; of
+    evaluating everything once; of a whole run. ``peak_bytes`` is the most memory its process used.
+    """
 
     label: str
     step: float
@@ -42,9 +45,9 @@ class Trial:
 
     def __str__(self) -> str:
         return (
-            f"{self.label}: {self.peak_bytes / 1e9:.2g} GB, {readable(self.total)} a seed (a step {1000 * self.step:.0f} ms, "
-            f"a task switch {self.switch:.1f} s and {1000 * self.pass_batch:.0f} ms a batch, evaluating all tasks "
-            f"{self.evaluation:.1f} s)"
+            f"{self.label}: {self.peak_bytes / 1e9:.2g} GB, {readable(self.total)} a seed "
+            f"(a step {1000 * self.step:.0f} ms, a task switch {self.switch:.1f} s and "
+            f"{1000 * self.pass_batch:.0f} ms a batch, evaluating all tasks {self.evaluation:.1f} s)"
         )
 
 

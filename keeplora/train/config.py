@@ -200,8 +200,8 @@ def shipped_configs() -> list[str]:
 def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str = ".") -> RunConfig:
     """Build a :class:`RunConfig` from plain values as TOML gives them.
 
-    Where they have tables ``[model]`` and ``[[task]]``, they are a user's own tasks, with paths from ``base`` on; they are
-    then called as ``where`` unless ``benchmark`` says otherwise.
+    Where they have tables ``[model]`` and ``[[task]]``, they are a user's own tasks, with paths from ``base`` on; they
+    are then called as ``where`` unless ``benchmark`` says otherwise.
 
     >>> config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": 1,
     ...                        "method": {"lora": {"learning_rate": 3e-4, "r": 8}}})

@@ -18,7 +18,7 @@ from keeplora.train.config import ZERO_SHOT, RunConfig
 from keeplora.train.loop import seeded_settings
 from keeplora.train.record import load_progress, run_folder
 
-__all__ = ["ExportableWorkload", "export_runs"]
+__all__ = ["ExportableWorkload", "check_exportable", "export_runs"]
 
 MERGED, ADAPTER = "model", "adapter"
 
@@ -40,26 +40,28 @@ def export_runs(config: RunConfig, workload: Workload) -> list[str]:
     Raises:
         ConfigError: the model's library is not known, or a run has kept no state.
     """
+    check_exportable(config, workload)
+    pairs = [(label, seed) for label, seed in config.pairs() if config.of(label).method != ZERO_SHOT]
+    for label, seed in pairs:
+        if not has_state((folder := run_folder(config.out, label, seed)) / "state"):
+            raise ConfigError(
+                f"export_runs: {folder} must hold the state of the run, got none: it was made without --export and "
+                "without keep_states. Delete the folder and give the command again"
+            )
+    return [line for label, seed in pairs for line in _export(config, workload, label, seed)]
+
+
+def check_exportable(config: RunConfig, workload: Workload) -> None:
+    """Refuse, before anything is trained, a model that no library would know how to load; `ConfigError`."""
     if not isinstance(workload, ExportableWorkload):
         raise ConfigError(
-            f"export_runs: benchmark must be one of your own tasks, with a model of open_clip or transformers, got "
-            f"{config.benchmark!r}"
+            "export_runs: export must be of your own tasks, with a model of open_clip or transformers, got the "
+            f"benchmark {config.benchmark!r}. Leave --export out"
         )
-    return [
-        line
-        for label, seed in config.pairs()
-        if config.of(label).method != ZERO_SHOT
-        for line in _export(config, workload, label, seed)
-    ]
 
 
 def _export(config: RunConfig, workload: Any, label: str, seed: int) -> list[str]:
     folder = run_folder(config.out, label, seed)
-    if not has_state(folder / "state"):
-        raise ConfigError(
-            f"export_runs: {folder} must hold the state of the run, got none: it was made without --export and without "
-            "keep_states. Delete the folder and give the command again"
-        )
     saved = load_progress(folder, config.identity(label, seed))
     assert saved is not None
     method = create(config.of(label).method, workload.model(), seeded_settings(config, label, seed))

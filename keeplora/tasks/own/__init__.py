@@ -15,7 +15,7 @@ def open_workload(own: OwnTasks, device: str = "cpu") -> ItemWorkload:
     """The tasks of a settings file, read and checked, with the pretrained model that is to learn them.
 
     Raises:
-        ConfigError: the model cannot be loaded, or data is not as the settings allow. All that is wrong is told at once.
+        ConfigError: the model cannot be loaded, or data is not as the settings allow. All faults are told at once.
     """
     if own.answers:
         from keeplora.tasks.own.answer_workload import AnswerWorkload  # needs transformers

@@ -32,8 +32,8 @@ RANDOM = "random"
 class ComparingModel(ABC):
     """A pretrained model with what turns images and texts into its inputs.
 
-    Pixels are uint8 `[3, height, width]`: resized and cropped as the model's own preprocessing does, and not yet scaled.
-    Scaled, `(x / 255 − mean) / std`, they are in the forward pass, on its device.
+    Pixels are uint8 `[3, height, width]`: resized and cropped as the model's own preprocessing does. They are scaled,
+    `(x / 255 − mean) / std`, in the forward pass, on its device.
     """
 
     def __init__(self, pretrained: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -136,7 +136,8 @@ class _OpenClip(ComparingModel):
 
         for step in self._transform:
             image = step(image)
-        return pil_to_tensor(image)
+        made: Tensor = pil_to_tensor(image)
+        return made
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         return self._tokenize(list(texts)).long()  # type: ignore[no-any-return]
@@ -168,7 +169,7 @@ class _Transformers(ComparingModel):
         name = folder if os.path.isdir(folder) else source.transformers
         try:
             model = AutoModel.from_pretrained(name, dtype=getattr(torch, source.dtype))
-            self._processor = AutoProcessor.from_pretrained(name)
+            self._processor: Any = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise ConfigError(f"open_workload: the model {name!r} and its processor must load: {error}") from error
         for part in ("get_image_features", "get_text_features", "logit_scale"):

@@ -105,7 +105,7 @@ class DataSettings:
         test_fraction: Share of every class that is kept for testing where a task has no test data of its own.
         validation_fraction: Share of the training data that is kept for choices where a task has no validation data.
         split_seed: Decides both, whatever the seed of a run.
-        cache: Folder of decoded images, shared by all runs. Empty: ``$XDG_CACHE_HOME/keeplora`` or ``~/.cache/keeplora``.
+        cache: Folder of decoded images, for all runs. Empty: ``keeplora`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         cache_gb: How many GB (10⁹ bytes) of decoded images one settings file may keep there; the rest is decoded again.
         readers: Threads that decode images.
         max_new_tokens: Most tokens of an answer; for models that generate.
@@ -190,8 +190,8 @@ class TaskSource:
             for name in names:
                 if getattr(self, name) and given[0] not in kinds:
                     raise ConfigError(
-                        f"TaskSource: {name} must stand beside {' or '.join(kinds)}, got {getattr(self, name)!r} beside "
-                        f"{given[0]} in task {self.name!r}"
+                        f"TaskSource: {name} must stand beside {' or '.join(kinds)}, got {getattr(self, name)!r} "
+                        f"beside {given[0]} in task {self.name!r}"
                     )
 
     @property
@@ -204,7 +204,7 @@ class TaskSource:
 class OwnTasks:
     """A user's own tasks, in learning order, and the model that learns them.
 
-    ``base`` is the folder that relative paths begin in: the settings file's. ``witness`` is evaluated and never trained.
+    ``base`` is the folder that relative paths begin in: the settings file's. ``witness`` is evaluated, never trained.
     """
 
     model: ModelSource

@@ -76,7 +76,7 @@ def cache_folder(setting: str) -> Path:
 def decode_all(
     items: Sequence[ImageItem], model: ComparingModel, *, folder: Path, room: int, readers: int, title: str
 ) -> tuple[DecodedImages, Wrong, int]:
-    """Decode every image once: what is wrong with any, and the pixels of all, kept in `folder` where they fit in `room`.
+    """Decode every image once: what is wrong with any, and the pixels of all, kept in `folder` where `room` allows.
 
     A second call with the same files and model reads what the first one wrote.
 
@@ -103,7 +103,7 @@ def decode_all(
             write_json(report, {"images": len(items), "bytes": 0, "wrong": _plain(wrong)})
         return DecodedImages(items, model, readers, None), wrong, 0
     with staged(file) as temporary:
-        array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=(len(items), *shape))  # type: ignore[no-untyped-call]
+        array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=(len(items), *shape))
         for place, (kinds, pixels) in enumerate(_pixels(items, model, readers, title)):
             if kinds:
                 wrong[place] = kinds

@@ -25,8 +25,11 @@ _MEANINGS = {
     "overlap": "are classes that two tasks share",
 }
 _DONE = {
-    "skip": "left out", "convert": "converted to RGB", "cut": "cut at the end of the context", "allow": "kept as they are",
-}  # fmt: skip
+    "skip": "left out",
+    "convert": "converted to RGB",
+    "cut": "cut at the end of the context",
+    "allow": "kept as they are",
+}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class _Pass:
     def __iter__(self) -> Iterator[Batch]:
         places = torch.tensor(self.task.places["train"])
         order = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(self.seed))]
-        parts = [part.tolist() for part in order.split(self.batch_size)]
+        parts = [part.tolist() for part in torch.split(order, self.batch_size)]
         for part, images in zip(parts, self.task.images.batches(parts), strict=True):
             yield Batch(images, self.task.labels[part], self.task.tokens)
 
@@ -132,7 +132,8 @@ class ImageWorkload:
         if not own_splits:
             lines.append(
                 f"where a task has no test images, {own.data.test_fraction:.0%} of each class, and of the rest "
-                f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed {own.data.split_seed})"
+                f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed "
+                f"{own.data.split_seed})"
             )
         if own.data.evaluate_at_most:
             lines.append(
@@ -165,7 +166,7 @@ class ImageWorkload:
         return len(self.task(task).places["test"])
 
     def notes(self) -> list[str]:
-        """What a user should know of the data before it is learned: counts, splits, and what was left out or changed."""
+        """What a user should know of the data before it is learned: counts, splits, what was left out or changed."""
         return list(self._notes)
 
     def fingerprint(self) -> str:
@@ -210,8 +211,10 @@ class ImageWorkload:
 
     @torch.no_grad()
     def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
-        """Which images are nearest to their own text: bool `[n]`, in the order of the split. Evaluation mode is set, and put
-        back."""
+        """Which images are nearest to their own text: bool `[n]`, in the order of the split.
+
+        In evaluation mode; that of before is put back.
+        """
         chosen = self.task(task)
         places = chosen.places[split]
         if not places:
@@ -222,7 +225,9 @@ class ImageWorkload:
         parts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
         model.eval()
         try:
-            texts = torch.cat([self._model.text_features(model, part) for part in tokens.split(_TEXTS_AT_A_TIME)])
+            texts = torch.cat(
+                [self._model.text_features(model, part) for part in torch.split(tokens, _TEXTS_AT_A_TIME)]
+            )
             right = []
             for part, pixels in zip(parts, chosen.images.batches(parts), strict=True):
                 x = self._model.normalised(pixels.to(weight.device), weight.dtype)

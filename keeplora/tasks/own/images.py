@@ -70,7 +70,7 @@ class RowImage:
         value = self.rows[self.index][self.column]
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
-        return (self.root / value["path"]).read_bytes()
+        return Path(self.root, value["path"]).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
             f"{task.name!r} ({getattr(task, task.kind)})"
         )
     number = {name: place for place, name in enumerate(classes)}
-    items, labels, places = [], [], {}
+    items: list[ImageItem] = []
+    labels: list[int] = []
+    places: dict[str, list[int]] = {}
     for split, pairs in by_split.items():
         places[split] = list(range(len(items), len(items) + len(pairs)))
         items += [item for item, _ in pairs]
@@ -113,8 +115,8 @@ def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
     root = own.path(task.folder)
     if not root.is_dir():
         raise ConfigError(
-            f"open_workload: folder of task {task.name!r} must be a folder, got {str(root)!r}. Paths begin in the folder "
-            "of the settings file"
+            f"open_workload: folder of task {task.name!r} must be a folder, got {str(root)!r}. Paths begin in the "
+            "folder of the settings file"
         )
     inside = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     named = {split: inside[name] for split, names in SPLITS.items() for name in names if name in inside}
@@ -210,7 +212,7 @@ def _undecoded() -> Any:
 
 def _only(task: TaskSource, rows: Any, setting: str, wanted: Callable[[str], bool], besides: str = "") -> str:
     """The one column of a kind; ``ConfigError`` where there are none or several."""
-    kinds = {
+    kinds: dict[str, str] = {
         name: type(feature).__name__
         if not hasattr(feature, "dtype") or type(feature).__name__ != "Value"
         else feature.dtype

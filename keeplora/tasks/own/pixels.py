@@ -18,7 +18,9 @@ _STILL = ("MPO",)
 
 
 def check_image(source: Path | bytes) -> list[tuple[str, str]]:
-    """Decode an image wholly, a file or its bytes; returns what is wrong with it, as kind and reason, nothing for an ordinary image.
+    """Decode an image wholly, a file or its bytes; returns what is wrong with it, as kind and reason.
+
+    Nothing is wrong with an ordinary image.
 
     Kinds are those of `keeplora.tasks.own.FAULTS`: ``corrupt`` (then no other), ``depth``, ``grey``, ``alpha`` and
     ``animated``. Of several frames the first is decoded. An alpha channel that is opaque everywhere is no fault.

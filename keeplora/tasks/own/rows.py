@@ -43,7 +43,8 @@ def open_rows(task: TaskSource, own: OwnTasks) -> dict[str, Any]:
             )
     if "train" not in rows:
         raise ConfigError(
-            f"open_workload: dataset of task {task.name!r} must have a split train, got {listed(sorted(rows)) or 'none'}"
+            f"open_workload: dataset of task {task.name!r} must have a split train, got "
+            f"{listed(sorted(rows)) or 'none'}"
         )
     return rows
 

@@ -46,3 +46,31 @@ def write_classes(folder: Path, images: int = 10, names=tuple(COLOURS), suffix: 
         for number in range(images):
             picture(name, number).save(folder / f"{prefix}{name}" / f"{number:02}{suffix}")
     return folder
+
+
+def write_clip(folder: Path) -> Path:
+    """A folder that transformers' `AutoModel` and `AutoProcessor` read: a CLIP with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<start>", "<end>", "<unk>", "a", "photo", "of", ".", "dark", "word", *COLOURS]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>"
+    )
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**tower, **text, "pad_token_id": 0},
+        vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=16,
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(image_processor=images, tokenizer=fast).save_pretrained(folder)
+    return folder

@@ -126,8 +126,8 @@ def test_faults_are_skipped_or_converted_where_the_file_says_so_and_told(faulty)
     assert used == set(range(18)) - {0, 1, 3}
     assert task.images[[2]].unique().tolist() == [99]
     assert workload.notes()[:3] == [
-        "2 cannot be decoded in light: blue/00.png (image file is truncated), blue/01.png (an empty file): left out, as "
-        "[data.faults] says",
+        "2 cannot be decoded in light: blue/00.png (image file is truncated), blue/01.png (an empty file): left out, "
+        "as [data.faults] says",
         "1 have transparency in light: blue/03.png (mode RGBA): left out, as [data.faults] says",
         "1 are grey in light: blue/02.png (mode L): converted to RGB, as [data.faults] says",
     ]

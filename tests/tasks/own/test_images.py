@@ -52,12 +52,12 @@ def test_a_class_that_is_called_test_is_a_class(tmp_path):
 def test_what_stands_beside_the_splits_is_refused(tmp_path):
     write_classes(tmp_path / "a" / "train", 1)
     write_classes(tmp_path / "a" / "extra", 1)
-    with pytest.raises(ConfigError, match="beside 'train'.*'a' must hold splits alone, got extra"):
+    with pytest.raises(ConfigError, match=r"beside 'train'.*'a' must hold splits alone, got extra"):
         read(tmp_path, TaskSource("a", folder="a"))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="folder of task 'a' must be a folder, got '.*/nowhere'"):
+    with pytest.raises(ConfigError, match=r"folder of task 'a' must be a folder, got '.*/nowhere'"):
         read(tmp_path, TaskSource("a", folder="nowhere"))
 
 

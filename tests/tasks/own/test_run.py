@@ -1,0 +1,151 @@
+"""`keeplora run tasks.toml` as a user gives it: dry run, run, interruption, and what is left for other libraries."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tasks.own.places import write_classes, write_model
+
+from keeplora.cli import main
+from keeplora.train.config import load_config
+from keeplora.train.loop import run_one
+from keeplora.train.record import run_folder
+from keeplora.train.workload import configured_workload
+
+open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("matplotlib")
+
+SETTINGS = """
+methods = ["lora", "keeplora"]
+epochs = 4
+batch_size = 8
+workers = 0
+precision = "fp32"
+tensorboard = false
+
+[model]
+open_clip = "local-dir:model"
+
+[data]
+cache = "cache"
+
+[[task]]
+name = "light"
+folder = "light"
+
+[[task]]
+name = "dark"
+folder = "dark"
+
+[method.lora]
+learning_rate = 3e-3
+
+[method.keeplora]
+learning_rate = 3e-3
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A settings file, a model and two tasks, with runs in `whole`."""
+    folder = tmp_path_factory.mktemp("run")
+    write_model(folder / "model")
+    write_classes(folder / "light", 10)
+    write_classes(folder / "dark", 10, prefix="dark_")
+    (folder / "tasks.toml").write_text(SETTINGS)
+    assert main(["run", str(folder / "tasks.toml"), "--out", str(folder / "whole"), "--export"]) == 0
+    return folder
+
+
+def last_row(folder):
+    return json.loads((folder / "result.json").read_text())["record"]["accuracy"][-1]
+
+
+def test_the_run_has_learned_and_says_so(place, capsys):
+    assert main(["run", str(place / "tasks.toml"), "--out", str(place / "whole")]) == 0  # finished: read, not repeated
+    shown = capsys.readouterr()
+    assert "21 train, 3 validation, 6 test images; 'a photo of a blue.'" in shown.err
+    assert "keeplora" in shown.out
+    assert json.loads((place / "whole" / "summary.json").read_text())["benchmark"] == "tasks"
+    assert min(last_row(run_folder(place / "whole", "lora", 0))) == 1.0
+
+
+@pytest.mark.parametrize("label", ["lora", "keeplora"])
+def test_the_exported_model_is_as_good_in_plain_open_clip(place, label):
+    folder = run_folder(place / "whole", label, 0)
+    where = f"local-dir:{folder / 'export' / 'model'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(where)
+    tokenize, model = open_clip.get_tokenizer(where), model.eval()
+    workload = configured_workload(load_config(place / "tasks.toml"), "cpu")
+    for number, (name, accuracy) in enumerate(zip(("light", "dark"), last_row(folder), strict=True)):
+        task = workload.task(number)
+        files = sorted((place / name).glob("*/*.png"))
+        images = torch.stack([preprocess(Image.open(files[place]).convert("RGB")) for place in task.places["test"]])
+        with torch.no_grad():
+            texts = model.encode_text(tokenize(list(task.texts)), normalize=True)
+            scores = model.encode_image(images, normalize=True) @ texts.T
+        right = scores.argmax(1) == task.labels[task.places["test"]]
+        assert right.float().mean().item() == pytest.approx(accuracy)
+
+
+def test_the_exported_adapter_is_one_of_peft(place):
+    pytest.importorskip("peft")
+    folder = run_folder(place / "whole", "keeplora", 0) / "export"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (folder / "adapter").iterdir()
+    }
+    assert "open_clip.create_model_and_transforms" in (folder / "README.md").read_text()
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(place):
+    class Killed(BaseException):
+        pass
+
+    def kill_in_the_second_task(event):
+        if event.kind == "step" and event.task == 1:
+            raise Killed
+
+    config = load_config(place / "tasks.toml")
+    folder = run_folder(place / "broken", "keeplora", 0)
+    with pytest.raises(Killed):
+        run_one(
+            config, configured_workload(config, "cpu"), "keeplora", 0, folder=folder, listener=kill_in_the_second_task
+        )
+    record = run_one(config, configured_workload(config, "cpu"), "keeplora", 0, folder=folder)
+    whole = json.loads((run_folder(place / "whole", "keeplora", 0) / "result.json").read_text())["record"]
+    assert record.accuracy == whole["accuracy"]
+    assert record.loss == whole["loss"]
+
+
+def test_a_dry_run_tells_time_and_memory_and_writes_nothing(place, capsys):
+    before = sorted(place.rglob("*"))
+    only = ["--methods", "keeplora", "--out", str(place / "dry"), "--workers", "0"]
+    assert main(["run", str(place / "tasks.toml"), "--dry-run", *only]) == 0
+    shown = capsys.readouterr().out
+    assert "keeplora: " in shown
+    assert "2 runs of 2 tasks, 1 at a time: about " in shown
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_a_run_would(place, capsys):
+    text = SETTINGS.replace("[method.lora]", "[method.lora]\nrank = 3")
+    (place / "wrong.toml").write_text(text)
+    assert main(["run", str(place / "wrong.toml"), "--dry-run"]) == 2
+    assert "rank" in capsys.readouterr().err
+
+
+def test_an_export_of_runs_that_kept_no_state_is_refused(place, capsys):
+    folder = place / "stateless"
+    shutil.copytree(place / "whole", folder)
+    shutil.rmtree(run_folder(folder, "keeplora", 0) / "state")
+    assert main(["run", str(place / "tasks.toml"), "--out", str(folder), "--export"]) == 2
+    told = capsys.readouterr().err
+    assert "must hold the state of the run" in told
+    assert "seed-0" in told
+
+
+def test_a_benchmark_is_not_exported(tmp_path, capsys):
+    assert main(["run", "quick", "--out", str(tmp_path), "--dry-run", "--export"]) == 2
+    assert "must be of your own tasks" in capsys.readouterr().err
