@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,54 @@ def continual_metrics(accuracy: ArrayLike) -> Metrics:
     >>> continual_metrics([[80.0, 40.0], [60.0, 90.0]]).as_dict()
     {'transfer': 40.0, 'avg': 67.5, 'last': 75.0, 'forgetting': 20.0, 'learn': 85.0}
     """
-    acc = np.asarray(accuracy, dtype=np.float64)
-    if acc.ndim != 2 or acc.shape[0] != acc.shape[1] or acc.size == 0:
-        raise ValueError(
-            f"continual_metrics: accuracy must be a square matrix [tasks, tasks], got shape {acc.shape}. "
-            "Give one row for every task that was learned"
-        )
-    if not np.isfinite(acc).all():
-        i, j = np.argwhere(~np.isfinite(acc))[0]
-        raise ValueError(f"continual_metrics: accuracy must be finite, got {acc[i, j]} at [{i}, {j}]")
+    acc = _square("continual_metrics", accuracy)
     tasks = acc.shape[0]
-    unseen = [acc[:j, j].mean() for j in range(1, tasks)]
+    columns = _columns(acc)
     lost = [acc[:, j].max() - acc[-1, j] for j in range(tasks - 1)]
     return Metrics(
-        transfer=float(np.mean(unseen)) if unseen else 0.0,
+        transfer=float(np.mean(columns["transfer"])) if tasks > 1 else 0.0,
         avg=float(acc.mean()),
         last=float(acc[-1].mean()),
         forgetting=float(np.mean(lost)) if lost else 0.0,
         learn=float(np.diag(acc).mean()),
     )
+
+
+def task_metrics(accuracy: ArrayLike) -> dict[str, list[float]]:
+    """What the papers print for every task, whose means are the headline figures of :func:`continual_metrics`.
+
+    Returns:
+        ``transfer`` of tasks 1 to T - 1, since nothing comes before task 0; ``avg`` and ``last`` of all.
+
+    Raises:
+        ValueError: as :func:`continual_metrics`.
+
+    Examples:
+        >>> task_metrics([[80.0, 40.0], [60.0, 90.0]])
+        {'transfer': [40.0], 'avg': [70.0, 65.0], 'last': [60.0, 90.0]}
+    """
+    return _columns(_square("task_metrics", accuracy))
+
+
+def _columns(acc: NDArray[np.float64]) -> dict[str, list[float]]:
+    return {
+        "transfer": [float(acc[:j, j].mean()) for j in range(1, acc.shape[0])],
+        "avg": [float(value) for value in acc.mean(axis=0)],
+        "last": [float(value) for value in acc[-1]],
+    }
+
+
+def _square(function: str, accuracy: ArrayLike) -> NDArray[np.float64]:
+    acc = np.asarray(accuracy, dtype=np.float64)
+    if acc.ndim != 2 or acc.shape[0] != acc.shape[1] or acc.size == 0:
+        raise ValueError(
+            f"{function}: accuracy must be a square matrix [tasks, tasks], got shape {acc.shape}. "
+            "Give one row for every task that was learned"
+        )
+    if not np.isfinite(acc).all():
+        i, j = np.argwhere(~np.isfinite(acc))[0]
+        raise ValueError(f"{function}: accuracy must be finite, got {acc[i, j]} at [{i}, {j}]")
+    return acc
 
 
 def mean_std(values: ArrayLike) -> dict[str, float]:
