@@ -92,7 +92,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     from keeplora.compare.runs import run_benchmark
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
-    from keeplora.train.config import load_config, override
+    from keeplora.train.config import load_config, override, with_data
     from keeplora.train.export import check_exportable, export_runs
     from keeplora.train.plugins import join_plugins
     from keeplora.train.workload import configured_workload, notes
@@ -106,6 +106,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         workers=parsed.workers,
         methods=None if parsed.methods is None else tuple(parsed.methods),
         keep_states=True if parsed.export else None,
+        own=with_data(shared.own, parsed.data),
     )
     check_machine(config)
     workload = configured_workload(config, "cpu" if config.workers else config.device)
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _shared(demo, default_out="runs/demo")
     demo.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
-    demo.set_defaults(command=_demo, dry_run=False, export=False)
+    demo.set_defaults(command=_demo, dry_run=False, export=False, data=None)
 
     run = commands.add_parser(
         "run",
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dry-run", action="store_true", help="check data and settings, tell time and memory, and train nothing"
     )
+    run.add_argument("--data", metavar="FOLDER", help="where the data of a benchmark of the field is (root of [data])")
     run.add_argument(
         "--export",
         action="store_true",

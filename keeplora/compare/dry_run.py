@@ -89,7 +89,7 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     workload = configured_workload(small, config.device)
     with tempfile.TemporaryDirectory() as folder:
         quiet = override(small, out=folder, tensorboard=False, keep_states=False, epochs=1)
-        quiet = replace(quiet, steps=None, switch_fraction=1.0)
+        quiet = replace(quiet, steps=None, switch_fraction=1.0, rate_factors=())
         record = run_one(quiet, _Beginning(workload), label, config.seeds[0])
     last = len(record.tasks) - 1
     seen = [min(most, length) for most, length in zip(_BATCHES, batches, strict=False)]
@@ -104,7 +104,7 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     total = inference
     for task, length in enumerate(batches):
         rounds = task + 1 if joint else 1
-        steps = rounds * (config.steps if config.steps is not None else (config.epochs or 1) * length)
+        steps = rounds * config.steps_of(task, length)
         passes = rounds * max(1, round(config.switch_fraction * length))
         total += steps * step + passes * pass_batch + switch + evaluation
     return Trial(label, step, pass_batch, switch, evaluation, total, record.peak_bytes)

@@ -80,10 +80,10 @@ def estimate(config: RunConfig, workload: Workload, pairs: Sequence[tuple[str, i
                 for task in range(len(workload.tasks)):
                     workload.accuracy(model, task, "validation", config.evaluation_batch_size)
                 extra = time.perf_counter() - started
-    steps = config.steps if config.steps is not None else (config.epochs or 1) * len(batches)
+    tasks = len(workload.tasks)
+    steps = sum(config.steps_of(task, len(batches)) for task in range(tasks)) / tasks
     seen = len(first_batches(batches, config.switch_fraction))
     switch = seen + seen / 3  # a pass with gradients before the task, one without after it
-    tasks = len(workload.tasks)
     once = evaluation / (tasks + (workload.witness is not None))
     timed = 2 * rounds_within(once) * once  # inference, on one task
     total = len(pairs) * timed

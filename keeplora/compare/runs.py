@@ -106,6 +106,12 @@ def check_settings(config: RunConfig) -> None:
 def check_methods(config: RunConfig, workload: Workload) -> None:
     """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
     check_settings(config)
+    for name in ("epochs", "rate_factors"):
+        given, tasks = getattr(config, name), len(workload.tasks)
+        if isinstance(given, tuple) and given and len(given) != tasks:
+            raise ConfigError(
+                f"check_methods: {name} must have one number for each of {tasks} tasks, got {len(given)}: {list(given)}"
+            )
     if config.evaluate_on == BOTH and not isinstance(workload, ItemWorkload):
         raise ConfigError(
             "check_methods: benchmark must tell which test items are right (ItemWorkload.correct), got "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -101,6 +102,8 @@ METHODS: dict[str, Registered] = {
 def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     """The configuration of the method ``name``: what can be said about settings before there is a model.
 
+    Where its class has presets, ``preset`` names one; what a method fixes, and the other settings, go before it.
+
     Raises:
         ValueError: no method of that name, or it does not have a setting (the nearest names are offered), or a value is
             out of range.
@@ -109,16 +112,22 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     Example:
         >>> configure("keeplora", {"r": 2}).depth_scale
         1.0
+        >>> configure("keeplora++", {"preset": "mtil"}).depth_scale["vision"]
+        0.2
     """
     entry = _registered("create", name)
     known = [f.name for f in fields(entry.config)]
-    for setting in settings or {}:
+    given = dict(settings or {})
+    made = entry.config
+    if "preset" in given and hasattr(entry.config, "preset"):
+        made = partial(entry.config.preset, given.pop("preset"))
+    for setting in given:
         if setting not in known:
             near = nearest(setting, known) if known else ["it has no settings"]
             raise ValueError(
                 f"create: settings of method {name!r} do not include {setting!r}. Nearest names: {', '.join(near)}."
             )
-    return entry.config(**{**entry.defaults, **(settings or {})})
+    return made(**{**entry.defaults, **given})
 
 
 def create(

@@ -24,11 +24,13 @@ from keeplora.methods.settings import (
     check_range,
     check_whole,
 )
+from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own
 from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
+SCHEDULES = ("one-cycle", "cosine")
 BOTH = "both"
 EVALUATED_SPLITS = ("test", "validation", BOTH)
 DEVICES = ("cpu", "cuda")
@@ -53,7 +55,9 @@ class MethodConfig:
 class RunConfig:
     """Everything that decides the numbers of a run, and where they go.
 
-    Exactly one of ``epochs`` and ``steps`` is given. ``switch_fraction`` is the share of a task's training
+    Exactly one of ``epochs`` and ``steps`` is given; a list of ``epochs`` has one number for each task.
+    ``rate_factors`` multiply every method's learning rate in each task. ``schedule`` is PyTorch's one-cycle, or half a
+    cosine after a linear ``warmup``, the share of steps it takes. ``switch_fraction`` is the share of a task's training
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
@@ -67,7 +71,7 @@ class RunConfig:
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/run"
-    epochs: int | None = None
+    epochs: int | tuple[int, ...] | None = None
     steps: int | None = None
     batch_size: int = 64
     evaluation_batch_size: int = 256
@@ -76,6 +80,9 @@ class RunConfig:
     precision: str = "auto"
     device: str = "cpu"
     weight_decay: float = 0.01
+    rate_factors: tuple[float, ...] = ()
+    schedule: str = "one-cycle"
+    warmup: float = 0.03
     switch_fraction: float = 1.0
     evaluate_on: str = "test"
     tensorboard: bool = True
@@ -101,6 +108,17 @@ class RunConfig:
         """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
         return [(label, seed) for seed in self.seeds for label in self.labels()]
 
+    def steps_of(self, task: int, batches: int) -> int:
+        """Optimizer steps of a task whose pass has so many batches."""
+        if self.steps is not None:
+            return self.steps
+        epochs = self.epochs[task] if isinstance(self.epochs, tuple) else self.epochs
+        return (epochs or 1) * batches
+
+    def rate(self, label: str, task: int) -> float:
+        """The highest learning rate of a method in a task."""
+        return self.of(label).learning_rate * (self.rate_factors[task] if self.rate_factors else 1.0)
+
     @property
     def split(self) -> str:
         """The split that a run's accuracies are of."""
@@ -124,6 +142,7 @@ class RunConfig:
         chosen = asdict(self.of(label))
         shared = {name: getattr(self, name) for name in _SHARED}
         shared["precision"] = self.computes_in
+        shared |= {name: getattr(self, name) for name, was in _NEWER.items() if getattr(self, name) not in (was, ())}
         if self.own is not None:
             shared["own"] = self.own.identity()
         result: dict[str, Any] = json.loads(json.dumps({**shared, "method": chosen, "seed": seed}))
@@ -135,7 +154,7 @@ class RunConfig:
         A different choice of methods or seeds is no difference: their runs stand beside the others.
         """
         mine = self.as_dict()
-        names = [name for name in (*_SHARED, "own") if mine[name] != other.get(name)]
+        names = [name for name in (*_SHARED, "own", *_NEWER) if mine[name] != other.get(name, _NEWER.get(name))]
         theirs = other.get("method", {})
         both = [label for label in self.labels() if label in theirs or label in other.get("methods", ())]
         for label in both:
@@ -147,9 +166,20 @@ class RunConfig:
 
 _OWN_TABLES = ("model", "data", "task", "witness")
 _SHARED = (
-    "benchmark", "epochs", "steps", "batch_size", "evaluation_batch_size", "threads", "precision", "device",
-    "weight_decay", "switch_fraction", "evaluate_on",
-)  # fmt: skip
+    "benchmark",
+    "epochs",
+    "steps",
+    "batch_size",
+    "evaluation_batch_size",
+    "threads",
+    "precision",
+    "device",
+    "weight_decay",
+    "switch_fraction",
+    "evaluate_on",
+)
+_NEWER = {"rate_factors": [], "schedule": "one-cycle", "warmup": 0.03}
+"""Settings that came later, and what runs without them did."""  # fmt: skip
 
 
 def _multiplies_bf16() -> bool:
@@ -211,17 +241,21 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
     chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
-    if own := {name: values[name] for name in _OWN_TABLES if name in values}:
-        chosen["own"] = parse_own(own, base=base, where=where)
+    of_field = chosen.get("benchmark") if chosen.get("benchmark") in BENCHMARKS else ""
+    own = {name: values[name] for name in _OWN_TABLES if name in values}
+    if own or of_field:
+        chosen["own"] = parse_own(own, base=base, where=where, benchmark=of_field)
         chosen.setdefault("benchmark", os.path.splitext(os.path.basename(where))[0])
     for required in ("benchmark", "methods"):
         if required not in chosen:
             raise ConfigError(f"load_config: {where} must set {required!r}, got only {', '.join(sorted(chosen))}")
-    for name in ("methods", "seeds"):
+    for name in ("methods", "seeds", "rate_factors"):
         if name in chosen:
             if not isinstance(chosen[name], list | tuple):
                 raise ConfigError(f"load_config: {name} must be a list, got {chosen[name]!r} in {where}")
             chosen[name] = tuple(chosen[name])
+    if isinstance(chosen.get("epochs"), list):
+        chosen["epochs"] = tuple(chosen["epochs"])
     sections = chosen.get("method", {})
     if not isinstance(sections, Mapping) or not all(isinstance(entry, Mapping) for entry in sections.values()):
         raise ConfigError(f"load_config: method must hold tables such as [method.lora], got {sections!r} in {where}")
@@ -232,6 +266,22 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
 def override(config: RunConfig, **changes: Any) -> RunConfig:
     """``config`` with the given fields replaced; those that are None stay."""
     return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def with_data(own: OwnTasks | None, root: str | None) -> OwnTasks | None:
+    """``own`` with another place of a benchmark's data, from the working folder; None stays as it is.
+
+    Raises:
+        ConfigError: ``root`` is given, and the configuration is of no benchmark of the field.
+    """
+    if root is None:
+        return own
+    if own is None or not own.benchmark:
+        raise ConfigError(
+            f"load_config: --data must go with one of {', '.join(BENCHMARKS)}, got {root!r}. Other settings files name "
+            "their data themselves"
+        )
+    return replace(own, data=replace(own.data, root=os.path.abspath(root)))
 
 
 def _method(label: str, entry: dict[str, Any]) -> MethodConfig:
@@ -269,8 +319,17 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             f"RunConfig: exactly one of epochs and steps must be given, got {' and '.join(given) or None}"
         )
+    if isinstance(config.epochs, tuple):
+        _check_list(config, "epochs")
+        for number in config.epochs:
+            check_whole(config, "epochs", "[1, inf)", value=number)
+        given.remove("epochs")
     for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
         check_whole(config, name, "[1, inf)")
+    for factor in config.rate_factors:
+        check_range(config, "rate_factors", "(0, inf)", value=factor)
+    check_choice(config, "schedule", SCHEDULES)
+    check_range(config, "warmup", "[0, 1)")
     check_whole(config, "workers", "[0, inf)")
     check_choice(config, "precision", PRECISIONS)
     check_choice(config, "evaluate_on", EVALUATED_SPLITS)

@@ -32,6 +32,7 @@ from keeplora.train.measure import fastest, peak_bytes, reset_peak, rounds_withi
 from keeplora.train.plugins import load_plugins
 from keeplora.train.record import RunRecord, load_progress, load_result, save_progress, save_result
 from keeplora.train.scalars import Scalars, open_scalars
+from keeplora.train.schedule import make_schedule
 
 
 class NonFiniteLossError(RuntimeError):
@@ -194,10 +195,11 @@ class _Run:
         config = self.config
         first = self.batches(task, epoch=0)
         rounds = task + 1 if self.method.joint else 1  # a joint method takes the steps of all its tasks
-        total = rounds * config.steps if config.steps is not None else (config.epochs or 1) * len(first)
+        total = config.steps_of(task, len(first)) * (rounds if config.steps is not None else 1)
+        rate = config.rate(self.label, task)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
-        optimizer = self.method.optimizer(lr=self.settings.learning_rate, weight_decay=decay, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.settings.learning_rate, total_steps=total)
+        optimizer = self.method.optimizer(lr=rate, weight_decay=decay, fused=True)
+        schedule = make_schedule(config, optimizer, rate, total)
         check_every = 1 if config.device == "cpu" else 16  # reading a loss waits for the GPU
         waiting: list[Tensor] = []
         losses: list[float] = []
@@ -232,7 +234,7 @@ class _Run:
                     f"run_one: the loss must be finite, got {value} in {self.label}, seed {self.seed}, task "
                     f"{task + 1} ({self.names[task]}), step {step - late + 1}, {late} batches before epoch "
                     f"{epoch + 1}, batch {index + 1}. Lower the learning rate "
-                    f"({self.settings.learning_rate:g}) or use precision fp32"
+                    f"({self.config.rate(self.label, task):g}) or use precision fp32"
                 )
 
     def epochs(self, task: int, first: Batches) -> Iterator[tuple[int, int, Any]]:

@@ -19,6 +19,7 @@ __all__ = [
     "InstructionTask",
     "image_benchmark",
     "instruction_benchmark",
+    "is_of_images",
 ]
 
 _DATA = Path(__file__).parent / "data"
@@ -154,6 +155,16 @@ def instruction_benchmark(name: str) -> InstructionBenchmark:
     ordered = tuple(tasks[each] for each in table.pop("order"))
     built: InstructionBenchmark = _build(InstructionBenchmark, {**table, "tasks": ordered})
     return built
+
+
+def is_of_images(name: str) -> bool:
+    """Whether a benchmark is one of images and classes; else it is one of questions about images or videos.
+
+    Examples:
+        >>> is_of_images("x-tail"), is_of_images("ucit")
+        (True, False)
+    """
+    return "layout" in parse_toml((_DATA / f"{name}.toml").read_bytes())
 
 
 def _table(function: str, name: str, key: str) -> dict[str, Any]:

@@ -17,12 +17,13 @@ Written as three tables, here in TOML:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
+from keeplora.tasks.field.catalog import is_of_images
 
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own"]
 
@@ -110,6 +111,9 @@ class DataSettings:
         readers: Threads that decode images.
         max_new_tokens: Most tokens of an answer; for models that generate.
         evaluate_at_most: How many samples of a split are evaluated, evenly spaced, for a quick look. 0: all.
+        root: Folder that a benchmark of the field is unpacked in; with ``benchmark = "mtil"`` and the like.
+        order: Which of its orders. shots: Training images of each class; None for what the benchmark says, 0 for all.
+        shots_seed: Draws them.
         faults: What is done about data that is not as it should be: [`FAULTS`].
     """
 
@@ -122,10 +126,16 @@ class DataSettings:
     readers: int = 2
     max_new_tokens: int = 64
     evaluate_at_most: int = 0
+    root: str = ""
+    order: str = "I"
+    shots: int | None = None
+    shots_seed: int = 42
     faults: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_template(self, self.template)
+        check_whole(self, "shots", "[0, inf)", optional=True)
+        check_whole(self, "shots_seed", "[0, inf)")
         check_range(self, "test_fraction", "(0, 1)")
         check_range(self, "validation_fraction", "[0, 1)")
         check_whole(self, "split_seed", "[0, inf)")
@@ -133,8 +143,9 @@ class DataSettings:
         check_whole(self, "readers", "[1, inf)")
         check_whole(self, "max_new_tokens", "[1, inf)")
         check_whole(self, "evaluate_at_most", "[0, inf)")
-        if not isinstance(self.cache, str):
-            raise ConfigTypeError(f"DataSettings: cache must be a folder's name, got {self.cache!r}")
+        for name in ("cache", "root", "order"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ConfigTypeError(f"DataSettings: {name} must be text, got {value!r}")
         if not isinstance(self.faults, Mapping):
             raise ConfigTypeError(f"DataSettings: faults must be a table, got {self.faults!r}")
         for kind, action in self.faults.items():
@@ -202,7 +213,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class OwnTasks:
-    """A user's own tasks, in learning order, and the model that learns them.
+    """A user's own tasks, in learning order, or those of a benchmark of the field; and the model that learns them.
 
     ``base`` is the folder that relative paths begin in: the settings file's. ``witness`` is evaluated, never trained.
     """
@@ -212,8 +223,11 @@ class OwnTasks:
     data: DataSettings = field(default_factory=DataSettings)
     witness: TaskSource | None = None
     base: str = "."
+    benchmark: str = ""
 
     def __post_init__(self) -> None:
+        if self.benchmark:
+            return
         if not self.tasks:
             raise ConfigError("OwnTasks: tasks must hold at least one task, got none. Add a table [[task]]")
         names = [task.name for task in self.all]
@@ -240,6 +254,8 @@ class OwnTasks:
     @property
     def answers(self) -> bool:
         """Whether the model generates answers; else it compares images with the texts of classes."""
+        if self.benchmark:
+            return not is_of_images(self.benchmark)
         return self.tasks[0].kind == "json"
 
     def path(self, name: str) -> Path:
@@ -250,16 +266,17 @@ class OwnTasks:
         """The settings that decide numbers: neither where the file lies, nor what is only about speed."""
         plain = asdict(self)
         del plain["base"]
-        for name in ("cache", "cache_gb", "readers"):
+        for name in ("cache", "cache_gb", "readers", "root"):
             del plain["data"][name]
         return plain
 
 
-def parse_own(values: Mapping[str, Any], *, base: str, where: str) -> OwnTasks:
+def parse_own(values: Mapping[str, Any], *, base: str, where: str, benchmark: str = "") -> OwnTasks:
     """The tables ``model``, ``data``, ``task`` and ``witness`` of a settings file.
 
     Args:
         values: Those tables as TOML or YAML give them. base: Folder of the file. where: What messages call it.
+        benchmark: A benchmark of the field, whose tasks they are; there are no tables ``task`` then.
 
     Raises:
         ConfigError: a table or setting is missing, unknown or wrong.
@@ -270,19 +287,25 @@ def parse_own(values: Mapping[str, Any], *, base: str, where: str) -> OwnTasks:
         >>> own.answers, own.tasks[0].kind
         (True, 'json')
     """
-    for name in ("model", "task"):
+    for name in ("model",) if benchmark else ("model", "task"):
         if name not in values:
             raise ConfigError(f"load_config: {where} must have {_TABLES[name]}, got none. {_REMEDIES[name]}")
-    tasks = values["task"]
+    tasks = values.get("task", ())
+    if benchmark and (tasks or "witness" in values):
+        raise ConfigError(
+            f"load_config: benchmark = {benchmark!r} has its own tasks, got a table [[task]] or [witness] beside it in "
+            f"{where}. Leave one of them out"
+        )
     if not isinstance(tasks, list | tuple):
         raise ConfigError(f"load_config: task must be a list of tables [[task]], got {tasks!r} in {where}")
-    made = OwnTasks(
+    return OwnTasks(
+        benchmark=benchmark,
+        base=base,
         model=_made(ModelSource, values["model"], "[model]", where),
         tasks=tuple(_made(TaskSource, task, "[[task]]", where) for task in tasks),
         data=_made(DataSettings, values.get("data", {}), "[data]", where),
         witness=None if "witness" not in values else _made(TaskSource, values["witness"], "[witness]", where),
     )
-    return replace(made, base=base)
 
 
 _TABLES = {"model": "a table [model]", "task": "tables [[task]]"}

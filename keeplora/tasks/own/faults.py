@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from keeplora._messages import listed
@@ -47,9 +47,10 @@ class Fault:
 
 @dataclass
 class Faults:
-    """All of them, by what the settings do about each kind."""
+    """All of them, by what the settings do about each kind; ``usual`` is what this data does where they say nothing."""
 
     data: DataSettings
+    usual: Mapping[str, str] = field(default_factory=dict)
     found: list[Fault] = field(default_factory=list)
 
     def add(self, kind: str, task: str, where: object, why: str = "") -> bool:
@@ -58,13 +59,17 @@ class Faults:
         What is to be refused stays, too, so that all faults are found before the message is made.
         """
         self.found.append(Fault(kind, task, str(where), why))
-        return self.data.action(kind) != "skip"
+        return self.action(kind) != "skip"
+
+    def action(self, kind: str) -> str:
+        """What is done about a kind: as the settings say; else what is ``usual`` for this data."""
+        return self.data.faults.get(kind) or self.usual.get(kind) or self.data.action(kind)
 
     def of(self, action: str) -> Iterator[tuple[str, list[Fault]]]:
         """Kind and faults, of those kinds that are treated so."""
         for kind in FAULTS:
             those = [fault for fault in self.found if fault.kind == kind]
-            if those and self.data.action(kind) == action:
+            if those and self.action(kind) == action:
                 yield kind, those
 
     def refuse(self) -> None:
@@ -85,10 +90,13 @@ class Faults:
     def notes(self) -> list[str]:
         """What was left out, converted, cut or allowed: a line for each kind."""
         return [
-            f"{_line(kind, faults)}: {done}, as [data.faults] says"
+            f"{_line(kind, faults)}: {done}, as {self._whose(kind)}"
             for action, done in _DONE.items()
             for kind, faults in self.of(action)
         ]
+
+    def _whose(self, kind: str) -> str:
+        return "[data.faults] says" if kind in self.data.faults else "the benchmark does"
 
 
 def _line(kind: str, faults: Sequence[Fault]) -> str:

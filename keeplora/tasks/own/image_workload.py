@@ -15,16 +15,19 @@ from keeplora._messages import listed
 from keeplora.families.class_head import adjusted_logits
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.classification import Batch
+from keeplora.tasks.field import image_benchmark
 from keeplora.tasks.own.comparing import open_comparing_model
-from keeplora.tasks.own.config import OwnTasks, TaskSource
+from keeplora.tasks.own.config import OwnTasks
 from keeplora.tasks.own.decoded import DecodedImages, cache_folder, decode_all
 from keeplora.tasks.own.faults import Faults
-from keeplora.tasks.own.images import ImageSet, read_images
+from keeplora.tasks.own.images import ImageSet, read_all
 from keeplora.tasks.own.splits import split_off, thinned
 
 __all__ = ["ImageTask", "ImageWorkload"]
 
 _TEXTS_AT_A_TIME = 256
+_OF_THE_FIELD = {"grey": "convert", "alpha": "convert", "animated": "convert", "depth": "skip", "overlap": "allow"}
+"""What the field's own code does with its data, without a word."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +76,36 @@ class ImageWorkload:
 
     def __init__(self, own: OwnTasks, device: str = "cpu") -> None:
         self._device = device
-        faults = Faults(own.data)
+        faults = Faults(own.data, _OF_THE_FIELD if own.benchmark else {})
         self._model = open_comparing_model(own)
         self._kept = 0
         self._folder = cache_folder(own.data.cache and str(own.path(own.data.cache)))
-        sets = [read_images(source, own, faults) for source in own.all]
+        sets = read_all(own, faults)
         _check_overlap(sets, faults)
-        read = [self._read(source, found, own, faults) for source, found in zip(own.all, sets, strict=True)]
+        read = [self._read(found, own, faults) for found in sets]
         faults.refuse()
         self._tasks = [made for made in read if made is not None]
-        for task in self._tasks:
+        for task in [] if own.benchmark else self._tasks:  # of the field's, sizes are compared with the published
             _check_sizes(task)
         self._witness = self._tasks.pop() if own.witness is not None else None
-        self._notes = [*faults.notes(), *self._told(own)]
+        self._one_space = bool(own.benchmark) and image_benchmark(own.benchmark).one_label_space
+        self._notes = [*faults.notes(), *(note for found in sets for note in found.notes), *self._told(own)]
 
-    def _read(self, source: TaskSource, found: ImageSet, own: OwnTasks, faults: Faults) -> ImageTask | None:
+    def _read(self, found: ImageSet, own: OwnTasks, faults: Faults) -> ImageTask | None:
         data = own.data
         room = max(0, int(1e9 * data.cache_gb) - self._kept)
         images, wrong, kept = decode_all(
-            found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=source.name
+            found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=found.name
         )
         self._kept += kept
         out: set[int] = set()
         for place, kinds in wrong.items():
             for kind, why in kinds:
-                if not faults.add(kind, source.name, found.items[place].name, why):
+                if not faults.add(kind, found.name, found.items[place].name, why):
                     out.add(place)
         texts = tuple(found.template.format(name.replace("_", " ")) for name in found.classes)
         for text in self._model.too_long(texts):
-            faults.add("long_text", source.name, repr(text))
+            faults.add("long_text", found.name, repr(text))
         left = {split: [place for place in places if place not in out] for split, places in found.places.items()}
         if not left["train"]:  # all are skipped or to be refused
             return None
@@ -113,13 +117,13 @@ class ImageWorkload:
                 left["train"], left[split] = [train[i] for i in stay], [train[i] for i in off]
         for split in ("test", "validation"):
             left[split] = list(thinned(left[split], data.evaluate_at_most))
-        digest = hashlib.sha256("\n".join([source.name, *found.classes, *texts]).encode())
+        digest = hashlib.sha256("\n".join([found.name, *found.classes, *texts]).encode())
         for split, places in left.items():
             for place in places:
                 item = found.items[place]
                 digest.update(f"{split}\n{item.name}\n{item.stamp}\n{names[place]}\n".encode())
         return ImageTask(
-            source.name, found.classes, texts, self._model.tokens(texts), images, torch.tensor(found.labels), left,
+            found.name, found.classes, texts, self._model.tokens(texts), images, torch.tensor(found.labels), left,
             digest.hexdigest(),
         )  # fmt: skip
 
@@ -128,13 +132,17 @@ class ImageWorkload:
         for task in (*self._tasks, *([] if self._witness is None else [self._witness])):
             sizes = ", ".join(f"{len(task.places[split])} {split}" for split in ("train", "validation", "test"))
             lines.append(f"{task.name}: {len(task.classes)} classes, {sizes} images; {task.texts[0]!r}")
-        own_splits = all((own.path(task.folder) / "test").is_dir() for task in own.all if task.kind == "folder")
+        own_splits = bool(own.benchmark) or all(
+            (own.path(task.folder) / "test").is_dir() for task in own.all if task.kind == "folder"
+        )
         if not own_splits:
             lines.append(
                 f"where a task has no test images, {own.data.test_fraction:.0%} of each class, and of the rest "
                 f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed "
                 f"{own.data.split_seed})"
             )
+        if self._one_space:
+            lines.append("an image is right if its text is the nearest of those of all tasks' classes, learned or not")
         if own.data.evaluate_at_most:
             lines.append(
                 f"a quick look: at most {own.data.evaluate_at_most} images of a split are evaluated, evenly spaced"
@@ -221,7 +229,8 @@ class ImageWorkload:
             raise ConfigError(f"evaluate: {split} of task {chosen.name!r} must hold images, got none")
         modes = {module: module.training for module in model.modules()}
         weight = next(model.parameters())
-        tokens = chosen.tokens.to(weight.device)
+        tokens, offset = self._choices(chosen)
+        tokens = tokens.to(weight.device)
         parts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
         model.eval()
         try:
@@ -232,11 +241,19 @@ class ImageWorkload:
             for part, pixels in zip(parts, chosen.images.batches(parts), strict=True):
                 x = self._model.normalised(pixels.to(weight.device), weight.dtype)
                 scores = self._logits(model, self._model.image_features(model, x), texts, tokens)
-                right.append(scores.argmax(1).cpu() == chosen.labels[part])
+                right.append(scores.argmax(1).cpu() == chosen.labels[part] + offset)
         finally:
             for module, training in modes.items():
                 module.training = training
         return torch.cat(right)
+
+    def _choices(self, chosen: ImageTask) -> tuple[Tensor, int]:
+        """The texts to choose from, and where the task's own begin among them."""
+        if not self._one_space:
+            return chosen.tokens, 0
+        place = next(place for place, task in enumerate(self._tasks) if task is chosen)
+        offset = sum(len(task.classes) for task in self._tasks[:place])
+        return torch.cat([task.tokens for task in self._tasks]), offset
 
 
 def _check_overlap(sets: Sequence[ImageSet], faults: Faults) -> None:

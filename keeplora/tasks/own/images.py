@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from keeplora._messages import listed, suggest
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks import field
+from keeplora.tasks.field import ArrayImage
 from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
 
-__all__ = ["FileImage", "ImageItem", "ImageSet", "RowImage", "read_images"]
+__all__ = ["FileImage", "ImageItem", "ImageSet", "RowImage", "read_all", "read_images"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -74,6 +80,27 @@ class RowImage:
 
 
 @dataclass(frozen=True)
+class HeldImage:
+    """An image of a data set of the field that keeps its images in arrays."""
+
+    source: ArrayImage
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}[{self.source.index}]"
+
+    @property
+    def stamp(self) -> str:
+        return str(zlib.crc32(np.ascontiguousarray(self.source.array[self.source.index]).tobytes()))
+
+    def read(self) -> bytes:
+        file = io.BytesIO()
+        self.source.open().save(file, "PNG", compress_level=0)
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """The images of one task. ``places[split]`` are those that the data itself assigns to a split."""
 
@@ -83,6 +110,47 @@ class ImageSet:
     labels: tuple[int, ...]
     places: dict[str, list[int]]
     template: str
+    notes: tuple[str, ...] = ()
+
+
+def read_all(own: OwnTasks, faults: Faults) -> list[ImageSet]:
+    """List the images of all tasks, the witness's last: a user's own, or those of a benchmark of the field.
+
+    Raises:
+        ConfigError: data is missing, or not what it is said to be.
+    """
+    if not own.benchmark:
+        return [read_images(task, own, faults) for task in own.all]
+    data = own.data
+    if not data.root:
+        raise ConfigError(
+            f"open_workload: root must say where the data of {own.benchmark} is, got none. Set root in [data], or give "
+            "--data FOLDER; docs/benchmarks.md has the layout"
+        )
+    root = own.path(data.root)
+    found = field.read_images(root, own.benchmark, data.order, shots=data.shots, seed=data.shots_seed)
+    return [_of_field(one, root) for one in found]
+
+
+def _of_field(found: field.ImageSet, root: Path) -> ImageSet:
+    items: list[ImageItem] = []
+    labels: list[int] = []
+    places: dict[str, list[int]] = {}
+    known: dict[Any, int] = {}  # with replacement, an image may be drawn twice
+    for split, pairs in (("train", found.train), ("validation", found.validation), ("test", found.test)):
+        places[split] = []
+        for source, label in pairs:
+            key = source if isinstance(source, field.FileImage) else (split, source.index)  # type: ignore[attr-defined]
+            if key not in known:
+                known[key] = len(items)
+                items.append(
+                    FileImage(root, source.path.relative_to(root).as_posix())
+                    if isinstance(source, field.FileImage)
+                    else HeldImage(cast(ArrayImage, source), split)
+                )
+                labels.append(label)
+            places[split].append(known[key])
+    return ImageSet(found.name, found.classes, tuple(items), tuple(labels), places, found.template, found.notes)
 
 
 def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:

@@ -108,7 +108,7 @@ def faulty(place, tmp_path):
 
 def test_all_faults_are_told_at_once_with_their_remedies(faulty):
     with pytest.raises(ConfigError) as told:
-        open_workload(own(faulty, LIGHT, template="a {} " + "very " * 20))
+        open_workload(own(faulty, LIGHT, template="a {} " + "very " * 40))
     text = str(told.value)
     assert "2 cannot be decoded in light: blue/00.png" in text
     assert "1 are grey in light: blue/02.png (mode L)" in text
