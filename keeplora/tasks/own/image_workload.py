@@ -77,10 +77,10 @@ class ImageWorkload:
     def __init__(self, own: OwnTasks, device: str = "cpu") -> None:
         self._device = device
         faults = Faults(own.data, _OF_THE_FIELD if own.benchmark else {})
-        self._model = open_comparing_model(own)
         self._kept = 0
         self._folder = cache_folder(own.data.cache and str(own.path(own.data.cache)))
         sets = read_all(own, faults)
+        self._model = open_comparing_model(own)  # after the data is found: it takes seconds, or a download
         _check_overlap(sets, faults)
         read = [self._read(found, own, faults) for found in sets]
         faults.refuse()

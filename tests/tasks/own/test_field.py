@@ -42,7 +42,10 @@ def own(root, **data):
 def test_all_data_sets_are_tasks_in_order_and_are_learned(root):
     workload = open_workload(own(root))
     assert tuple(workload.tasks) == made.small(field.image_benchmark("mtil")).orders["I"]
-    assert workload.task(0).texts == ("a photo of a 707-320, a type of aircraft.", "a photo of a A 340, a type of aircraft.")
+    assert workload.task(0).texts == (
+        "a photo of a 707-320, a type of aircraft.",
+        "a photo of a A 340, a type of aircraft.",
+    )
     assert len(workload.task(7).places["test"]) == 3
     config = parse_config(
         {"benchmark": "x", "methods": ["lora"], "steps": 1, "batch_size": 4, "precision": "fp32", "workers": 0,
