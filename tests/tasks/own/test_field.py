@@ -1,4 +1,4 @@
-"""The field's image benchmarks through the same workload: tiny data in the real formats, a tiny model of a real class."""
+"""The field's image benchmarks through the same workload: tiny data in the real formats, a tiny model."""
 
 import pytest
 import torch
