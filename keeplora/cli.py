@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   keeplora run tasks.toml --export                learns them; leaves models and adapters for others
   keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
   keeplora compare --methods lora mine --plugins my_methods    a method of your own: my_methods.py registers it
+  keeplora report runs/demo                       one HTML file about a run; of several runs, side by side
   keeplora info                                   versions, kernels, methods, benchmarks
 
 Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
@@ -153,6 +154,13 @@ def _compare(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _report(parsed: argparse.Namespace) -> int:
+    from keeplora.report.page import write_page
+
+    print(f"report: {write_page(parsed.runs, parsed.out)}")
+    return 0
+
+
 def _info(parsed: argparse.Namespace) -> int:
     from keeplora.report.info import describe
 
@@ -235,6 +243,20 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", default="", metavar="NAME", help="with --fronts: the method the others are tested against"
     )
     compare.set_defaults(command=_compare)
+
+    report = commands.add_parser(
+        "report",
+        help="write one HTML file about finished or unfinished runs",
+        description="Tables, charts, settings and environment of run folders in one file that needs no network. "
+        "Several folders stand side by side. Folders of runs that are still going on are only read.",
+        epilog="examples:\n  keeplora report runs/demo\n  keeplora report runs/mine runs/theirs --out compared.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of keeplora run, demo or compare (their --out)")
+    report.add_argument(
+        "--out", metavar="FILE.html", help="the file (default: report.html in RUN, or here for several)"
+    )
+    report.set_defaults(command=_report)
 
     info = commands.add_parser(
         "info", help="show versions, compiled kernels, methods and benchmarks", description="What is installed here."

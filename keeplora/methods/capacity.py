@@ -163,17 +163,25 @@ class Capacity(Sequence[LayerCapacity]):
             f"{_count(self.median_forecast)} in half of them"
         )
 
-    def __str__(self) -> str:
-        """A row for each tower and depth: shares of its layers' directions, the fewest that are free in a layer."""
+    def by_depth(self) -> dict[tuple[str, int], Capacity]:
+        """The layers of each tower and depth, as a capacity of their own."""
         blocks: dict[tuple[str, int], list[LayerCapacity]] = {}
         for layer in self.layers:
             blocks.setdefault((layer.tower, layer.depth), []).append(layer)
+        return {place: Capacity(tuple(layers), self.tasks) for place, layers in blocks.items()}
+
+    def rows(self) -> list[list[str]]:
+        """Titles, then a row for each tower and depth: shares of directions, the fewest that are free in a layer."""
         rows = [["tower", "depth", "layers", "protected", "added", "free", "least free", "more tasks"]]
-        for (tower, depth), layers in blocks.items():
-            shares = (f"{_share(layers, name):.0%}" for name in ("protected", "added", "free"))
-            least = min(layer.free for layer in layers)
-            more = _count(min(layers, key=_urgency).forecast)
-            rows.append([tower, str(depth), str(len(layers)), *shares, str(least), more])
+        for (tower, depth), block in self.by_depth().items():
+            shares = (f"{_share(block.layers, name):.0%}" for name in ("protected", "added", "free"))
+            least = min(layer.free for layer in block)
+            rows.append([tower, str(depth), str(len(block)), *shares, str(least), _count(block.forecast)])
+        return rows
+
+    def __str__(self) -> str:
+        """The summary, :meth:`rows`, and which layers fill first."""
+        rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

@@ -58,13 +58,13 @@ def plot_capacity(
         return False
     from matplotlib.figure import Figure  # optional, and slow to import
 
-    from keeplora.report.style import INK, save
+    from keeplora.report.style import INK, literal, save
 
     layers = max(map(len, capacities.values()))
     figure = Figure(figsize=(max(8.0, 2 + 0.26 * layers), 0.9 + 3.0 * len(capacities)), layout="constrained")
     all_axes = figure.subplots(len(capacities), 1, squeeze=False)[:, 0]
     for axes, (title, capacity) in zip(all_axes, capacities.items(), strict=True):
-        _panel(axes, title, capacity, tasks or [f"task {i + 1}" for i in range(capacity.tasks)])
+        literal(_panel)(axes, title, capacity, tasks or [f"task {i + 1}" for i in range(capacity.tasks)])
     figure.suptitle("Protected share of each layer's input space", fontsize=13, fontweight="bold", color=INK)
     save(figure, Path(path))
     return True

@@ -95,13 +95,14 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]
     header = ["method", *(column.title for column in shown)]
     body = [
-        [label, *(_cell(values.get(column.key), column) for column in shown)]
+        [label, *(cell(values.get(column.key), column) for column in shown)]
         for label, values in {"zero-shot": summary["zero_shot"], **methods}.items()
     ]
     return [header, *body]
 
 
-def _cell(value: Mapping[str, float] | None, column: Column) -> str:
+def cell(value: Mapping[str, float] | None, column: Column) -> str:
+    """A value of the summary as the column prints it; empty where nothing was measured."""
     if value is None:
         return ""
     mean, std = (column.factor * value[name] for name in ("mean", "std"))

@@ -13,19 +13,26 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from keeplora.methods import Capacity
-from keeplora.report.plots import colours, end_labels, staircase
-from keeplora.report.style import GRID, INK, SOFT, plain, save
+from keeplora.report.plots import colours, end_labels, line_marks, staircase
+from keeplora.report.style import GRID, INK, MARKERS, SOFT, literal, plain, readable, save
 from keeplora.train.record import RunRecord
 
-MARKERS = "osD^vPX"
 _ORDER = {part: place for place, part in enumerate("qkvo")}
 
 
 def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
+    """Draw :func:`last_against_transfer` into a file."""
+    save(last_against_transfer(summary), path)
+
+
+@literal
+def last_against_transfer(
+    summary: Mapping[str, Any], *, size: tuple[float, float] = (9.6, 7.2), titled: bool = True
+) -> Figure:
     """What is known at the end against what is left of the zero-shot ability; up and to the right is better."""
     methods = summary["methods"]
     palette = colours(list(methods))
-    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     zero = summary["zero_shot"]
     for line, key in ((axes.axhline, "last"), (axes.axvline, "transfer")):
@@ -44,14 +51,15 @@ def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_xlabel("Transfer: accuracy on tasks not yet learned (%)", color=SOFT)
     axes.set_ylabel("Last: accuracy on all tasks at the end (%)", color=SOFT)
-    axes.set_title("What is learned and kept, against what is left of the zero-shot ability", loc="left", fontsize=12.5,
-                   fontweight="bold", color=INK)  # fmt: skip
+    if titled:
+        axes.set_title("What is learned and kept, against what is left of the zero-shot ability", loc="left",
+                       fontsize=12.5, fontweight="bold", color=INK)  # fmt: skip
     seeds = len(summary["seeds"])
     spread = f"bars: ± 1 std over {seeds} seeds" if seeds > 1 else "one seed"
     figure.supxlabel(f"{summary['benchmark']}, {summary['split']} split; {spread}; dashed: the model before learning",
                      fontsize=9, color=SOFT)  # fmt: skip
     name_points(figure, axes, points, palette)
-    save(figure, path)
+    return figure
 
 
 def name_points(
@@ -83,7 +91,7 @@ def name_points(
         here, there = (tuple(axes.transData.inverted().transform(at)) for at in ((x, y), best[:2]))
         axes.annotate(
             label, here, xytext=there, ha="center", va="center", fontsize=9.5,
-            fontweight="bold", color=palette.get(label, INK), zorder=5,
+            fontweight="bold", color=readable(palette.get(label, INK)), zorder=5,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
             arrowprops=None if best[2] < 20 else {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkB": 4},
         )  # fmt: skip
@@ -94,6 +102,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return wide * high if wide > 0 and high > 0 else 0.0
 
 
+@literal
 def plot_forgetting(path: Path, summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> None:
     """How a task's accuracy changes while others are learned after it: mean over tasks and seeds."""
     labels = list(summary["methods"])
@@ -106,8 +115,7 @@ def plot_forgetting(path: Path, summary: Mapping[str, Any], runs: Mapping[str, S
     for i, label in enumerate(labels):
         curves = np.array([_changes(100 * np.asarray(record.accuracy)) for record in runs[label]])
         mean = curves.mean(0)
-        axes.plot(x, mean, color=palette[label], linewidth=2.1, marker=MARKERS[i % len(MARKERS)], markersize=5.5,
-                  markeredgecolor="white", markeredgewidth=0.7)  # fmt: skip
+        axes.plot(x, mean, color=palette[label], linewidth=2.1, **line_marks(i, len(labels)))
         ends.append((float(mean[-1]), label))
     axes.axhline(0, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     end_labels(axes, ends, float(x[-1]), palette, signed=True)
@@ -129,6 +137,7 @@ def _changes(accuracy: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
     return [float(np.mean([accuracy[j + k, j] - accuracy[j, j] for j in range(tasks - k)])) for k in range(tasks)]
 
 
+@literal
 def plot_matrices(path: Path, runs: Mapping[str, Sequence[RunRecord]]) -> None:
     """The accuracy matrices of all methods on one sheet, mean over seeds."""
     columns = min(4, len(runs))
@@ -168,6 +177,7 @@ def plot_matrices(path: Path, runs: Mapping[str, Sequence[RunRecord]]) -> None:
     save(figure, path)
 
 
+@literal
 def plot_protected(path: Path, capacities: Mapping[str, Capacity]) -> bool:
     """The share of each layer's input space that is protected at the end, by depth; False where nobody protects."""
     if not capacities:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Sheet
 
-from keeplora.report.comparison_plots import MARKERS, name_points
+from keeplora.report.comparison_plots import name_points
 from keeplora.report.fronts import Fronts, on_front, place
 from keeplora.report.plots import colours
-from keeplora.report.style import GRID, INK, SOFT, plain, save
+from keeplora.report.style import GRID, INK, MARKERS, SOFT, literal, plain, save
 from keeplora.train.config import RunConfig
 
 
 def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
-    """A line through the settings of each method that none of its others beats; those that one beats are hollow."""
+    """Draw :func:`fronts_figure` into a file."""
+    save(fronts_figure(config, fronts), path)
+
+
+@literal
+def fronts_figure(
+    config: RunConfig,
+    fronts: Fronts,
+    *,
+    size: tuple[float, float] = (11.5, 8.4),
+    titled: bool = True,
+    numbers: str = "fronts.csv",
+) -> Sheet:
+    """A line through the settings of each method that none of its others beats; those that one beats are hollow.
+
+    ``numbers`` tells where those are that lie outside the frame.
+    """
     palette = colours(list(fronts.points))
-    sheet = Sheet(figsize=(11.5, 8.4), layout="constrained")
+    sheet = Sheet(figsize=size, layout="constrained")
     axes = sheet.subplots()
     zero = place(fronts.zero_shot)
     axes.axvline(zero[0], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
@@ -44,17 +61,20 @@ def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_xlabel("Transfer: accuracy on tasks not yet learned (%)", color=SOFT)
     axes.set_ylabel("Last: accuracy on all tasks at the end (%)", color=SOFT)
-    axes.set_title("What is learned and kept, against what is left of the zero-shot ability, over learning rates",
-                   loc="left", fontsize=12.5, fontweight="bold", color=INK)  # fmt: skip
+    if titled:
+        axes.set_title("What is learned and kept, against what is left of the zero-shot ability, over learning rates",
+                       loc="left", fontsize=12.5, fontweight="bold", color=INK)  # fmt: skip
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
-    sheet.supxlabel(
+    note = (
         f"{config.benchmark}, {config.split} split, {seeds}; bars: error of seeds and items; line: a method's front; "
         "hollow: another rate of the method is better; dashed: before learning"
-        + (f"\n{outside} hollow points are outside the frame; they are in fronts.csv" if outside else ""),
-        fontsize=9, color=SOFT,
-    )  # fmt: skip
+    )
+    if outside:
+        which = "1 hollow point is" if outside == 1 else f"{outside} hollow points are"
+        note += f"; {which} outside the frame, the numbers are in {numbers}"
+    sheet.supxlabel(fill(note, int(13 * size[0])), fontsize=9, color=SOFT)
     name_points(sheet, axes, named, palette)
-    save(sheet, path)
+    return sheet
 
 
 def _frame(axes: Axes, shown: list[tuple[float, float]], points: list[tuple[float, float]]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,13 @@ def report_fronts(
     if not labels:
         raise ConfigError(f"report_fronts: records must hold a method that did not diverge, got {', '.join(failed)}")
     write_summary(config, records)
-    if reference not in labels:
-        reference = "keeplora" if "keeplora" in labels else next(iter(labels))
-    fronts = gather(config, labels, records, reference)
+    fronts = gather(config, labels, records, usual_reference(labels, reference))
     values = as_dict(config, fronts)
     write_json(out / "fronts.json", values)
     write_csv(out / "fronts.csv", *_csv_rows(values))
     said = [*findings(fronts, len(config.seeds)), *(f"left out: {label} ({why})" for label, why in failed.items())]
     said += notes
-    tables = {_title(allowance): choice_rows(fronts, allowance) for allowance in ALLOWANCES}
+    tables = {allowance_title(allowance): choice_rows(fronts, allowance) for allowance in ALLOWANCES}
     markdown = [caption(config, fronts)]
     for title, rows in tables.items():
         markdown += ["", f"**{title}**", "", markdown_table(rows)]
@@ -63,6 +61,12 @@ def report_fronts(
         text += ["", title, text_table(rows)]
     files = f"chart: {out / 'fronts.png'}\nnumbers: {out / 'fronts.md'}, fronts.json, fronts.csv, summary.json"
     return "\n".join([*text, "", *said, files])
+
+
+def usual_reference(labels: Collection[str], wanted: str) -> str:
+    """The method that the others are tested against: the one wanted, else keeplora, else the first."""
+    choices = (wanted, "keeplora", *labels)
+    return next(name for name in choices if name in labels)
 
 
 def caption(config: RunConfig, fronts: Fronts) -> str:
@@ -76,7 +80,8 @@ def caption(config: RunConfig, fronts: Fronts) -> str:
     )
 
 
-def _title(allowance: float) -> str:
+def allowance_title(allowance: float) -> str:
+    """What a table of this allowance is called."""
     return f"Transfer may fall {allowance:g} points under zero-shot"
 
 

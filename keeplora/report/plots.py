@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from keeplora.report.style import INK, SOFT, plain, save
+from keeplora.report.style import DASHES, INK, MARKERS, SOFT, literal, plain, readable, save
 from keeplora.train.record import RunRecord
 
 Array = NDArray[np.float64]
@@ -27,11 +27,18 @@ _BARS = (("last", "Last", "all tasks, at the end"), ("avg", "Avg", "all tasks, a
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
-    """One colour for each method, the same in every chart."""
+    """One colour for each method, the same in every chart, at whichever learning rate.
+
+    >>> colours(["lora@0.001"]) == {"lora@0.001": colours(["lora"])["lora"]}
+    True
+    """
     spare = iter(_SPARE * (1 + len(labels)))
-    return {label: _METHOD_COLOURS.get(label) or next(spare) for label in labels}
+    methods = [label.partition("@")[0] for label in labels]
+    names = methods if len(set(methods)) == len(methods) else labels  # of several rates of a method each has its own
+    return {label: _METHOD_COLOURS.get(name) or next(spare) for label, name in zip(labels, names, strict=True)}
 
 
+@literal
 def plot_comparison(path: Path, summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> None:
     """Accuracy over the course of learning, and Last, Avg, Transfer, with zero-shot as the line to beat."""
     labels = list(summary["methods"])
@@ -45,12 +52,22 @@ def plot_comparison(path: Path, summary: Mapping[str, Any], runs: Mapping[str, S
         fontsize=15, fontweight="bold", color=INK,
     )  # fmt: skip
     _curves(left, summary, {label: runs[label] for label in labels}, palette)
+    left.set_title("Mean accuracy over all tasks, after each task", loc="left", fontsize=11.5, color=INK)
     _bars(right, summary, labels, palette)
     figure.supxlabel(
-        f"benchmark {summary['benchmark']}, accuracy on {summary['split']} images; {spread}",
+        f"benchmark {summary['benchmark']}, accuracy on the {summary['split']} split; {spread}",
         fontsize=9, color=SOFT,
     )  # fmt: skip
     save(figure, path)
+
+
+@literal
+def curves_figure(summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> Figure:
+    """Accuracy over the course of learning by itself, without a title."""
+    labels = list(summary["methods"])
+    figure = Figure(figsize=(8.2, max(4.4, 1.6 + 0.22 * len(labels))), layout="constrained")
+    _curves(figure.subplots(), summary, {label: runs[label] for label in labels}, colours(labels))
+    return figure
 
 
 def _curves(
@@ -60,11 +77,11 @@ def _curves(
     start = summary["zero_shot"]["last"]["mean"]
     x = np.arange(len(tasks) + 1)
     ends: list[tuple[float, str]] = []
-    for label, records in runs.items():
+    for i, (label, records) in enumerate(runs.items()):
         curves = np.array([[start, *(100 * np.mean(record.accuracy, axis=1))] for record in records])
         mean, std = curves.mean(0), _std(curves)
         axes.fill_between(x, mean - std, mean + std, color=palette[label], alpha=0.18, linewidth=0)
-        axes.plot(x, mean, color=palette[label], linewidth=2.4, marker="o", markersize=4.5)
+        axes.plot(x, mean, color=palette[label], linewidth=2.2, **line_marks(i, len(runs)))
         ends.append((float(mean[-1]), label))
     axes.axhline(start, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     low, high = axes.get_ylim()
@@ -72,37 +89,73 @@ def _curves(
     end_labels(axes, [*ends, (start, "zero-shot")], float(x[-1]), palette)
     axes.set_xlim(-0.2, len(tasks) + 0.1)
     axes.set_xticks(x, ["start", *(f"+ {name}" for name in tasks)], rotation=35, ha="right")
-    axes.set_title("Mean accuracy over all tasks, after each task", loc="left", fontsize=11.5, color=INK)
     axes.set_ylabel("accuracy (%)", color=SOFT)
     plain(axes)
+
+
+def line_marks(number: int, lines: int) -> dict[str, Any]:
+    """Dashes, sign and its place on the line for one of several curves: they tell curves apart that coincide.
+
+    The gaps of later ones show the earlier ones. Every other sign is hollow, and larger, so that it frames another.
+    """
+    hollow = number % 2 == 1 and lines > 1
+    return {
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 7.5 if hollow else 4.5,
+        "markerfacecolor": "none" if hollow else None,
+        "markeredgewidth": 1.3 if hollow else 1.0,
+    }
 
 
 def end_labels(
     axes: Axes, ends: list[tuple[float, str]], x: float, palette: Mapping[str, str], *, signed: bool = False
 ) -> None:
-    """Names at the right end of their lines, pushed apart where lines end close together."""
+    """Names at the right end of their lines, pushed apart where lines end close together, each led to its line."""
     low, high = axes.get_ylim()
-    gap = 0.05 * (high - low)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    gap = 14.5 / (72 * 0.8 * figure.get_size_inches()[1]) * (high - low)  # a line of text; axes are 0.8 of the figure
     ends = sorted(ends)
-    places = [value for value, _ in ends]
-    for _ in range(50):
-        for i in range(len(places) - 1):
-            overlap = gap - (places[i + 1] - places[i])
-            if overlap > 1e-9:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
+    places = apart([value for value, _ in ends], gap)
     for place, (value, label) in zip(places, ends, strict=True):
         number = f"{value:+.1f}" if signed else f"{value:.1f}"
         axes.annotate(
-            f"{label}  {number}", (x, value), xytext=(x + 0.25, place), textcoords="data", va="center",
-            fontsize=10, fontweight="bold", color=palette.get(label, INK), annotation_clip=False,
+            f"{label}  {number}", (x, value), xytext=(x + 0.3, place), textcoords="data", va="center",
+            fontsize=10, fontweight="bold", color=readable(palette.get(label, INK)), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": palette.get(label, INK), "linewidth": 0.8, "shrinkA": 2,
+                        "shrinkB": 4, "relpos": (0.0, 0.5)},
         )  # fmt: skip
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels at ascending ``values``: at least ``gap`` apart, each group centred where its values are.
+
+    >>> apart([1.0, 5.0, 5.0], 1.0)
+    [1.0, 4.5, 5.5]
+    """
+    groups: list[list[float]] = []  # values whose labels touch
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _lowest(groups[-1], gap) < _lowest(groups[-2], gap) + gap * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_lowest(group, gap) + gap * i for group in groups for i in range(len(group))]
+
+
+def _lowest(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
 def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette: Mapping[str, str]) -> None:
     width = 0.8 / len(labels)
-    top = 0.0
     zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in _BARS]
+    ends = [summary["methods"][label][key] for label in labels for key, _, _ in _BARS]
+    top = 1.22 * max(*zeros, *(value["mean"] + value["std"] for value in ends))
+    axes.set_ylim(0, top)
+    turned = len(labels) > 5  # the numbers stand upright, or they would run into each other
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    point = top / (72 * 0.7 * figure.get_size_inches()[1])  # of the axes, which are about 0.7 of the figure
     for i, label in enumerate(labels):
         values = [summary["methods"][label][key] for key, _, _ in _BARS]
         places = np.arange(len(_BARS)) - 0.4 + width * (i + 0.5)
@@ -112,25 +165,31 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
         )  # fmt: skip
         for place, mean, std, zero in zip(places, means, stds, zeros, strict=True):
-            inside = 0 < zero - mean - std < 5  # there the line of zero-shot would run through the number
             axes.text(
-                place, mean - std - 0.8 if inside else mean + std + 0.8, f"{mean:.1f}", ha="center",
-                va="top" if inside else "bottom", fontsize=8.5, color=INK, zorder=5,
-                path_effects=[withStroke(linewidth=3, foreground="white")],
+                place, clear_of(mean + std + 2.5 * point, (26 if turned else 9) * point, zero, 3 * point),
+                f"{mean:.1f}", ha="center", va="bottom", fontsize=8.5, color=INK, zorder=5,
+                rotation=90 if turned else 0, path_effects=[withStroke(linewidth=2, foreground="white")],
             )  # fmt: skip
-        top = max(top, *(mean + std for mean, std in zip(means, stds, strict=True)))
     for i, zero in enumerate(zeros):
-        top = max(top, zero)
         line = axes.plot([i - 0.45, i + 0.45], [zero, zero], color=INK, linewidth=1.4, linestyle=(0, (4, 3)))[0]
         if i == 0:
             line.set_label("zero-shot")
-    axes.set_ylim(0, 1.22 * top)
-    axes.set_xticks(range(len(_BARS)), [f"{name}\n{text}" for _, name, text in _BARS])
+    axes.set_xticks(range(len(_BARS)), [f"{name}\n{text}" for _, name, text in _BARS], fontsize=9)
     axes.set_title("Higher is better", loc="left", fontsize=11.5, color=INK)
     axes.legend(framealpha=1, edgecolor="none", ncols=3, loc="upper center", fontsize=9.5)
     plain(axes)
 
 
+def clear_of(low: float, height: float, line: float, rim: float) -> float:
+    """Where a label that would be from ``low`` to ``low + height`` begins so that ``line`` does not strike it through.
+
+    >>> clear_of(10.0, 4.0, line=12.0, rim=1.0), clear_of(10.0, 4.0, line=30.0, rim=1.0)
+    (13.0, 10.0)
+    """
+    return line + rim if low - rim < line < low + height + rim else low
+
+
+@literal
 def plot_matrix(path: Path, label: str, records: Sequence[RunRecord]) -> None:
     """The accuracy matrix of one method, mean over seeds; the frame marks tasks that are already learned."""
     tasks = records[0].tasks

@@ -55,15 +55,24 @@ def run_values(record: RunRecord) -> dict[str, float]:
 
 def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
     """The content of ``summary.json``: values in percent, seconds and bytes, as mean and std over seeds."""
-    by_label = group(config, records)
+    return {**measured(config, records), "environment": environment(config)}
+
+
+def measured(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
+    """The summary without the machine, which need not be the one that reads the records.
+
+    Labels without a record are left out; ``zero_shot`` is empty where that is one of them.
+    """
+    by_label = {label: runs for label, runs in group(config, records).items() if runs}
     methods = {label: _over_seeds([run_values(record) for record in runs]) for label, runs in by_label.items()}
-    zero = next(label for label in by_label if config.of(label).method == ZERO_SHOT)
+    zero = next((label for label in by_label if config.of(label).method == ZERO_SHOT), "")
+    before = methods.get(zero, {})
     return {
         "benchmark": config.benchmark,
         "tasks": records[0].tasks,
         "split": config.split,
         "seeds": list(config.seeds),
-        "zero_shot": {name: methods[zero][name] for name in (*METRICS[:3], "witness") if name in methods[zero]},
+        "zero_shot": {name: before[name] for name in (*METRICS[:3], "witness") if name in before},
         "methods": {label: values for label, values in methods.items() if label != zero},
         "certificates": {
             label: worst for label, runs in by_label.items() if (worst := worst_certificate(runs)) is not None
@@ -83,7 +92,6 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
             for label in by_label
             if label != zero
         },
-        "environment": environment(config),
     }
 
 
