@@ -34,18 +34,18 @@ def tiny(tmp_path):
 def test_help_shows_commands_and_examples():
     answer = keeplora("--help")
     assert answer.returncode == 0
-    for word in ("demo", "run", "compare", "info", "examples:", "Ctrl-C"):
+    for word in ("demo", "run", "compare", "report", "info", "examples:", "Ctrl-C"):
         assert word in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "compare", "info"])
+@pytest.mark.parametrize("command", ["demo", "run", "compare", "report", "info"])
 def test_help_of_every_command(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert f"keeplora {command}" in shown
-    assert command == "info" or "--methods" in shown
+    assert command in ("info", "report") or "--methods" in shown
 
 
 def test_a_run_from_the_shell(tiny, tmp_path):

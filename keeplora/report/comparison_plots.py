@@ -115,7 +115,7 @@ def plot_forgetting(path: Path, summary: Mapping[str, Any], runs: Mapping[str, S
     for i, label in enumerate(labels):
         curves = np.array([_changes(100 * np.asarray(record.accuracy)) for record in runs[label]])
         mean = curves.mean(0)
-        axes.plot(x, mean, color=palette[label], linewidth=2.1, **line_marks(i, len(labels)))
+        axes.plot(x, mean, color=palette[label], **line_marks(i, len(labels)))
         ends.append((float(mean[-1]), label))
     axes.axhline(0, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     end_labels(axes, ends, float(x[-1]), palette, signed=True)

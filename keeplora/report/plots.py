@@ -81,7 +81,7 @@ def _curves(
         curves = np.array([[start, *(100 * np.mean(record.accuracy, axis=1))] for record in records])
         mean, std = curves.mean(0), _std(curves)
         axes.fill_between(x, mean - std, mean + std, color=palette[label], alpha=0.18, linewidth=0)
-        axes.plot(x, mean, color=palette[label], linewidth=2.2, **line_marks(i, len(runs)))
+        axes.plot(x, mean, color=palette[label], **line_marks(i, len(runs)))
         ends.append((float(mean[-1]), label))
     axes.axhline(start, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     low, high = axes.get_ylim()
@@ -94,15 +94,17 @@ def _curves(
 
 
 def line_marks(number: int, lines: int) -> dict[str, Any]:
-    """Dashes, sign and its place on the line for one of several curves: they tell curves apart that coincide.
+    """Width, dashes and sign of one of several curves: they tell curves apart that coincide.
 
-    The gaps of later ones show the earlier ones. Every other sign is hollow, and larger, so that it frames another.
+    Each lies on wider ones, and its gaps show those. Every other sign is hollow, and larger, so that it frames another.
     """
-    hollow = number % 2 == 1 and lines > 1
+    place = number % len(DASHES)
+    hollow = number % 2 == 1
     return {
-        "linestyle": DASHES[number % len(DASHES)],
+        "linewidth": 1.8 + 0.9 * (min(lines, len(DASHES)) - 1 - place),
+        "linestyle": DASHES[place],
         "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 7.5 if hollow else 4.5,
+        "markersize": 8.5 if hollow else 5.5,
         "markerfacecolor": "none" if hollow else None,
         "markeredgewidth": 1.3 if hollow else 1.0,
     }

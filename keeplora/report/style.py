@@ -19,7 +19,7 @@ from keeplora._files import write_atomic
 
 INK, SOFT, GRID = "#222222", "#666666", "#e4e4e4"
 MARKERS = "osD^vPX"
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (7, 1.5, 1.5, 1.5)))
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.6)), (0, (6, 2, 1.5, 2)))
 """Of curves, in this order: where curves coincide, the gaps of the later one show the earlier one."""
 
 literal = rc_context({"text.parse_math": False})

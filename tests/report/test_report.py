@@ -14,7 +14,7 @@ from keeplora.methods import Capacity
 from keeplora.methods.capacity import layer_capacity
 from keeplora.report import report_run
 from keeplora.report.capacity import plot_capacity, record_capacity, tightest_run
-from keeplora.report.plots import colours
+from keeplora.report.plots import _bars, apart, colours, curves_figure, plot_comparison
 from keeplora.report.summary import summarize, worst_certificate
 from keeplora.report.table import result_table
 from keeplora.train.config import parse_config
@@ -161,6 +161,61 @@ def test_charts_are_pictures_of_the_right_things(finished, tmp_path):
     for label, colour in palette.items():
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(chart - rgb).sum(-1) == 0).sum() > 500, f"{label} is not in the chart"
+
+
+@pytest.mark.parametrize(("count", "std"), [(3, 0.0), (9, 2.0)])
+def test_no_value_is_struck_through_by_the_line_of_zero_shot(count, std):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = ("last", "avg", "transfer")  # as the chart has them
+    for zeros in np.linspace(32, 52, 21).reshape(7, 3):
+        heights = np.linspace(38, 42, count)
+        methods = {f"m{i}": {key: {"mean": mean, "std": std} for key in keys} for i, mean in enumerate(heights)}
+        lines = {key: {"mean": zero} for key, zero in zip(keys, zeros, strict=True)}
+        figure = Figure(figsize=(7, 5.6), layout="constrained")
+        axes = figure.subplots()
+        _bars(axes, {"zero_shot": lines, "methods": methods}, list(methods), colours(methods))
+        FigureCanvasAgg(figure).draw()
+        assert len(axes.texts) == 3 * count
+        for text in axes.texts:
+            box, zero = text.get_window_extent(), zeros[round(text.get_position()[0])]
+            line = axes.transData.transform((0, zero))[1]
+            assert not box.y0 < line < box.y1, f"{text.get_text()} at zero-shot {zero}"
+
+
+def test_curves_that_coincide_can_both_be_seen(tmp_path):
+    from matplotlib.image import imread
+
+    from keeplora.report.style import save
+
+    config = config_of(tmp_path)
+    runs = {label: [record_of(label, seed) for seed in (0, 1)] for label in LABELS}
+    shown = summarize(config, [record for each in runs.values() for record in each])
+    shown["methods"] = {label: shown["methods"][label] for label in ("full", "lora", "keeplora", "keeplora++")}
+    save(curves_figure(shown, runs), tmp_path / "curves.png")
+    pixels = (imread(tmp_path / "curves.png")[..., :3] * 255).round().astype(int)
+    pixels = pixels[:, : pixels.shape[1] * 7 // 10]  # without the names at the right
+    for label, colour in colours(list(shown["methods"])).items():
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).sum(-1) <= 3).sum() > 300, f"{label} is hidden"
+
+
+def test_names_at_the_ends_of_lines_stand_apart_and_in_order():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = sorted(rng.normal(0, 3, 12))
+        places = np.array(apart(values, 1.0))
+        assert (np.diff(places) > 1 - 1e-9).all()
+        assert abs(places.mean() - np.mean(values)) < 1e-9
+    assert apart([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
+
+
+def test_names_of_tasks_are_no_formulas(tmp_path):
+    config = config_of(tmp_path)
+    records = [replace(record_of(label, seed), tasks=["a $x_$", "$\\frac$", "c"]) for label, seed in config.pairs()]
+    report_run(config, records)  # TeX would refuse both
+    plot_comparison(tmp_path / "demo.png", summarize(config, records), dict.fromkeys(LABELS, records))
 
 
 def test_one_seed_one_method_and_no_basis(tmp_path):
