@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NoReturn
 
-__all__ = ["MOST_JSON", "check_tensor_file", "fault", "parse_json", "parse_toml", "parse_yaml", "read_bytes"]
+__all__ = [
+    "MOST_JSON",
+    "check_tensor_file",
+    "fault",
+    "parse_json",
+    "parse_toml",
+    "parse_yaml",
+    "read_bytes",
+    "read_lines",
+]
 
 MOST_JSON = 2**26
 """Bytes of a JSON file: a thousand layers over a thousand tasks take a tenth of it."""
@@ -32,6 +41,23 @@ def read_bytes(path: str | os.PathLike[str], *, size: int | None = None, most: i
         if most is not None and held > most:
             raise ValueError(f"of at most {most} bytes, got {held}")
         return file.read(held)
+
+
+def read_lines(path: str | os.PathLike[str], *, most: int) -> Iterator[bytes]:
+    """The lines of a regular file, one at a time: a file of any size takes the memory of its longest line.
+
+    Args:
+        most: How many bytes a line may have.
+
+    Raises:
+        OSError: as `read_bytes`.
+        ValueError: too; or a line is longer.
+    """
+    with _opened(path) as (file, _):
+        while line := file.readline(most + 1):
+            if len(line) > most:
+                raise ValueError(f"of lines of at most {most} bytes, got a longer one")
+            yield line
 
 
 def check_tensor_file(path: str | os.PathLike[str]) -> int:

@@ -1,0 +1,64 @@
+"""Videos of a user's own tasks: eight frames of each, through PyAV."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keeplora._untrusted import read_bytes
+
+__all__ = ["FRAMES", "check_video", "frames", "reads_videos"]
+
+FRAMES = 8
+"""Frames a model sees of a video, evenly spaced; of a shorter one some twice."""
+
+
+def reads_videos() -> bool:
+    """Whether PyAV is installed."""
+    return find_spec("av") is not None
+
+
+def check_video(path: Path) -> list[tuple[str, str]]:
+    """Decode a video wholly; returns what is wrong with it, as kind and reason: ``corrupt``, or nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        count = _count(path)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything
+        return [("corrupt", f"{error or type(error).__name__}")]
+    return [] if count else [("corrupt", "no frame")]
+
+
+def frames(path: Path) -> NDArray[np.uint8]:
+    """The frames ``floor(i · n / 8)`` of n, i = 0 … 7: ``uint8 [8, height, width, 3]`` in RGB."""
+    count = _count(path)
+    places = [i * count // FRAMES for i in range(FRAMES)]
+    wanted: dict[int, NDArray[np.uint8]] = {}
+    for place, frame in enumerate(_decoded(path)):
+        if place in places:
+            wanted[place] = frame.to_ndarray(format="rgb24")
+    return np.stack([wanted[place] for place in places])
+
+
+def _count(path: Path) -> int:
+    """By decoding: what a container says of its length is often wrong, or left out."""
+    return sum(1 for _ in _decoded(path))
+
+
+def _decoded(path: Path) -> Iterator[Any]:
+    import av  # optional
+
+    with av.open(io.BytesIO(read_bytes(path))) as container:
+        if not container.streams.video:
+            raise ValueError("no video in it")
+        yield from container.decode(video=0)
