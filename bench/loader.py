@@ -82,7 +82,8 @@ def main() -> None:
             kept.loss(model, batch).backward()
             steps.append(1000 * (time.perf_counter() - started))
         print(
-            f"{parsed.images} JPEGs of {size / 1000:.0f} kB, {parsed.model}, batches of {parsed.batch}, torch {torch.__version__}"
+            f"{parsed.images} JPEGs of {size / 1000:.0f} kB, {parsed.model}, batches of {parsed.batch}, "
+            f"torch {torch.__version__}"
         )
         print(f"opening the task: {first:.1f} s the first time, {second:.1f} s again")
         print(f"ms a batch: {from_file:.1f} from the file, {decoded:.0f} decoded by 2 threads, {plain:.0f} one by one")

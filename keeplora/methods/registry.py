@@ -118,7 +118,7 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     entry = _registered("create", name)
     known = [f.name for f in fields(entry.config)]
     given = dict(settings or {})
-    made = entry.config
+    made: Callable[..., Any] = entry.config
     if "preset" in given and hasattr(entry.config, "preset"):
         made = partial(entry.config.preset, given.pop("preset"))
     for setting in given:

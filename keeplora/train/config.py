@@ -241,7 +241,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
     chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
-    of_field = chosen.get("benchmark") if chosen.get("benchmark") in BENCHMARKS else ""
+    of_field = str(chosen["benchmark"]) if chosen.get("benchmark") in BENCHMARKS else ""
     own = {name: values[name] for name in _OWN_TABLES if name in values}
     if own or of_field:
         chosen["own"] = parse_own(own, base=base, where=where, benchmark=of_field)

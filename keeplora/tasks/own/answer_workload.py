@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keeplora._files import told
 from keeplora._messages import listed, suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.statistics.passes import evaluating
+from keeplora.tasks.own.asked import Asked, read_asked
 from keeplora.tasks.own.config import OwnTasks
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.generator import load_generator
-from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample, read_task
+from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample
 from keeplora.tasks.own.prompts import Prompts
 from keeplora.tasks.own.videos import FRAMES, frames
 from keeplora.tasks.workload import Batches
@@ -58,11 +60,11 @@ class AnswerWorkload:
         self._processor = self._generator.processor
         self._prompts = Prompts(self._processor, self._generator.ends)
         self._lengths: dict[Any, int] = {}
-        read = [read_task(source, own, self._faults) for source in own.all]
+        asked = [one.few(own.data.evaluate_at_most) for one in read_asked(own, self._faults)]
         self._faults.refuse()  # before files are opened that may not be there
-        read = [self._checked(task) for task in read]
+        asked = [replace(one, task=self._checked(one.task)) for one in asked]
         self._faults.refuse()
-        self._tasks, self._witness = read[: len(own.tasks)], next(iter(read[len(own.tasks) :]), None)
+        self._asked, self._asked_witness = asked, asked.pop() if own.witness is not None else None
         for task in self._all:
             self._check_splits(task)
         self._model = self._generator.model()
@@ -70,16 +72,16 @@ class AnswerWorkload:
     @property
     def tasks(self) -> Sequence[str]:
         """Names in learning order."""
-        return [task.name for task in self._tasks]
+        return [one.task.name for one in self._asked]
 
     @property
     def witness(self) -> str | None:
         """Name of the task that is never trained."""
-        return None if self._witness is None else self._witness.name
+        return None if self._asked_witness is None else self._asked_witness.task.name
 
     @property
     def _all(self) -> list[AnswerTask]:
-        return [*self._tasks, *([] if self._witness is None else [self._witness])]
+        return [one.task for one in (*self._asked, *([] if self._asked_witness is None else [self._asked_witness]))]
 
     def fingerprint(self) -> str:
         """Hash of all samples' texts, answers and files (names and sizes), of the processor, and of the weights."""
@@ -112,9 +114,15 @@ class AnswerWorkload:
             "the loss is the mean over the tokens of a batch's answers",
             self._prompts.note(),
             *([f"of every video {FRAMES} frames are taken, evenly spaced"] if seen else []),
+            *self._told_quick(),
+            *(note for one in (*self._asked, *filter(None, [self._asked_witness])) for note in one.notes),
             *self._faults.notes(),
             *self._told_left_out(),
         ]
+
+    def _told_quick(self) -> list[str]:
+        most = self.own.data.evaluate_at_most
+        return [f"a quick look: at most {most} samples of a split are evaluated, evenly spaced"] if most else []
 
     def _told_left_out(self) -> list[str]:
         if not self._left_out:
@@ -130,7 +138,7 @@ class AnswerWorkload:
 
     def batches(self, task: int, batch_size: int, seed: int) -> Batches:
         """One pass over the training samples in an order that ``seed`` alone decides, padded on the right."""
-        return _Pass(self, self._tasks[task].train, batch_size, seed)
+        return _Pass(self, self._asked[task].task.train, batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in float32."""
@@ -138,15 +146,17 @@ class AnswerWorkload:
         return loss
 
     def accuracy(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> float:
-        """Fraction of the samples of ``split`` whose last answer is generated exactly, case and outer spaces aside."""
-        right = self.correct(model, task, split, batch_size)
-        return int(right.sum()) / len(right)
+        """The score of ``split``, from 0 to 1: with samples of one's own the share of exact answers.
+
+        Captions' mean score may pass 100 %, where it counts as 1.
+        """
+        score = self.chosen(task).score(self.samples(task, split), self.predictions(model, task, split, batch_size))
+        return min(score.percent / 100, 1.0)
 
     def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
         """Which samples are answered right: bool [n], in the split's order."""
-        answers = [sample.answer for sample in self.samples(task, split)]
-        predictions = self.predictions(model, task, split, batch_size)
-        return torch.tensor([_plain(a) == _plain(b) for a, b in zip(predictions, answers, strict=True)])
+        samples = self.samples(task, split)
+        return torch.tensor(self.chosen(task).correct(samples, self.predictions(model, task, split, batch_size)))
 
     @torch.no_grad()
     def predictions(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> list[str]:
@@ -167,14 +177,32 @@ class AnswerWorkload:
                 texts += self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
 
+    def chosen(self, task: int | None) -> Asked:
+        """The task with this place in the order; None means the witness."""
+        chosen = self._asked_witness if task is None else self._asked[task]
+        assert chosen is not None
+        return chosen
+
+    def evaluated(self, task: int) -> int:
+        """How many test samples of a task are evaluated."""
+        return len(self._asked[task].task.test)
+
+    def save_model(self, model: nn.Module, folder: Path) -> str:
+        """Write a merged model and its processor as transformers does; returns the line of Python that loads it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        saved: Any = model
+        with told(folder):
+            saved.save_pretrained(folder)
+            self._processor.save_pretrained(folder)
+        return f'transformers.AutoModelForImageTextToText.from_pretrained("{folder.resolve()}")'
+
     def samples(self, task: int | None, split: str) -> tuple[Sample, ...]:
         """Those of a task's split; None: the witness's.
 
         Raises:
             ValueError: there is no such split, or no such sample in it.
         """
-        chosen = self._witness if task is None else self._tasks[task]
-        assert chosen is not None
+        chosen = self.chosen(task).task
         if split not in SPLITS:
             raise ValueError(
                 f"accuracy: split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(split, SPLITS)}"
@@ -290,7 +318,8 @@ class AnswerWorkload:
 
     def _check_splits(self, task: AnswerTask) -> None:
         for split, samples in task.splits:
-            if not samples and split != "validation" and not (split == "train" and task is self._witness):
+            witness = self._asked_witness is not None and task is self._asked_witness.task
+            if not samples and split != "validation" and not (split == "train" and witness):
                 raise ConfigError(
                     f"load_workload: task {task.name!r} must have samples to {split}, got none that are left"
                 )
@@ -344,10 +373,6 @@ class _Pass:
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
-def _plain(text: str) -> str:
-    return text.strip().upper()
 
 
 def _relative(path: Path, base: Path) -> str:

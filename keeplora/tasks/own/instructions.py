@@ -45,6 +45,15 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[Path, ...] = ()
     videos: tuple[Path, ...] = ()
+    told: str = ""
+    """Its image's or video's path as the annotation has it: some scoring rules go by it."""
+    references: tuple[str, ...] = ()
+    """Right captions, where it is one of a benchmark of captions."""
+
+    @property
+    def question(self) -> str:
+        """The words of the last question."""
+        return "\n".join(text for kind, text in self.turns[-1].parts if kind == "text")
 
     @property
     def answer(self) -> str:
@@ -174,7 +183,8 @@ def _sample(value: Any, place: str, folder: Path) -> Sample:
             Turn(tuple(_part(piece) for piece in pieces if piece.strip()), answer.strip())
             for pieces, (_, answer) in zip(parts, turns, strict=True)
         ),
-        *(tuple(folder / name for name in names) for names in media.values()),
+        images=tuple(folder / name for name in media["image"]),
+        videos=tuple(folder / name for name in media["video"]),
     )
 
 

@@ -58,7 +58,7 @@ def _count(path: Path) -> int:
 def _decoded(path: Path) -> Iterator[Any]:
     import av  # optional
 
-    with av.open(io.BytesIO(read_bytes(path))) as container:
+    with av.open(io.BytesIO(read_bytes(path)), mode="r") as container:
         if not container.streams.video:
             raise ValueError("no video in it")
         yield from container.decode(video=0)
