@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   keeplora demo                                   the embedded benchmark, all methods, three seeds
   keeplora demo --methods lora keeplora++ --seeds 1
   keeplora run quick                              a shipped configuration
+  keeplora init data                              your own data: look at it, write tasks.toml for keeplora run
   keeplora run tasks.toml --dry-run               your own tasks: checks data, tells time and memory
   keeplora run tasks.toml --export                learns them; leaves models and adapters for others
   keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
@@ -86,6 +87,24 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     return _run_config(parsed.config, parsed, seeds=None)
+
+
+def _init(parsed: argparse.Namespace) -> int:
+    import torch
+
+    from keeplora.tasks.own.draft import init
+
+    on_gpu = torch.cuda.is_available()
+    summary = init(
+        parsed.folder,
+        parsed.out,
+        model=parsed.model,
+        force=parsed.force,
+        device="cuda" if on_gpu else "cpu",
+        threads=min(4, os.cpu_count() or 1),
+    )
+    print(summary)
+    return 0
 
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
@@ -209,6 +228,21 @@ def _parser() -> argparse.ArgumentParser:
         help="write the merged model and the PEFT adapter of every run below its folder",
     )
     run.set_defaults(command=_run)
+
+    init = commands.add_parser(
+        "init",
+        help="look at a folder of your data and write a settings file for it",
+        description="Recognises class folders of images, JSON in LLaVA's form and what `datasets` reads, counts, opens "
+        "image headers, and writes a commented settings file for keeplora run. The data is left as it is.",
+        epilog="examples:\n  keeplora init data\n  keeplora init data --out birds.toml --model ViT-L-14/openai\n"
+        "  keeplora init questions --model transformers:llava-hf/llava-1.5-7b-hf",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init.add_argument("folder", metavar="FOLDER", help="class/*.jpg, train/class/*.jpg, task/class/*.jpg, *.json, …")
+    init.add_argument("--out", metavar="FILE", default="tasks.toml", help="what to write (default: tasks.toml)")
+    init.add_argument("--model", metavar="NAME", default="", help="ViT-B-16/openai, hf-hub:…, or transformers:…")
+    init.add_argument("--force", action="store_true", help="write FILE anew where it is there")
+    init.set_defaults(command=_init)
 
     compare = commands.add_parser(
         "compare",

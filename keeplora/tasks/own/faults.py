@@ -9,9 +9,9 @@ from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.config import FAULTS, DataSettings
 
-__all__ = ["Fault", "Faults"]
+__all__ = ["MEANINGS", "Fault", "Faults"]
 
-_MEANINGS = {
+MEANINGS = {
     "corrupt": "cannot be decoded",
     "not_image": "are no images",
     "depth": "have more than 8 bits a channel",
@@ -24,6 +24,7 @@ _MEANINGS = {
     "long_text": "are texts longer than the model's context",
     "overlap": "are classes that two tasks share",
 }
+"""What is said of things of a kind, after their number."""
 _DONE = {
     "skip": "left out",
     "convert": "converted to RGB",
@@ -101,4 +102,4 @@ class Faults:
 
 def _line(kind: str, faults: Sequence[Fault]) -> str:
     tasks = list(dict.fromkeys(fault.task for fault in faults))
-    return f"{len(faults)} {_MEANINGS[kind]} in {listed(tasks)}: {listed([str(fault) for fault in faults])}"
+    return f"{len(faults)} {MEANINGS[kind]} in {listed(tasks)}: {listed([str(fault) for fault in faults])}"
