@@ -10,7 +10,7 @@ import pytest
 
 from keeplora import cli
 from keeplora.methods import METHODS
-from keeplora.train.config import shipped_configs
+from keeplora.train.config import load_config, shipped_configs
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -34,18 +34,18 @@ def tiny(tmp_path):
 def test_help_shows_commands_and_examples():
     answer = keeplora("--help")
     assert answer.returncode == 0
-    for word in ("demo", "run", "compare", "report", "info", "examples:", "Ctrl-C"):
+    for word in ("demo", "run", "init", "compare", "report", "info", "examples:", "Ctrl-C"):
         assert word in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "compare", "report", "info"])
+@pytest.mark.parametrize("command", ["demo", "run", "init", "compare", "report", "info"])
 def test_help_of_every_command(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert f"keeplora {command}" in shown
-    assert command in ("info", "report") or "--methods" in shown
+    assert command in ("info", "init", "report") or "--methods" in shown
 
 
 def test_a_run_from_the_shell(tiny, tmp_path):
@@ -164,6 +164,24 @@ def test_info_names_what_is_there(capsys):
         "gram (reference)",
     ):
         assert name in shown
+
+
+def test_init_writes_a_file_that_run_reads(tmp_path, monkeypatch, capsys):
+    from own_folders import classes
+
+    classes(tmp_path / "birds", {"owl": 5, "tit": 5})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "birds", "--out", "my birds.toml"]) == 0
+    shown = capsys.readouterr().out
+    assert '"birds": train 10, 2 classes' in shown
+    assert shown.endswith("Next: keeplora run 'my birds.toml' --dry-run\n")
+    assert load_config("my birds.toml").own.tasks[0].folder == "birds"
+    assert cli.main(["init", "birds", "--out", "my birds.toml"]) == 2
+    assert "Add --force" in capsys.readouterr().err
+    assert cli.main(["init", "birds", "--out", "my birds.toml", "--force", "--model", "ViT-L-14"]) == 0
+    assert load_config("my birds.toml").own.model.open_clip == "ViT-L-14"
+    assert cli.main(["init", "gone"]) == 2
+    assert "folder must be a folder that exists, got 'gone'" in capsys.readouterr().err
 
 
 def test_help_waits_for_no_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tomllib
 from collections import Counter
@@ -27,7 +28,7 @@ _RATE_CLASSES = 1e-3
 _RATE_ANSWERS = 1e-4
 """Between the published rates of a 7B model, 2e-5 to 2e-4 (docs/settings.md)."""
 _STEPS = 40
-"""Of the smallest task: what `keeplora compare` trains on the embedded benchmark at, within a factor of two."""
+"""Of the smallest task: what keeplora/compare/settings/embedded.toml trains a task for; clip-b16.toml has half."""
 
 
 def init(
@@ -154,8 +155,8 @@ def _methods(lines: Lines, source: ModelSource, answers: bool) -> None:
         "between the published rates of 7B models, 2e-5 to 2e-4" if answers
         else "what a CLIP ViT-B/16 learned at in a few hundred steps (docs/settings.md)"
     )  # fmt: skip
-    # the names of open_clip's own towers; others have names of their own
-    vit = source.open_clip.startswith("ViT-")
+    # layers of open_clip's own towers; those of timm, as SigLIP's, have names of their own
+    vit = re.fullmatch(r"ViT-\w+-\d+(-\d+|-plus|-quickgelu)*", source.open_clip)
     for label in ("lora", "keeplora"):
         lines.table(f"[method.{label}]")
         lines.set(
@@ -243,11 +244,11 @@ def _task(lines: Lines, task: DataTask, place: int, seen: DataFolder, base: Path
         split = ", ".join(f"{name} {count}" for name, count in sizes.items())
         lines.comment(f"{sum(task.counts.values())} {unit} ({given}); about {split} after splitting.")
     if task.classes:
-        smallest = min(task.classes, key=task.train_of)
-        lines.comment(
-            f"{len(task.classes)} classes: {listed([quoted(label) for label in task.classes], 5)}; the smallest is "
-            f"{quoted(smallest)} with {task.train_of(smallest)} to train on and to split."
-        )
+        smallest = min((label for label in task.classes if task.train_of(label)), key=task.train_of, default=None)
+        size = "" if smallest is None else (
+            f"; the smallest is {quoted(smallest)} with {task.train_of(smallest)} to train on and to split"
+        )  # fmt: skip
+        lines.comment(f"{len(task.classes)} classes: {listed([quoted(label) for label in task.classes], 5)}{size}.")
     lines.comment(*(f"Note: {remark}." for remark in task.remarks))
     lines.set("name", task.name)
     lines.set(task.kind, _path(task.place, base))
@@ -317,14 +318,13 @@ def _epochs(steps: int, answers: bool) -> int:
 
 
 def _path(path: Path, base: Path) -> str:
-    """``path`` as it is read from a file in ``base``: relative, unless that leads elsewhere, through a link."""
+    """``path`` as it is read from a file in ``base``: relative, unless that leads elsewhere, by a link or a ``~``."""
     try:
         relative = os.path.relpath(path, base)
-        same = os.path.samefile(os.path.join(base, relative), path) if path.exists() and base.exists() else True
     except ValueError:  # on another drive
-        same = False
-    plain = Path(relative if same else path).as_posix()
-    return f"./{plain}" if plain.startswith("~") else plain
+        return path.as_posix()
+    same = os.path.realpath(base / relative) == os.path.realpath(path)
+    return Path(relative).as_posix() if same and not relative.startswith("~") else path.as_posix()
 
 
 def _shortened(where: str, folder: Path) -> str:

@@ -77,11 +77,11 @@ def look(folder: str | os.PathLike[str], *, most: int = MOST) -> DataFolder:
 
 def _tasks(tree: Folder) -> tuple[list[DataTask], list[str]]:
     """The tasks of a folder, by names, and remarks on what is left out."""
-    own, remarks = _tables(tree, tree)
+    own, remarks, parts = _tables(tree, tree)
     inner: dict[str, list[DataTask]] = {}
-    if not own or own[0].kind == "json":  # beside tables, folders hold what the tables name
-        for sub in tree.folders:
-            inner[sub.name], more = _tables(sub, tree)
+    for sub in tree.folders:
+        if sub.name not in parts:
+            inner[sub.name], more, _ = _tables(sub, tree)
             remarks += more
     below = [
         replace(task, name=name if len(tasks) == 1 else f"{name}-{task.name}")
@@ -114,20 +114,23 @@ def _tasks(tree: Folder) -> tuple[list[DataTask], list[str]]:
     return several, remarks
 
 
-def _tables(folder: Folder, root: Folder) -> tuple[list[DataTask], list[str]]:
-    """Tasks of JSON or tables in a folder, or in folders of it that are called after splits."""
+def _tables(folder: Folder, root: Folder) -> tuple[list[DataTask], list[str], list[str]]:
+    """Tasks of JSON or tables in a folder, or in folders of it that are called after splits; remarks; those folders."""
     tasks, remarks = _own_tables(folder, root)
-    if not tasks:
-        parts: dict[str, DataTask] = {}
-        for sub in folder.folders:
-            split = split_named(sub.name)
-            inner, more = ([], []) if split is None else _own_tables(sub, root)
+    if tasks:
+        return tasks, remarks, []
+    parts: dict[str, DataTask] = {}
+    names = []
+    for sub in folder.folders:
+        if (split := split_named(sub.name)) is not None:
+            inner, more = _own_tables(sub, root)
             remarks += more
-            if split is not None and len(inner) == 1:
+            if len(inner) == 1 and split not in parts:
                 parts[split] = inner[0]
-        if "train" in parts:
-            tasks = [joined(folder.path.name or "data", parts)]
-    return tasks, remarks
+                names.append(sub.name)
+    if "train" not in parts:
+        return [], remarks, []
+    return [joined(folder.path.name or "data", parts)], remarks, names
 
 
 def _own_tables(folder: Folder, root: Folder) -> tuple[list[DataTask], list[str]]:
@@ -219,7 +222,9 @@ def _made(folder: Folder, parts: Mapping[str, Folder]) -> DataTask:
     for part in parts.values():
         known = {sub.name for sub in part.folders}
         if lacking := [label for label in classes if label not in known]:
-            remarks.append(f"{len(lacking)} classes of {name} have no folder in {part.name}: {listed(lacking)}")
+            count = "1 class" if len(lacking) == 1 else f"{len(lacking)} classes"
+            has = "has" if len(lacking) == 1 else "have"
+            remarks.append(f"{count} of {name} {has} no folder in {part.name}: {listed(lacking)}")
     return DataTask(
         name=name,
         kind="folder",

@@ -48,6 +48,9 @@ def dataset_tasks(folder: Folder) -> tuple[list[DataTask], list[str]]:
         kind = path.suffix.lower()
         if kind not in (*_BINARY, *_TEXT):
             continue
+        if not path.is_file():  # a pipe would be waited for
+            others.append(f"{path} is no file that can be read")
+            continue
         if kind in _BINARY:
             table = _binary_table(path)
             if table is None:

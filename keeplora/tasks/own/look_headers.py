@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -35,11 +36,13 @@ def header_faults(path: str) -> list[tuple[str, str]]:
     An alpha channel is named even where it turns out opaque. Files that end too early are not noticed: no pixel is
     decoded.
 
-    >>> header_faults("/dev/null")
-    [('corrupt', 'of no format that Pillow reads')]
+    >>> header_faults("gone.png")
+    [('corrupt', 'no file that can be read')]
     """
     from PIL import Image, UnidentifiedImageError  # optional
 
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return [("corrupt", "no file that can be read")]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is no fault

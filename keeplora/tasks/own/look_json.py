@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def json_tasks(folder: Folder, root: Path) -> tuple[list[DataTask], list[str]]:
         except ValueError as error:
             others.append(f"{path} must {error}")
             continue
+        if samples is None and path.suffix.lower() == ".jsonl":
+            continue  # it may be a table: look_datasets says what it is
         if samples is None:
             others.append(f"{path} holds no samples in LLaVA's form")
             continue
@@ -101,13 +103,16 @@ def _task(name: str, parts: Mapping[str, tuple[Path, list[dict[str, Any]]]], fol
         )
     train = parts["train"][0]
     samples = [sample for split in parts for sample in parts[split][1]]
-    paths = [path for sample in samples for path in _images(sample)]
-    begins, hits, tried = _images_begin(paths, (train.parent, root, train.parent / "images", root / "images"))
+    images = [path for sample in samples for path in _paths(sample, "image")]
+    paths = [*images, *(path for sample in samples for path in _paths(sample, "video"))]
+    places = list(dict.fromkeys((train.parent, root, train.parent / "images", root / "images")))
+    begins, hits, tried = _where_paths_begin(paths, places)
     remarks = []
-    if tried:
-        place = "where the file is" if begins == train.parent else str(begins)
-        remarks.append(f"{hits} of the first {tried} images that {name} names are there, looked for in {place}")
-    if texts := sum(not _images(sample) for sample in samples):
+    if tried and not hits:
+        remarks.append(f"none of the first {tried} images of {name} are there, looked for in {_listed(places)}")
+    elif tried:
+        remarks.append(f"{hits} of the first {tried} images of {name} are there, in {begins}")
+    if texts := sum(not (_paths(sample, "image") or _paths(sample, "video")) for sample in samples):
         remarks.append(f"{texts} of {len(samples)} samples of {name} have no image")
     there = {path: (begins / path).is_file() for path in paths}
     faults = [Fault("missing", name, path) for path, is_there in there.items() if not is_there]
@@ -122,24 +127,28 @@ def _task(name: str, parts: Mapping[str, tuple[Path, list[dict[str, Any]]]], fol
         test=parts["test"][0] if "test" in parts else None,
         validation=parts["validation"][0] if "validation" in parts else None,
         images=None if begins == train.parent else begins,
-        pictures=tuple(str(begins / path) for path, is_there in there.items() if is_there),
+        pictures=tuple(str(begins / path) for path in dict.fromkeys(images) if there[path]),
         faults=tuple(faults),
         remarks=tuple(remarks),
     )
 
 
-def _images(sample: Mapping[str, Any]) -> list[str]:
-    """The paths of a sample's images; videos are not looked at."""
-    value = sample.get("image")
+def _paths(sample: Mapping[str, Any], kind: str) -> list[str]:
+    """The files that a sample names: its ``"image"``, one or a list, or its ``"video"``."""
+    value = sample.get(kind)
     return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str) and path]
 
 
-def _images_begin(paths: Sequence[str], places: Iterable[Path]) -> tuple[Path, int, int]:
+def _where_paths_begin(paths: Sequence[str], places: Sequence[Path]) -> tuple[Path, int, int]:
     """The place that most of the first paths lead from to a file, how many do, and of how many."""
     tried = list(dict.fromkeys(paths))[:TRIED]
-    hits = {place: sum((place / path).is_file() for path in tried) for place in dict.fromkeys(places)}
-    best = max(hits, key=lambda place: hits[place])  # of equals the first
+    hits = {place: sum((place / path).is_file() for path in tried) for place in places}
+    best = max(places, key=lambda place: hits[place])  # of equals the first
     return best, hits[best], len(tried)
+
+
+def _listed(places: Sequence[Path]) -> str:
+    return listed([str(place) for place in places], len(places))
 
 
 def _is_empty(sample: Mapping[str, Any]) -> bool:
