@@ -14,7 +14,7 @@ from keeplora.tasks.own.faults import Fault
 from keeplora.tasks.own.look_datasets import dataset_tasks
 from keeplora.tasks.own.look_headers import MOST, look_at_headers
 from keeplora.tasks.own.look_json import json_tasks
-from keeplora.tasks.own.look_tree import DEPTH, DataFolder, DataTask, Folder, joined, read_folder, split_named
+from keeplora.tasks.own.look_tree import DEPTH, DataFolder, DataTask, Folder, joined, read_folder, renamed, split_named
 
 __all__ = ["FEWEST", "look"]
 
@@ -84,7 +84,7 @@ def _tasks(tree: Folder) -> tuple[list[DataTask], list[str]]:
             inner[sub.name], more, _ = _tables(sub, tree)
             remarks += more
     below = [
-        replace(task, name=name if len(tasks) == 1 else f"{name}-{task.name}")
+        renamed(task, name if len(tasks) == 1 else f"{name}-{task.name}")
         for name, tasks in inner.items()
         for task in tasks
     ]
@@ -95,11 +95,11 @@ def _tasks(tree: Folder) -> tuple[list[DataTask], list[str]]:
         if len(kinds) > 1 or (own and below) or (not own and kinds == {"dataset"} and without):
             raise _unexpected(tree, "one kind of data, in the folder or in folders of it", remarks)
         return tables, remarks
-    if (single := class_task(tree)) is not None:
+    if (single := _class_task(tree)) is not None:
         return [single], remarks
     several, others = [], []
     for sub in tree.folders:
-        if (task := class_task(sub)) is not None:
+        if (task := _class_task(sub)) is not None:
             several.append(task)
         elif sub.empty:
             remarks.append(f"the folder {sub.name} is empty, and left out")
@@ -145,13 +145,13 @@ def _own_tables(folder: Folder, root: Folder) -> tuple[list[DataTask], list[str]
 
 def _is_class_task(folder: Folder) -> bool:
     try:
-        task = class_task(folder)
+        task = _class_task(folder)
     except ConfigError:
         return False
     return task is not None and len(task.classes) > 1
 
 
-def class_task(folder: Folder) -> DataTask | None:
+def _class_task(folder: Folder) -> DataTask | None:
     """The task whose class folders these are, or None where the folders hold no images themselves.
 
     Raises:
@@ -212,7 +212,7 @@ def _made(folder: Folder, parts: Mapping[str, Folder]) -> DataTask:
     for split, part in parts.items():
         for sub in part.folders:
             classes.setdefault(sub.name, dict.fromkeys(parts, 0))[split] = len(sub.pictures)
-            pictures += [str(sub.path / picture) for picture in sub.pictures]
+            pictures += [os.path.join(sub.path, picture) for picture in sub.pictures]
             faults += [Fault("not_image", name, str(sub.path / stranger)) for stranger in sub.strangers]
             if not sub.pictures:
                 faults.append(Fault("empty_class", name, str(sub.path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,10 @@ def dataset_tasks(folder: Folder) -> tuple[list[DataTask], list[str]]:
     tables: dict[str, _Table] = {}
     others: list[str] = []
     for name in folder.files:
-        path = folder.path / name
-        kind = path.suffix.lower()
+        kind = os.path.splitext(name)[1].lower()
         if kind not in (*_BINARY, *_TEXT):
             continue
+        path = folder.path / name
         if not path.is_file():  # a pipe would be waited for
             others.append(f"{path} is no file that can be read")
             continue

@@ -35,9 +35,9 @@ def json_tasks(folder: Folder, root: Path) -> tuple[list[DataTask], list[str]]:
     groups: dict[str, dict[str, tuple[Path, list[dict[str, Any]]]]] = {}
     others = []
     for name in folder.files:
-        path = folder.path / name
-        if path.suffix.lower() not in (".json", ".jsonl") or name in _NOT_SAMPLES:
+        if not name.lower().endswith((".json", ".jsonl")) or name in _NOT_SAMPLES:
             continue
+        path = folder.path / name
         try:
             samples = read_samples(path)
         except ValueError as error:

@@ -12,7 +12,18 @@ from pathlib import Path
 from keeplora._messages import listed
 from keeplora.tasks.own.faults import Fault
 
-__all__ = ["DEPTH", "IMAGES", "DataFolder", "DataTask", "Folder", "joined", "read_folder", "split_named", "split_of"]
+__all__ = [
+    "DEPTH",
+    "IMAGES",
+    "DataFolder",
+    "DataTask",
+    "Folder",
+    "joined",
+    "read_folder",
+    "renamed",
+    "split_named",
+    "split_of",
+]
 
 DEPTH = 4
 """Folders deep that is looked: task, split, class, and the files."""
@@ -193,13 +204,17 @@ def joined(name: str, parts: Mapping[str, DataTask]) -> DataTask:
         for label, counts in part.classes.items():
             classes.setdefault(label, {})[split] = sum(counts.values())
     return replace(
-        first,
-        name=name,
+        renamed(first, name),
         counts={split: sum(part.counts.values()) for split, part in parts.items()},
         classes=classes,
         test=parts["test"].place if "test" in parts else None,
         validation=parts["validation"].place if "validation" in parts else None,
         pictures=tuple(picture for part in parts.values() for picture in part.pictures),
-        faults=tuple(Fault(each.kind, name, each.where, each.why) for part in parts.values() for each in part.faults),
+        faults=tuple(fault for part in parts.values() for fault in renamed(part, name).faults),
         remarks=tuple(dict.fromkeys(remark for part in parts.values() for remark in part.remarks)),
     )
+
+
+def renamed(task: DataTask, name: str) -> DataTask:
+    """The same task under another name."""
+    return replace(task, name=name, faults=tuple(replace(fault, task=name) for fault in task.faults))

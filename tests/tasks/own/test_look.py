@@ -198,6 +198,14 @@ def test_files_of_several_tasks_in_one_folder(tmp_path):
     assert any("broken.json must be JSON" in remark for remark in seen.remarks)
 
 
+def test_several_tasks_in_a_folder_of_the_folder(tmp_path):
+    write(tmp_path / "birds" / "owls.json", [conversation()])
+    write(tmp_path / "birds" / "tits.json", [conversation(answer="")])
+    seen = look(tmp_path)
+    assert [task.name for task in seen.tasks] == ["birds-owls", "birds-tits"]
+    assert [(fault.kind, fault.task) for fault in seen.faults] == [("empty_answer", "birds-tits")]
+
+
 def test_questions_with_answers_are_samples_too(tmp_path):
     good = {"question_id": 1, "image": "a.png", "text": "What?", "answer": "An owl"}
     write(tmp_path / "train.jsonl", [good, {**good, "text": " "}, {"question_id": 2, "text": "What?"}])
