@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
+from made_folders import LABELS, TASKS, config_of, keep, record_of
 from made_records import record_of as record_with_items
 
 from keeplora import cli
@@ -21,52 +22,7 @@ from keeplora.report.page import page_html, write_page
 from keeplora.report.page.read import read_run
 from keeplora.report.page.sections import TERMS
 from keeplora.report.summary import METRICS, summarize
-from keeplora.train.config import parse_config
-from keeplora.train.record import RunRecord, run_folder, save_progress, save_result, versions
-
-TASKS = ["ants <b>&amp;", "</script><script>alert(1)</script>", "cats $x_$ y"]
-LABELS = ["zero-shot", "lora", "keeplora"]
-
-
-def layer(name, tower, depth, protected):
-    return {
-        "name": name, "tower": tower, "depth": depth, "in_features": 32, "protected": protected, "free": 32 - protected,
-        "added": 4, "forecast": 2, "added_by_task": [4, 4, 4], "share": None,
-    }  # fmt: skip
-
-
-def record_of(label, seed, failed=""):
-    accuracy = [[0.5, 0.25, 0.125]] * 3
-    certificates, capacity, earlier = [None] * 3, [], []
-    if label != "zero-shot":
-        accuracy = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.1], [0.6, 0.8 + seed / 16, 0.9]]
-    if label == "keeplora":
-        worst = {"leak": 1e-8, "leak_after_rounding": 1e-6, "orthogonality": 2e-7, "captured": 0.9876}
-        certificates = [{**worst, "leak": 1e-8 * (task + 1)} for task in range(3)]
-        capacity = [layer("v.0.q", "vision", 0, 18), layer("v.0.k", "vision", 0, 6), layer("t.1.q", "text", 1, 8)]
-        earlier = ["validation"]
-    finished = 1 if failed else 3
-    figures = [accuracy, [0.4, 0.3, 0.2], [1.0] * 3, [2.0] * 3, [0.5] * 3, [0.25] * 3, certificates]
-    return RunRecord(
-        label, seed, TASKS, *(values[:finished] for values in figures), capacity, [64, 64, 32], 30, 10**9, [0.22, 0.2],
-        earlier, failed=failed,
-    )  # fmt: skip
-
-
-def config_of(folder, methods=("lora", "keeplora"), seeds=(0, 1), **settings):
-    own = {"keeplora": {"learning_rate": 2e-3, "r": 8}}
-    return parse_config({
-        "benchmark": "embedded", "methods": list(methods), "seeds": list(seeds), "epochs": 1, "out": str(folder),
-        "method": own, **settings,
-    })  # fmt: skip
-
-
-def keep(config, records):
-    """A folder as a run leaves it between two results."""
-    write_json(f"{config.out}/config.json", {**config.as_dict(), "data": "0123", "versions": [versions()]})
-    for record in records:
-        where = run_folder(config.out, record.label, record.seed)
-        save_result(where, record, config.identity(record.label, record.seed), keep_state=False)
+from keeplora.train.record import run_folder, save_progress, save_result
 
 
 @pytest.fixture
@@ -77,54 +33,6 @@ def finished(tmp_path):
     keep(config, records)
     write_json(f"{config.out}/summary.json", summarize(config, records))
     return config, records
-
-
-class Page(HTMLParser):
-    """What a page consists of: (tag, attributes) in order, headings, tables as rows of texts, and all its text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.headings, self.tables, self.words = [], [], {}, []
-        self._rows, self._cell, self._caption, self._heading = None, None, None, None
-        self.feed(text)
-        self.close()
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag == "table":
-            self._rows = []
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._cell = ""
-        elif tag == "caption":
-            self._caption = ""
-        elif re.fullmatch("h[1-6]", tag):
-            self._heading = ""
-
-    def handle_data(self, data):
-        self.words.append(data)
-        for part in ("_cell", "_caption", "_heading"):
-            if getattr(self, part) is not None:
-                setattr(self, part, getattr(self, part) + data)
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self._rows[-1].append(self._cell)
-            self._cell = None
-        elif tag == "caption":
-            self.tables[self._caption], self._caption = self._rows, None
-        elif re.fullmatch("h[1-6]", tag):
-            self.headings.append((int(tag[1]), self._heading))
-            self._heading = None
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def table(self, start):
-        [rows] = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
-        return rows
 
 
 def page_of(*folders):
@@ -153,7 +61,6 @@ def test_structure_can_be_read_by_everyone(finished):
     targets += re.findall(r"url\((.*?)\)", text)
     assert {target[0] for target in targets} == {"#"}
     assert {target[1:] for target in targets} <= set(ids)
-    assert {a["aria-labelledby"] for a in page.all("section")} <= set(ids)
     boxes = [attributes for _, attributes in page.elements if "scroll" in (attributes.get("class") or "").split()]
     assert len(boxes) == len(page.all("table")) + len(page.all("svg"))
     assert all(box["tabindex"] == "0" and box["aria-label"] and box["role"] == "region" for box in boxes)
@@ -282,8 +189,9 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     assert lines["keeplora"][3:] == ["–"] * 3
     assert "The runs are on different benchmarks: do not compare their numbers" in page.text
     assert ["epochs", "1", "2"] in page.table("Settings that differ")
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
+    for name in ("id", "aria-label"):
+        values = [attributes[name] for _, attributes in page.elements if name in attributes]
+        assert len(values) == len(set(values))
     assert {f"Run {one.out}" for one in (config, other)} <= {heading for _, heading in page.headings}
 
 
