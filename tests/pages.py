@@ -38,7 +38,9 @@ PUBLIC = (
     "keeplora.tasks",
     "keeplora.tasks.clip_b16",
     "keeplora.tasks.embedded",
+    "keeplora.tasks.field",
     "keeplora.tasks.minilm",
+    "keeplora.tasks.scoring",
 )
 """Places that users import from. Each has ``__all__``, and the API reference has every name in it."""
 FOR_CONTRIBUTORS = (

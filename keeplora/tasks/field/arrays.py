@@ -42,10 +42,10 @@ def read_cifar100(folder: Path) -> Parts:
     def part(name: str) -> Items:
         table = unpickle_arrays(folder / name)
         data, labels = _entry(table, "data", folder / name), _entry(table, "fine_labels", folder / name)
-        flat = np.asarray(data)
-        if flat.dtype != np.uint8 or flat.ndim != 2 or flat.shape[1] != 3072:
+        flat = data.array if isinstance(data, _Array) else np.empty(0, np.uint8)
+        if flat.ndim != 2 or flat.shape[1] != 3072:
             raise ConfigError(
-                f"read_images: {folder / name} must hold uint8 [images, 3072], got {flat.dtype} {list(flat.shape)}. "
+                f"read_images: {folder / name} must hold bytes [images, 3072], got {list(flat.shape)}. "
                 "Unpack CIFAR100's Python version again"
             )
         return _labelled(folder, flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), list(labels), len(classes))
@@ -71,7 +71,9 @@ def _entry(table: Any, key: str, path: Path) -> Any:
 
 
 def unpickle_arrays(path: Path) -> Any:
-    """A pickle of lists, dicts, text, numbers and numpy arrays, and of nothing else: no code in it is run.
+    """A pickle of lists, dicts, text, numbers and arrays of bytes, and of nothing else: no code in it is run.
+
+    An array is in the ``array`` of what stands for it.
 
     Raises:
         ConfigError: the file cannot be read, is no pickle, or asks for anything else.
@@ -85,18 +87,43 @@ def unpickle_arrays(path: Path) -> Any:
 
 
 class _ArraysOnly(pickle.Unpickler):
+    """Gives stand-ins for what pickled arrays name: numpy's own classes believe whatever a pickle tells them."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes an array's bytes in old protocols
-            return codecs.encode
+        match module, name:
+            case (("numpy.core.multiarray" | "numpy._core.multiarray"), "_reconstruct"):
+                return lambda kind, shape, dtype: _Array()
+            case (("numpy.core.numeric" | "numpy._core.numeric"), "_frombuffer"):
+                return lambda raw, dtype, shape, order: _Array().filled(shape, dtype, order == "F", raw)
+            case "numpy", "ndarray":
+                return None  # told to _reconstruct, which needs no class
+            case "numpy", "dtype":
+                return _Dtype
+            case "_codecs", "encode":  # how Python 3 writes bytes in old protocols
+                return codecs.encode
         raise pickle.UnpicklingError(f"{module}.{name}, which is no array")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """An empty array, which the pickle then fills; of numpy's own class only."""
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError(f"{kind!r}, which is no array")
-    return np.ndarray.__new__(np.ndarray, shape, dtype)
+class _Dtype:
+    def __init__(self, name: str, *rest: Any) -> None:
+        if name not in ("u1", "|u1", "uint8", "B"):
+            raise pickle.UnpicklingError(f"numbers of type {str(name)[:20]!r}, and not bytes")
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes have none of."""
+
+
+class _Array:
+    def __init__(self) -> None:
+        self.array: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def filled(self, shape: tuple[int, ...], dtype: Any, fortran: bool, raw: bytes | str) -> _Array:
+        if not isinstance(dtype, _Dtype):
+            raise pickle.UnpicklingError("an array without a type")
+        held = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)  # Python 2 had no bytes
+        self.array = np.frombuffer(held, np.uint8).reshape(shape, order="F" if fortran else "C")
+        return self
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.filled(shape, dtype, bool(fortran), raw)

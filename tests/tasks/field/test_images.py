@@ -162,12 +162,24 @@ def test_a_broken_file_names_its_data_set(root):
         read_image_set(root, MTIL, "Flowers")
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_cifar_is_read_from_any_pickle_of_arrays(tmp_path, protocol):
     made.cifar100(tmp_path, protocol=protocol)
     table = unpickle_arrays(tmp_path / "train")
-    assert table["data"].shape == (4, 3072)
-    assert table["data"][0, 1024] == 200
+    assert table["data"].array.shape == (4, 3072)
+    assert table["data"].array[0, 1024] == 200
+    assert table["fine_labels"] == [0, 1, 0, 1]
+
+
+def test_cifar_as_python_2_wrote_it(tmp_path):
+    """The distributed files: protocol 2 with text for bytes, and a columns-first array reads the right way round."""
+    kind = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    array = b"(I1\n(I2\nI2\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+    state = array + b"I%d\nS'\\x00\\xc8\\x02\\x03'\ntb."
+    (tmp_path / "rows").write_bytes(kind + state % 0)
+    (tmp_path / "columns").write_bytes(kind + state % 1)
+    assert unpickle_arrays(tmp_path / "rows").array.tolist() == [[0, 200], [2, 3]]
+    assert unpickle_arrays(tmp_path / "columns").array.tolist() == [[0, 2], [200, 3]]
 
 
 class Harm:
@@ -175,11 +187,13 @@ class Harm:
         return (os.system, ("touch harmed",))
 
 
-@pytest.mark.parametrize("harm", [Harm(), {"data": Harm()}, np.array([Harm()], dtype=object), print, np.memmap])
+@pytest.mark.parametrize(
+    "harm", [Harm(), {"data": Harm()}, np.array([Harm()], dtype=object), print, np.memmap, np.zeros(2)]
+)
 def test_cifar_runs_no_code(tmp_path, monkeypatch, harm):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").write_bytes(pickle.dumps(harm))
-    with pytest.raises(ConfigError, match=r"must be a pickle of arrays, got: .*which is no array"):
+    with pytest.raises(ConfigError, match=r"must be a pickle of arrays, got: .*(which is no array|and not bytes)"):
         unpickle_arrays(tmp_path / "train")
     assert not (tmp_path / "harmed").exists()
 
