@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class ImageBenchmark:
     """Whether the arg-max is over the classes of all data sets, and not over those of the task."""
     shots: int = 0
     """Training images of each class; 0 for all."""
-    zero_shot: tuple[float, ...] = ()
-    """Published Transfer, Avg and Last of the model as it came, in percent."""
+    published: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Transfer, Avg and Last in percent that others report for order I, by method."""
 
     def in_order(self, order: str = "I") -> tuple[DataSet, ...]:
         """The data sets in one of the published orders.
@@ -136,7 +136,8 @@ def image_benchmark(name: str) -> ImageBenchmark:
     table = _table("image_benchmark", name, "layout")
     sets = {each["name"]: _build(DataSet, each) for each in table.pop("sets")}
     orders = {order: tuple(names) for order, names in table.pop("orders").items()}
-    built: ImageBenchmark = _build(ImageBenchmark, {**table, "sets": sets, "orders": orders})
+    published = {method: tuple(values) for method, values in table.pop("published", {}).items()}
+    built: ImageBenchmark = _build(ImageBenchmark, {**table, "sets": sets, "orders": orders, "published": published})
     return built
 
 
@@ -177,7 +178,7 @@ def _table(function: str, name: str, key: str) -> dict[str, Any]:
 
 def _build(kind: Any, table: Mapping[str, Any]) -> Any:
     """The dataclass of a table: lists become tuples, and a key that it has not is an error of ours."""
-    known = {field.name for field in fields(kind)}
+    known = {each.name for each in fields(kind)}
     unknown = table.keys() - known
     assert not unknown, f"{kind.__name__} has no {unknown}"
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})

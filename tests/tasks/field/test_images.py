@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,18 @@ def test_a_broken_file_names_its_data_set(root):
     (root / "flowers-102/setid.mat").write_bytes(b"none")
     with pytest.raises(ConfigError, match="data set Flowers must be readable"):
         read_image_set(root, MTIL, "Flowers")
+
+
+def test_a_missing_library_is_named_with_its_command(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ConfigError, match=r"torchvision.* must be installed .* pip install 'keeplora\[fields\]'"):
+        read_image_set(root, MTIL, "DTD")
+
+
+def test_a_few_images_of_each_class(root):
+    few = read_image_set(root, MTIL, "SUN397", shots=1)
+    assert sorted(label for _, label in few.train) == [0, 1]
+    assert any("1 training images of each class, drawn with seed 42" in note for note in few.notes)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
