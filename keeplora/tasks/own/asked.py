@@ -22,6 +22,7 @@ from keeplora.tasks.scoring import (
     mllm_dcl_score,
     mllm_dcl_share,
 )
+from keeplora.tasks.scoring.captions import WITHOUT_JAVA
 
 __all__ = ["Asked", "read_asked"]
 
@@ -113,6 +114,7 @@ def _of_field(found: field.InstructionSet, kind: str) -> Asked:
         notes += told
         held = {f"{name}: question {key}": captions for key, captions in references.items()}
         test = [replace(one, references=tuple(held[one.place])) for one in test if one.place in held]
+        notes.append(f"{name} is scored by the mean of seven caption metrics; {', '.join(WITHOUT_JAVA)}")
         return Asked(AnswerTask(name, train, (), tuple(test)), None, None, tuple(notes))
     task = AnswerTask(name, train, (), tuple(test))
     if domain:

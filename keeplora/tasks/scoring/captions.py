@@ -18,14 +18,14 @@ from keeplora.methods.settings import ConfigError
 
 from .prediction import Score
 
-__all__ = ["LONGEST", "CaptionScore", "caption_score"]
+__all__ = ["LONGEST", "WITHOUT_JAVA", "CaptionScore", "caption_score"]
 
 LONGEST = 300
 """Characters of a text that are scored."""
 
 Captions = dict[int, list[str]]
 
-_WITHOUT_JAVA = (
+WITHOUT_JAVA = (
     "words by NLTK's Treebank tokenizer, not by Stanford's",
     "METEOR by NLTK with METEOR 1.5's weights, but exact and stem matches only (no synonyms, no paraphrases)",
 )
@@ -67,7 +67,7 @@ def caption_score(
     parts = {
         name: 100.0 * parts[name] for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
     }
-    notes = () if java else _WITHOUT_JAVA
+    notes = () if java else WITHOUT_JAVA
     if len(names) == 1:
         notes = (*notes, "CIDEr is 0 for a single image: it weighs words by how few images have them")
     return CaptionScore(sum(parts.values()) / len(parts), "mean of 7 caption metrics", len(names), notes, parts)
