@@ -25,7 +25,7 @@ from keeplora.methods.settings import (
     check_whole,
 )
 from keeplora.tasks.field.catalog import BENCHMARKS
-from keeplora.tasks.own.config import OwnTasks, parse_own
+from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.plugins import join_plugins
 
 ZERO_SHOT = "zero-shot"
@@ -266,6 +266,23 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
 def override(config: RunConfig, **changes: Any) -> RunConfig:
     """``config`` with the given fields replaced; those that are None stay."""
     return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def restored(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that :meth:`RunConfig.as_dict` gave; where its own tasks lie is not known any more.
+
+    >>> config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": [1, 2]})
+    >>> restored(config.as_dict()).epochs
+    (1, 2)
+
+    Raises:
+        ConfigError, AttributeError, TypeError: they are none.
+    """
+    made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    made["method"] = {label: MethodConfig(**entry) for label, entry in values.get("method", {}).items()}
+    if values.get("own") is not None:
+        made["own"] = restored_own(values["own"])
+    return RunConfig(**made)
 
 
 def with_data(own: OwnTasks | None, root: str | None) -> OwnTasks | None:

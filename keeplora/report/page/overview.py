@@ -29,7 +29,8 @@ def overview_part(runs: Mapping[str, Run]) -> Part:
     for run in runs.values():
         config = run.config
         tasks = run.records[0].tasks if run.records else []
-        length = f"{config.epochs} epochs" if config.steps is None else f"{config.steps} steps"
+        epochs = ", ".join(map(str, config.epochs)) if isinstance(config.epochs, tuple) else config.epochs
+        length = f"{epochs} epochs" if config.steps is None else f"{config.steps} steps"
         one = {
             "folder": str(run.folder),
             "state": state_of(run),
@@ -38,7 +39,7 @@ def overview_part(runs: Mapping[str, Run]) -> Part:
             "accuracy on": f"{config.split} split",
             "seeds": spelled(config.seeds),
             "methods": ", ".join(config.labels()),
-            "training of a task": f"{length} of {config.batch_size}",
+            "training of a task": f"{length} in batches of {config.batch_size}",
             "device and precision": f"{config.device}, {config.computes_in}",
         }
         for key, value in one.items():

@@ -12,7 +12,7 @@ from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError, has_state
 from keeplora.report.summary import measured
-from keeplora.train.config import MethodConfig, RunConfig, override
+from keeplora.train.config import RunConfig, override, restored
 from keeplora.train.record import CONFIG_FILE, RESULT_FILE, RunRecord, load_result, run_folder
 
 __all__ = ["Run", "read_run"]
@@ -113,12 +113,8 @@ def _config_values(place: Path) -> dict[str, Any]:
 
 
 def _config(place: Path, values: Mapping[str, Any]) -> RunConfig:
-    lists = {
-        name: tuple(values[name]) for name in ("methods", "seeds", "plugins") if isinstance(values.get(name), list)
-    }
     try:
-        methods = {label: MethodConfig(**entry) for label, entry in values.get("method", {}).items()}
-        return RunConfig(**{**values, **lists, "method": methods})
+        return restored(values)
     except (AttributeError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise ConfigError(
             f"report: {place / CONFIG_FILE} must hold the settings of a run of this version of keeplora, got others "

@@ -25,7 +25,7 @@ from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
 from keeplora.tasks.field.catalog import is_of_images
 
-__all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own"]
+__all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("folder", "dataset", "json")
@@ -259,8 +259,8 @@ class OwnTasks:
         return self.tasks[0].kind == "json"
 
     def path(self, name: str) -> Path:
-        """A path of the settings file, from ``base`` where it is relative; ``~`` is the home folder."""
-        return Path(self.base) / Path(name).expanduser()
+        """A path of the settings file, from ``base`` where it is relative; ``~/`` is the home folder."""
+        return Path(self.base) / (Path(name).expanduser() if name.startswith("~/") else name)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide numbers: neither where the file lies, nor what is only about speed."""
@@ -269,6 +269,21 @@ class OwnTasks:
         for name in ("cache", "cache_gb", "readers", "root"):
             del plain["data"][name]
         return plain
+
+
+def restored_own(values: Mapping[str, Any]) -> OwnTasks:
+    """The tasks that [`OwnTasks.identity`] gave; where they lie is not known any more.
+
+    Raises:
+        ConfigError, AttributeError, KeyError, TypeError: they are none.
+    """
+    return OwnTasks(
+        ModelSource(**values["model"]),
+        tuple(TaskSource(**task) for task in values["tasks"]),
+        DataSettings(**values["data"]),
+        None if values["witness"] is None else TaskSource(**values["witness"]),
+        benchmark=values["benchmark"],
+    )
 
 
 def parse_own(values: Mapping[str, Any], *, base: str, where: str, benchmark: str = "") -> OwnTasks:

@@ -3,7 +3,7 @@
 import pytest
 
 from keeplora.methods.settings import ConfigError
-from keeplora.train.config import load_config, parse_config
+from keeplora.train.config import load_config, parse_config, restored
 
 MODEL = {"open_clip": "ViT-B-16", "pretrained": "openai"}
 TASK = {"name": "a", "folder": "a"}
@@ -94,3 +94,33 @@ def test_tasks_without_a_model_are_refused():
     del values["model"]
     with pytest.raises(ConfigError, match=r"must have a table \[model\]"):
         parse_config(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        settings(witness={"name": "w", "folder": "w"}, data={"faults": {"grey": "skip"}, "evaluate_at_most": 3}),
+        {**settings(benchmark="mtil", rate_factors=[1.0, 0.5]), "task": []},
+    ],
+)
+def test_what_a_run_writes_of_its_settings_gives_them_back(values):
+    config = parse_config(values)
+    again = restored(config.as_dict())
+    assert again.as_dict() == config.as_dict()
+    assert again.identity("lora", 0) == config.identity("lora", 0)
+    assert not again.changed(config.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs": []}, "epochs must hold at least one"),
+        ({"epochs": [1, 0]}, r"epochs must .* 0"),
+        ({"rate_factors": [0.0]}, "rate_factors must be above 0 and finite, got 0.0"),
+        ({"schedule": "linear"}, "schedule must be one of one-cycle, cosine, got 'linear'"),
+        ({"warmup": 1.0}, r"warmup must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_settings_of_the_loop_are_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_config(settings(**changes))

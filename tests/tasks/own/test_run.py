@@ -72,6 +72,14 @@ def test_the_run_has_learned_and_says_so(place, capsys):
     assert min(last_row(run_folder(place / "whole", "lora", 0))) == 1.0
 
 
+def test_the_run_has_a_page(place, capsys):
+    pytest.importorskip("jinja2")
+    assert main(["report", str(place / "whole"), "--out", str(place / "page.html")]) == 0
+    page = (place / "page.html").read_text()
+    assert "keeplora" in page
+    assert "light" in page
+
+
 @pytest.mark.parametrize("label", ["lora", "keeplora"])
 def test_the_exported_model_is_as_good_in_plain_open_clip(place, label):
     folder = run_folder(place / "whole", label, 0)
