@@ -92,7 +92,7 @@ def test_demo_takes_its_options(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nothing.toml"], "path must be a TOML file or one of demo, quick, got 'nothing.toml'"),
+        (["run", "nothing.toml"], "quick, ucit, x-tail, got 'nothing.toml'"),
         (["demo", "--methods", "kepplora"], "got 'kepplora'. Did you mean 'keeplora'"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from keeplora._files import one_writer
-from keeplora._messages import suggest
+from keeplora._messages import listed, suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import ItemWorkload, Workload
@@ -112,6 +114,7 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             raise ConfigError(
                 f"check_methods: {name} must have one number for each of {tasks} tasks, got {len(given)}: {list(given)}"
             )
+    _check_splits(config, workload)
     if config.evaluate_on == BOTH and not isinstance(workload, ItemWorkload):
         raise ConfigError(
             "check_methods: benchmark must tell which test items are right (ItemWorkload.correct), got "
@@ -123,6 +126,21 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
         why = refusal(config, workload, label)
         if why:
             raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")
+
+
+def _check_splits(config: RunConfig, workload: Workload) -> None:
+    """Every split that will be evaluated holds samples, where the workload tells how many."""
+    count: Callable[[int, str], int] | None = getattr(workload, "evaluated", None)
+    if count is None:
+        return
+    splits = ("test", "validation") if config.evaluate_on == BOTH else (config.split,)
+    for split in splits:
+        empty = [name for task, name in enumerate(workload.tasks) if not count(task, split)]
+        if empty:
+            raise ConfigError(
+                f"check_methods: every task must have {split} data with evaluate_on = {config.evaluate_on!r}, got "
+                f"none in {listed(empty)}. Set {split}_fraction in [data] above 0, or give such data"
+            )
 
 
 def refusal(config: RunConfig, workload: Workload, label: str) -> str:

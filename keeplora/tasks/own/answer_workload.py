@@ -183,9 +183,9 @@ class AnswerWorkload:
         assert chosen is not None
         return chosen
 
-    def evaluated(self, task: int) -> int:
-        """How many test samples of a task are evaluated."""
-        return len(self._asked[task].task.test)
+    def evaluated(self, task: int, split: str = "test") -> int:
+        """How many samples of a task's split are evaluated."""
+        return len(dict(self._asked[task].task.splits)[split])
 
     def save_model(self, model: nn.Module, folder: Path) -> str:
         """Write a merged model and its processor as transformers does; returns the line of Python that loads it."""

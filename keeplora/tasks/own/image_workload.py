@@ -169,9 +169,9 @@ class ImageWorkload:
         assert chosen is not None
         return chosen
 
-    def evaluated(self, task: int) -> int:
-        """How many test images of a task are evaluated."""
-        return len(self.task(task).places["test"])
+    def evaluated(self, task: int, split: str = "test") -> int:
+        """How many images of a task's split are evaluated."""
+        return len(self.task(task).places[split])
 
     def notes(self) -> list[str]:
         """What a user should know of the data before it is learned: counts, splits, what was left out or changed."""

@@ -157,3 +157,13 @@ def test_an_export_of_runs_that_kept_no_state_is_refused(place, capsys):
 def test_a_benchmark_is_not_exported(tmp_path, capsys):
     assert main(["run", "quick", "--out", str(tmp_path), "--dry-run", "--export"]) == 2
     assert "must be of your own tasks" in capsys.readouterr().err
+
+
+def test_a_split_without_images_is_refused_before_training(place, capsys):
+    text = SETTINGS.replace("[data]", "[data]\nvalidation_fraction = 0").replace(
+        "workers = 0", 'workers = 0\nevaluate_on = "validation"'
+    )
+    (place / "empty.toml").write_text(text)
+    assert main(["run", str(place / "empty.toml"), "--out", str(place / "empty")]) == 2
+    assert "every task must have validation data" in capsys.readouterr().err
+    assert not (place / "empty").exists()
