@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keeplora.math import check, sketch
+from keeplora.math import check, factorise, sketch
 from keeplora.math.batch import batched, padded, same_kind, stacked
+from keeplora.math.factorise import symmetric_eigh
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
-from keeplora.math.orthonormal import complement, reorthogonalize
+from keeplora.math.orthonormal import nearest_orthonormal, reorthogonalize
 from keeplora.math.rank import fewest_directions_each, rounding_level
 from keeplora.math.scale import powers, scaled
 from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
+from keeplora.math.subspace import shifts, spectrum_outside
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.precision import full_precision
 
@@ -25,7 +27,6 @@ MOST_STEPS = 8  # where after those the worst direction may still gain
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
 ENOUGH_WORST = 0.1  # of a direction's energy: the most that the worst may gain; it gains a seventh of that (measured)
-ITERATIVE_FROM = 1536  # eigenvectors of larger matrices are first tried by subspace iteration
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,16 @@ def top_directions(
     return [_of_size(tops[i], size) for i, size in enumerate(sizes)]
 
 
-def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: int) -> list[TopDirections]:
+def directions_within(
+    images: Sequence[Tensor], frames: Sequence[Tensor], rank: int | Sequence[int]
+) -> list[TopDirections]:
     r"""The leading singular triples of every ``(G V) Vᵀ``, from the images ``G V`` alone.
 
     Where the rows of ``G`` lie nearly in the span of ``V``, those are nearly the triples of ``G``: Rayleigh-Ritz.
 
     Args:
         images: ``G V [out_i, w_i]`` each. frames: ``V [in_i, w_i]`` with orthonormal columns each; all float32 or all
-            float64. rank: wanted directions; fewer where there are fewer.
+            float64. rank: wanted directions, one number or one per layer; fewer where there are fewer.
 
     Returns:
         One :class:`TopDirections` per layer.
@@ -129,21 +132,25 @@ def directions_within(images: Sequence[Tensor], frames: Sequence[Tensor], rank: 
     same_length(name, images=images, frames=frames)
     sizes = powers(name, "images", images)
     check.finite(name, "frames", frames)
-    result = []
+    ranks = [rank] * len(images) if isinstance(rank, int) else list(rank)
+    same_length(name, images=images, rank=ranks)
     for i, (image, v) in enumerate(zip(images, frames, strict=True)):
         if image.shape[1] != v.shape[1] or image.dtype != v.dtype:
             raise ValueError(
                 f"{name}: images[{i}] must have the columns and the dtype of frames[{i}], got {list(image.shape)} "
                 f"{image.dtype} for {list(v.shape)} {v.dtype}."
             )
-        image = scaled(image, sizes[i])
+    images = [scaled(*pair) for pair in zip(images, sizes, strict=True)]
+    tops: dict[int, TopDirections] = {}
+    for group in same_kind([(*m.shape, len(v)) for m, v in zip(images, frames, strict=True)], images):
+        image, v = stacked(images, group), stacked(frames, group)
         with full_precision(image):
-            a, s, b = _triples(image[None], v[None], right_spectrum(image[None]).vectors, min(rank, *image.shape))
-        level = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image).double()
-        r = int((s[0] > level).sum())
-        top = TopDirections(*(part.to(image.dtype) for part in (a[0, :r], s[0, :r], b[0, :, :r])))
-        result.append(_of_size(top, sizes[i]))
-    return result
+            most = min(max(ranks[i] for i in group), *image.shape[1:])
+            a, s, b = _triples(image, v, right_spectrum(image).vectors, most)
+            host = torch.cat([torch.linalg.matrix_norm(image).double()[:, None], s], dim=1).tolist()
+        for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
+            tops[i] = _significant(a[j], s[j], b[j], image.dtype, norm, values[: ranks[i]])
+    return [_of_size(tops[i], size) for i, size in enumerate(sizes)]
 
 
 def _of_size(top: TopDirections, power: float) -> TopDirections:
@@ -180,9 +187,16 @@ def _top(
             more = _width(all_g[i], all_q[i], ranks[i], MOST_STEPS)
             yield from _top(all_g, all_q, ranks, [i], more, seed, MOST_STEPS)
             continue
-        level = NOISE_EPS * torch.finfo(g.dtype).eps * norm
-        r = sum(value > level for value in values[: ranks[i]])
-        yield i, TopDirections(a[j, :r].to(g.dtype), s[j, :r].to(g.dtype), b[j, :, :r].to(g.dtype))
+        yield i, _significant(a[j], s[j], b[j], g.dtype, norm, values[: ranks[i]])
+
+
+def _significant(
+    a: Tensor, s: Tensor, b: Tensor, dtype: torch.dtype, norm: float, values: list[float]
+) -> TopDirections:
+    """Those of the directions whose singular values ``values`` are more than rounding leaves of zero."""
+    level = NOISE_EPS * torch.finfo(dtype).eps * norm
+    r = sum(value > level for value in values)
+    return TopDirections(a[:r].to(dtype), s[:r].to(dtype), b[:, :r].to(dtype))
 
 
 def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,10 +205,18 @@ def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor,
     turn = turn[:, :, :rank]
     # The squared problem gives directions; lengths and left vectors come from their images, so that b is
     # orthonormal also where singular values are small.
-    b, r = torch.linalg.qr(image.double() @ turn)
-    s = r.diagonal(dim1=1, dim2=2)
+    left = image.double() @ turn
+    if factorise.plan_for(image.device.type).qr or image.dtype == torch.float64:
+        b, r = torch.linalg.qr(left)
+        diagonal = r.diagonal(dim1=1, dim2=2)
+        b, s = b * diagonal.sign()[:, None, :], diagonal.abs()
+    else:
+        # Of float32 numbers the columns are orthogonal to 2e-4 of their lengths, down to those that are noise.
+        s = torch.linalg.vector_norm(left, dim=1)
+        noise = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(s, dim=1, keepdim=True)
+        b = nearest_orthonormal(left * torch.where(s > noise, 1 / s, 0)[:, None, :])
     a = F.normalize((v.double() @ turn).mT, dim=2)  # V is orthonormal to the rounding of its dtype only
-    return a, s.abs(), b * s.sign()[:, None, :]
+    return a, s, b
 
 
 def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *, side: str = "input") -> list[Tensor]:
@@ -205,8 +227,8 @@ def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *,
               k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
 
     From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and
-    rank and energy are float64's up to ``weight_energy = 1``. Sides above ``ITERATIVE_FROM`` first try blocked
-    subspace iteration, which wins where the rank is small.
+    rank and energy are float64's up to ``weight_energy = 1``. Large sides (:attr:`keeplora.math.factorise.Plan`) first
+    try blocked subspace iteration, which wins where the rank is small.
 
     Args:
         w: ``[out_i, in_i]`` each, any float dtype, finite.
@@ -245,7 +267,7 @@ def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *,
             )
     sizes = powers(name, "w", w)
     bases: dict[int, Tensor] = {}
-    for group in same_kind([(m.shape, m.dtype) for m in w], w):
+    for group in same_kind([(m.shape, m.dtype, _alone(i, m, min(m.shape))) for i, m in enumerate(w)], w):
         wide = torch.float64 if w[group[0]].dtype == torch.float64 else torch.float32
         batch = stacked([scaled(w[i].to(wide), sizes[i]) for i in group], range(len(group)))
         with full_precision(batch):
@@ -257,32 +279,38 @@ def _weight(w: Tensor, group: list[int], shares: list[float]) -> Iterator[tuple[
     tall = w.shape[1] >= w.shape[2]
     factor = w if tall else w.mT
     eps = torch.finfo(w.dtype).eps
-    if len(group) == 1 and factor.shape[2] >= ITERATIVE_FROM:
+    if _alone(group[0], w, factor.shape[2]) is not None:
         gram = factor[0].mT @ factor[0]
-        total = float(gram.diagonal().double().sum())
-        pairs = total > 0 and leading_eigenvectors(
-            gram, gram[:, :0], total=total, share=shares[0], captured=0.0, floor=eps * total, seed=0
+        energy = float(gram.diagonal().double().sum())
+        pairs = energy > 0 and leading_eigenvectors(
+            gram, gram[:, :0], total=energy, share=shares[0], captured=0.0, floor=eps * energy, seed=0
         )
         if pairs:
-            yield group[0], _to_input(w[0], pairs[0], tall)
+            yield group[0], _to_input(w, [pairs[0]], tall)[0]
             return
     wide = factor.double()
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    values, vectors = symmetric_eigh(wide.mT @ wide)
     values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
     total = values.sum(1)
     # Rounding of the entries of W moves its singular values by eps ‖W‖_F, so energies by eps² of the total; the
     # Gram matrix itself is rounded to a few eps of float64.
     floor = max(eps**2, 16 * torch.finfo(torch.float64).eps) * total
     count, _ = fewest_directions_each(values, total, shares, floor=floor)
-    for j, (i, k) in enumerate(zip(group, count.tolist(), strict=True)):
-        yield i, _to_input(w[j], vectors[j, :, :k], tall)
+    kept = [vectors[j, :, :k] for j, k in enumerate(count.tolist())]
+    yield from zip(group, _to_input(w, kept, tall), strict=True)
 
 
-def _to_input(w: Tensor, vectors: Tensor, tall: bool) -> Tensor:
-    """Input-side basis from orthonormal eigenvectors of the smaller side."""
-    if tall:
-        return vectors.to(w.dtype).contiguous()
-    return reorthogonalize([(w.to(vectors.dtype).T @ vectors).to(w.dtype)])[0].contiguous()
+def _alone(i: int, matrix: Tensor, side: int) -> int | None:
+    """``i`` where subspace iteration is tried for the matrix, which works on one at a time; else None."""
+    return i if side >= factorise.plan_for(matrix.device.type).iterative_from else None
+
+
+def _to_input(w: Tensor, vectors: list[Tensor], tall: bool) -> list[Tensor]:
+    """Input-side bases from orthonormal eigenvectors of the smaller side."""
+    if not tall:
+        images = [(m.to(v.dtype).T @ v).to(w.dtype) for m, v in zip(w, vectors, strict=True)]
+        return [basis.contiguous() for basis in reorthogonalize(images)]
+    return [v.to(w.dtype).contiguous() for v in vectors]
 
 
 def extend_basis(
@@ -298,10 +326,11 @@ def extend_basis(
     .. math:: \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
               V = \text{leading eigenvectors of } P C P
 
-    Up to ``ITERATIVE_FROM`` inputs the eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k``
-    rows: it gets cheaper with every task, and eigenvectors cannot lean into ``Q``); above, by blocked subspace
-    iteration where its rank is certain, every block orthonormalised against ``Q``. The old columns are kept bit for
-    bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
+    The eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k`` rows: it gets cheaper with every
+    task, and eigenvectors cannot lean into ``Q``). On a GPU layers of one width are solved together whatever their k,
+    with ``Q`` moved to negative eigenvalues; many inputs, from 1536 on, by blocked subspace iteration where its rank is
+    certain, every block orthonormalised against ``Q`` (:attr:`keeplora.math.factorise.Plan`). The old columns are kept
+    bit for bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
 
     Args:
         q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
@@ -349,16 +378,22 @@ def extend_basis(
         check.orthonormal(name, q)
     moments = [scaled(*pair) for pair in zip(moments, sizes, strict=True)]
     extensions: dict[int, Extension] = {}
-    for group in same_kind([(b.shape, b.dtype) for b in q], moments):
+    for group in same_kind([_kind_of_extension(i, b) for i, b in enumerate(q)], moments):
         with full_precision(*moments):
             extensions.update(_extend(moments, q, shares, group))
     return [extensions[i].of_size(size) for i, size in enumerate(sizes)]
 
 
+def _kind_of_extension(i: int, q: Tensor) -> tuple[int | None, ...]:
+    """What layers that are solved together have in common."""
+    d, k = q.shape
+    return d, None if shifts(q) else k, _alone(i, q, d - k)
+
+
 def _extend(
     all_c: list[Tensor], all_q: list[Tensor], all_shares: list[float], group: list[int]
 ) -> Iterator[tuple[int, Extension]]:
-    c, q, shares = stacked(all_c, group), stacked(all_q, group), [all_shares[i] for i in group]
+    c, q, shares = stacked(all_c, group), padded(all_q, group), [all_shares[i] for i in group]
     total = c.diagonal(dim1=1, dim2=2).double().sum(1)
     held = ((c @ q) * q).double().sum((1, 2)).clamp_min(0)
     floor = rounding_level(c)
@@ -377,7 +412,8 @@ def _extend(
 def _new_directions(
     c: Tensor, q: Tensor, total: Tensor, shares: list[float], held: Tensor, floor: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
-    if len(shares) == 1 and c.shape[1] - q.shape[2] >= ITERATIVE_FROM:
+    d, k = q.shape[1:]
+    if _alone(0, c, d - k) is not None:
         pairs = leading_eigenvectors(
             c[0],
             q[0],
@@ -389,9 +425,6 @@ def _new_directions(
         )
         if pairs:
             return pairs[0][None], pairs[1][None], [pairs[1].shape[0]]
-    # In float64 the complement of Q, however Q is rounded, is orthogonal to it to 1e-15: nothing to repair after.
-    free = complement(q.double())
-    values, turn = torch.linalg.eigh(free.mT @ (c.double() @ free) if q.shape[2] else c.double())
-    values, vectors = values.flip(1).clamp_min(0), free @ turn.flip(2)
+    values, vectors = spectrum_outside(c, q, floor / torch.finfo(c.dtype).eps)
     count, _ = fewest_directions_each(values, total, shares, captured=held, floor=floor)
     return vectors, values, count.tolist()

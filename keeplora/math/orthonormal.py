@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keeplora.math import factorise
 from keeplora.math.check import finite
 from keeplora.ops.orthonormalize import orthonormalize
 
-__all__ = ["complement", "reorthogonalize"]
+__all__ = ["complement", "nearest_orthonormal", "reorthogonalize"]
 
 
 def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -46,7 +47,8 @@ def complement(q: Tensor) -> Tensor:
 
     .. math:: N^T N = I, \qquad Q^T N = 0, \qquad Q Q^T + N N^T = I
 
-    The trailing columns of the complete Householder QR of ``Q``.
+    The trailing columns of the complete Householder QR of ``Q``; where that would loop over a batch, the eigenvectors
+    of ``QQᵀ`` for its eigenvalue 0, in float64.
 
     Args:
         q: ``[d, k]`` or ``[n, d, k]`` with orthonormal columns, ``k <= d``, float32 or float64.
@@ -59,8 +61,33 @@ def complement(q: Tensor) -> Tensor:
         tensor([[0.],
                 [1.]])
     """
-    k = q.shape[-1]
+    d, k = q.shape[-2:]
     if k == 0:
-        return torch.eye(q.shape[-2], dtype=q.dtype, device=q.device).expand(*q.shape[:-2], -1, -1)
+        return torch.eye(d, dtype=q.dtype, device=q.device).expand(*q.shape[:-2], -1, -1)
+    if d < factorise.plan_for(q.device.type).qr_from:
+        wide = q.double()
+        return factorise.symmetric_eigh(wide @ wide.mT)[1][..., : d - k].to(q.dtype)
     full: Tensor = torch.linalg.qr(q, mode="complete").Q
     return full[..., k:]
+
+
+def nearest_orthonormal(y: Tensor) -> Tensor:
+    r"""The orthonormal columns nearest to columns that are nearly so, by products alone.
+
+    .. math:: Y \leftarrow Y\, (3 I - Y^T Y) / 2, \qquad \lVert Y^T Y - I \rVert = e \; \to \; \tfrac34 e^2
+
+    Two steps: 1e-3 becomes 4e-13. A column of zeros stays one, so bases of different width can be filled up with them.
+
+    Args:
+        y: ``[…, d, k]``, float64, every column orthonormal to the others to 1e-3, or zero.
+
+    Source: Newton-Schulz iteration for the polar factor, Higham, "Functions of Matrices", 2008, sec. 8.3.
+
+    Example:
+        >>> nearest_orthonormal(torch.tensor([[1.0001, 0.0], [0.0, 0.0]]).double()).float()
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    for _ in range(2):
+        y = 1.5 * y - y @ (y.mT @ y) / 2
+    return y

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math.factorise import symmetric_eigh
 from keeplora.math.orthonormal import complement
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
@@ -126,7 +127,7 @@ def right_spectrum(m: Tensor) -> RightSpectrum:
     """Of ``M [n, rows, columns]``: squared singular values and right singular vectors."""
     wide = m.double()
     gram = wide.mT @ wide
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = symmetric_eigh(gram)
     return RightSpectrum(gram, values.flip(1), vectors.flip(2))
 
 
@@ -245,7 +246,7 @@ def _leading(
             if step < 2:  # Ritz values of a fresh block say little
                 v = moved
                 continue
-            values, turn = torch.linalg.eigh((v.mT @ moved).double())
+            values, turn = symmetric_eigh((v.mT @ moved).double())
             theta, turn = values.flip(0).clamp_min(0), turn.flip(1).to(c.dtype)
             v, moved = v @ turn, moved @ turn
             count, reached = _rank(theta, total, share, captured, floor)

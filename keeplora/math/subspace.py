@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeplora.math import factorise
 from keeplora.math.check import bases
+from keeplora.math.orthonormal import complement, nearest_orthonormal
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.precision import full_precision
 from keeplora.ops.product import product
 
-__all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project"]
+__all__ = ["Certificate", "certificate", "certificates", "orthogonality", "project", "shifts", "spectrum_outside"]
 
 
 def project(x: Tensor, q: Tensor) -> Tensor:
@@ -46,6 +48,49 @@ def project(x: Tensor, q: Tensor) -> Tensor:
         return x - product(product(rows, q), q.mT).reshape(x.shape)
     with full_precision(x):
         return x - (x @ q) @ q.mT
+
+
+def shifts(q: Tensor) -> bool:
+    """Whether :func:`spectrum_outside` moves the directions of such a basis out of the way, so that bases of different
+    width, filled up with zeros, can be worked on together."""
+    # The shift is rounded to the eps of float64, which for float64 is no longer below what counts as nothing.
+    return q.dtype == torch.float32 and q.shape[-2] < factorise.plan_for(q.device.type).qr_from
+
+
+def spectrum_outside(c: Tensor, q: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues and eigenvectors of every ``P C P``, ``P = I − QQᵀ``, in float64.
+
+    Those of ``Nᵀ C N`` inside the complement ``N`` of ``Q``. Or, where ``N`` would take a QR for every layer, those of
+
+    .. math:: P C P - \lVert C \rVert\, Q Q^T
+
+    for eigenvalues from 0 on, which are apart from those of ``Q`` by ``‖C‖`` at least. Both are orthogonal to ``Q`` to
+    1e-15.
+
+    Args:
+        c: ``[n, d, d]``, symmetric positive semidefinite. norm: ``[n]`` float64, the size of each.
+        q: ``[n, d, k]``, orthonormal columns, in the dtype of ``c``; or zeros, where :func:`shifts`.
+
+    Returns:
+        ``(values [n, m], vectors [n, d, m])`` in float64, ``m = d`` or ``d − k``, falling; no value is below 0.
+
+    Example:
+        >>> c, q = torch.diag(torch.tensor([5.0, 2.0]))[None], torch.eye(2)[None, :, :1]
+        >>> values, vectors = spectrum_outside(c, q, torch.tensor([5.4]).double())
+        >>> float(values[0, 0]), vectors[0, :, 0].abs().tolist()
+        (2.0, [0.0, 1.0])
+    """
+    k, shifted = q.shape[2], shifts(q)
+    c, q = c.double(), q.double()
+    if shifted and k:
+        q = nearest_orthonormal(q)
+        half = c - q @ (q.mT @ c)
+        values, vectors = factorise.symmetric_eigh(half - (half @ q + norm[:, None, None] * q) @ q.mT)
+    else:
+        free = complement(q)  # in float64 it is orthogonal to Q however Q is rounded: nothing to repair after
+        values, turn = factorise.symmetric_eigh(free.mT @ (c @ free) if k else c)
+        vectors = free @ turn
+    return values.flip(1).clamp_min(0), vectors.flip(2)
 
 
 def orthogonality(q: Tensor) -> float:
@@ -195,8 +240,9 @@ def certificates(
 
 
 def _product_norm(left: Tensor, right: Tensor) -> Tensor:
-    # ‖LR‖ = ‖(triangular factor of L) R‖: r rows in place of `out` rows, without squaring as LᵀL would.
-    if left.shape[0] > left.shape[1]:
+    # ‖LR‖ = ‖(triangular factor of L) R‖: r rows in place of `out` rows, without squaring as LᵀL would. On a GPU the
+    # product is cheaper than the factorisation.
+    if left.shape[0] > left.shape[1] and factorise.plan_for(left.device.type).qr:
         left = torch.linalg.qr(left, mode="r").R
     norm: Tensor = torch.linalg.vector_norm(left @ right)
     return norm

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import keeplora.math
 from keeplora.math import lowrank, moment, orthonormal, rank, sketch, subspace
-from keeplora.math.lowrank import ITERATIVE_FROM
+from keeplora.math.factorise import CPU
 
 ROOMS = (lowrank, moment, orthonormal, rank, sketch, subspace)
 FUNCTIONS = {
@@ -43,15 +43,16 @@ def sketched(d, w):
 CASES = {
     "top_directions": lambda: ([torch.randn(96, 128), torch.randn(300, 400)], [basis(128, 40), basis(400, 9)], 8),
     "directions_within": lambda: ([torch.randn(96, 64)], [basis(128, 64)], 8),
-    "weight_basis": lambda: ([torch.randn(96, 128), narrow_moment(ITERATIVE_FROM, 12)], 0.8),
+    "weight_basis": lambda: ([torch.randn(96, 128), narrow_moment(CPU.iterative_from, 12)], 0.8),
     "extend_basis": lambda: (
-        [basis(96, 40), basis(ITERATIVE_FROM + 8, 8)],
-        [second_moment(96), narrow_moment(ITERATIVE_FROM + 8, 12)],
+        [basis(96, 40), basis(CPU.iterative_from + 8, 8)],
+        [second_moment(96), narrow_moment(CPU.iterative_from + 8, 12)],
         0.9,
     ),
     "extend_sketched": lambda: ([basis(96, 40)], [sketched(96, 48)], 0.9),
     "nystrom": lambda: (torch.randn(96, 48), torch.randn(96, 48), 1e4),
     "complement": lambda: (basis(96, 40),),
+    "nearest_orthonormal": lambda: (basis(96, 40).double(),),
     "reorthogonalize": lambda: ([torch.randn(96, 40)], [basis(96, 40)]),
     "fewest_directions": lambda: (torch.linspace(1, 0, 500), 250.0, 0.5),
     "fewest_directions_each": lambda: (torch.linspace(1, 0, 500)[None], torch.tensor([250.0]).double(), [0.5]),
@@ -65,6 +66,12 @@ CASES = {
     "certificates": lambda: ([torch.randn(8, 96)], [torch.randn(64, 8)], [basis(96, 40)]),
     "orthogonality": lambda: (basis(256, 48),),
     "project": lambda: (torch.randn(64, 96), basis(96, 40)),
+    "shifts": lambda: (basis(96, 40),),
+    "spectrum_outside": lambda: (
+        second_moment(96)[None],
+        basis(96, 40)[None],
+        torch.ones(1).double(),
+    ),
 }
 
 

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from keeplora.math import lowrank
+from keeplora.math import factorise
+from keeplora.math.factorise import CPU
 from keeplora.math.lowrank import extend_basis, weight_basis
 from keeplora.math.sketch import gaussian, leading_eigenvectors, row_space
 from tests.math.spectra import away_from_ties, f64, off_identity, orthonormal, smallest_rank, tensor
@@ -65,7 +68,7 @@ def test_large_matrices_get_the_same_bases(name, threshold, monkeypatch):
         return new, *weight_basis([wide, wide.T.contiguous()], threshold)
 
     exact = results()
-    monkeypatch.setattr(lowrank, "ITERATIVE_FROM", 100)
+    monkeypatch.setattr(factorise, "plan_for", lambda device: replace(CPU, iterative_from=100))
     found = results()
     assert found[0].added == exact[0].added
     assert found[0].captured == pytest.approx(exact[0].captured, rel=1e-4)
@@ -77,7 +80,7 @@ def test_large_matrices_get_the_same_bases(name, threshold, monkeypatch):
 
 
 def test_twenty_iterative_extensions_keep_the_basis_orthonormal(monkeypatch):
-    monkeypatch.setattr(lowrank, "ITERATIVE_FROM", 100)
+    monkeypatch.setattr(factorise, "plan_for", lambda device: replace(CPU, iterative_from=100))
     d, rng = 400, np.random.default_rng(0)
     q = torch.zeros(d, 0)
     for _ in range(20):

@@ -163,11 +163,13 @@ class TaskGradients:
                 [self.matrices[i] for i in exact], [bases[i] for i in exact], [ranks[i] for i in exact], seed=seed
             )
             tops_of.update(zip(exact, tops, strict=True))
-            for i in group:
-                frame = frames[i]
-                if frame is not None:
-                    image = self.matrices[i] if frame.shape[1] else frame.new_zeros(self.slots[i].weight.shape[0], 0)
-                    (tops_of[i],) = directions_within([image], [frame], ranks[i])
+            seen = {i: frame for i in group if (frame := frames[i]) is not None}
+            images = [
+                self.matrices[i] if v.shape[1] else v.new_zeros(self.slots[i].weight.shape[0], 0)
+                for i, v in seen.items()
+            ]
+            tops = directions_within(images, [*seen.values()], [ranks[i] for i in seen])
+            tops_of.update(zip(seen, tops, strict=True))
             return [tops_of[i] for i in group]
 
         found = for_all_layers(self.slots, compute, "adapters", shown=self.shown)
