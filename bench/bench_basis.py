@@ -7,11 +7,13 @@ from torch import Tensor
 
 from bench import reference
 from bench.harness import Case
+from bench.plans import by_plan
 from keeplora.math.lowrank import extend_basis
 from keeplora.ops import gram
 
 THRESHOLD = 0.99
-# label, width d, protected directions before, matrices and tokens on a GPU, matrices and tokens on a CPU
+# label, width d, protected directions before of the first (of others up to 1.15 times as many, as after a task, so
+# that no shape is there twice), matrices and tokens on a GPU, matrices and tokens on a CPU
 SIZES = [
     ("CLIP ViT-B/16 vision, second task", 768, 200, (48, 12608), (1, 12608)),
     ("CLIP ViT-B/16 vision, later task", 768, 560, (48, 12608), (1, 12608)),
@@ -24,10 +26,10 @@ def features(d: int, k: int, matrices: int, tokens: int, device: torch.device) -
     generator = torch.Generator(device).manual_seed(0)
     scale = torch.arange(1, d + 1, device=device) ** -0.5
     x, q = [], []
-    for _ in range(matrices):
+    for i in range(matrices):
         frame = torch.linalg.qr(torch.randn(d, d, generator=generator, device=device)).Q
         x.append(torch.randn(tokens, d, generator=generator, device=device) * scale @ frame.T)
-        q.append(frame[:, :k].contiguous())
+        q.append(frame[:, : k + i % 7 * (k // 40)].contiguous())
     return x, q
 
 
@@ -63,5 +65,10 @@ def cases() -> Iterator[Case]:
                 d, k, *(cpu if device.type == "cpu" else gpu), device
             ),
             small=lambda device, d=d, k=k: features(d // 4, k // 4, 1, d, device),
-            providers={"keeplora": ours, "two SVDs (public code)": public, "gram + float32 eigh": gram_and_eigh},
+            providers={
+                "keeplora": ours,
+                **by_plan(ours),
+                "two SVDs (public code)": public,
+                "gram + float32 eigh": gram_and_eigh,
+            },
         )

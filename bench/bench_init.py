@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bench import reference
 from bench.harness import Case
+from bench.plans import by_plan
 from keeplora.math.lowrank import top_directions
 
 # label, out, in, protected directions, rank, matrices on a GPU, matrices on a CPU
@@ -57,6 +58,7 @@ def cases() -> Iterator[Case]:
             ),
             providers={
                 "keeplora": ours,
+                **by_plan(ours),
                 "dense projector + svd_lowrank(4r, 4) (public code)": public,
                 "factored + svd_lowrank(2r, 2)": factored_svd_lowrank,
             },

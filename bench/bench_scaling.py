@@ -17,7 +17,8 @@ from bench.team import Team
 from keeplora.distributed import processes
 from keeplora.lora import linear_targets, unwrap, wrap
 from keeplora.math.batch import BATCH_BYTES, LARGEST_BATCHED
-from keeplora.math.lowrank import ITERATIVE_FROM, STEPS, extend_basis, top_directions
+from keeplora.math.factorise import plan_for
+from keeplora.math.lowrank import STEPS, extend_basis, top_directions
 from keeplora.statistics import feature_statistics, mean_gradients
 
 RANK = 16
@@ -70,15 +71,19 @@ def need(layers: int, d: int, tokens: int, kind: str) -> Count:
     if tokens:
         # Forward and gradient, forward and second moment: four products. Both d x d sums, and what a batch needs.
         return Count(8 * tokens * d * d, 2 * 4 * d * d + 4 * 4 * BATCH * d)
-    free = d - protected(d)
+    free, plan = d - protected(d), plan_for(kind)
     krylov = 4 * d * d * RANK * (STEPS + 1)
-    # Eigenvectors of a symmetric matrix: 9 n^3 (Golub & Van Loan); the matrix itself: two products with the frame.
-    # Above, blocks of the about 100 directions that are found, an orthonormalisation and two products each time.
-    basis = 9 * free**3 + 4 * d * d * free if free < ITERATIVE_FROM else 20 * d * d * 100
+    # Eigenvectors of a symmetric matrix: 9 n^3 (Golub & Van Loan); the matrix itself: two products with the frame, or
+    # three with the basis. Above, blocks of the about 100 directions that are found, an orthonormalisation and two
+    # products each time.
+    iterated, shifted = free >= plan.iterative_from, d < plan.qr_from
+    exact = 9 * d**3 + 6 * d * d * protected(d) if shifted else 9 * free**3 + 4 * d * d * free
+    basis = 20 * d * d * 100 if iterated else exact
     # Kept for every layer: the basis and the adapter; for those worked on at once: three d x d matrices in float64,
     # or two in float32 where blocks of directions do.
-    work = (3 * 8 if free < ITERATIVE_FROM else 2 * 4) * d * d
-    together = min(layers, BATCH_BYTES // (8 * d * d)) if kind == "cuda" and d * d <= LARGEST_BATCHED else 1
+    work = (2 * 4 if iterated else 3 * 8) * d * d
+    batched = kind == "cuda" and d * d <= LARGEST_BATCHED and not iterated
+    together = min(layers, BATCH_BYTES // (8 * d * d)) if batched else 1
     return Count(layers * (krylov + basis), layers * 4 * d * (protected(d) + 2 * RANK) + together * work)
 
 

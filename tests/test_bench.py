@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench import run
+from bench import bench_basis, bench_init, run
+from bench.plans import PLANS, by_plan
 from bench.run import all_cases
 
 CASES = list(all_cases())
@@ -17,6 +18,20 @@ def test_every_provider_runs(case):
     assert len(case.providers) > 1
     for call in case.providers.values():
         call(*arguments)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_finds_the_same(name):
+    """On a GPU they are providers of B2 and B3."""
+    cpu = torch.device("cpu")
+    for ours, arguments in (
+        (bench_basis.ours, bench_basis.features(48, 40, 3, 300, cpu)),
+        (bench_init.ours, bench_init.gradients(60, 48, 10, 4, 2, cpu)),
+    ):
+        call = by_plan(ours, cuda=True)[f"keeplora, {name}"]
+        for one, other in zip(call(*arguments), ours(*arguments), strict=True):
+            torch.testing.assert_close(one.abs(), other.abs(), rtol=0, atol=1e-3)
+    assert by_plan(ours, cuda=False) == {}
 
 
 def test_the_baseline_has_its_benchmarks():

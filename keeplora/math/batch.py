@@ -9,7 +9,8 @@ from torch import Tensor
 __all__ = ["batched", "padded", "portions", "same_kind", "stacked"]
 
 # A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
-# go one by one; on a CPU torch.linalg loops over the batch anyway.
+# go one by one; on a CPU torch.linalg loops over the batch anyway. cuSOLVER's batched eigenvectors take up to 2^31
+# numbers.
 BATCH_BYTES = 1 << 30
 LARGEST_BATCHED = 1 << 22  # numbers per matrix
 
