@@ -1,20 +1,27 @@
 """The method's three subspace computations: where a task wants to go, what a weight knows, what a task used."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from keeplora.math import check, factorise, sketch
 from keeplora.math.batch import batched, padded, same_kind, stacked
 from keeplora.math.factorise import symmetric_eigh
 from keeplora.math.moment import Extension, SketchedMoment, extend_sketched
-from keeplora.math.orthonormal import nearest_orthonormal, reorthogonalize
+from keeplora.math.orthonormal import reorthogonalize
 from keeplora.math.rank import fewest_directions_each, rounding_level
 from keeplora.math.scale import powers, scaled
-from keeplora.math.sketch import NOISE_EPS, Enough, leading_eigenvectors, right_spectrum, row_space
+from keeplora.math.sketch import (
+    Enough,
+    TopDirections,
+    leading_eigenvectors,
+    right_spectrum,
+    row_space,
+    significant,
+    triples,
+)
 from keeplora.math.subspace import shifts, spectrum_outside
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.precision import full_precision
@@ -27,16 +34,6 @@ MOST_STEPS = 8  # where after those the worst direction may still gain
 EXACT_SHARE = 0.8  # of the smaller side: from here on the exact factorisation is as fast as the sketch
 ENOUGH_GAIN = 2e-4  # of the energy: what further steps would add is not worth them
 ENOUGH_WORST = 0.1  # of a direction's energy: the most that the worst may gain; it gains a seventh of that (measured)
-
-
-@dataclass(frozen=True)
-class TopDirections:
-    """``G P ≈ b diag(s) a``: ``a [r, in]`` orthonormal rows ⟂ Q, ``s [r]`` descending, ``b [out, r]``
-    orthonormal columns."""
-
-    a: Tensor
-    s: Tensor
-    b: Tensor
 
 
 def top_directions(
@@ -146,10 +143,10 @@ def directions_within(
         image, v = stacked(images, group), stacked(frames, group)
         with full_precision(image):
             most = min(max(ranks[i] for i in group), *image.shape[1:])
-            a, s, b = _triples(image, v, right_spectrum(image).vectors, most)
+            a, s, b = triples(image, v, right_spectrum(image).vectors, most)
             host = torch.cat([torch.linalg.matrix_norm(image).double()[:, None], s], dim=1).tolist()
         for j, (i, (norm, *values)) in enumerate(zip(group, host, strict=True)):
-            tops[i] = _significant(a[j], s[j], b[j], image.dtype, norm, values[: ranks[i]])
+            tops[i] = significant(a[j], s[j], b[j], image.dtype, norm, values[: ranks[i]])
     return [_of_size(tops[i], size) for i, size in enumerate(sizes)]
 
 
@@ -180,43 +177,14 @@ def _top(
         v = sketch.whole_row_space(g, padded(all_q, group), bases)
         image = g @ v
         spectrum = right_spectrum(image)
-    a, s, b = _triples(image, v, spectrum.vectors, rank)
+    a, s, b = triples(image, v, spectrum.vectors, rank)
     host = torch.cat([torch.linalg.matrix_norm(g).double()[:, None], gains[:, None], s], dim=1).tolist()
     for j, (i, (norm, gain, *values)) in enumerate(zip(group, host, strict=True)):
         if gain > ENOUGH_WORST:
             more = _width(all_g[i], all_q[i], ranks[i], MOST_STEPS)
             yield from _top(all_g, all_q, ranks, [i], more, seed, MOST_STEPS)
             continue
-        yield i, _significant(a[j], s[j], b[j], g.dtype, norm, values[: ranks[i]])
-
-
-def _significant(
-    a: Tensor, s: Tensor, b: Tensor, dtype: torch.dtype, norm: float, values: list[float]
-) -> TopDirections:
-    """Those of the directions whose singular values ``values`` are more than rounding leaves of zero."""
-    level = NOISE_EPS * torch.finfo(dtype).eps * norm
-    r = sum(value > level for value in values)
-    return TopDirections(a[:r].to(dtype), s[:r].to(dtype), b[:, :r].to(dtype))
-
-
-def _triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples of ``(G V) Vᵀ`` in float64, ``turn`` being the right singular vectors of ``G V``:
-    ``(a [n, r, in], s [n, r], b [n, out, r])``."""
-    turn = turn[:, :, :rank]
-    # The squared problem gives directions; lengths and left vectors come from their images, so that b is
-    # orthonormal also where singular values are small.
-    left = image.double() @ turn
-    if factorise.plan_for(image.device.type).qr or image.dtype == torch.float64:
-        b, r = torch.linalg.qr(left)
-        diagonal = r.diagonal(dim1=1, dim2=2)
-        b, s = b * diagonal.sign()[:, None, :], diagonal.abs()
-    else:
-        # Of float32 numbers the columns are orthogonal to 2e-4 of their lengths, down to those that are noise.
-        s = torch.linalg.vector_norm(left, dim=1)
-        noise = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(s, dim=1, keepdim=True)
-        b = nearest_orthonormal(left * torch.where(s > noise, 1 / s, 0)[:, None, :])
-    a = F.normalize((v.double() @ turn).mT, dim=2)  # V is orthonormal to the rounding of its dtype only
-    return a, s, b
+        yield i, significant(a[j], s[j], b[j], g.dtype, norm, values[: ranks[i]])
 
 
 def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *, side: str = "input") -> list[Tensor]:

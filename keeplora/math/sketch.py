@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from keeplora.math import factorise
 from keeplora.math.factorise import symmetric_eigh
-from keeplora.math.orthonormal import complement
+from keeplora.math.orthonormal import complement, nearest_orthonormal
 from keeplora.math.rank import fewest_directions_each
 from keeplora.math.subspace import project
 from keeplora.ops.declare import OPS
@@ -129,6 +131,43 @@ def right_spectrum(m: Tensor) -> RightSpectrum:
     gram = wide.mT @ wide
     values, vectors = symmetric_eigh(gram)
     return RightSpectrum(gram, values.flip(1), vectors.flip(2))
+
+
+@dataclass(frozen=True)
+class TopDirections:
+    """``G P ≈ b diag(s) a``: ``a [r, in]`` orthonormal rows ⟂ Q, ``s [r]`` descending, ``b [out, r]``
+    orthonormal columns."""
+
+    a: Tensor
+    s: Tensor
+    b: Tensor
+
+
+def triples(image: Tensor, v: Tensor, turn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of ``(G V) Vᵀ`` in float64, ``turn`` being the right singular vectors of ``G V``:
+    ``(a [n, r, in], s [n, r], b [n, out, r])``."""
+    turn = turn[:, :, :rank]
+    # The squared problem gives directions; lengths and left vectors come from their images, so that b is
+    # orthonormal also where singular values are small.
+    left = image.double() @ turn
+    if factorise.plan_for(image.device.type).qr or image.dtype == torch.float64:
+        b, r = torch.linalg.qr(left)
+        diagonal = r.diagonal(dim1=1, dim2=2)
+        b, s = b * diagonal.sign()[:, None, :], diagonal.abs()
+    else:
+        # Of float32 numbers the columns are orthogonal to 2e-4 of their lengths, down to those that are noise.
+        s = torch.linalg.vector_norm(left, dim=1)
+        noise = NOISE_EPS * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(s, dim=1, keepdim=True)
+        b = nearest_orthonormal(left * torch.where(s > noise, 1 / s, 0)[:, None, :])
+    a = F.normalize((v.double() @ turn).mT, dim=2)  # V is orthonormal to the rounding of its dtype only
+    return a, s, b
+
+
+def significant(a: Tensor, s: Tensor, b: Tensor, dtype: torch.dtype, norm: float, values: list[float]) -> TopDirections:
+    """Those of the directions whose singular values ``values`` are more than rounding leaves of zero."""
+    level = NOISE_EPS * torch.finfo(dtype).eps * norm
+    r = sum(value > level for value in values)
+    return TopDirections(a[:r].to(dtype), s[:r].to(dtype), b[:, :r].to(dtype))
 
 
 def _leading_energies(spectrum: RightSpectrum, count: int, width: int) -> list[float]:

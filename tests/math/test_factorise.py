@@ -14,7 +14,7 @@ from keeplora.math import batch, factorise, lowrank
 from keeplora.math.factorise import CPU, CUDA, CUDA_LOOPS, plan_for, symmetric_eigh
 from keeplora.math.lowrank import directions_within, extend_basis, top_directions, weight_basis
 from keeplora.math.orthonormal import complement, nearest_orthonormal
-from keeplora.math.sketch import leading_eigenvectors
+from keeplora.math.sketch import leading_eigenvectors, triples
 from keeplora.math.subspace import certificates, spectrum_outside
 from tests.math.spectra import away_from_ties, f64, off_identity, orthonormal, smallest_rank, tensor
 
@@ -309,5 +309,5 @@ def test_on_a_gpu_only_the_counts_are_waited_for(monkeypatch):
         assert (values.shape, vectors.shape) == ((5, 96), (5, 96, 96))
         assert complement(q).shape == (5, 96, 76)
         image, v = torch.empty(5, 96, 40, device="cuda"), torch.empty(5, 80, 40, device="cuda")
-        a, s, b = lowrank._triples(image, v, torch.empty(5, 40, 40, dtype=torch.float64, device="cuda"), 8)
+        a, s, b = triples(image, v, torch.empty(5, 40, 40, dtype=torch.float64, device="cuda"), 8)
         assert (a.shape, s.shape, b.shape) == ((5, 8, 80), (5, 8), (5, 96, 8))
