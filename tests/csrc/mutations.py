@@ -28,6 +28,7 @@ class Mutation:
     end: int
     find: str
     put: str
+    also: tuple["Mutation", ...] = ()  # other places of the file that become something else with it
 
     def __str__(self):
         return f"{self.file}:{self.line}: {self.key}"
@@ -40,7 +41,7 @@ class Mutation:
 def plant(text, mutations, first):
     """The text with all the mutations; number ``first + i`` makes the i-th active."""
     parts = []
-    for i, m in enumerate(mutations):
+    for i, m in [(i, part) for i, whole in enumerate(mutations) for part in (whole, *whole.also)]:
         assert text[m.start : m.end] == m.find, f"{m} is not there"
         put = " ".join(m.put.split()) or "void()"
         # Of two that start in one place the longer opens first, of two that end in one place it closes last.

@@ -7,6 +7,7 @@ made (defects/<op>.py); a check program must then fail, built plainly, with sani
 
 import importlib
 import re
+from dataclasses import replace
 
 import pytest
 from csrc.mutations import Mutation, closing, mutations, plant, sources, visible
@@ -23,18 +24,24 @@ def defects_of(op):
     return importlib.import_module(f"csrc.defects.{op}")
 
 
+def place_of(file, find, put):
+    """The mutation that puts one text of a defect for another."""
+    text = (CSRC / file).read_text()
+    assert text.count(find) == 1, f"{file} contains {find!r} {text.count(find)} times: update the defects"
+    before, find_expression, after = AROUND.fullmatch(find).groups()
+    same_before, put_expression, same_after = AROUND.fullmatch(put).groups()
+    assert put_expression, f"{file}: {put!r} is no expression"
+    assert (before, after) == (same_before, same_after), f"{file}: {find!r} and {put!r} differ in more"
+    at = text.index(find) + len(before or "")
+    line = text.count("\n", 0, at) + 1
+    return Mutation(file, line, at, at + len(find_expression), find_expression, put_expression)
+
+
 def meaning_defects():
     for path in sorted((HERE / "defects").glob("[!_]*.py")):
-        for _, file, find, put in defects_of(path.stem).DEFECTS:
-            text = (CSRC / file).read_text()
-            assert text.count(find) == 1, f"{file} contains {find!r} {text.count(find)} times: update {path.name}"
-            before, find_expression, after = AROUND.fullmatch(find).groups()
-            same_before, put_expression, same_after = AROUND.fullmatch(put).groups()
-            assert put_expression, f"{path.name}: {put!r} is no expression"
-            assert (before, after) == (same_before, same_after), f"{path.name}: {find!r} and {put!r} differ in more"
-            at = text.index(find) + len(before or "")
-            end = at + len(find_expression)
-            yield Mutation(file, text.count("\n", 0, at) + 1, at, end, find_expression, put_expression)
+        for _, file, *texts in defects_of(path.stem).DEFECTS:
+            first, *also = [place_of(file, find, put) for find, put in zip(texts[::2], texts[1::2], strict=True)]
+            yield replace(first, also=tuple(also))
 
 
 def everything():

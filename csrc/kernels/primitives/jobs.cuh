@@ -69,10 +69,11 @@ __device__ inline N look(const N* counter) {
 #endif
 }
 
-// What follows sees at least what the last one to change the counter had published.
+// What follows sees at least what the last one to change the counter had published. In the emulator it orders
+// nothing: a block may take a tile of a phase that was opened after it looked, so that must do without.
 __device__ inline unsigned look_and_acquire(const unsigned* counter) {
 #ifdef KEEPLORA_EMULATE
-  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+  return look(counter);
 #else
   const unsigned now = look(counter);
   __threadfence();

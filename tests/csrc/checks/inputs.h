@@ -1,6 +1,10 @@
 // Inputs of the check programs: bases, and allocations of exact size: a sanitizer sees one element too far.
 #pragma once
+#include <sys/mman.h>
+
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
@@ -35,6 +39,26 @@ class Array {
  private:
   size_t count_ = 0, skip_ = 0;
   std::unique_ptr<T[]> memory_;
+};
+
+// Zeros that take no memory before they are written: for arrays with more elements than an int can count.
+template <typename T>
+class Sparse {
+ public:
+  explicit Sparse(int64_t count) : bytes_(count * sizeof(T)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED) std::abort();
+  }
+  Sparse(const Sparse&) = delete;
+  Sparse& operator=(const Sparse&) = delete;
+  ~Sparse() { munmap(data_, bytes_); }
+
+  T* data() const { return static_cast<T*>(data_); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  size_t bytes_;
+  void* data_;
 };
 
 // [d, k] with orthonormal columns, made in double.

@@ -80,12 +80,58 @@ bool check_case(const char* name, const Case& c) {
   return true;
 }
 
+// The last tile of a dB with more elements than an int counts, from rows of dy and t that begin behind as many, and
+// columns behind as many bytes; and tiles that no grid has room for.
+bool check_large() {
+  const int tokens = 33, first = 1 << 29, columns = (1 << 21) + 64, r = 1024, tile = 64;
+  const int64_t pitch = int64_t{first} + 2 * columns;
+  bool good = true;
+  for (const Format t_format : {kF32, kBf16}) {
+    const check::Sparse<uint16_t> dy(tokens * pitch);
+    const check::Sparse<float> t(tokens * pitch), db(int64_t{columns} * r);
+    const auto set_t = [&](int64_t at, float x) {
+      if (t_format == kF32)
+        t[at] = x;
+      else
+        reinterpret_cast<gpu::Bfloat16*>(t.data())[at] = gpu::narrow<gpu::Bfloat16>(x);
+    };
+    for (int token = 0; token < tokens; ++token)
+      for (int i = 0; i < tile; ++i) {
+        dy[token * pitch + first + columns - tile + i] =
+            gpu::narrow<gpu::Bfloat16>(static_cast<float>(i - token)).bits;
+        set_t(token * pitch + first + r - tile + i, static_cast<float>(i + 2 * token));
+      }
+    const keeplora::LoraGradBProblem problem{dy.data(), t.data(), pitch, pitch, tokens, kBf16, t_format};
+    keeplora::LoraGradBAdapter<float> adapter{db.data(), first, r, first, first + columns, 1.0f};
+    emulate::set_schedule({.last_blocks = 1});
+    good = good && keeplora::lora_grad_b(problem, &adapter, 1, nullptr) == cudaSuccess;
+    emulate::set_schedule({});
+    for (int i = 0; good && i < tile * tile; ++i) {
+      const int column = i / tile, rank = i % tile;
+      float exact = 0;
+      for (int token = 0; token < tokens; ++token)
+        exact += static_cast<float>((column - token) * (rank + 2 * token));
+      const float actual = db[int64_t{columns - tile + column} * r + r - tile + rank];
+      good = actual == exact;
+      if (!good)
+        std::printf("large, dB(%d, %d) of the last: %.9g, exact %.9g\n", column, rank, actual, exact);
+    }
+    adapter.r = adapter.stop = 1 << 30;
+    adapter.start = 0;
+    if (good && keeplora::lora_grad_b(problem, &adapter, 1, nullptr) != cudaErrorInvalidValue) {
+      std::printf("2^48 tiles are taken\n");
+      good = false;
+    }
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
   // Several tiles in each direction, a cluster of one block and of several, some of them without tokens;
-  // empty, overlapping and odd ranges, columns of t that nobody asks for; no rank, one, and the sizes of tile
-  // there are.
+  // empty, overlapping and odd ranges, columns of t that nobody asks for; no rank, one, the sizes of tile there
+  // are, and two of the largest.
   const std::vector<Adapter> fused = {
       {0, 4, 0, 70}, {4, 0, 0, 5}, {6, 7, 70, 90}, {3, 1, 33, 33}, {13, 3, 5, 10}};
   const Case single{150, 17, 90, 0, kF32, kF32, fused, false};
@@ -96,8 +142,8 @@ int main() {
   half.adapters = {{0, 17, 8, 80}};
   other.dy = kF16;
   other.t = kBf16;
-  other.ranks = 73;
-  other.adapters = {{0, 40, 0, 90}, {40, 33, 80, 81}};
+  other.ranks = 93;
+  other.adapters = {{0, 40, 0, 90}, {3, 90, 80, 81}};
   odd.misaligned = true;
   odd.gap = 3;
   odd.tokens = 65;
@@ -118,7 +164,7 @@ int main() {
            check_case<double>("double", wide);
   }
   good = good && check_case<float>("many tokens", long_range) &&
-         check_case<float>("more adapters than a launch takes", chunks);
+         check_case<float>("more adapters than a launch takes", chunks) && check_large();
   std::printf(good ? "lora_grad_b: as the definition says\n" : "lora_grad_b: WRONG\n");
   return good ? 0 : 1;
 }

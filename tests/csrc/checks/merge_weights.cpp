@@ -114,6 +114,40 @@ bool check_precision() {
   return good;
 }
 
+// The last tile of a weight with more elements than an int counts; and tiles that no grid has room for.
+bool check_large() {
+  const int rows = 70000, cols = 40000, tile_row = rows / 64 * 64, tile_column = cols - 64;
+  const int64_t pitch = cols + 4;
+  const check::Sparse<float> w(rows * pitch), out(int64_t{rows} * cols), b(rows), a(cols);
+  for (int row = tile_row; row < rows; ++row) {
+    b[row] = static_cast<float>(row - tile_row + 1);
+    for (int column = tile_column; column < cols; ++column)
+      w[row * pitch + column] = static_cast<float>(row + column);
+  }
+  for (int column = tile_column; column < cols; ++column)
+    a[column] = static_cast<float>(column - tile_column + 1);
+  keeplora::MergeWeightsProblem<float> problem{w.data(), a.data(), b.data(), nullptr, out.data(),
+                                               pitch,    rows,     cols,     1,       1.0f,
+                                               kF32,     kF32,     kF32,     kF32,    kF32};
+  emulate::set_schedule({.last_blocks = 1});
+  const bool launched = keeplora::merge_weights(&problem, 1, nullptr) == cudaSuccess;
+  emulate::set_schedule({});
+  for (int row = tile_row; launched && row < rows; ++row)
+    for (int column = tile_column; column < cols; ++column) {
+      const float exact = static_cast<float>(row + column) +
+                          static_cast<float>((row - tile_row + 1) * (column - tile_column + 1));
+      if (out[int64_t{row} * cols + column] == exact) continue;
+      std::printf("large, element (%d, %d): %.9g, exact %.9g\n", row, column,
+                  out[int64_t{row} * cols + column], exact);
+      return false;
+    }
+  problem.rows = problem.cols = 1 << 30;
+  const bool refused = keeplora::merge_weights(&problem, 1, nullptr) == cudaErrorInvalidValue;
+  if (launched && refused) return true;
+  std::printf("large: %s, 2^48 tiles %s\n", emulate::last_error().c_str(), refused ? "refused" : "taken");
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -138,7 +172,7 @@ int main() {
   std::vector<Shape> many(450, {0, 3, 1, 0, kF32, kF32, kF32, kF32, false});
   for (size_t i = 29; i < many.size(); i += 30)
     many[i].rows = 2;
-  good = good && check_group<float>("450 problems", many) && check_precision();
+  good = good && check_group<float>("450 problems", many) && check_precision() && check_large();
   std::printf(good ? "merge_weights: as the definition says\n" : "merge_weights: WRONG\n");
   return good ? 0 : 1;
 }

@@ -20,6 +20,7 @@ enum class Kind {
   kUncertain,  // a direction that two columns tell badly, and later columns mostly along it
   kDoubtful,   // the same, told ten times as well
   kEdge,       // one column inside Q but for a part just above the limit: to be kept, by less than rounding
+  kBelow,      // the same, with a part just below the limit, and its length in the last row: to be dropped
   kNan,
 };
 
@@ -61,6 +62,11 @@ struct Problem {
         const T limit = 32 * std::numeric_limits<T>::epsilon();
         q[i] = i == 0;
         row[0] = i == 0 ? 1 : i == 1 ? limit * (1 + 2 * std::numeric_limits<T>::epsilon()) : 0;
+      }
+      if (s.kind == Kind::kBelow) {
+        const T limit = 32 * std::numeric_limits<T>::epsilon();
+        q[i] = i == s.d - 1;
+        row[0] = i == s.d - 1 ? 1 : i == 0 ? limit * static_cast<T>(0.75) : 0;
       }
       if (s.kind == Kind::kNan) row[1] = static_cast<T>(std::nan(""));
     }
@@ -171,6 +177,15 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
   return good;
 }
 
+// T alone takes 2^34 bytes.
+bool check_workspace() {
+  const keeplora::OrthonormalizeProblem<float> problem{nullptr, nullptr, nullptr, 1, 64, 1 << 26};
+  const int64_t bytes = keeplora::orthonormalize_workspace(&problem, 1);
+  if (bytes >= int64_t{1} << 34) return true;
+  std::printf("a workspace of %lld bytes for 2^32 numbers\n", static_cast<long long>(bytes));
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -188,9 +203,13 @@ int main() {
                                      {40, 5, 0, Kind::kUncertain},
                                      {40, 5, 0, Kind::kDoubtful},
                                      {3, 1, 1, Kind::kEdge},
+                                     {8, 1, 1, Kind::kBelow},
                                      {9, 3, 2, Kind::kNan},
                                      {25, 18, 4, Kind::kNormal, true}};
-  const std::vector<Shape> large = {{68, 66, 2, Kind::kNormal, true}, {70, 3, 66}};
+  const std::vector<Shape> large = {{80, 70, 2, Kind::kDependent, true}, {70, 3, 66}};
+  // More problems than one launch takes, most of them empty.
+  std::vector<Shape> many(520, {0, 0, 0});
+  many[7] = many[200] = many[511] = many[519] = {5, 2, 1};
   bool good = true;
   for (int order = 0; order < 3 && good; ++order) {
     emulate::set_schedule({static_cast<emulate::Order>(order), 11});
@@ -201,7 +220,8 @@ int main() {
   good = good && check_group<float>("done by one block", ragged);
   emulate::one_tile_each = true;
   good = good && check_group<double>("ragged, double", ragged) && check_group<float>("two panels", large) &&
-         check_group<double>("two panels, double", {{50, 66, 18}});
+         check_group<double>("two panels, double", {{50, 66, 18}}) &&
+         check_group<float>("520 problems", many) && check_workspace();
   std::printf(good ? "orthonormalize: as the definition says\n" : "orthonormalize: WRONG\n");
   return good ? 0 : 1;
 }

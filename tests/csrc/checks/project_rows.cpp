@@ -29,7 +29,7 @@ bool check_group(const char* name, const std::vector<Shape>& shapes, int passes,
     table.push_back({g.back().data(), q.back().data(), out.back().data(), rows, d, k, scale});
   }
   const int count = static_cast<int>(table.size());
-  const Array<T> leak(count, false);
+  const auto leak = Array<T>::filled(count, false, [](size_t) { return NAN; });
   const Array<unsigned char> workspace = Array<unsigned char>::filled(
       keeplora::project_rows_workspace(table.data(), count, passes), false, [](size_t) { return 0xff; });
   if (keeplora::project_rows(table.data(), count, passes, leak.data(), workspace.data(), nullptr) !=
@@ -59,33 +59,58 @@ bool check_group(const char* name, const std::vector<Shape>& shapes, int passes,
   return good;
 }
 
-// A basis that is not orthonormal leaves a leak to compare digit by digit.
-bool check_leak() {
+// Bases that are not orthonormal, each in a way of its own, leave leaks to compare digit by digit.
+bool check_leaks(const std::vector<Shape>& shapes) {
   std::mt19937_64 random(3);
-  const int rows = 5, d = 70, k = 9;
-  const auto g = Array<float>::normal(rows * d, false, random), q = check::basis<float>(d, k, false, random);
-  for (size_t i = 0; i < q.size(); ++i)
-    q[i] *= 0.8f;
-  const Array<float> out(rows * d, false);
-  const keeplora::ProjectRowsProblem<float> problem{g.data(), q.data(), out.data(), rows, d, k, 0.5f};
-  const Array<unsigned char> workspace(keeplora::project_rows_workspace(&problem, 1, 1), false);
-  float leak = NAN;
-  if (keeplora::project_rows(&problem, 1, 1, &leak, workspace.data(), nullptr) != cudaSuccess) return false;
-  const std::vector<double> left =
-      check::complement(std::vector<double>(g.data(), g.data() + g.size()), q, rows, d, k);
-  double inside = 0, whole = 0;
-  for (double value : left)
-    whole += value * value;
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < k; ++c) {
-      double dot = 0;
-      for (int i = 0; i < d; ++i)
-        dot += left[r * d + i] * q[i * k + c];
-      inside += dot * dot;
-    }
-  const double exact = std::sqrt(inside / whole);
-  if (std::fabs(leak - exact) <= 1e-5 * exact) return true;
-  std::printf("leak %.8f, exact %.8f\n", static_cast<double>(leak), exact);
+  std::vector<Array<float>> g, q, out;
+  std::vector<keeplora::ProjectRowsProblem<float>> table;
+  for (const auto [rows, d, k, misaligned] : shapes) {
+    g.push_back(Array<float>::normal(static_cast<size_t>(rows) * d, misaligned, random));
+    q.push_back(check::basis<float>(d, k, misaligned, random));
+    for (size_t i = 0; i < q.back().size(); ++i)
+      q.back()[i] *= 0.8f / q.size();
+    out.emplace_back(g.back().size(), misaligned);
+    table.push_back({g.back().data(), q.back().data(), out.back().data(), rows, d, k, 0.5f});
+  }
+  const int count = static_cast<int>(table.size());
+  const Array<unsigned char> workspace(keeplora::project_rows_workspace(table.data(), count, 1), false);
+  const auto leak = Array<float>::filled(count, false, [](size_t) { return NAN; });
+  if (keeplora::project_rows(table.data(), count, 1, leak.data(), workspace.data(), nullptr) != cudaSuccess)
+    return false;
+  for (int i = 0; i < count; ++i) {
+    const auto [rows, d, k, misaligned] = shapes[i];
+    const std::vector<double> left =
+        check::complement(std::vector<double>(g[i].data(), g[i].data() + g[i].size()), q[i], rows, d, k);
+    double inside = 0, whole = 0;
+    for (double value : left)
+      whole += value * value;
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < k; ++c) {
+        double dot = 0;
+        for (int j = 0; j < d; ++j)
+          dot += left[r * d + j] * q[i][j * k + c];
+        inside += dot * dot;
+      }
+    const double exact = std::sqrt(inside / whole);
+    if (std::fabs(leak[i] - exact) <= 1e-5 * exact) continue;
+    std::printf("leak %d: %.8f, exact %.8f\n", i, static_cast<double>(leak[i]), exact);
+    return false;
+  }
+  return true;
+}
+
+// Sizes that an int does not hold: T alone takes 2^35 bytes, and 2^48 tiles are no launch.
+bool check_large() {
+  const keeplora::ProjectRowsProblem<float> many_numbers{nullptr, nullptr, nullptr, 1 << 21, 8, 4096, 1.0f},
+      many_tiles{nullptr, nullptr, nullptr, 1 << 30, 1 << 30, 1, 1.0f};
+  const int64_t bytes = keeplora::project_rows_workspace(&many_numbers, 1, 1);
+  const Array<double> workspace(64, false);
+  float leak = 0;
+  const bool refused =
+      keeplora::project_rows(&many_tiles, 1, 1, &leak, workspace.data(), nullptr) == cudaErrorInvalidValue;
+  if (bytes >= int64_t{1} << 35 && refused) return true;
+  std::printf("a workspace of %lld bytes for 2^33 numbers; 2^48 tiles %s\n", static_cast<long long>(bytes),
+              refused ? "refused" : "launched");
   return false;
 }
 
@@ -98,6 +123,9 @@ int main() {
                                      {0, 5, 2, false},  {9, 40, 0, false},    {3, 12, 12, false},
                                      {17, 20, 8, true}, {2, 130, 129, false}, {3, 200, 70, true}};
   const std::vector<Shape> taller = {{40, 68, 66, false}, {20, 33, 5, true}, {70, 20, 4, false}};
+  // Several tiles of products and of rows, one problem each with one tile of either.
+  const std::vector<Shape> leaking = {
+      {70, 20, 4, false}, {5, 70, 66, false}, {66, 130, 66, true}, {5, 33, 9, false}};
   bool good = true;
   for (int order = 0; order < 3 && good; ++order) {
     emulate::set_schedule({static_cast<emulate::Order>(order), 11});
@@ -111,7 +139,7 @@ int main() {
   for (const size_t i : {7, 200, 511, 519})
     many[i].rows = 2;
   good = good && check_group<float>("520 problems", many, 2, 1.0f);
-  good = good && check_group<float>("tall", taller, 2, 1.0f) && check_leak();
+  good = good && check_group<float>("tall", taller, 2, 1.0f) && check_leaks(leaking) && check_large();
   std::printf(good ? "project_rows: as the definition says\n" : "project_rows: WRONG\n");
   return good ? 0 : 1;
 }

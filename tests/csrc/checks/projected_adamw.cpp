@@ -69,7 +69,7 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
     exact.push_back(next);
   }
   const int count = static_cast<int>(table.size());
-  const Array<T> leak(count, false);
+  const auto leak = Array<T>::filled(count, false, [](size_t) { return NAN; });
   const Array<unsigned char> workspace = Array<unsigned char>::filled(
       keeplora::projected_adamw_workspace(table.data(), count), false, [](size_t) { return 0xff; });
   if (keeplora::projected_adamw(table.data(), count, kOptions, leak.data(), workspace.data(), nullptr) !=
@@ -91,12 +91,24 @@ bool check_group(const char* name, const std::vector<Shape>& shapes) {
   return good;
 }
 
+// The gradient in float alone takes 2^35 bytes.
+bool check_workspace() {
+  keeplora::ProjectedAdamWProblem<float> problem{};
+  problem.grad_format = gpu::Format::kBfloat16;
+  problem.rows = 1 << 21;
+  problem.d = 4096;
+  const int64_t bytes = keeplora::projected_adamw_workspace(&problem, 1);
+  if (bytes >= int64_t{1} << 35) return true;
+  std::printf("a workspace of %lld bytes for 2^33 numbers\n", static_cast<long long>(bytes));
+  return false;
+}
+
 }  // namespace
 
 int main() {
-  const std::vector<Shape> ragged = {{5, 33, 7, false, false}, {1, 1, 1, false, true},
-                                     {9, 40, 0, false, false}, {0, 5, 2, false, false},
-                                     {17, 20, 8, true, false}, {2, 130, 70, false, true}};
+  const std::vector<Shape> ragged = {
+      {5, 33, 7, false, false}, {1, 1, 1, false, true},    {9, 40, 0, false, false}, {0, 5, 2, false, false},
+      {17, 20, 8, true, false}, {2, 130, 70, false, true}, {18, 9, 2, true, true}};
   std::vector<Shape> same = ragged;  // without the phase that converts gradients
   for (Shape& shape : same)
     shape.half = false;
@@ -106,6 +118,7 @@ int main() {
     good = check_group<float>("mixed gradients", ragged) && check_group<float>("float", same) &&
            check_group<double>("double", ragged);
   }
+  good = good && check_workspace();
   std::printf(good ? "projected_adamw: as the definition says\n" : "projected_adamw: WRONG\n");
   return good ? 0 : 1;
 }

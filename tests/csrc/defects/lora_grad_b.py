@@ -13,6 +13,19 @@ DEFECTS = [
     ("adapters of one launch are those of the first", SOURCE, "adapters + first", "adapters"),
     ("rows of dB as long as those of t", SOURCE, "static_cast<int64_t>(c) * entry.r",
      "static_cast<int64_t>(c) * problem.t_pitch"),
+    ("every tile of ranks 16 after the one before", SOURCE, "local % rank_tiles * 16 * kRankTiles",
+     "local % rank_tiles * 16"),
+    ("an int for where dB has an element", SOURCE, "static_cast<int64_t>(c) * entry.r", "c * entry.r"),
+    ("an int for the bytes before a column", SOURCE, "static_cast<int64_t>(column) * gpu::size_of(format)",
+     "column * gpu::size_of(format)"),
+    ("an int for the number of tiles", SOURCE,
+     "static_cast<int64_t>(ceil_div(entry.r, 16 * kRankTiles)) * ceil_div(entry.columns, kColumns)",
+     "ceil_div(entry.r, 16 * kRankTiles) * ceil_div(entry.columns, kColumns)"),
+    ("an int for where a tile of a matrix begins", "kernels/product.cuh",
+     "(kAlong ? line * pitch + depth : depth * pitch + line)",
+     "(kAlong ? line * static_cast<int>(pitch) + depth : depth * static_cast<int>(pitch) + line)"),
+    ("an int for where a matrix of another format has an element", "kernels/any_matrix.cuh", "row * pitch + column",
+     "row * static_cast<int>(pitch) + column"),
 ]  # fmt: skip
 
 REPRESENTATIVES = {

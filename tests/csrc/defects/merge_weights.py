@@ -21,6 +21,13 @@ DEFECTS = [
     ("out taken as aligned", SOURCE, "gpu::aligned16(out)", "true"),
     ("rows of out taken as aligned", SOURCE, "entry.cols % 4 == 0", "true"),
     ("another format taken as T", "kernels/any_matrix.cuh", "format == kFormatOf<T>", "true"),
+    ("an int for where out has an element", SOURCE, "static_cast<int64_t>(row + 8 * i) * entry.cols",
+     "(row + 8 * i) * entry.cols"),
+    ("an int for where W has an element", SOURCE, "(row + 8 * i) * entry.pitch",
+     "(row + 8 * i) * static_cast<int>(entry.pitch)"),
+    ("an int for the number of tiles", SOURCE,
+     "static_cast<int64_t>(ceil_div(problems[i].rows, kRows<T>)) * ceil_div(problems[i].cols, kColumns)",
+     "ceil_div(problems[i].rows, kRows<T>) * ceil_div(problems[i].cols, kColumns)"),
 ]  # fmt: skip
 
 REPRESENTATIVES = {

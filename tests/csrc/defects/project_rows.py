@@ -15,6 +15,41 @@ DEFECTS = [
         "round * multiplies + (round + (phases.prepares && phase != Phase::kPrepare)) * subtracts",
         "round * multiplies + (round + (phases.prepares && phase != Phase::kPrepare)) * subtracts - (round > 0)",
     ),
+    (
+        "a leak that waits for too few products",
+        "kernels/projection.cuh",
+        "before + multiplies",
+        "before + multiplies - (phase == Phase::kLeak && multiplies > 0)",
+    ),
+    (
+        "products announced before they are written",
+        "kernels/projection.cuh",
+        "gpu::await(done, before)",
+        "(gpu::await(done, before), gpu::announce(done))",
+        "gpu::announce(done)",
+        "(phase == Phase::kMultiply ? void() : gpu::announce(done))",
+    ),
+    (
+        "every leak relative to the first problem's rows",
+        "kernels/projection.cuh",
+        "phases.squares[phases.multiplies + entry.first_subtract + j]",
+        "phases.squares[phases.multiplies + j]",
+    ),
+    (
+        "leaks of a second launch over those of the first",
+        "kernels/projection.cuh",
+        "run_table<Op, kRowTiles, gpu::kSmallTable>(op, fill, first, now, phases, leak + first,\n"
+        "                                                          workspace, stream)",
+        "run_table<Op, kRowTiles, gpu::kSmallTable>(op, fill, first, now, phases, leak, workspace, stream)",
+    ),
+    (
+        "an int for the size of the products",
+        "kernels/projection.cuh",
+        "static_cast<int64_t>(entry.rows) * products_pitch(entry.k)",
+        "entry.rows * products_pitch(entry.k)",
+    ),
+    ("more tiles than a grid has", "kernels/projection.cuh", "blocks > 0x7fffffff", "false"),
+    ("a workspace for the last launch", "kernels/group.cuh", "taken_ > needed_ ? taken_ : needed_", "taken_"),
 ]
 
 REPRESENTATIVES = {

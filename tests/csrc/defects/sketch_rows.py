@@ -25,6 +25,47 @@ DEFECTS = [
         "gpu::await(work.counters + 1 + work.parts, work.multiplies() - 1)",
     ),
     ("halves of a matrix exchanged", "kernels/product_bf16.cuh", "lane / 16 * 8", "8 - lane / 16 * 8"),
+    (
+        "signs repeat after 256 columns",
+        SOURCE,
+        "static_cast<uint32_t>(depth / 32)",
+        "static_cast<uint32_t>(depth / 32 % 8)",
+    ),
+    (
+        "every part waits for the first",
+        SOURCE,
+        "gpu::await(work.counters + 1 + part, static_cast<unsigned>((last - first) * work.row_tiles))",
+        "gpu::await(work.counters + 1, static_cast<unsigned>((last - first) * work.row_tiles))",
+    ),
+    (
+        "a part announced before it is written",
+        SOURCE,
+        "gpu::await(work.counters + 1 + part, static_cast<unsigned>((last - first) * work.row_tiles))",
+        "(gpu::await(work.counters + 1 + part, static_cast<unsigned>((last - first) * work.row_tiles)), "
+        "gpu::announce(work.counters + 1 + work.parts))",
+        "gpu::announce(work.counters + 1 + work.parts)",
+        "void()",
+    ),
+    (
+        "blocks that add up parts one after another overlap",
+        SOURCE,
+        "static_cast<int64_t>(tile) * kReduced * kProductThreads",
+        "static_cast<int64_t>(tile) * kProductThreads",
+    ),
+    ("the first two parts are all", SOURCE, "part < work.parts", "part < 2"),
+    (
+        "counters of a second launch not cleared",
+        SOURCE,
+        "(2 + work.parts) * sizeof(unsigned)",
+        "first > 0 ? 0 : (2 + work.parts) * sizeof(unsigned)",
+    ),
+    (
+        "x of a second launch that of the first",
+        SOURCE,
+        "first * problem.d_in * size_of(problem.x_format)",
+        "0 * problem.d_in * size_of(problem.x_format)",
+    ),
+    ("an int for the size of S", SOURCE, "static_cast<int64_t>(work.width) * work.pitch", "work.width * work.pitch"),
 ]
 
 REPRESENTATIVES = {

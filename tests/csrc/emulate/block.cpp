@@ -105,7 +105,8 @@ bool run_grid(const Grid& grid, void (*body)(void*), void* argument) {
     start_random_numbers(schedule.seed);
     // Clusters in order, backwards, or in steps of a number that has no divisor in common with theirs.
     const unsigned units = grid.blocks / grid.cluster;
-    unsigned unit = 0, step = 1;
+    const unsigned run = schedule.last_blocks > 0 ? schedule.last_blocks / grid.cluster : units;
+    unsigned unit = units - run, step = 1;
     if (schedule.order == Order::kReversed) unit = step = units - 1;
     if (schedule.order == Order::kRandom) {
       unit = random_number() % units;
@@ -113,7 +114,7 @@ bool run_grid(const Grid& grid, void (*body)(void*), void* argument) {
         step = random_number() % units + 1;
       while (std::gcd(step, units) != 1);
     }
-    for (unsigned i = 0; i < units; ++i) {
+    for (unsigned i = 0; i < run; ++i) {
       if (!run_blocks(grid, unit * grid.cluster, body, argument)) break;
       unit = (unit + uint64_t{step}) % units;
       if (schedule.blocks_ordered) {

@@ -28,6 +28,8 @@ struct Schedule {
   uint64_t seed = 0;
   // The race detector takes a block to begin after the one before has ended, and sees races inside one only.
   bool blocks_ordered = false;
+  // Of a grid that is too large to run, only as many blocks, its last; in order, and such as await no others. 0: all.
+  unsigned last_blocks = 0;
 };
 
 // The schedule of the launches that follow.
