@@ -144,6 +144,9 @@ def test_mutations_of_an_example(tmp_path):
     assert "(planted::active(7) ? (true) : (i < n))" in text
     assert "(planted::active(9) ? (kMost) : (min(kMost, (planted::active(10) ? (n - i) : (max(0, n - i))))))" in text
     assert text.count("\n") == EXAMPLE.count("\n")
+    moved = plant(EXAMPLE, [replace(found[4], put="__syncthreads()", also=(found[5],))], 3)
+    assert "(planted::active(3) ? (__syncthreads()) : (gpu::copy_wait<0>()));" in moved
+    assert "(planted::active(3) ? (void()) : (__syncthreads()));" in moved
     code = visible(EXAMPLE)
     assert "a < b" not in code
     assert "asm" not in code
