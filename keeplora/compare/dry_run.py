@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     with tempfile.TemporaryDirectory() as folder:
         quiet = override(small, out=folder, tensorboard=False, keep_states=False, epochs=1)
         quiet = replace(quiet, steps=None, switch_fraction=1.0, rate_factors=())
-        record = run_one(quiet, _Beginning(workload), label, config.seeds[0])
+        record = run_one(quiet, _Beginning(workload), label, config.seeds[0], folder=Path(folder))
     last = len(record.tasks) - 1
     seen = [min(most, length) for most, length in zip(_BATCHES, batches, strict=False)]
     per_sample = record.evaluate_seconds[-1] / sum(_samples(workload)[: last + 1])
