@@ -35,6 +35,8 @@ def record_of(label, seed, failed=""):
 
 def config_of(folder, methods=("lora", "keeplora"), seeds=(0, 1), **settings):
     own = {"keeplora": {"learning_rate": 2e-3, "r": 8}}
+    if settings.get("benchmark") == "mtil":
+        settings["model"] = {"open_clip": "ViT-B-16", "pretrained": "openai"}
     return parse_config({
         "benchmark": "embedded", "methods": list(methods), "seeds": list(seeds), "epochs": 1, "out": str(folder),
         "method": own, **settings,

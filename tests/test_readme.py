@@ -13,7 +13,15 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from pages import NOT_RUN, PAGES, ROOT, blocks, fences
 
-REASONS = ("pretrained=", "from_pretrained(", "cuda", "load_dataset(", "hf_hub_download(", "read_images(", "read_instructions(")
+REASONS = (
+    "pretrained=",
+    "from_pretrained(",
+    "cuda",
+    "load_dataset(",
+    "hf_hub_download(",
+    "read_images(",
+    "read_instructions(",
+)
 
 
 def named(page):

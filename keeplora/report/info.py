@@ -18,6 +18,7 @@ from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
 from keeplora.tasks.catalog import benchmarks
 from keeplora.train.config import BOTH, RunConfig, shipped_configs
+from keeplora.train.trackers import PACKAGES
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "scipy", "tensorboard", "peft")
 
@@ -39,6 +40,12 @@ def check_machine(config: RunConfig) -> None:
         raise ConfigError(
             f"check_machine: {', '.join(missing)} must be installed for this run, got none. "
             "Run pip install 'keeplora[demo]'."
+        )
+    absent = [tracker for tracker in config.trackers if find_spec(tracker) is None]
+    if absent:
+        raise ConfigError(
+            f"check_machine: what trackers name must be installed, got no {', '.join(absent)}. "
+            f"Run pip install {' '.join(PACKAGES[tracker] for tracker in absent)}"
         )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f'check_machine: device must be usable here, got {config.device!r} without CUDA. Set "cpu".')

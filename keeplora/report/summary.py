@@ -16,6 +16,7 @@ import torch
 
 from keeplora._files import write_atomic, write_json
 from keeplora.report.capacity import tightest_run
+from keeplora.report.instruction_metrics import instruction_metrics
 from keeplora.report.metrics import continual_metrics, mean_std
 from keeplora.train.config import ZERO_SHOT, RunConfig
 from keeplora.train.measure import KINDS
@@ -36,7 +37,8 @@ def run_values(record: RunRecord) -> dict[str, float]:
     both summed over tasks. ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean
     over all steps, ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
     """
-    values = continual_metrics(100 * np.asarray(record.accuracy, dtype=np.float64)).as_dict()
+    accuracy = 100 * np.asarray(record.accuracy, dtype=np.float64)
+    values = {**continual_metrics(accuracy).as_dict(), **instruction_metrics(accuracy).as_dict()}
     if record.witness:
         values["witness"] = 100 * record.witness[-1]
         values["witness_avg"] = 100 * float(np.mean(record.witness))
@@ -69,6 +71,7 @@ def measured(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
     before = methods.get(zero, {})
     return {
         "benchmark": config.benchmark,
+        "answers": config.own is not None and config.own.answers,
         "tasks": records[0].tasks,
         "split": config.split,
         "seeds": list(config.seeds),

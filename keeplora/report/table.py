@@ -8,10 +8,15 @@ from typing import Any
 _METRICS = (("transfer", "Transfer"), ("avg", "Avg"), ("last", "Last"), ("forgetting", "Forgetting"),
             ("learn", "Learned"), ("witness", "Witness"))  # fmt: skip
 
+_OF_ANSWERS = (("transfer", "Transfer"), ("mft", "MFT"), ("mfn", "MFN"), ("maa", "MAA"), ("bwt", "BWT"),
+               ("witness", "Witness"))  # fmt: skip
+"""For models that answer: what the instruction benchmarks report."""
+
 
 def result_table(summary: Mapping[str, Any]) -> str:
     """A table of ``summary.json`` for the terminal, percentages as mean ± std over seeds."""
-    present = [(key, title) for key, title in _METRICS if all(key in row for row in summary["methods"].values())]
+    metrics = _OF_ANSWERS if summary.get("answers") else _METRICS
+    present = [(key, title) for key, title in metrics if all(key in row for row in summary["methods"].values())]
     header = ["", *(title for _, title in present), "train s", "switch s", "leak"]
     zero = [
         "zero-shot",

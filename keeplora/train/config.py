@@ -27,6 +27,7 @@ from keeplora.methods.settings import (
 from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.plugins import join_plugins
+from keeplora.train.trackers import TRACKERS
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -61,6 +62,7 @@ class RunConfig:
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
+    ``trackers`` get the figures besides TensorBoard: "wandb" and "mlflow", through their own packages.
     ``plugins`` are modules that are imported first, for the methods and families they register.
     ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
     a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
@@ -86,6 +88,7 @@ class RunConfig:
     switch_fraction: float = 1.0
     evaluate_on: str = "test"
     tensorboard: bool = True
+    trackers: tuple[str, ...] = ()
     keep_states: bool = False
     plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
@@ -249,7 +252,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     for required in ("benchmark", "methods"):
         if required not in chosen:
             raise ConfigError(f"load_config: {where} must set {required!r}, got only {', '.join(sorted(chosen))}")
-    for name in ("methods", "seeds", "rate_factors"):
+    for name in ("methods", "seeds", "rate_factors", "trackers"):
         if name in chosen:
             if not isinstance(chosen[name], list | tuple):
                 raise ConfigError(f"load_config: {name} must be a list, got {chosen[name]!r} in {where}")
@@ -354,6 +357,8 @@ def _validate(config: RunConfig) -> None:
     check_range(config, "weight_decay", "[0, inf)")
     check_range(config, "switch_fraction", "(0, 1]")
     check_flag(config, "tensorboard")
+    for tracker in config.trackers:
+        check_choice(config, "trackers", TRACKERS, value=tracker)
     check_flag(config, "keep_states")
     for label, entry in config.method.items():
         name = f"method.{label}"

@@ -1,18 +1,16 @@
-"""TensorBoard scalars of a run."""
+"""The figures of a run over its steps, for whatever tracks them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keeplora._files import told
+from keeplora.train.trackers import MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from keeplora.train.record import RunRecord
 
 _EVERY = 10
@@ -20,29 +18,24 @@ _EVERY = 10
 
 
 class Scalars:
-    """Writes loss and accuracies of a run; without a folder it writes nothing."""
+    """Gives loss and accuracies of a run to its trackers."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.writer: SummaryWriter | None = None
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = trackers
 
     def start_at(self, step: int) -> None:
-        """Open the log after ``step`` steps; later points, left by an interrupted run, are dropped."""
-        if self.folder is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only some runs want it
-
-        with told(self.folder):
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        """Open the trackers after ``step`` steps."""
+        for tracker in self.trackers:
+            tracker.open(step)
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """One point of the loss and learning-rate curves, every tenth step."""
-        if self.writer is not None and step % _EVERY == 0:
-            self._add({"train/loss": loss, "train/learning_rate": learning_rate}, step)
+        if self.trackers and step % _EVERY == 0:
+            self._log({"train/loss": loss, "train/learning_rate": learning_rate}, step)
 
     def task(self, record: RunRecord, witness: float | None) -> None:
         """Accuracies in percent after a task, against the number of steps."""
-        if self.writer is None:
+        if not self.trackers:
             return
         row = record.accuracy[-1]
         points = {f"accuracy/{name}": value for name, value in zip(record.tasks, row, strict=True)}
@@ -54,21 +47,29 @@ class Scalars:
         for name in ("leak", "orthogonality"):
             if certificate is not None and certificate[name] is not None:
                 points[f"certificate/{name}"] = certificate[name]
-        self._add(points, record.steps)
+        self._log(points, record.steps)
 
     def close(self) -> None:
-        """Flush and close the log."""
-        if self.writer is not None and self.folder is not None:
-            with told(self.folder):
-                self.writer.close()
+        """Flush and close the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
 
-    def _add(self, points: Mapping[str, float], step: int) -> None:
-        if self.writer is not None and self.folder is not None:
-            with told(self.folder):
-                for name, value in points.items():
-                    self.writer.add_scalar(name, value, step)
+    def _log(self, points: Mapping[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(points, step)
 
 
-def open_scalars(folder: Path | None, wanted: bool) -> Scalars:
-    """Scalars below a run's folder, or none."""
-    return Scalars(folder / "tensorboard" if folder is not None and wanted else None)
+def open_scalars(
+    folder: Path | None,
+    tensorboard: bool,
+    trackers: Sequence[str] = (),
+    name: str = "",
+    settings: Mapping[str, Any] = {},
+) -> Scalars:
+    """The trackers of a run that has a folder; without one there are none."""
+    if folder is None:
+        return Scalars([])
+    kinds: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]
+    kinds = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+    made: list[Tracker] = [TensorBoardTracker(folder / "tensorboard")] if tensorboard else []
+    return Scalars([*made, *(kinds[kind](folder, name, settings) for kind in trackers)])

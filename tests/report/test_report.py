@@ -269,3 +269,18 @@ def test_a_keepers_capacity_can_be_drawn(tmp_path):
 def test_zero_shot_alone_still_reports(tmp_path):
     config = parse_config({"benchmark": "embedded", "methods": ["zero-shot"], "epochs": 1, "out": str(tmp_path)})
     assert "zero-shot" in report_run(config, [record_of("zero-shot", 0)])
+
+
+def test_models_that_answer_have_the_instruction_benchmarks_columns():
+    from keeplora.report.table import result_table
+
+    values = {name: {"mean": 1.0, "std": 0.0} for name in ("transfer", "avg", "last", "forgetting", "learn")}
+    more = {name: {"mean": 2.0, "std": 0.0} for name in ("mft", "mfn", "maa", "bwt", "train_seconds", "switch_seconds")}
+    summary = {
+        "benchmark": "x", "tasks": ["a", "b"], "seeds": [0], "split": "test", "certificates": {},
+        "zero_shot": {name: values[name] for name in ("transfer", "avg", "last")},
+        "methods": {"lora": {**values, **more}},
+    }  # fmt: skip
+    header = result_table({**summary, "answers": True}).splitlines()[1].split()
+    assert header[:5] == ["Transfer", "MFT", "MFN", "MAA", "BWT"]
+    assert result_table(summary).splitlines()[1].split()[:5] == ["Transfer", "Avg", "Last", "Forgetting", "Learned"]
