@@ -28,6 +28,7 @@ from keeplora.tasks.field.catalog import is_of_images
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+TEST_TEXTS = ("first", "mean")
 KINDS = ("folder", "dataset", "json")
 """What a task can be, and the setting that says where it is."""
 
@@ -103,6 +104,8 @@ class DataSettings:
 
     Args:
         template: The text of a class, ``{}`` stands for its name.
+        templates: More of them, for tests; a benchmark of the field has its own.
+        test_texts: ``"first"``, or ``"mean"``: a class is then the normalised mean of its texts, as ZSCL tests.
         test_fraction: Share of every class that is kept for testing where a task has no test data of its own.
         validation_fraction: Share of the training data that is kept for choices where a task has no validation data.
         split_seed: Decides both, whatever the seed of a run.
@@ -118,6 +121,8 @@ class DataSettings:
     """
 
     template: str = "a photo of a {}."
+    templates: tuple[str, ...] = ()
+    test_texts: str = "first"
     test_fraction: float = 0.2
     validation_fraction: float = 0.1
     split_seed: int = 0
@@ -134,6 +139,12 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check_template(self, self.template)
+        if not isinstance(self.templates, list | tuple):
+            raise ConfigTypeError(f"DataSettings: templates must be a list, got {self.templates!r}")
+        object.__setattr__(self, "templates", tuple(self.templates))
+        for template in self.templates:
+            _check_template(self, template)
+        check_choice(self, "test_texts", TEST_TEXTS)
         check_whole(self, "shots", "[0, inf)", optional=True)
         check_whole(self, "shots_seed", "[0, inf)")
         check_range(self, "test_fraction", "(0, 1)")

@@ -41,6 +41,8 @@ class ImageTask:
     images: DecodedImages
     labels: Tensor
     places: dict[str, list[int]]
+    spoken: Tensor
+    """Tokens that tests use, `[templates, classes, n]`; training uses `tokens`, of the one template."""
     contents: str
     """Hash of the images' names and sizes, the labels and the texts."""
 
@@ -103,28 +105,31 @@ class ImageWorkload:
             for kind, why in kinds:
                 if not faults.add(kind, found.name, found.items[place].name, why):
                     out.add(place)
-        texts = tuple(found.template.format(name.replace("_", " ")) for name in found.classes)
-        for text in self._model.too_long(texts):
+        names = [name.replace("_", " ") for name in found.classes]
+        texts = tuple(found.template.format(name) for name in names)
+        templates = found.templates if data.test_texts == "mean" and found.templates else (found.template,)
+        spoken = [[template.format(name) for name in names] for template in templates]
+        for text in self._model.too_long(sorted({*texts, *(text for row in spoken for text in row)})):
             faults.add("long_text", found.name, repr(text))
         left = {split: [place for place in places if place not in out] for split, places in found.places.items()}
         if not left["train"]:  # all are skipped or to be refused
             return None
-        names = [found.classes[label] for label in found.labels]
+        held = [found.classes[label] for label in found.labels]
         for split, share in (("test", data.test_fraction), ("validation", data.validation_fraction)):
             if split not in left:
                 train = left["train"]
-                stay, off = split_off([names[place] for place in train], share, data.split_seed)
+                stay, off = split_off([held[place] for place in train], share, data.split_seed)
                 left["train"], left[split] = [train[i] for i in stay], [train[i] for i in off]
         for split in ("test", "validation"):
             left[split] = list(thinned(left[split], data.evaluate_at_most))
-        digest = hashlib.sha256("\n".join([found.name, *found.classes, *texts]).encode())
+        digest = hashlib.sha256("\n".join([found.name, *found.classes, *texts, *map(str, spoken)]).encode())
         for split, places in left.items():
             for place in places:
                 item = found.items[place]
-                digest.update(f"{split}\n{item.name}\n{item.stamp}\n{names[place]}\n".encode())
+                digest.update(f"{split}\n{item.name}\n{item.stamp}\n{held[place]}\n".encode())
         return ImageTask(
             found.name, found.classes, texts, self._model.tokens(texts), images, torch.tensor(found.labels), left,
-            digest.hexdigest(),
+            torch.stack([self._model.tokens(row) for row in spoken]), digest.hexdigest(),
         )  # fmt: skip
 
     def _told(self, own: OwnTasks) -> list[str]:
@@ -141,6 +146,8 @@ class ImageWorkload:
                 f"{own.data.validation_fraction:.0%} for validation, are kept from training (split_seed "
                 f"{own.data.split_seed})"
             )
+        if own.data.test_texts == "mean":
+            lines.append("tests: the text of a class is the mean over its templates, training has the first alone")
         if self._one_space:
             lines.append("an image is right if its text is the nearest of those of all tasks' classes, learned or not")
         if own.data.evaluate_at_most:
@@ -229,14 +236,12 @@ class ImageWorkload:
             raise ConfigError(f"evaluate: {split} of task {chosen.name!r} must hold images, got none")
         modes = {module: module.training for module in model.modules()}
         weight = next(model.parameters())
-        tokens, offset = self._choices(chosen)
-        tokens = tokens.to(weight.device)
+        asked, offset = self._choices(chosen)
+        tokens = torch.cat([task.tokens for task in asked]).to(weight.device)
         parts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
         model.eval()
         try:
-            texts = torch.cat(
-                [self._model.text_features(model, part) for part in torch.split(tokens, _TEXTS_AT_A_TIME)]
-            )
+            texts = torch.cat([self._class_features(model, task, weight.device) for task in asked])
             right = []
             for part, pixels in zip(parts, chosen.images.batches(parts), strict=True):
                 x = self._model.normalised(pixels.to(weight.device), weight.dtype)
@@ -247,13 +252,21 @@ class ImageWorkload:
                 module.training = training
         return torch.cat(right)
 
-    def _choices(self, chosen: ImageTask) -> tuple[Tensor, int]:
-        """The texts to choose from, and where the task's own begin among them."""
+    def _class_features(self, model: nn.Module, task: ImageTask, device: torch.device) -> Tensor:
+        """`[classes, d]`: of each class the mean over its templates of features of length 1, itself of length 1."""
+        texts = task.spoken.flatten(0, 1).to(device)
+        features = torch.cat([self._model.text_features(model, part) for part in torch.split(texts, _TEXTS_AT_A_TIME)])
+        if len(task.spoken) == 1:
+            return features
+        return F.normalize(features.view(*task.spoken.shape[:2], -1).mean(0), dim=-1)
+
+    def _choices(self, chosen: ImageTask) -> tuple[list[ImageTask], int]:
+        """The tasks whose texts are to choose from, and where this one's begin among them."""
         if not self._one_space:
-            return chosen.tokens, 0
+            return [chosen], 0
         place = next(place for place, task in enumerate(self._tasks) if task is chosen)
         offset = sum(len(task.classes) for task in self._tasks[:place])
-        return torch.cat([task.tokens for task in self._tasks]), offset
+        return self._tasks, offset
 
 
 def _check_overlap(sets: Sequence[ImageSet], faults: Faults) -> None:

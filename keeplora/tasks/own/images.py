@@ -110,6 +110,7 @@ class ImageSet:
     labels: tuple[int, ...]
     places: dict[str, list[int]]
     template: str
+    templates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -150,7 +151,9 @@ def _of_field(found: field.ImageSet, root: Path) -> ImageSet:
                 )
                 labels.append(label)
             places[split].append(known[key])
-    return ImageSet(found.name, found.classes, tuple(items), tuple(labels), places, found.template, found.notes)
+    return ImageSet(
+        found.name, found.classes, tuple(items), tuple(labels), places, found.template, found.templates, found.notes
+    )
 
 
 def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
@@ -176,7 +179,9 @@ def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
         places[split] = list(range(len(items), len(items) + len(pairs)))
         items += [item for item, _ in pairs]
         labels += [number[name] for _, name in pairs]
-    return ImageSet(task.name, classes, tuple(items), tuple(labels), places, task.template or own.data.template)
+    return ImageSet(
+        task.name, classes, tuple(items), tuple(labels), places, task.template or own.data.template, own.data.templates
+    )
 
 
 def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:

@@ -180,3 +180,22 @@ def test_a_saved_model_is_the_same_in_plain_open_clip(place, tmp_path):
         assert torch.equal(loaded.state_dict()[name], weight), name
     assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["preprocess_cfg"]["std"] == [0.25] * 3
     assert preprocess(picture("red", 0)).shape == (3, 32, 32)
+
+
+def test_a_class_may_be_the_mean_of_its_texts_in_tests(place):
+    templates = ["a photo of a {}.", "{}", "the colour {}"]
+    plain = open_workload(own(place, LIGHT))
+    workload = open_workload(own(place, LIGHT, templates=templates, test_texts="mean"))
+    model, task = workload.model(), workload.task(0)
+    assert torch.equal(task.tokens, plain.task(0).tokens)  # what is trained with
+    tokenize = open_clip.get_tokenizer(f"local-dir:{place / 'model'}")
+    with torch.no_grad():
+        each = [model.encode_text(tokenize([t.format(n) for n in task.classes]), normalize=True) for t in templates]
+        texts = torch.nn.functional.normalize(torch.stack(each).mean(0), dim=-1)
+        x = workload._model.normalised(task.images[task.places["train"]], torch.float32)
+        right = (model.encode_image(x, normalize=True) @ texts.T).argmax(1) == task.labels[task.places["train"]]
+        ours, first = (one._class_features(model, one.task(0), x.device) for one in (workload, plain))
+    assert torch.equal(workload.correct(model, 0, "train", 8), right)
+    torch.testing.assert_close(ours, texts)
+    assert (first - texts).norm() > 0.1 * texts.norm()
+    assert plain.fingerprint() != workload.fingerprint()
