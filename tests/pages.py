@@ -40,6 +40,7 @@ PUBLIC = (
     "keeplora.tasks.embedded",
     "keeplora.tasks.field",
     "keeplora.tasks.minilm",
+    "keeplora.tasks.own",
     "keeplora.tasks.scoring",
 )
 """Places that users import from. Each has ``__all__``, and the API reference has every name in it."""

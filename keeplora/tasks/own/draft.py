@@ -79,7 +79,7 @@ def draft(seen: DataFolder, out: Path, *, model: str = "", device: str = "cpu", 
     lines = Lines()
     lines.comment(
         f"Settings for `keeplora run {out.name}`, drafted by `keeplora init` from {quoted(str(seen.folder))}.",
-        "Every line is yours to change; paths begin in this file's folder. All settings: docs/settings.md.",
+        "Every line is yours to change; paths begin in this file's folder. All settings: docs/own-tasks.md.",
         *(f"Note: {remark}." for remark in seen.remarks),
     )
     lines.blank()
