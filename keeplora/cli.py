@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from keeplora._version import __version__
+
 _EXAMPLES = """examples:
   keeplora demo                                   the embedded benchmark, all methods, three seeds
   keeplora demo --methods lora keeplora++ --seeds 1
@@ -194,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"keeplora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(

@@ -194,3 +194,18 @@ finally:
     assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("keeplora 0.")
+
+
+def test_a_misspelled_learning_rate_is_told_by_its_name(tmp_path, capsys):
+    (tmp_path / "x.toml").write_text(
+        'benchmark = "embedded"\nmethods = ["lora"]\nsteps = 1\n[method.lora]\nlearning_rat = 1e-3\n'
+    )
+    assert cli.main(["run", str(tmp_path / "x.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "got 'learning_rat'. Did you mean 'learning_rate'?" in capsys.readouterr().err

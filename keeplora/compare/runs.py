@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from keeplora._files import one_writer
 from keeplora._messages import listed, suggest
@@ -94,6 +95,12 @@ def check_settings(config: RunConfig) -> None:
             )
     for label in config.labels():
         entry = config.of(label)
+        for setting in entry.settings:
+            if meant := get_close_matches(setting, ("learning_rate", "weight_decay"), n=1, cutoff=0.85):
+                raise ConfigError(
+                    f"check_methods: settings of [method.{label}] must be known, got {setting!r}. "
+                    f"Did you mean {meant[0]!r}?"
+                )
         if entry.method not in METHODS:
             raise ConfigError(
                 f"check_methods: methods must be known, got {entry.method!r}"
