@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import time
@@ -36,12 +37,23 @@ def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
+    _give_back()
     marker = Path("/proc/self/clear_refs")
     if marker.exists():
         try:
             marker.write_text("5")
         except OSError:  # a container may forbid it: then the mark is that of the whole process, an upper bound
             return
+
+
+def _give_back() -> None:
+    """Hand the system what earlier runs in this process have freed: glibc keeps it, and it would count as this run's.
+
+    After a run of LoRA on ViT-B/32 it was 1.8 GB of 3.5.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(device: str) -> int:

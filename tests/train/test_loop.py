@@ -1,9 +1,11 @@
 """One run: what it measures, that it repeats itself, stops at bad losses and resumes exactly."""
 
 import dataclasses
+import gc
 import json
 import math
 import time
+import weakref
 
 import pytest
 import tiny_workload
@@ -337,6 +339,26 @@ def test_a_result_that_is_no_json_is_refused(tmp_path, workload):
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(StateError, match=r"load_result: .*result\.json must be JSON, got: "):
         run_one(config_of(), workload, "lora", 0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("label", ["full", "lora", "keeplora"])
+def test_models_do_not_outlive_their_run(monkeypatch, label):
+    held, fresh = [], tiny_workload.workload("cpu")
+    make = fresh.model
+
+    def watched():
+        model = make()
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(fresh, "model", watched)
+    gc.disable()  # what run_one itself does is looked at
+    try:
+        run_one(config_of(epochs=1), fresh, label, 0)
+    finally:
+        gc.enable()
+    assert len(held) >= 3
+    assert [model() for model in held] == [None] * len(held)
 
 
 def test_tensorboard_scalars_of_a_resumed_run(tmp_path, workload):
