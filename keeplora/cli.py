@@ -129,6 +129,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         methods=None if parsed.methods is None else tuple(parsed.methods),
         keep_states=True if parsed.export else None,
         own=with_data(shared.own, parsed.data),
+        device=parsed.device,
     )
     check_machine(config)
     workload = configured_workload(config, "cpu" if config.workers else config.device)
@@ -209,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _shared(demo, default_out="runs/demo")
     demo.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
-    demo.set_defaults(command=_demo, dry_run=False, export=False, data=None)
+    demo.set_defaults(command=_demo, dry_run=False, export=False, data=None, device=None)
 
     run = commands.add_parser(
         "run",
@@ -219,11 +220,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  keeplora run tasks.toml --dry-run\n  keeplora run tasks.toml --out runs/mine --export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("config", metavar="CONFIG", help="a TOML or YAML file, or a shipped one: demo, quick")
+    run.add_argument("config", metavar="CONFIG", help="a TOML or YAML file, or a shipped one: demo, mtil-1, ucit, …")
     _shared(run, default_out="as in CONFIG")
     run.add_argument(
         "--dry-run", action="store_true", help="check data and settings, tell time and memory, and train nothing"
     )
+    run.add_argument("--device", choices=["cpu", "cuda"], help="instead of what CONFIG says")
     run.add_argument("--data", metavar="FOLDER", help="where the data of a benchmark of the field is (root of [data])")
     run.add_argument(
         "--export",

@@ -12,7 +12,7 @@ from typing import Any
 
 from keeplora._messages import suggest
 from keeplora._untrusted import parse_toml
-from keeplora.compare.runs import check_settings, refusal
+from keeplora.compare.runs import check_settings, check_splits, refusal
 from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import Workload
@@ -115,6 +115,7 @@ def comparison(
     labels: dict[str, tuple[str, ...]] = {}
     if fronts is not None:
         chosen, labels = at_rates(chosen, fronts)
+    check_splits(chosen, workload)
     if reference and reference not in labels:
         known = ", ".join(labels) or "none without fronts"
         raise ConfigError(

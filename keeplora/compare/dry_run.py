@@ -89,8 +89,8 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     small = _small(config)
     workload = configured_workload(small, config.device)
     with tempfile.TemporaryDirectory() as folder:
-        quiet = override(small, out=folder, tensorboard=False, trackers=(), keep_states=False, epochs=1)
-        quiet = replace(quiet, steps=None, switch_fraction=1.0, rate_factors=())
+        quiet = override(small, out=folder, tensorboard=False, trackers=(), keep_states=False)
+        quiet = replace(quiet, epochs=1, steps=None, switch_fraction=1.0, rate_factors=())
         record = run_one(quiet, _Beginning(workload), label, config.seeds[0], folder=Path(folder))
     last = len(record.tasks) - 1
     seen = [min(most, length) for most, length in zip(_BATCHES, batches, strict=False)]

@@ -20,7 +20,7 @@ from keeplora.train.workload import configured_workload
 from .console import Console
 from .pool import Pool
 
-__all__ = ["check_methods", "check_settings", "read_records", "refusal", "run_benchmark", "unfinished"]
+__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished"]
 
 
 def run_benchmark(
@@ -121,7 +121,7 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             raise ConfigError(
                 f"check_methods: {name} must have one number for each of {tasks} tasks, got {len(given)}: {list(given)}"
             )
-    _check_splits(config, workload)
+    check_splits(config, workload)
     if config.evaluate_on == BOTH and not isinstance(workload, ItemWorkload):
         raise ConfigError(
             "check_methods: benchmark must tell which test items are right (ItemWorkload.correct), got "
@@ -135,7 +135,7 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")
 
 
-def _check_splits(config: RunConfig, workload: Workload) -> None:
+def check_splits(config: RunConfig, workload: Workload) -> None:
     """Every split that will be evaluated holds samples, where the workload tells how many."""
     count: Callable[[int, str], int] | None = getattr(workload, "evaluated", None)
     if count is None:

@@ -247,6 +247,11 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     of_field = str(chosen["benchmark"]) if chosen.get("benchmark") in BENCHMARKS else ""
     own = {name: values[name] for name in _OWN_TABLES if name in values}
     if own or of_field:
+        if "model" in own and "task" not in own and "benchmark" in chosen and not of_field:
+            raise ConfigError(
+                f"load_config: benchmark must be one of {', '.join(BENCHMARKS)} where there are no tables [[task]], "
+                f"got {chosen['benchmark']!r} in {where}{suggest(str(chosen['benchmark']), BENCHMARKS)}"
+            )
         chosen["own"] = parse_own(own, base=base, where=where, benchmark=of_field)
         chosen.setdefault("benchmark", os.path.splitext(os.path.basename(where))[0])
     for required in ("benchmark", "methods"):

@@ -202,7 +202,7 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
     if os.path.lexists(file):
         previous = _parsed("claim_folder", file, "Use another folder.")
         try:
-            changed = config.changed(previous) + (["the benchmark's data"] if previous.get("data") != data else [])
+            changed = config.changed(previous) + (["the data"] if previous.get("data") != data else [])
             known = list(previous.get("versions", ()))
         except (AttributeError, TypeError) as error:
             raise StateError(

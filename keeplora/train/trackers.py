@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from keeplora._files import told, write_json
+from keeplora.methods.settings import ConfigError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +22,19 @@ PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 TRACKERS = tuple(PACKAGES)
 PROJECT = "keeplora"
 _IDENTITY = "tracked.json"
+
+
+@contextmanager
+def _refusing(kind: str, where: str) -> Iterator[None]:
+    """One sentence for whatever a tracker says when a run is begun: nothing has been trained yet."""
+    try:
+        yield
+    except Exception as error:  # theirs are of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"run: {kind} must take the run, got {type(error).__name__}: {reason}. See {where}, or take {kind!r} out "
+            "of trackers"
+        ) from error
 
 
 class Tracker(Protocol):
@@ -78,11 +93,12 @@ class WandbTracker:
         import wandb  # optional
 
         known = _remembered(self.folder, "wandb") if steps else None
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=self.name, config=dict(self.settings),
-            dir=str(self.folder), id=known, resume="allow" if known else None, reinit="finish_previous",
-        )  # fmt: skip
-        self.run.define_metric("*", step_metric="step")
+        with _refusing("wandb", "WANDB_MODE and WANDB_API_KEY"):
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT), name=self.name, config=dict(self.settings),
+                dir=str(self.folder), id=known, resume="allow" if known else None, reinit="finish_previous",
+            )  # fmt: skip
+            self.run.define_metric("*", step_metric="step")
         _remember(self.folder, "wandb", self.run.id)
 
     def log(self, points: Mapping[str, float], step: int) -> None:
@@ -110,11 +126,15 @@ class MlflowTracker:
 
     def open(self, steps: int) -> None:
         """Begin the run, or go on with it."""
-        import os
-
         from mlflow import MlflowClient  # optional
 
-        self.client = MlflowClient()
+        with _refusing("mlflow", "MLFLOW_TRACKING_URI; of file stores also MLFLOW_ALLOW_FILE_STORE=true"):
+            self._begin(MlflowClient(), steps)
+
+    def _begin(self, client: Any, steps: int) -> None:
+        import os
+
+        self.client = client
         known = _remembered(self.folder, "mlflow") if steps else None
         if known:
             self.run = known

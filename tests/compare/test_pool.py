@@ -99,7 +99,7 @@ def test_other_data_in_the_same_folder_is_refused(tmp_path):
     saved = json.loads(file.read_text())
     assert len(saved["data"]) == 16
     file.write_text(json.dumps({**saved, "data": "0" * 16}))
-    with pytest.raises(ConfigError, match="the benchmark's data changed"):
+    with pytest.raises(ConfigError, match="the data changed"):
         run_benchmark(config, console=lambda event: None)
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class AnswerWorkload:
         return [one.task for one in (*self._asked, *([] if self._asked_witness is None else [self._asked_witness]))]
 
     def fingerprint(self) -> str:
-        """Hash of all samples' texts, answers and files (names and sizes), of the processor, and of the weights."""
+        """Hash of all samples' texts, answers and files (names and bytes), of the processor, and of the weights."""
         digest = hashlib.sha256()
 
         def add(*texts: object) -> None:
@@ -98,8 +99,8 @@ class AnswerWorkload:
                 for sample in samples:
                     add(self._prompts.whole(sample), *(turn.answer for turn in sample.turns))
                     for path in sample.files:
-                        add(_relative(path, Path(self.own.base)), path.stat().st_size)
-        add(self.own.data.max_new_tokens, self._generator.settings())
+                        add(_relative(path, Path(self.own.base)), _content(path))
+        add(self.own.new_tokens, self._generator.settings())
         for name, weight in self._model.state_dict().items():
             add(name)
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -110,9 +111,13 @@ class AnswerWorkload:
         seen = any(sample.videos for task in self._all for _, samples in task.splits for sample in samples)
         return [
             "an answer is right if it equals the sample's, case and outer spaces aside; it is generated greedily, with "
-            f"at most {self.own.data.max_new_tokens} tokens",
+            f"at most {self.own.new_tokens} tokens",
             "the loss is the mean over the tokens of a batch's answers",
             self._prompts.note(),
+            *(
+                f"{task.name}: {', '.join(f'{len(samples)} {split}' for split, samples in task.splits)} samples"
+                for task in self._all
+            ),
             *([f"of every video {FRAMES} frames are taken, evenly spaced"] if seen else []),
             *self._told_quick(),
             *(note for one in (*self._asked, *filter(None, [self._asked_witness])) for note in one.notes),
@@ -269,7 +274,7 @@ class AnswerWorkload:
         text = self._prompts.whole(sample) if split == "train" else self._prompts.question(sample)
         if split == "train":
             self._prompts.answers(sample)  # refuses what cannot be told apart
-        context, new = self._generator.context, 0 if split == "train" else self.own.data.max_new_tokens
+        context, new = self._generator.context, 0 if split == "train" else self.own.new_tokens
         if context is None:
             return True
         length = len(self._prompts.tokens(text)) + self._expansion(sample)
@@ -321,7 +326,8 @@ class AnswerWorkload:
             witness = self._asked_witness is not None and task is self._asked_witness.task
             if not samples and split != "validation" and not (split == "train" and witness):
                 raise ConfigError(
-                    f"load_workload: task {task.name!r} must have samples to {split}, got none that are left"
+                    f"load_workload: task {task.name!r} must have samples to {split}, got none that are left. "
+                    "Samples that share an image stay together: where all do, give files test and validation"
                 )
 
 
@@ -373,6 +379,18 @@ class _Pass:
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def _content(path: Path) -> str:
+    """Hash of a file, read once in a process as long as it is as it was."""
+    status = path.stat()
+    return _hash(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 20)
+def _hash(path: Path, size: int, written: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _relative(path: Path, base: Path) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks import field
-from keeplora.tasks.own.config import OwnTasks
+from keeplora.tasks.own.config import DataSettings, OwnTasks
 from keeplora.tasks.own.faults import Faults
-from keeplora.tasks.own.instructions import AnswerTask, Sample, Turn, read_task
+from keeplora.tasks.own.instructions import AnswerTask, Sample, Turn, read_task, split_samples
 from keeplora.tasks.own.splits import thinned
 from keeplora.tasks.scoring import (
     Prediction,
@@ -80,16 +80,19 @@ def read_asked(own: OwnTasks, faults: Faults) -> list[Asked]:
     """
     if not own.benchmark:
         return [Asked(read_task(source, own, faults), exact_match_score, _exact) for source in own.all]
-    if not own.data.root:
-        raise ConfigError(
-            f"open_workload: root must say where the data of {own.benchmark} is, got none. Set root in [data], or give "
-            "--data FOLDER; docs/benchmarks.md has the layout"
-        )
-    root = own.path(own.data.root)
+    root = own.data_root
     missing = own.data.faults.get("missing") == "skip"
     found = field.read_instructions(root, own.benchmark, allow_missing=missing)
     video = field.instruction_benchmark(own.benchmark).kind == "video"
-    return [_of_field(one, "video" if video else "image") for one in found]
+    return [_validated(_of_field(one, "video" if video else "image"), own.data) for one in found]
+
+
+def _validated(asked: Asked, data: DataSettings) -> Asked:
+    """The task with a share of its training samples kept for validation, as with a user's own."""
+    if not data.validation_fraction or asked.scored is None:  # training samples have no reference captions
+        return asked
+    kept, train = split_samples(asked.task.train, data.validation_fraction, data.split_seed + 1)
+    return replace(asked, task=replace(asked.task, train=tuple(train), validation=tuple(kept)))
 
 
 def _exact(prediction: Prediction) -> bool:

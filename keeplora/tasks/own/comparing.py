@@ -163,10 +163,9 @@ class _OpenClip(ComparingModel):
 
 
 class _Transformers(ComparingModel):
-    def __init__(self, source: ModelSource, folder: str) -> None:
+    def __init__(self, source: ModelSource, name: str) -> None:
         from transformers import AutoModel, AutoProcessor  # optional, and slow to import
 
-        name = folder if os.path.isdir(folder) else source.transformers
         try:
             model = AutoModel.from_pretrained(name, dtype=getattr(torch, source.dtype))
             self._processor: Any = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
@@ -231,7 +230,7 @@ def open_comparing_model(own: OwnTasks) -> ComparingModel:
         _need("open_clip", "pip install 'keeplora[clip]'")
         return _OpenClip(_from_base(own))
     _need("transformers", "pip install transformers")
-    return _Transformers(source, str(own.path(source.transformers)))
+    return _Transformers(source, own.model_folder())
 
 
 def _from_base(own: OwnTasks) -> ModelSource:

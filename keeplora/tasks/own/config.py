@@ -23,7 +23,7 @@ from typing import Any
 
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
-from keeplora.tasks.field.catalog import is_of_images
+from keeplora.tasks.field.catalog import instruction_benchmark, is_of_images
 
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
 
@@ -35,6 +35,7 @@ KINDS = ("folder", "dataset", "json")
 FAULTS: Mapping[str, tuple[str, ...]] = {
     "corrupt": ("refuse", "skip"),
     "not_image": ("refuse", "skip"),
+    "loose": ("refuse", "skip"),
     "depth": ("refuse", "skip"),
     "grey": ("refuse", "skip", "convert"),
     "alpha": ("refuse", "skip", "convert"),
@@ -49,6 +50,7 @@ FAULTS: Mapping[str, tuple[str, ...]] = {
 
 * ``corrupt``: an image or video that cannot be decoded, empty files too.
 * ``not_image``: a file in a class folder that is none.
+* ``loose``: an image beside the class folders, of no class.
 * ``depth``: more than 8 bits a channel (``I;16``, ``I``, ``F``), which no conversion of Pillow scales.
 * ``grey``: no colours. ``convert`` repeats the channel.
 * ``alpha``: transparency. ``convert`` drops it, as ``Image.convert("RGB")`` does.
@@ -112,7 +114,7 @@ class DataSettings:
         cache: Folder of decoded images, for all runs. Empty: ``keeplora`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         cache_gb: How many GB (10⁹ bytes) of decoded images one settings file may keep there; the rest is decoded again.
         readers: Threads that decode images.
-        max_new_tokens: Most tokens of an answer; for models that generate.
+        max_new_tokens: Most tokens of an answer; for models that generate. None: the benchmark's number, else 64.
         evaluate_at_most: How many samples of a split are evaluated, evenly spaced, for a quick look. 0: all.
         root: Folder that a benchmark of the field is unpacked in; with ``benchmark = "mtil"`` and the like.
         order: Which of its orders. shots: Training images of each class; None for what the benchmark says, 0 for all.
@@ -129,7 +131,7 @@ class DataSettings:
     cache: str = ""
     cache_gb: float = 8.0
     readers: int = 2
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     evaluate_at_most: int = 0
     root: str = ""
     order: str = "I"
@@ -152,7 +154,7 @@ class DataSettings:
         check_whole(self, "split_seed", "[0, inf)")
         check_range(self, "cache_gb", "[0, inf)")
         check_whole(self, "readers", "[1, inf)")
-        check_whole(self, "max_new_tokens", "[1, inf)")
+        check_whole(self, "max_new_tokens", "[1, inf)", optional=True)
         check_whole(self, "evaluate_at_most", "[0, inf)")
         for name in ("cache", "root", "order"):
             if not isinstance(value := getattr(self, name), str):
@@ -237,6 +239,13 @@ class OwnTasks:
     benchmark: str = ""
 
     def __post_init__(self) -> None:
+        images = bool(self.benchmark) and is_of_images(self.benchmark)
+        for name, usual in (("root", ""), ("order", "I"), ("shots", None)):
+            if getattr(self.data, name) != usual and not (images or (name == "root" and self.benchmark)):
+                raise ConfigError(
+                    f"OwnTasks: {name} must be left out but for benchmarks of images, got {getattr(self.data, name)!r} "
+                    f"with {self.benchmark or 'tasks of your own'}"
+                )
         if self.benchmark:
             return
         if not self.tasks:
@@ -268,6 +277,46 @@ class OwnTasks:
         if self.benchmark:
             return not is_of_images(self.benchmark)
         return self.tasks[0].kind == "json"
+
+    @property
+    def data_root(self) -> Path:
+        """Where the data of a benchmark of the field is.
+
+        Raises:
+            ConfigError: the settings do not say, or there is no such folder.
+        """
+        root = self.path(self.data.root)
+        if not self.data.root or not root.is_dir():
+            raise ConfigError(
+                f"open_workload: root must say where the data of {self.benchmark} is, got "
+                f"{f'no folder {root}' if self.data.root else 'none'}. Set root in [data], or give --data FOLDER; "
+                "docs/benchmarks.md has the layout"
+            )
+        return root
+
+    def model_folder(self) -> str:
+        """The id or folder of a model of transformers, a folder as an absolute path.
+
+        Raises:
+            ConfigError: it looks like a folder, and there is none.
+        """
+        name = self.model.transformers
+        folder = self.path(name)
+        if folder.is_dir():
+            return str(folder)
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(
+                f"open_workload: transformers must be an id or a folder, got {name!r}, and no folder {folder}. Paths "
+                "begin in the folder of the settings file"
+            )
+        return name
+
+    @property
+    def new_tokens(self) -> int:
+        """Most tokens of an answer."""
+        if self.data.max_new_tokens is not None:
+            return self.data.max_new_tokens
+        return instruction_benchmark(self.benchmark).max_new_tokens if self.benchmark and self.answers else 64
 
     def path(self, name: str) -> Path:
         """A path of the settings file, from ``base`` where it is relative; ``~/`` is the home folder."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,17 +19,20 @@ from tqdm import tqdm
 from keeplora._files import flush, staged, write_json
 from keeplora._untrusted import MOST_JSON, parse_json, read_bytes
 from keeplora.tasks.own.comparing import ComparingModel
+from keeplora.tasks.own.config import FAULTS
 from keeplora.tasks.own.images import ImageItem
 from keeplora.tasks.own.pixels import check_image, rgb
 
-__all__ = ["DecodedImages", "cache_folder", "decode_all"]
+__all__ = ["DecodedImages", "Report", "cache_folder", "decode_all"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 Wrong = dict[int, list[tuple[str, str]]]
 """Kinds and reasons of what is wrong with images, by their place."""
 _AT_A_TIME = 64
-_LEFT_OUT = ("corrupt", "depth")
+_FORM = 1
+"""Of the files; another number makes them anew."""
+_LEFT_OUT = ("missing", "corrupt", "depth")
 """Kinds of images that have no pixels."""
 
 
@@ -38,9 +42,10 @@ class DecodedImages:
     Threads decode, not processes: runs are processes without children already, and Pillow works outside Python's lock.
     """
 
-    def __init__(self, items: Sequence[ImageItem], model: ComparingModel, readers: int, file: Path | None) -> None:
-        self._items, self._model, self._readers = items, model, readers
-        self._mapped: NDArray[np.uint8] | None = None if file is None else np.load(file, mmap_mode="r")
+    def __init__(
+        self, items: Sequence[ImageItem], model: ComparingModel, readers: int, mapped: NDArray[np.uint8] | None
+    ) -> None:
+        self._items, self._model, self._readers, self._mapped = items, model, readers, mapped
 
     @property
     def kept(self) -> bool:
@@ -73,99 +78,131 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keeplora"
 
 
+@dataclass
+class Report:
+    """What decoding has found out: what is wrong with images, the hash of each one's bytes, and bytes that are kept."""
+
+    wrong: Wrong
+    hashes: list[str]
+    kept: int
+
+
 def decode_all(
     items: Sequence[ImageItem], model: ComparingModel, *, folder: Path, room: int, readers: int, title: str
-) -> tuple[DecodedImages, Wrong, int]:
+) -> tuple[DecodedImages, Report]:
     """Decode every image once: what is wrong with any, and the pixels of all, kept in `folder` where `room` allows.
 
     A second call with the same files and model reads what the first one wrote.
 
-    Returns:
-        The images; kinds and reasons of what is wrong, by place; bytes that are kept.
-
     Raises:
-        WriteError: `folder` cannot be written to.
+        WriteError: `folder` cannot be written to, or has no space left.
     """
     key = _key(items, model)
-    report, file = folder / f"{key}.json", folder / f"{key}.npy"
-    known = _known(report, len(items))
-    if known is not None and (size := known[1]) <= room and size and file.is_file() and file.stat().st_size == size:
-        return DecodedImages(items, model, readers, file), known[0], size
-    first = None if known is None else known[0]
-    wrong: Wrong = {} if first is None else first
-    shape = _shape(items, model, wrong)
+    file, told = folder / f"{key}.npy", folder / f"{key}.json"
+    known = _known(told, len(items))
+    if known is not None and 0 < known.kept <= room and (mapped := _mapped(file, known.kept)) is not None:
+        return DecodedImages(items, model, readers, mapped), known
+    shape = _shape(items, model, known)
     length = len(items) * int(np.prod(shape))
     if length > room or not length:
-        if first is None:
-            for place, kinds in enumerate(_checked(items, readers, title)):
-                if kinds:
-                    wrong[place] = kinds
-            write_json(report, {"images": len(items), "bytes": 0, "wrong": _plain(wrong)})
-        return DecodedImages(items, model, readers, None), wrong, 0
+        if known is None:
+            known = Report({}, [], 0)
+            for place, seen in enumerate(_looked(items, None, readers, f"checking {title}")):
+                _note(known, place, seen)
+        known.kept = 0
+        _write(told, known)
+        return DecodedImages(items, model, readers, None), known
+    made = Report({}, [], 0)
     with staged(file) as temporary:
-        array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=(len(items), *shape))
-        for place, (kinds, pixels) in enumerate(_pixels(items, model, readers, title)):
-            if kinds:
-                wrong[place] = kinds
-            if pixels is not None:
-                array[place] = pixels.numpy()
-        array.flush()
-        del array
+        with temporary.open("wb") as raw:
+            head = {"descr": "|u1", "fortran_order": False, "shape": (len(items), *shape)}
+            np.lib.format.write_array_header_1_0(raw, head)
+            nothing = np.zeros(shape, np.uint8).tobytes()
+            for place, seen in enumerate(_looked(items, model, readers, f"decoding {title}")):
+                _note(made, place, seen)
+                raw.write(nothing if seen.pixels is None else seen.pixels.contiguous().numpy().tobytes())
         flush(temporary)
         os.replace(temporary, file)
-    size = file.stat().st_size
-    write_json(report, {"images": len(items), "bytes": size, "wrong": _plain(wrong)})
-    return DecodedImages(items, model, readers, file), wrong, size
+    made.kept = file.stat().st_size
+    _write(told, made)
+    return DecodedImages(items, model, readers, _mapped(file, made.kept)), made
+
+
+@dataclass(frozen=True)
+class _Seen:
+    wrong: list[tuple[str, str]]
+    digest: str
+    pixels: Tensor | None = None
+
+
+def _look(item: ImageItem, model: ComparingModel | None) -> _Seen:
+    """One image, read and decoded; what cannot be read is one of its faults, never that of the file written to."""
+    try:
+        raw = item.read()
+    except FileNotFoundError:
+        return _Seen([("missing", "no such file")], "")
+    except OSError as error:
+        return _Seen([("corrupt", error.strerror or str(error))], "")
+    wrong, digest = check_image(raw), hashlib.blake2b(raw, digest_size=8).hexdigest()
+    if model is None or any(kind in _LEFT_OUT for kind, _ in wrong):
+        return _Seen(wrong, digest)
+    return _Seen(wrong, digest, model.pixels(rgb(raw)))
+
+
+def _looked(items: Sequence[ImageItem], model: ComparingModel | None, readers: int, title: str) -> Iterator[_Seen]:
+    seen = _threaded(lambda item: _look(item, model), items, readers)
+    return iter(tqdm(seen, title, len(items), leave=False, disable=None, unit="image"))
+
+
+def _note(report: Report, place: int, seen: _Seen) -> None:
+    report.hashes.append(seen.digest)
+    if seen.wrong:
+        report.wrong[place] = seen.wrong
 
 
 def _key(items: Sequence[ImageItem], model: ComparingModel) -> str:
     from PIL import __version__ as pillow
 
-    digest = hashlib.sha256(f"{model.preprocessing}\n{pillow}\n".encode())
+    digest = hashlib.sha256(f"{_FORM}\n{model.preprocessing}\n{pillow}\n".encode())
     for item in items:
-        digest.update(f"{type(item).__name__}\n{item.name}\n{item.stamp}\n{_changed(item)}\n".encode())
+        digest.update(f"{type(item).__name__}\n{item.name}\n{item.stamp}\n".encode())
     return digest.hexdigest()[:32]
 
 
-def _changed(item: ImageItem) -> int:
-    """When a file was written last: a cache may be made anew too often, never too rarely."""
-    root = getattr(item, "root", None)
-    path = None if root is None else root / item.name
-    return path.stat().st_mtime_ns if path is not None and path.is_file() else 0
+def _write(file: Path, report: Report) -> None:
+    wrong = {str(place): [list(pair) for pair in kinds] for place, kinds in report.wrong.items()}
+    write_json(file, {"hashes": report.hashes, "bytes": report.kept, "wrong": wrong})
 
 
-def _known(report: Path, images: int) -> tuple[Wrong, int] | None:
+def _known(file: Path, images: int) -> Report | None:
+    """What an earlier call wrote; None where it cannot be read or makes no sense: then it is made again."""
     try:
-        held = parse_json(read_bytes(report, most=MOST_JSON))
+        held = parse_json(read_bytes(file, most=MOST_JSON))
         wrong = {int(place): [(str(kind), str(why)) for kind, why in kinds] for place, kinds in held["wrong"].items()}
-        return (wrong, int(held["bytes"])) if held["images"] == images else None
+        report = Report(wrong, [str(one) for one in held["hashes"]], int(held["bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # a cache that cannot be read is made again
+        return None
+    sound = len(report.hashes) == images and all(0 <= place < images for place in wrong)
+    return report if sound and all(kind in FAULTS for kinds in wrong.values() for kind, _ in kinds) else None
 
 
-def _shape(items: Sequence[ImageItem], model: ComparingModel, wrong: Wrong) -> tuple[int, ...]:
+def _mapped(file: Path, size: int) -> NDArray[np.uint8] | None:
+    """The pixels in a file of that size; None where there are none."""
+    try:
+        held: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+        return held if held.dtype == np.uint8 and file.stat().st_size == size else None
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _shape(items: Sequence[ImageItem], model: ComparingModel, known: Report | None) -> tuple[int, ...]:
     """Of one image's pixels; all have the same, as preprocessing crops or squashes to a size."""
     for place, item in enumerate(items):
-        if not any(kind in _LEFT_OUT for kind, _ in wrong.get(place, [])):
-            raw = item.read()
-            if not any(kind in _LEFT_OUT for kind, _ in check_image(raw)):
-                return tuple(model.pixels(rgb(raw)).shape)
+        if known is None or not any(kind in _LEFT_OUT for kind, _ in known.wrong.get(place, [])):
+            pixels = _look(item, model).pixels
+            if pixels is not None:
+                return tuple(pixels.shape)
     return (0,)
-
-
-def _checked(items: Sequence[ImageItem], readers: int, title: str) -> Iterator[list[tuple[str, str]]]:
-    return _shown(_threaded(lambda item: check_image(item.read()), items, readers), len(items), f"checking {title}")
-
-
-def _pixels(
-    items: Sequence[ImageItem], model: ComparingModel, readers: int, title: str
-) -> Iterator[tuple[list[tuple[str, str]], Tensor | None]]:
-    def one(item: ImageItem) -> tuple[list[tuple[str, str]], Tensor | None]:
-        raw = item.read()
-        kinds = check_image(raw)
-        return kinds, None if any(kind in _LEFT_OUT for kind, _ in kinds) else model.pixels(rgb(raw))
-
-    return _shown(_threaded(one, items, readers), len(items), f"decoding {title}")
 
 
 def _threaded(work: Callable[[In], Out], items: Iterable[In], readers: int) -> Iterator[Out]:
@@ -178,11 +215,3 @@ def _threaded(work: Callable[[In], Out], items: Iterable[In], readers: int) -> I
                 yield from pool.map(work, chunk)
                 chunk = []
         yield from pool.map(work, chunk)
-
-
-def _shown(results: Iterator[Out], total: int, title: str) -> Iterator[Out]:
-    return iter(tqdm(results, title, total, leave=False, disable=None, unit="image"))
-
-
-def _plain(wrong: Wrong) -> dict[str, list[list[str]]]:
-    return {str(place): [list(pair) for pair in kinds] for place, kinds in wrong.items()}

@@ -188,7 +188,7 @@ def _methods(lines: Lines, source: ModelSource, answers: bool) -> None:
 def _data(lines: Lines, seen: DataFolder) -> None:
     lines.table("[data]")
     if seen.answers:
-        lines.set("max_new_tokens", _DATA.max_new_tokens, "Most tokens of an answer.")
+        lines.set("max_new_tokens", 64, "Most tokens of an answer.")
     else:
         lines.set(
             "template", _DATA.template,

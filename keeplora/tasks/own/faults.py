@@ -14,6 +14,7 @@ __all__ = ["MEANINGS", "Fault", "Faults"]
 MEANINGS = {
     "corrupt": "cannot be decoded",
     "not_image": "are no images",
+    "loose": "lie beside the class folders",
     "depth": "have more than 8 bits a channel",
     "grey": "are grey",
     "alpha": "have transparency",

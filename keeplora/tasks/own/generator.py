@@ -84,8 +84,7 @@ def load_generator(own: OwnTasks) -> Generator:
     """
     transformers: Any = importlib.import_module("transformers")  # optional
 
-    folder = own.path(own.model.transformers)
-    name = str(folder) if folder.is_dir() else own.model.transformers
+    name = own.model_folder()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
@@ -110,9 +109,7 @@ def load_generator(own: OwnTasks) -> Generator:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(f"load_workload: the tokenizer of {name} must have a pad_token or an eos_token, got none")
-    return Generator(
-        name, processor, config, tuple(sorted(ends)), getattr(torch, own.model.dtype), own.data.max_new_tokens
-    )
+    return Generator(name, processor, config, tuple(sorted(ends)), getattr(torch, own.model.dtype), own.new_tokens)
 
 
 def _ids(value: Any) -> list[int]:

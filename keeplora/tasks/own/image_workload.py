@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keeplora._files import WriteError
 from keeplora._messages import listed
 from keeplora.families.class_head import adjusted_logits
 from keeplora.methods.settings import ConfigError
@@ -44,7 +45,7 @@ class ImageTask:
     spoken: Tensor
     """Tokens that tests use, `[templates, classes, n]`; training uses `tokens`, of the one template."""
     contents: str
-    """Hash of the images' names and sizes, the labels and the texts."""
+    """Hash of the images' names and bytes, the labels and the texts."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,18 @@ class ImageWorkload:
     def _read(self, found: ImageSet, own: OwnTasks, faults: Faults) -> ImageTask | None:
         data = own.data
         room = max(0, int(1e9 * data.cache_gb) - self._kept)
-        images, wrong, kept = decode_all(
-            found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=found.name
-        )
-        self._kept += kept
+        try:
+            images, report = decode_all(
+                found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=found.name
+            )
+        except WriteError as error:
+            raise ConfigError(
+                f"open_workload: cache must be a folder with room for decoded images, got {self._folder}: {error} Set "
+                "cache in [data] to another folder, or cache_gb = 0 to keep none"
+            ) from error
+        self._kept += report.kept
         out: set[int] = set()
-        for place, kinds in wrong.items():
+        for place, kinds in report.wrong.items():
             for kind, why in kinds:
                 if not faults.add(kind, found.name, found.items[place].name, why):
                     out.add(place)
@@ -126,7 +133,7 @@ class ImageWorkload:
         for split, places in left.items():
             for place in places:
                 item = found.items[place]
-                digest.update(f"{split}\n{item.name}\n{item.stamp}\n{held[place]}\n".encode())
+                digest.update(f"{split}\n{item.name}\n{report.hashes[place]}\n{held[place]}\n".encode())
         return ImageTask(
             found.name, found.classes, texts, self._model.tokens(texts), images, torch.tensor(found.labels), left,
             torch.stack([self._model.tokens(row) for row in spoken]), digest.hexdigest(),
@@ -185,7 +192,7 @@ class ImageWorkload:
         return list(self._notes)
 
     def fingerprint(self) -> str:
-        """Hash of the images' names and sizes, labels, texts and splits, and of the pretrained weights."""
+        """Hash of the images' names and bytes, labels, texts and splits, and of the pretrained weights."""
         digest = hashlib.sha256()
         for task in (*self._tasks, *([] if self._witness is None else [self._witness])):
             digest.update(task.contents.encode())
@@ -274,6 +281,11 @@ def _check_overlap(sets: Sequence[ImageSet], faults: Faults) -> None:
     for found in sets:
         for name in found.classes:
             key = name.replace("_", " ").casefold()
+            if first.get(key) == found.name:
+                raise ConfigError(
+                    f"open_workload: classes of a task must have texts of their own, got two that read {key!r} in task "
+                    f"{found.name!r}. Rename one"
+                )
             if key in first:
                 faults.add("overlap", found.name, repr(name), f"in {first[key]}, too")
             else:

@@ -47,8 +47,8 @@ class FileImage:
 
     @property
     def stamp(self) -> str:
-        """Bytes of the file: two files of one name and length are taken for the same."""
-        return str(os.stat(self.root / self.name).st_size)
+        """When to decode it again: its size, and when it was written."""
+        return _written(self.root / self.name)
 
     def read(self) -> bytes:
         return (self.root / self.name).read_bytes()
@@ -56,27 +56,38 @@ class FileImage:
 
 @dataclass(frozen=True)
 class RowImage:
-    """A row of a data set. A path that it holds begins in ``root`` where it is relative."""
+    """A row of a data set; ``path`` is the file it names, if its column holds paths, from ``root`` on."""
 
     root: Path
     rows: Any
     column: str
     index: int
     split: str
+    path: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.split}[{self.index}]"
+        return f"{self.split}[{self.index}]{': ' if self.path else ''}{self.path}"
 
     @property
     def stamp(self) -> str:
-        return str(self.rows._fingerprint)
+        return f"{self.rows._fingerprint} {_written(Path(self.root, self.path)) if self.path else ''}"
 
     def read(self) -> bytes:
         value = self.rows[self.index][self.column]
+        if value is None:
+            raise FileNotFoundError(f"no image in row {self.index} of {self.split}")
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         return Path(self.root, value["path"]).read_bytes()
+
+
+def _written(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:  # told as a fault where it is read
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -123,12 +134,7 @@ def read_all(own: OwnTasks, faults: Faults) -> list[ImageSet]:
     if not own.benchmark:
         return [read_images(task, own, faults) for task in own.all]
     data = own.data
-    if not data.root:
-        raise ConfigError(
-            f"open_workload: root must say where the data of {own.benchmark} is, got none. Set root in [data], or give "
-            "--data FOLDER; docs/benchmarks.md has the layout"
-        )
-    root = own.path(data.root)
+    root = own.data_root
     found = field.read_images(root, own.benchmark, data.order, shots=data.shots, seed=data.shots_seed)
     return [_of_field(one, root) for one in found]
 
@@ -201,7 +207,7 @@ def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
             f"{listed(others)}. Move them, or give each its own task"
         )
     parts = {split: root / name for split, name in named.items()} or {"train": root}
-    found = {split: dict(_classes(part)) for split, part in parts.items()}
+    found = {split: dict(_classes(part, faults, task.name)) for split, part in parts.items()}
     classes = sorted(set().union(*found.values()))
     by_split: dict[str, list[tuple[ImageItem, str]]] = {}
     for split, held in found.items():
@@ -222,14 +228,28 @@ def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] not in "._"), key=lambda entry: entry.name)
+    """What is in a folder, sorted, without hidden files and what macOS puts into archives.
+
+    Raises:
+        ConfigError: a name is no UTF-8, or a link leads back up.
+    """
+    with os.scandir(folder) as scanned:
+        entries = [entry for entry in scanned if entry.name[0] != "." and entry.name != "__MACOSX"]
+    above = {os.path.realpath(one) for one in (folder, *folder.parents)}
+    for entry in entries:
+        if not entry.name.isprintable() and "\udc80" <= max(entry.name) <= "\udcff":
+            raise ConfigError(f"open_workload: names of files must be UTF-8, got {entry.name!r} in {folder}. Rename it")
+        if entry.is_symlink() and entry.is_dir() and os.path.realpath(entry.path) in above:
+            raise ConfigError(f"open_workload: links must not lead back up, got {entry.path}. Take it away")
+    return sorted(entries, key=lambda entry: entry.name)
 
 
-def _classes(folder: Path) -> Iterator[tuple[str, Path]]:
+def _classes(folder: Path, faults: Faults, task: str) -> Iterator[tuple[str, Path]]:
     for entry in _entries(folder):
         if entry.is_dir():
             yield entry.name, Path(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            faults.add("loose", task, f"{folder.name}/{entry.name}")
 
 
 def _images(folder: Path, faults: Faults, task: str) -> list[Path]:
@@ -240,7 +260,7 @@ def _images(folder: Path, faults: Faults, task: str) -> list[Path]:
         if entry.is_dir():
             result += _images(path, faults, task)
         elif path.suffix.lower() in EXTENSIONS:
-            result.append(path)
+            result.append(path)  # also where it is a link that leads nowhere: a fault when it is read
         elif path.name.lower() != "thumbs.db":
             faults.add("not_image", task, f"{folder.name}/{path.name}")
     return result
@@ -255,10 +275,10 @@ def _dataset(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
     train = rows["train"]
     image = task.image_column or _only(task, train, "image_column", lambda kind: kind == "Image")
     label = task.label_column or _only(
-        task, train, "label_column", lambda kind: kind in ("ClassLabel", "string"), image
+        task, train, "label_column", lambda kind: kind in ("ClassLabel", "string", "large_string"), image
     )
     for column, setting in ((image, "image_column"), (label, "label_column")):
-        if column not in train.column_names:
+        if any(column not in part.column_names for part in rows.values()):
             raise ConfigError(
                 f"open_workload: {setting} of task {task.name!r} must be a column of {task.dataset}, got {column!r}"
                 f"{suggest(column, train.column_names, listing=True)}"
@@ -267,14 +287,34 @@ def _dataset(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
     by_split: dict[str, list[tuple[ImageItem, str]]] = {}
     for split, part in rows.items():
         raw = part.cast_column(image, _undecoded())
-        values = [str(names[value]) if names else str(value) for value in part[label]]
-        by_split[split] = [(RowImage(root, raw, image, index, split), value) for index, value in enumerate(values)]
+        held_paths = "string" in str(getattr(part.features[image], "dtype", ""))
+        paths = [str(path or "") for path in part[image]] if held_paths else [""] * len(part)
+        by_split[split] = [
+            (RowImage(root, raw, image, index, split, paths[index]), value)
+            for index, value in enumerate(_labels(task, part, label, split))
+        ]
     held = {name for _, name in by_split["train"]}
     if strange := sorted({name for pairs in by_split.values() for _, name in pairs} - held):
         raise ConfigError(
             f"open_workload: every class of task {task.name!r} must have training images, got none of {listed(strange)}"
         )
     return by_split, [name for name in names if name in held] if names else sorted(held)
+
+
+def _labels(task: TaskSource, part: Any, label: str, split: str) -> list[str]:
+    """Class names of the rows; numbers are read by this part's own names, which may stand in another order."""
+    own_names = getattr(part.features[label], "names", None)
+    values = part[label]
+    wrong = [
+        place for place, value in enumerate(values) if value is None or (own_names and not 0 <= value < len(own_names))
+    ]
+    if wrong:
+        raise ConfigError(
+            f"open_workload: every row of task {task.name!r} must have a label, got {values[wrong[0]]!r} in "
+            f"{len(wrong)} of {len(values)} rows of {split}, row {wrong[0]} first. "
+            "Take them out, or give the split that has labels"
+        )
+    return [str(own_names[value]) if own_names else str(value) for value in values]
 
 
 def _undecoded() -> Any:

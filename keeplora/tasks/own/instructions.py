@@ -19,7 +19,7 @@ from keeplora.tasks.own.config import DataSettings, OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.videos import check_video, reads_videos
 
-__all__ = ["SPLITS", "AnswerTask", "Sample", "Turn", "read_samples", "read_task"]
+__all__ = ["SPLITS", "AnswerTask", "Sample", "Turn", "read_samples", "read_task", "split_samples"]
 
 SPLITS = ("train", "validation", "test")
 MOST_ARRAY = 2**30
@@ -108,9 +108,9 @@ def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
     kept = {split: [s for s in samples if all(sound[path] for path in s.files)] for split, samples in read.items()}
     train = kept["train"]
     if "test" not in kept:
-        kept["test"], train = _split(train, own.data.test_fraction, own.data.split_seed)
+        kept["test"], train = split_samples(train, own.data.test_fraction, own.data.split_seed)
     if "validation" not in kept:
-        kept["validation"], train = _split(train, own.data.validation_fraction, own.data.split_seed + 1)
+        kept["validation"], train = split_samples(train, own.data.validation_fraction, own.data.split_seed + 1)
     return AnswerTask(source.name, tuple(train), tuple(kept["validation"]), tuple(kept["test"]))
 
 
@@ -269,7 +269,7 @@ def _sound(paths: Mapping[Path, bool], data: DataSettings, task: str, faults: Fa
     return sound
 
 
-def _split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """A share of the samples and the rest, both in order; samples that share a file are in the same part."""
     groups = _groups(samples)
     numbers = list(dict.fromkeys(groups))

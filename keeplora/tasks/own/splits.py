@@ -36,7 +36,7 @@ def split_off(classes: Sequence[str], share: float, seed: int) -> tuple[list[int
 
     Example:
         >>> split_off(["cat"] * 5 + ["dog"] * 2, 0.2, seed=0)
-        ([0, 1, 2, 4, 6], [3, 5])
+        ([0, 1, 3, 4, 5], [2, 6])
     """
     held = np.asarray(classes, dtype=object)
     off: list[int] = []

@@ -79,8 +79,11 @@ def test_one_label_space_is_scored_over_the_texts_of_all_tasks(root, small, monk
 def test_a_root_that_is_not_said_or_not_there_is_refused(root):
     with pytest.raises(ConfigError, match="root must say where the data of mtil is, got none"):
         open_workload(OwnTasks(ModelSource(open_clip="local-dir:model"), (), base=str(root), benchmark="mtil"))
+    with pytest.raises(ConfigError, match=r"got no folder .*nowhere"):
+        open_workload(own(root / "nowhere"))
+    (root / "empty" / "data").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"11 of 11 missing"):
-        open_workload(own(root / "model"))
+        open_workload(own(root / "empty"))
 
 
 def test_shipped_configurations_of_benchmarks_are_read_and_take_their_data_from_the_command_line():

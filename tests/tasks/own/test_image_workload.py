@@ -71,8 +71,7 @@ def test_a_pass_sees_every_training_image_once_in_an_order_of_the_seed(place):
 
 def test_decoded_images_are_used_again_and_nothing_depends_on_them(place, monkeypatch):
     kept = open_workload(own(place, LIGHT))
-    monkeypatch.setattr("keeplora.tasks.own.decoded.check_image", None)  # nothing may be decoded again
-    monkeypatch.setattr("keeplora.tasks.own.decoded.rgb", None)
+    monkeypatch.setattr("keeplora.tasks.own.decoded._look", None)  # nothing may be decoded again
     again = open_workload(own(place, LIGHT))
     monkeypatch.undo()
     anew = open_workload(own(place, LIGHT, cache_gb=0.0))
@@ -199,3 +198,55 @@ def test_a_class_may_be_the_mean_of_its_texts_in_tests(place):
     torch.testing.assert_close(ours, texts)
     assert (first - texts).norm() > 0.1 * texts.norm()
     assert plain.fingerprint() != workload.fingerprint()
+
+
+def test_images_that_changed_and_kept_their_size_are_other_images(place, tmp_path):
+    (tmp_path / "model").symlink_to(place / "model")
+    write_classes(tmp_path / "light", 3, suffix=".bmp")
+    before = open_workload(own(tmp_path, LIGHT))
+    picture("green", 5).save(tmp_path / "light" / "red" / "00.bmp")
+    after = open_workload(own(tmp_path, LIGHT))
+    assert after.fingerprint() != before.fingerprint()
+    assert not torch.equal(after.task(0).images[[6]], before.task(0).images[[6]])
+
+
+def test_files_that_a_table_names_are_looked_at_and_missing_ones_told(place, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "model").symlink_to(place / "model")
+    write_classes(tmp_path / "d", 4)
+    lines = [f"{name}/{number:02}.png,{name}" for name in ("red", "blue") for number in range(4)]
+    (tmp_path / "d" / "all.csv").write_text("\n".join(["file,kind", *lines]) + "\n")
+    source = TaskSource("t", dataset="d/all.csv", image_column="file")
+    before = open_workload(own(tmp_path, source))
+    picture("green", 5, (60, 50)).save(tmp_path / "d" / "red" / "00.png")
+    assert open_workload(own(tmp_path, source)).fingerprint() != before.fingerprint()
+    (tmp_path / "d" / "red" / "01.png").unlink()
+    with pytest.raises(ConfigError, match=r"1 are named by annotations and not there in t: train\[1\]: red/01.png"):
+        open_workload(own(tmp_path, source))
+    left = open_workload(own(tmp_path, source, faults={"missing": "skip"}))
+    assert sum(map(len, left.task(0).places.values())) == 7
+
+
+@pytest.mark.parametrize("harm", [b"\x93NUMPY damaged", b""])
+def test_a_damaged_cache_is_made_again(place, tmp_path, harm):
+    first = open_workload(own(place, LIGHT, cache=str(tmp_path)))
+    pixels = first.task(0).images[range(30)]
+    for file in tmp_path.iterdir():
+        raw = file.read_bytes()
+        file.write_bytes(harm + raw[len(harm) :] if harm and file.suffix == ".npy" else harm)
+    again = open_workload(own(place, LIGHT, cache=str(tmp_path)))
+    assert torch.equal(again.task(0).images[range(30)], pixels)
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_with_what_helps(place, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"cache must be a folder with room.*file.*cache_gb = 0"):
+        open_workload(own(place, LIGHT, cache=str(tmp_path / "file")))
+
+
+def test_two_classes_of_one_text_are_refused(place, tmp_path):
+    (tmp_path / "model").symlink_to(place / "model")
+    write_classes(tmp_path / "light", 2, names=("red", "blue"), prefix="dark_")
+    write_classes(tmp_path / "light", 2, names=("red",), prefix="dark ")
+    with pytest.raises(ConfigError, match="two that read 'dark red' in task 'light'"):
+        open_workload(own(tmp_path, LIGHT, faults={"overlap": "allow"}))

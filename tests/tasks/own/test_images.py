@@ -143,3 +143,49 @@ def test_grey_and_transparent_images_are_told_by_kind(tmp_path):
 
     Image.new("L", (3, 3)).save(tmp_path / "g.png")
     assert check_image((tmp_path / "g.png").read_bytes()) == [("grey", "mode L")]
+
+
+def table(path, names, labels, colours=None):
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    pictures = [None if colour is None else picture(colour, number) for number, colour in enumerate(colours or [])]
+    rows = {"image": pictures or [picture("red", number) for number in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def test_every_part_is_read_by_its_own_names_of_classes(tmp_path):
+    table(tmp_path / "train.parquet", ["red", "green", "blue"], [0, 1, 2])
+    table(tmp_path / "turned.parquet", ["blue", "green", "red"], [0, 1, 2])
+    table(tmp_path / "words.parquet", None, ["blue", "red"])
+    for file, wanted in (("turned", ["blue", "green", "red"]), ("words", ["blue", "red"])):
+        found, _ = read(tmp_path, TaskSource("a", dataset="train.parquet", test=f"{file}.parquet"))
+        assert [found.classes[found.labels[place]] for place in found.places["test"]] == wanted
+
+
+@pytest.mark.parametrize(("names", "labels"), [(["red", "green", "blue"], [0, 1, -1]), (None, ["red", "blue", None])])
+def test_rows_without_a_label_are_refused(tmp_path, names, labels):
+    table(tmp_path / "train.parquet", ["red", "green", "blue"], [0, 1, 2])
+    table(tmp_path / "test.parquet", names, labels)
+    with pytest.raises(
+        ConfigError, match=rf"must have a label, got {labels[-1]!r} in 1 of 3 rows of test, row 2 first"
+    ):
+        read(tmp_path, TaskSource("a", dataset="train.parquet", test="test.parquet"))
+
+
+def test_names_with_an_underscore_are_read_and_loose_images_are_told(tmp_path):
+    write_classes(tmp_path / "a", 1, prefix="_")
+    picture("red", 1).save(tmp_path / "a" / "_red" / "_DSC01.png")
+    picture("red", 2).save(tmp_path / "a" / "lost.png")
+    found, faults = read(tmp_path, TaskSource("a", folder="a"))
+    assert found.classes == ("_blue", "_green", "_red")
+    assert len(found.items) == 4
+    with pytest.raises(ConfigError, match=r"1 lie beside the class folders in a: a/lost.png"):
+        faults.refuse()
+
+
+def test_a_link_that_leads_back_up_is_refused(tmp_path):
+    write_classes(tmp_path / "a", 1)
+    (tmp_path / "a" / "red" / "up").symlink_to(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"links must not lead back up, got .*red/up"):
+        read(tmp_path, TaskSource("a", folder="a"))

@@ -81,12 +81,30 @@ def test_where_the_file_lies_and_what_is_about_speed_decide_no_numbers(tmp_path)
         ({"data": {"faults": {"gray": "skip"}}}, "gray.*Did you mean 'grey'"),
         ({"data": {"faults": {"corrupt": "convert"}}}, "faults.corrupt must be one of refuse, skip, got 'convert'"),
         ({"data": {"evaluate_at_most": -1}}, "evaluate_at_most.*-1"),
+        ({"data": {"shots": 1}}, "shots must be left out but for benchmarks of images, got 1"),
+        ({"data": {"order": "II"}}, "order must be left out"),
+        ({"task": [], "benchmark": "ucitt"}, "tasks must hold at least one"),
         ({"data": 3}, r"\[data\] must be a table, got 3"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_and_value(changes, named):
     with pytest.raises(ConfigError, match=named):
         parse_config(settings(**changes))
+
+
+def test_a_misspelled_benchmark_is_told():
+    values = settings(benchmark="ucitt")
+    del values["task"]
+    with pytest.raises(ConfigError, match=r"benchmark must be one of .*got 'ucitt'.*'ucit'"):
+        parse_config(values)
+
+
+def test_answers_have_the_length_that_the_benchmark_says():
+    values = settings(benchmark="ucit", model={"transformers": "x"})
+    del values["task"]
+    assert parse_config(values).own.new_tokens == 1024
+    assert parse_config({**values, "data": {"max_new_tokens": 3}}).own.new_tokens == 3
+    assert parse_config(settings()).own.new_tokens == 64
 
 
 def test_tasks_without_a_model_are_refused():

@@ -137,6 +137,13 @@ def test_a_dry_run_tells_time_and_memory_and_writes_nothing(place, capsys):
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_dry_run_of_steps_and_on_another_device(place, capsys):
+    (place / "steps.toml").write_text(SETTINGS.replace("epochs = 4", 'steps = 3\ndevice = "cuda"'))
+    only = ["--methods", "lora", "--out", str(place / "dry"), "--device", "cpu"]
+    assert main(["run", str(place / "steps.toml"), "--dry-run", *only]) == 0
+    assert "lora: " in capsys.readouterr().out
+
+
 def test_a_dry_run_refuses_what_a_run_would(place, capsys):
     text = SETTINGS.replace("[method.lora]", "[method.lora]\nrank = 3")
     (place / "wrong.toml").write_text(text)
