@@ -90,11 +90,7 @@ class _Run:
         self.settings = config.of(label)
         self.names = list(workload.tasks)
         self.record = RunRecord(label=label, seed=seed, tasks=self.names)
-        self.scalars: Scalars = open_scalars(
-            folder, config.tensorboard, config.trackers, f"{config.benchmark} {label} seed {seed}",
-            {"benchmark": config.benchmark, "label": label, "seed": seed, "learning_rate": self.settings.learning_rate,
-             **self.settings.settings},
-        )  # fmt: skip
+        self.scalars: Scalars = open_scalars(config, label, seed, folder)
         _seed_everything(seed, 0, "create")
         self.model = workload.model().to(config.device)
         self.method: Method = create(self.settings.method, self.model, seeded_settings(config, label, seed))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keeplora.train.config import RunConfig
 from keeplora.train.trackers import MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 
 if TYPE_CHECKING:
@@ -59,17 +60,17 @@ class Scalars:
             tracker.log(points, step)
 
 
-def open_scalars(
-    folder: Path | None,
-    tensorboard: bool,
-    trackers: Sequence[str] = (),
-    name: str = "",
-    settings: Mapping[str, Any] = {},
-) -> Scalars:
+def open_scalars(config: RunConfig, label: str, seed: int, folder: Path | None) -> Scalars:
     """The trackers of a run that has a folder; without one there are none."""
     if folder is None:
         return Scalars([])
+    entry = config.of(label)
+    name = f"{config.benchmark} {label} seed {seed}"
+    settings = {
+        "benchmark": config.benchmark, "label": label, "seed": seed, "learning_rate": entry.learning_rate,
+        **entry.settings,
+    }  # fmt: skip
     kinds: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]
     kinds = {"wandb": WandbTracker, "mlflow": MlflowTracker}
-    made: list[Tracker] = [TensorBoardTracker(folder / "tensorboard")] if tensorboard else []
-    return Scalars([*made, *(kinds[kind](folder, name, settings) for kind in trackers)])
+    made: list[Tracker] = [TensorBoardTracker(folder / "tensorboard")] if config.tensorboard else []
+    return Scalars([*made, *(kinds[kind](folder, name, settings) for kind in config.trackers)])

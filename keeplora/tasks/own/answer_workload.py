@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from keeplora.methods.settings import ConfigError
 from keeplora.statistics.passes import evaluating
 from keeplora.tasks.own.asked import Asked, read_asked
 from keeplora.tasks.own.config import OwnTasks
+from keeplora.tasks.own.contents import content, relative
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.generator import load_generator
 from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample
@@ -99,7 +99,7 @@ class AnswerWorkload:
                 for sample in samples:
                     add(self._prompts.whole(sample), *(turn.answer for turn in sample.turns))
                     for path in sample.files:
-                        add(_relative(path, Path(self.own.base)), _content(path))
+                        add(relative(path, Path(self.own.base)), content(path))
         add(self.own.new_tokens, self._generator.settings())
         for name, weight in self._model.state_dict().items():
             add(name)
@@ -379,22 +379,6 @@ class _Pass:
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
-def _content(path: Path) -> str:
-    """Hash of a file, read once in a process as long as it is as it was."""
-    status = path.stat()
-    return _hash(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1 << 20)
-def _hash(path: Path, size: int, written: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _relative(path: Path, base: Path) -> str:
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
 
 def _size(path: Path) -> tuple[int, int]:

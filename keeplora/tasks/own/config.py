@@ -24,6 +24,7 @@ from typing import Any
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
 from keeplora.tasks.field.catalog import instruction_benchmark, is_of_images
+from keeplora.tasks.own.kinds import FAULTS
 
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
 
@@ -31,36 +32,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 TEST_TEXTS = ("first", "mean")
 KINDS = ("folder", "dataset", "json")
 """What a task can be, and the setting that says where it is."""
-
-FAULTS: Mapping[str, tuple[str, ...]] = {
-    "corrupt": ("refuse", "skip"),
-    "not_image": ("refuse", "skip"),
-    "loose": ("refuse", "skip"),
-    "depth": ("refuse", "skip"),
-    "grey": ("refuse", "skip", "convert"),
-    "alpha": ("refuse", "skip", "convert"),
-    "animated": ("refuse", "skip", "convert"),
-    "empty_class": ("refuse", "skip"),
-    "missing": ("refuse", "skip"),
-    "empty_answer": ("refuse", "skip"),
-    "long_text": ("refuse", "cut"),
-    "overlap": ("refuse", "allow"),
-}
-"""What can be wrong with data, and what may be done about it; the first is the default.
-
-* ``corrupt``: an image or video that cannot be decoded, empty files too.
-* ``not_image``: a file in a class folder that is none.
-* ``loose``: an image beside the class folders, of no class.
-* ``depth``: more than 8 bits a channel (``I;16``, ``I``, ``F``), which no conversion of Pillow scales.
-* ``grey``: no colours. ``convert`` repeats the channel.
-* ``alpha``: transparency. ``convert`` drops it, as ``Image.convert("RGB")`` does.
-* ``animated``: several frames. ``convert`` takes the first.
-* ``empty_class``: a class folder that holds no image.
-* ``missing``: a file that the annotations name and that is not there.
-* ``empty_answer``: a sample without a question or without an answer.
-* ``long_text``: a text longer than the model's context. ``cut`` leaves its end out, as tokenizers do unasked.
-* ``overlap``: two tasks have a class of the same name.
-"""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from keeplora._messages import listed, suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.config import FAULTS, DataSettings, ModelSource, parse_own
 from keeplora.tasks.own.draft_text import Lines, printable, quoted
-from keeplora.tasks.own.faults import MEANINGS, Fault
+from keeplora.tasks.own.faults import Fault
+from keeplora.tasks.own.kinds import MEANINGS
 from keeplora.tasks.own.look import look
 from keeplora.tasks.own.look_tree import DataFolder, DataTask
 

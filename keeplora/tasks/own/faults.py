@@ -7,25 +7,11 @@ from dataclasses import dataclass, field
 
 from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
-from keeplora.tasks.own.config import FAULTS, DataSettings
+from keeplora.tasks.own.config import DataSettings
+from keeplora.tasks.own.kinds import FAULTS, MEANINGS
 
-__all__ = ["MEANINGS", "Fault", "Faults"]
+__all__ = ["Fault", "Faults"]
 
-MEANINGS = {
-    "corrupt": "cannot be decoded",
-    "not_image": "are no images",
-    "loose": "lie beside the class folders",
-    "depth": "have more than 8 bits a channel",
-    "grey": "are grey",
-    "alpha": "have transparency",
-    "animated": "have several frames",
-    "empty_class": "are class folders without an image",
-    "missing": "are named by annotations and not there",
-    "empty_answer": "are samples without question or answer",
-    "long_text": "are texts longer than the model's context",
-    "overlap": "are classes that two tasks share",
-}
-"""What is said of things of a kind, after their number."""
 _DONE = {
     "skip": "left out",
     "convert": "converted to RGB",
