@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 import time
@@ -47,10 +48,11 @@ def reset_peak(device: str) -> None:
 
 
 def _give_back() -> None:
-    """Hand the system what earlier runs in this process have freed: glibc keeps it, and it would count as this run's.
+    """Hand the system what earlier runs in this process have left or freed: it would count as this run's.
 
-    After a run of LoRA on ViT-B/32 it was 1.8 GB of 3.5.
+    After a run on ViT-B/32 0.4 GB waited for the garbage collector, and glibc kept up to 1.8 GB.
     """
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
