@@ -36,7 +36,7 @@ def record_of(label, seed, failed=""):
 def config_of(folder, methods=("lora", "keeplora"), seeds=(0, 1), **settings):
     own = {"keeplora": {"learning_rate": 2e-3, "r": 8}}
     if settings.get("benchmark") == "mtil":
-        settings["model"] = {"open_clip": "ViT-B-16", "pretrained": "openai"}
+        settings["model"] = {"transformers": "openai/clip-vit-base-patch16"}
     return parse_config({
         "benchmark": "embedded", "methods": list(methods), "seeds": list(seeds), "epochs": 1, "out": str(folder),
         "method": own, **settings,
