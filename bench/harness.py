@@ -5,6 +5,7 @@ and the 20th and 80th percentiles are reported. CPU: one thread, wall clock. CUD
 """
 
 import ctypes
+import gc
 import platform
 import statistics
 import time
@@ -144,6 +145,7 @@ def _peak_bytes(call: Callable[..., Any], arguments: tuple[Any, ...], device: to
 
 def recorded_bytes(call: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
     """Most bytes that a call on the CPU holds at once, and those that its result still holds."""
+    gc.collect()  # what others left, if it went meanwhile, would be taken off
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call(*arguments)
     recorded = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

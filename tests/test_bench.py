@@ -50,3 +50,23 @@ def test_only_chooses_cases_by_their_names(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main()
     assert "some case of B3 must have it in its name, got 'merge_weights'" in capsys.readouterr().err
+
+
+def test_what_others_left_behind_is_not_taken_off_a_calls_memory():
+    import gc
+
+    import torch
+
+    from bench.harness import recorded_bytes
+
+    def left():
+        cycle = [torch.zeros(2**20)]
+        cycle.append(cycle)
+
+    def call():
+        gc.collect()  # as it happens at any time
+        return torch.ones(2**18)
+
+    left()
+    peak, held = recorded_bytes(call)
+    assert (peak, held) == (2**20, 2**20)
