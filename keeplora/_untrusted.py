@@ -19,6 +19,7 @@ __all__ = [
     "parse_yaml",
     "read_bytes",
     "read_lines",
+    "tensor_file",
 ]
 
 MOST_JSON = 2**26
@@ -60,28 +61,54 @@ def read_lines(path: str | os.PathLike[str], *, most: int) -> Iterator[bytes]:
             yield line
 
 
-def check_tensor_file(path: str | os.PathLike[str]) -> int:
-    """The size of a safetensors file, which must be what its first bytes say it is.
+@contextmanager
+def tensor_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bytes, dict[str, Any]]]:
+    """A safetensors file that stands where its tensors begin, the bytes before them, and their table.
 
-    Looks at the table of tensors alone: a file of 40 GB that holds nothing is refused before it is read.
+    The size must be what the table says it is: a file of 40 GB that holds nothing is refused before it is read. Of
+    every tensor the table has a dtype, a shape and two offsets, all of the right kind.
 
     Raises:
         OSError: as :func:`read_bytes`.
         ValueError: too; or it is none, or longer or shorter than its tensors.
     """
     with _opened(path) as (file, size):
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if length > min(size - 8, MOST_JSON):
             raise ValueError(f"a safetensors file, got a table of {length} bytes in {size}")
-        table = parse_json(file.read(length))
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
-        whole = 8 + length + max([0, *ends])
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"a safetensors file, got a table that cannot be read: {error}") from None
-    if whole != size:
-        raise ValueError(f"of the {whole} bytes its tensors take, got {size}")
-    return size
+        text = file.read(length)
+        table = parse_json(text)
+        if not isinstance(table, dict):
+            raise ValueError(f"a safetensors file, got {type(table).__name__} for a table")
+        table.pop("__metadata__", None)
+        for name, entry in table.items():
+            if not _is_entry(entry):
+                raise ValueError(f"a safetensors file, got a table that cannot be read [{name[:80]}]")
+        whole = 8 + length + max([0, *(entry["data_offsets"][1] for entry in table.values())])
+        if whole != size:
+            raise ValueError(f"of the {whole} bytes its tensors take, got {size}")
+        yield file, first + text, table
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and _are_sizes(entry.get("shape"))
+        and _are_sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+
+
+def check_tensor_file(path: str | os.PathLike[str]) -> int:
+    """The size of a safetensors file, which must be what its first bytes say it is: :func:`tensor_file`."""
+    with tensor_file(path) as (file, *_):
+        return os.fstat(file.fileno()).st_size
 
 
 @contextmanager

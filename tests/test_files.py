@@ -97,7 +97,7 @@ def test_what_killed_processes_left_goes_when_the_file_is_written_again(tmp_path
     assert all(file.exists() for file in kept)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "flush", "write_json"])
+@pytest.mark.parametrize("moment", ["write_tensors", "flush", "write_json"])
 def test_a_killed_save_leaves_nothing_behind_the_next(tmp_path, monkeypatch, moment):
     write_state(tmp_path, value_state(1))
     with monkeypatch.context() as patched:
@@ -132,7 +132,7 @@ def test_a_state_that_names_other_files_makes_no_save_delete_them(tmp_path, name
     for file in (folder / "notes.txt", outside):
         file.write_text("mine")
     header = json.loads((folder / "state.json").read_text())
-    header["tensors"]["file"] = named
+    header["files"] = {str(named): next(iter(header["files"].values()))}
     (folder / "state.json").write_text(json.dumps(header))
     write_state(folder, value_state(2))
     assert (folder / "notes.txt").exists()
@@ -312,7 +312,7 @@ def trained():
 
 NET = nn.Linear(4, 4)
 WRITES = {
-    "state": (lambda path: trained().save(path), "keeplora.methods.state.save_file"),
+    "state": (lambda path: trained().save(path), "keeplora.methods.state.write_tensors"),
     "header of a state": (lambda path: trained().save(path), "keeplora._files.flush"),
     "adapter": (
         lambda path: peft_checkpoint.write(path, nn.Linear(4, 4), {}),

@@ -48,7 +48,7 @@ def checkpoint(folder):
 def run(folder):
     figures = {name: [1.0] for name in ("loss", "train_seconds", "switch_seconds", "evaluate_seconds")}
     save_result(folder, RunRecord("lora", 0, ["a"], [[1.0]], certificates=[None], **figures), {}, keep_state=True)
-    save_progress(folder, RunRecord("lora", 0, ["a"]), State(), {})
+    save_progress(folder, RunRecord("lora", 0, ["a"]), State({"x": torch.zeros(1)}), {})
     claim_folder(parse_config({**RUN, "out": str(folder)}), "data")
 
 

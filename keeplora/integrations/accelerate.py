@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from keeplora.methods.method import Method
-from keeplora.methods.state import read_state, write_state
+from keeplora.methods.state import read_state
 
 from ._task_hooks import TaskHooks, refuse_untrainable
 
@@ -86,7 +86,7 @@ class OneTask:
 
     def _save(self, models: Any, weights: Any, folder: str) -> None:
         if self.accelerator.is_main_process:
-            write_state(Path(folder) / FOLDER, self.method.state())
+            self.method.save(Path(folder) / FOLDER)
 
 
 def resume(method: Method, checkpoint: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from keeplora._messages import warn
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.lora import LoraSlot
 from keeplora.methods.method import Method
-from keeplora.methods.state import StateError, read_state, write_state
+from keeplora.methods.state import StateError, read_state
 
 from ._task_hooks import TaskHooks, refuse_untrainable
 
@@ -23,6 +23,8 @@ __all__ = ["KeepLoraCallback"]
 
 FOLDER = "keeplora"
 """Where in a checkpoint of Trainer's the method's state is."""
+STORE = "_keeplora-files"
+"""Beside the checkpoints: what they have in common, each with hard links to it. Trainer uploads no ``_*``."""
 
 
 class KeepLoraCallback(TrainerCallback):
@@ -49,10 +51,12 @@ class KeepLoraCallback(TrainerCallback):
     The loss that Trainer logs is ℓ alone.
 
     Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process :meth:`resume` reads it,
-    before ``train(resume_from_checkpoint=…)`` reads the rest. What a task has learned is in the model's own weights
-    after ``after_task`` alone: ``trainer.save_model()`` before it writes a file that behaves like the model before the
-    task, and a warning says so. Optimizers that split parameters up (DeepSpeed ZeRO,
-    FSDP) are refused.
+    before ``train(resume_from_checkpoint=…)`` reads the rest. Checkpoints share what earlier tasks left by hard links
+    to ``_keeplora-files`` beside them, which keeps what any of them needs, whichever Trainer deletes.
+
+    What a task has learned is in the model's own weights after ``after_task`` alone: ``trainer.save_model()`` before it
+    writes a file that behaves like the model before the task, and a warning says so. Optimizers that split parameters
+    up (DeepSpeed ZeRO, FSDP) are refused.
 
     Args:
         method: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
@@ -161,7 +165,7 @@ class KeepLoraCallback(TrainerCallback):
                 f"KeepLoraCallback: Trainer's checkpoint must be at {checkpoint}, got nothing there. Hyperparameter "
                 "search, which saves elsewhere, is not supported."
             )
-        write_state(checkpoint / FOLDER, self.method.state())
+        self.method.save(checkpoint / FOLDER, store=checkpoint.parent / STORE)
 
     def on_train_end(
         self,

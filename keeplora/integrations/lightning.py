@@ -92,7 +92,8 @@ class OneTask(lightning.LightningModule):
             self._hooks.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["keeplora"] = vars(self.method.state())
+        state = self.method.state()
+        checkpoint["keeplora"] = {"tensors": state.tensors, "meta": state.meta}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning fills the model, which is when the adapters have to be there."""

@@ -87,7 +87,12 @@ class Saved(ABC):
     def state(self) -> State:
         """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
         state = self._live_state("state")
-        return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}, state.meta)
+        copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
+        return State(copies, state.meta, state.lasting)
+
+    def live_state(self) -> State:
+        """What :meth:`save` writes: :meth:`state` of the tensors themselves, not of copies, to be written at once."""
+        return self._live_state("state")
 
     def _live_state(self, function: str) -> State:
         """The state, of the tensors themselves."""
@@ -103,7 +108,7 @@ class Saved(ABC):
             **weights.meta,
             **memory.meta,
         }
-        return State(weights.tensors | memory.tensors, meta)
+        return State(weights.tensors | memory.tensors, meta, weights.lasting | memory.lasting)
 
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
@@ -160,15 +165,19 @@ class Saved(ABC):
         if training:
             self._hold_buffers("load_state")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, store: str | os.PathLike[str] | None = None) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle.
 
-        Several processes may save into one folder: they take turns, and the last one's state stays.
+        What an earlier save of this process, or the load, has on disk is not written again. Several processes may save
+        into one folder: they take turns, and the last one's state stays.
+
+        Args:
+            store: A folder that several states share files in, by hard links: :func:`.state.write_state`.
 
         Raises:
             OSError: the folder cannot be written to, or another process does not get through. What was there stays.
         """
-        write_state(path, self._live_state("save"))
+        write_state(path, self._live_state("save"), store=store)
 
     @classmethod
     def load(

@@ -111,7 +111,7 @@ class _Run:
                 error.add_note(f"in {self.label}, seed {self.seed}, task {task + 1} ({self.names[task]})")
                 raise
             if self.folder is not None and self.method.trains:
-                save_progress(self.folder, self.record, self.method.state(), identity)
+                save_progress(self.folder, self.record, self.method.live_state(), identity)
         capacity = self.method.capacity()
         if capacity is not None:
             self.record.capacity = capacity.to_dict()["layers"]

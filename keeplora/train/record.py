@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sized
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def run_folder(out: str | os.PathLike[str], label: str, seed: int) -> Path:
 def save_progress(folder: Path, record: RunRecord, method_state: State, identity: Mapping[str, Any]) -> None:
     """Save a run between two tasks, atomically."""
     meta = {**_written(record, identity), "method": method_state.meta}
-    write_state(folder / "state", State(tensors=method_state.tensors, meta=meta))
+    write_state(folder / "state", replace(method_state, meta=meta))
 
 
 def load_progress(folder: Path, identity: Mapping[str, Any]) -> tuple[RunRecord, State] | None:

@@ -1,12 +1,17 @@
 """Saved states: whole or not at all, checked when read."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from keeplora._files import LOCK, write_json
+from keeplora.methods import state as states
 from keeplora.methods.state import SCHEMA, State, StateError, has_state, read_state, write_state
 
 
@@ -41,7 +46,7 @@ def test_a_new_state_replaces_the_old_one_and_its_file(tmp_path):
     assert sorted(file.suffix for file in tmp_path.iterdir() if file.name != LOCK) == [".json", ".safetensors"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_json"])
+@pytest.mark.parametrize("failing", ["write_tensors", "write_json"])
 def test_a_crash_while_writing_leaves_the_old_state(tmp_path, monkeypatch, failing):
     write_state(tmp_path, example(1.0))
 
@@ -103,8 +108,10 @@ def test_a_damaged_tensor_file_is_named(tmp_path):
         ({"schema": SCHEMA - 1}, f"must have schema {SCHEMA}, got {SCHEMA - 1}"),
         ({"schema": "old"}, f"must have schema {SCHEMA}, got 'old'"),
         ({"format": "pickle"}, "not a keeplora state"),
-        ({"tensors": {"file": "../elsewhere.safetensors", "sha256": "0"}}, "must name its tensor file"),
-        ({"tensors": None}, "must name its tensor file"),
+        ({"files": {"../elsewhere.safetensors": {"sha256": "0", "tensors": []}}}, "must name its tensor files"),
+        ({"files": {n: {"sha256": "0", "tensors": ["x"]} for n in "ab"}}, "must name its tensor files"),
+        ({"files": {"a": {"sha256": "0", "tensors": 3}}}, "must name its tensor files"),
+        ({"files": None}, "must name its tensor files"),
     ],
 )
 def test_other_schemas_are_refused(tmp_path, change, message):
@@ -128,3 +135,117 @@ def test_json_without_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a" / "b.json", {"x": float("inf")})
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1}
+
+
+# Lasting tensors
+
+
+def lasting(count, value=0.0):
+    """A state of ``count`` lasting tensors and one that is not; their files are told apart by their sizes."""
+    tensors = {f"q{i}": torch.full((2000,), float(i)) for i in range(count)}
+    return State({**tensors, "adapter": torch.full((10,), value)}, {"value": value}, frozenset(tensors))
+
+
+def grown(state, value):
+    """The next state: one more lasting tensor, and the other one is new."""
+    name = f"q{len(state.tensors) - 1}"
+    tensors = {**state.tensors, name: torch.randn(2000), "adapter": torch.full((10,), value)}
+    return State(tensors, {"value": value}, state.lasting | {name})
+
+
+def files(folder):
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("tensors-*")}
+
+
+def same(one, other):
+    return one.meta == other.meta and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
+
+
+def test_what_lasts_is_written_once(tmp_path, monkeypatch):
+    first = lasting(3)
+    write_state(tmp_path, first)
+    [old] = [file for file in files(tmp_path) if (tmp_path / file).stat().st_size > 2000]
+    written = []
+    plain = states.write_tensors
+    monkeypatch.setattr(states, "write_tensors", lambda path, t: (written.extend(t), plain(path, t))[1])
+    second = grown(first, 1.0)
+    write_state(tmp_path, second)
+    assert sorted(written) == ["adapter", "q3"]
+    assert old in files(tmp_path)
+    assert len(files(tmp_path)) == 3
+    again = read_state(tmp_path)
+    assert same(again, second)
+    written.clear()  # in a new process it is known where they came from
+    third = grown(State(again.tensors, again.meta, second.lasting), 2.0)
+    write_state(tmp_path, third)
+    assert sorted(written) == ["adapter", "q4"]
+    assert same(read_state(tmp_path), third)
+
+
+def test_what_was_written_to_or_damaged_since_is_written_again(tmp_path):
+    state = lasting(2)
+    write_state(tmp_path, state)
+    state.tensors["q1"].add_(1)
+    write_state(tmp_path, state)
+    assert same(read_state(tmp_path), state)
+    for name in files(tmp_path):
+        (tmp_path / name).write_bytes(b"damaged")
+    write_state(tmp_path, state)
+    assert same(read_state(tmp_path), state)
+
+
+def test_a_file_that_is_mostly_nobodys_goes(tmp_path):
+    state = lasting(4)
+    write_state(tmp_path / "a", State({**state.tensors, "large": torch.zeros(2**17)}, {}, state.lasting | {"large"}))
+    write_state(tmp_path / "a", state)
+    assert sum(file.stat().st_size for file in (tmp_path / "a").glob("tensors-*")) < 2**16
+    assert same(read_state(tmp_path / "a"), state)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_folders_share_a_store_whichever_is_deleted(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    store, state = tmp_path / "store", lasting(3)
+    for step in range(4):
+        write_state(tmp_path / f"{step}", state, store=store)
+        assert same(read_state(tmp_path / f"{step}"), state)
+        if step:
+            shutil.rmtree(tmp_path / f"{step - 1}")
+        if links:
+            inodes = {file.stat().st_ino: file.stat().st_size for file in tmp_path.rglob("tensors-*")}
+            assert sum(inodes.values()) < 8000 * (3 + step) + 1000 * (2 + step)
+        state = grown(state, float(step))
+    shutil.rmtree(tmp_path / "3")
+    write_state(tmp_path / "last", lasting(1), store=store)
+    assert len(files(store)) == 1  # nobody needs the others
+
+
+def test_saving_and_loading_take_no_second_copy(tmp_path):
+    """Peak of a process of its own, beside a state of 192 MiB on the disk and in memory."""
+    for what, most in (("save", 64), ("load", 192 + 64)):
+        done = subprocess.run([sys.executable, "-c", PEAK, what, str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < most, what
+
+
+PEAK = """
+import sys, threading, time
+import torch
+from keeplora.methods.state import State, read_state, write_state
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) / 256
+
+def peak():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+what, folder = sys.argv[1:]
+state = State({str(i): torch.rand(2**22) for i in range(12)}, {}) if what == "save" else None
+write_state(folder + "/small", State({"x": torch.rand(8)}))
+read_state(folder + "/small")
+before = max(resident(), peak())
+write_state(folder, state) if what == "save" else read_state(folder)
+print(peak() - before)
+"""

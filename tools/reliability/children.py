@@ -87,16 +87,19 @@ class Interruption:
         sys.addaudithook(self._audit)
         plain = os.fsync
         os.fsync = lambda descriptor: (self._count("fsync"), plain(descriptor))[1]  # type: ignore[assignment]
-        for module in (states, peft_checkpoint):
-            module.save_file = self._half(module.save_file)  # type: ignore[attr-defined]
+        states.write_tensors = self._half(states.write_tensors, 0)
+        peft_checkpoint.save_file = self._half(peft_checkpoint.save_file, 1)  # type: ignore[attr-defined]
 
-    def _half(self, plain: Callable[..., None]) -> Callable[..., None]:
-        def save_file(tensors: Any, path: Path) -> None:
+    def _half(self, plain: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """``plain``, whose argument at ``place`` is the path of a tensor file."""
+
+        def save_file(*arguments: Any) -> Any:
             self._count("save_file")
-            plain(tensors, path)
+            result = plain(*arguments)
             if self.left == 1:
-                os.truncate(path, os.path.getsize(path) // 2)
+                os.truncate(arguments[place], os.path.getsize(arguments[place]) // 2)
             self._count("half a file")
+            return result
 
         return save_file
 
