@@ -70,6 +70,9 @@ class _QuantisedSlot(LoraSlot):
         return host.dequantize().detach().float()
 
     def set_exact_weight(self, exact: Tensor) -> None:
+        self.begin_merge()
+
+    def begin_merge(self) -> None:
         raise RuntimeError(
             f"BorrowedLinear: weight must not be quantised to be merged into, got one that is [{self.name}]"
         )

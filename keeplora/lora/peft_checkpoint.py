@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from keeplora._files import flush, one_writer, staged
 from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
-from keeplora.lora import LoraHost, LoraSlot
 
-__all__ = ["Update", "check_plain_lora", "layers_of", "read", "split", "write"]
+from .host import LoraHost
+from .slot import LoraSlot
+from .update import Update
+
+__all__ = ["check_plain_lora", "layers_of", "read", "split", "write"]
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 _HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -39,38 +41,6 @@ _HARMLESS = {
 
 _FAITHFUL = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights as they were."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """``ΔW = scaling · b a`` of one weight: a ``[r, in]``, b ``[out, r]``."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def of_rank(self, rank: int) -> Update:
-        """The same update with zero directions added."""
-        more = rank - self.rank
-        a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
-        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
-        return Update(a, b * self.scaling)
-
-    @staticmethod
-    def total(updates: Sequence[Update], out: int, width: int) -> Update:
-        """The sum of updates of one weight, of rank Σr, or ``min(out, in)`` where that is less; exact either way."""
-        if len(updates) == 1:
-            return updates[0]
-        a = torch.cat([u.a for u in updates]) if updates else torch.zeros(0, width)
-        b = torch.cat([u.b * u.scaling for u in updates], dim=1) if updates else torch.zeros(out, 0)
-        if a.shape[0] <= min(out, width):
-            return Update(a, b)
-        dense = (b.double() @ a.double()).to(a.dtype)
-        return Update(dense, torch.eye(out)) if out <= width else Update(torch.eye(width), dense)
 
 
 def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str, Update]) -> dict[str, Update]:

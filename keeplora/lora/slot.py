@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from keeplora._messages import listed
 from keeplora.math.batch import portions
 from keeplora.ops.merge_weights import merge_weights
 
 from .adapter import LoraAdapter
+from .exact import Exact, exact_dtype
 from .targets import Target
+from .update import Update, to_host
 
 if TYPE_CHECKING:
     from .host import LoraHost
 
 __all__ = ["LoraSlot", "Rows", "TokenMask", "merge_adapters"]
 
+log = logging.getLogger("keeplora")
+
 Rows = tuple[int, int] | None
 """A row range, or None for all."""
-
-WIDE = (torch.float32, torch.float64)
-"""Dtypes that are summed in as they are; a weight in another keeps its exact value beside it."""
 
 
 class LoraSlot(nn.Module):
@@ -33,8 +36,7 @@ class LoraSlot(nn.Module):
         target: The weight as it was chosen: name, depth, tower.
         host: The layer. slot: The name of this place in it. parameter, rows: Which of its weights, and which rows.
         adapter: Attached or None.
-        learned: A and ``c (B − B₀)`` of every adapter that was merged here, on the CPU; None where some are unknown.
-        master: The weight before it was rounded to the layer's dtype, since the first merge into one in half precision.
+        exact: What the weight is before it is rounded to the layer's dtype.
     """
 
     host: LoraHost
@@ -45,8 +47,7 @@ class LoraSlot(nn.Module):
         self.__dict__["host"] = host  # not as a child: it is the parent
         self.target, self.slot, self.parameter, self.rows = target, slot, parameter, rows
         self.adapter = None
-        self.learned: list[tuple[Tensor, Tensor]] | None = []
-        self.master: Tensor | None = None
+        self.exact = Exact()
         self.train(host.training)
 
     @property
@@ -67,24 +68,28 @@ class LoraSlot(nn.Module):
     @property
     def exact_dtype(self) -> torch.dtype:
         """What the weight before rounding, and what is learned of it, are held in: float64 or float32."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return exact_dtype(self.weight)
 
     @property
     def exact_weight(self) -> Tensor:
-        """The weight before rounding to the layer's dtype: float32, kept since the first merge."""
-        weight = self.weight
-        if self.master is not None and torch.equal(self.master.to(weight.dtype), weight):
-            return self.master
-        # none yet, or somebody has set the weight since: what is in the layer counts
-        return weight if weight.dtype in WIDE else weight.float()
+        """The weight before rounding to the layer's dtype, float32 where that is half precision."""
+        return self.exact.value(self.weight)
 
     @torch.no_grad()
     def set_exact_weight(self, exact: Tensor) -> None:
         """Put a weight into the layer, rounded once; what it was before rounding is remembered."""
-        weight = self.weight
-        weight.copy_(exact)
-        narrow = weight.dtype not in WIDE
-        self.master = exact.detach().to(weight.device, torch.float32).clone() if narrow else None
+        self.exact.set(self.weight, exact)
+
+    @property
+    def learned(self) -> list[Update] | None:
+        """What was merged here, in main memory; None where some of it is unknown."""
+        total, learned = self.exact.total, self.exact.learned
+        return learned if learned is None or total is None else [Update.dense(total), *learned]
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """No longer know the updates that the weight is made of: for methods that write what no update tells."""
+        self.exact.forget(self.weight)
 
     def attach(self, adapter: LoraAdapter) -> None:
         weight = self.weight
@@ -100,14 +105,17 @@ class LoraSlot(nn.Module):
     def detach(self) -> None:
         self.adapter = None
 
+    def begin_merge(self) -> None:
+        """What must be remembered before an update is added to the weight."""
+        self.exact.begin(self.weight)
+
     def merge(self) -> None:
         """:func:`merge_adapters` of this slot alone."""
         merge_adapters([self])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.master is not None:  # it follows the layer's device, never its dtype: it is why that may be half
-            self.master = self.master.to(self.weight.device)
+        self.exact.follow(self.weight)
         return result
 
     def extra_repr(self) -> str:
@@ -122,13 +130,16 @@ TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
 def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     """``W ← W + c (B − B₀) A`` of every slot with an adapter, exact to float32 rounding, rounded once to its dtype.
 
-    An adapter of another kind is merged as its ``plain()`` writes it. A layer in half precision keeps the float32
-    result too, so that roundings do not pile up over tasks. One call of the op for as many weights as their merged
-    copies may take memory at a time (:func:`keeplora.math.batch.portions`).
+    An adapter of another kind is merged as its ``plain()`` writes it. Roundings do not pile up over tasks
+    (:mod:`keeplora.lora.exact`). One call of the op for as many weights as their merged copies may take memory at a
+    time (:func:`keeplora.math.batch.portions`).
     """
+    turned = []
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
     for group in portions([slot.weight for slot, _ in held]):
         members = [(held[i][0], held[i][1].plain()) for i in group]
+        for slot, _ in members:
+            slot.begin_merge()
         merged = merge_weights(
             [slot.exact_weight for slot, _ in members],
             [adapter.A.detach() for _, adapter in members],
@@ -136,8 +147,12 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
             scale=[adapter.scaling for _, adapter in members],
         )
         for (slot, adapter), exact in zip(members, merged, strict=True):
-            slot.set_exact_weight(exact)
-            if slot.learned is not None:
-                b = adapter.update().detach() * adapter.scaling
-                slot.learned.append((adapter.A.detach().to("cpu", copy=True), b.cpu()))
+            update = Update(to_host(adapter.A), to_host(adapter.update()), adapter.scaling)
+            if slot.exact.merged(slot.weight, exact, update):
+                turned.append(slot.name)
             slot.detach()
+    if turned:
+        log.info(
+            "%d layers keep the sum of their updates from now on, which is smaller than all of them: %s",
+            len(turned), listed(turned),
+        )  # fmt: skip

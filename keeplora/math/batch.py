@@ -2,17 +2,43 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["batched", "padded", "portions", "same_kind", "stacked"]
+__all__ = ["batched", "padded", "portions", "same_kind", "stacked", "within"]
 
 # A batched call saves launches. It needs its own copy of the matrices, so large ones, which fill a GPU alone,
 # go one by one; on a CPU torch.linalg loops over the batch anyway. cuSOLVER's batched eigenvectors take up to 2^31
 # numbers.
 BATCH_BYTES = 1 << 30
 LARGEST_BATCHED = 1 << 22  # numbers per matrix
+COPIES = 4
+"""Float64 copies of what is worked on together that the widest of these computations holds at a time."""
+
+_most: ContextVar[int] = ContextVar("most", default=BATCH_BYTES)
+
+
+@contextmanager
+def within(budget: int) -> Iterator[None]:
+    """Work on no more layers together than ``budget`` bytes have room for; a single one always is.
+
+    Example:
+        >>> with within(4 * 8 * 4):
+        ...     [*portions([torch.zeros(2, 2)] * 3)]
+        [[0], [1], [2]]
+    """
+    token = _most.set(budget // COPIES)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
+def _at_most() -> int:
+    return min(BATCH_BYTES, _most.get())
 
 
 def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -22,7 +48,7 @@ def same_kind(keys: Sequence[Hashable], tensors: Sequence[Tensor]) -> Iterator[l
         positions[key].append(i)
     for group in positions.values():
         first = tensors[group[0]]
-        size = max(1, BATCH_BYTES // max(1, 8 * first.numel())) if batched(first) else 1
+        size = max(1, _at_most() // max(1, 8 * first.numel())) if batched(first) else 1
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
@@ -56,7 +82,7 @@ def portions(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     size = 0
     for i, tensor in enumerate(tensors):
         more = 8 * tensor.numel()
-        if group and (size + more > BATCH_BYTES or tensor.device != tensors[group[0]].device):
+        if group and (size + more > _at_most() or tensor.device != tensors[group[0]].device):
             yield group
             group, size = [], 0
         group.append(i)

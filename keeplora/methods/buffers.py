@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from keeplora._messages import listed, warn
 from keeplora.families.class_head import ClassHead
 from keeplora.lora import LoraSlot
-
-from .digest import sums
+from keeplora.math.digest import sums
 
 __all__ = ["Buffers", "model_buffers", "set_buffers"]
 

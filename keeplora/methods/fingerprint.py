@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from keeplora.lora import LoraSlot
+from keeplora.math.digest import digest
 
 from .buffers import model_buffers
-from .digest import digest
 
 __all__ = ["fingerprint"]
 

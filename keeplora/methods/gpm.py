@@ -103,6 +103,8 @@ class Gpm(LoraMethod):
         self.bases: list[Tensor] = [_nothing(slot.weight) for slot in self.slots]
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
         self.shares = [UNKNOWN] * len(self.slots)  # of the first gradient of a task
+        for slot in self.slots:
+            slot.forget()  # no adapter will say what was learned
         self._before: list[Tensor] = []  # every weight as the open task found it, on the CPU
         self._handles: list[RemovableHandle] = []
 
@@ -194,8 +196,6 @@ class Gpm(LoraMethod):
         self.shares = [_together(shares).closed() for shares in zip(*processes().gather(self.shares), strict=True)]
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
-        for slot in self.slots:
-            slot.learned = None  # no adapter says what was learned
         self._rest()
 
     def capacity(self) -> Capacity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from keeplora.math.orthonormal import complement, reorthogonalize
 from keeplora.math.rank import fewest_directions, rounding_level
 from keeplora.statistics import FeatureStatistic
 
+from .bases import keeper_of
 from .capacity import Capacity
 from .lora_method import LoraMethod
 from .method import LossFn
@@ -37,6 +38,7 @@ class InfLoraConfig(AdapterConfig):
         tasks: Tasks in the sequence.
         statistic: What energy is measured in: ``"squared"`` in squared eigenvalues of the second moment C, as in the
             public code, whose shares belong to it; ``"moment"`` in its eigenvalues, as in the paper.
+        bases: Where what is protected is kept while nothing needs it: ``"host"``, main memory, or ``"device"``.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -47,6 +49,7 @@ class InfLoraConfig(AdapterConfig):
     final_energy: float = 1.0
     tasks: int = 10
     statistic: Literal["squared", "moment"] = "squared"
+    bases: Literal["host", "device"] = "host"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +57,7 @@ class InfLoraConfig(AdapterConfig):
         check_range(self, "final_energy", "[0, 1]")
         check_whole(self, "tasks", "[1, inf)")
         check_choice(self, "statistic", ("squared", "moment"))
+        check_choice(self, "bases", ("host", "device"))
 
     def energy_after(self, task: int) -> float:
         """The share that is protected after task 0, 1, …
@@ -220,7 +224,10 @@ class InfLora(LoraMethod):
         self.merge_adapters()
         counts = [n.protected - self._basis(i).protected for i, n in enumerate(new)]
         self.added = [(*before, count) for before, count in zip(self.added, counts, strict=True)]
-        self.bases, self.shares = list(new), [shares.closed() for shares in self.shares]
+        kept = keeper_of(self.config.bases)
+        own = {id(basis): replace(basis, columns=kept(basis.columns)) for basis in new}  # one for q, k and v
+        self.bases = [own[id(basis)] for basis in new]
+        self.shares = [shares.closed() for shares in self.shares]
 
     def capacity(self) -> Capacity:
         """What is protected, free and was added in every adapted weight; shares are of the inputs' energy."""
@@ -250,7 +257,7 @@ class InfLora(LoraMethod):
         if state.meta["tasks_learned"]:
             columns = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
             bases = [
-                DualBasis(q.to(slot.weight.device), free=f)
+                DualBasis(q if self.config.bases == "host" else q.to(slot.weight.device), free=f)
                 for slot, q, f in zip(self.slots, columns, free, strict=True)
             ]
         return _Memory(bases, added, recalled_shares(state, len(self.slots)))
@@ -261,7 +268,10 @@ class InfLora(LoraMethod):
     def _basis(self, i: int) -> DualBasis:
         weight = self.slots[i].weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return self.bases[i] or DualBasis(weight.new_zeros(weight.shape[1], 0, dtype=dtype))
+        held = self.bases[i]
+        if held is None:
+            return DualBasis(weight.new_zeros(weight.shape[1], 0, dtype=dtype))
+        return replace(held, columns=held.columns.to(weight.device))
 
     def _energy(self, statistic: FeatureStatistic) -> Tensor:
         """S, of trace 1: C, or its square."""

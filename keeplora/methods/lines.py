@@ -239,7 +239,7 @@ class Lines(Method):
         if self.alphas[-1] != 1:
             for module in self.model.modules():
                 if isinstance(module, LoraSlot):
-                    module.learned = None
+                    module.forget()
         return report
 
     def drop_task(self) -> None:
@@ -249,7 +249,8 @@ class Lines(Method):
     def _chosen(self, changes: Sequence[_Change]) -> float:
         """Scale by the given α, or by the best of the grid, which is returned."""
         if self.config.alpha is not None:
-            self._scale(changes, self.config.alpha)
+            if self.config.alpha != 1:
+                self._scale(changes, self.config.alpha)
             return self.config.alpha
         assert self.validate is not None
         best, score = 1.0, float("-inf")
@@ -278,9 +279,15 @@ class Lines(Method):
 
     def weights_state(self) -> State:
         """The base method's state, the α that were chosen, and in an open task the weights it began with."""
-        inner = self.base._live_state("state")
+        return self._weights_state(whole=False)
+
+    def whole_weights_state(self) -> State:
+        return self._weights_state(whole=True)
+
+    def _weights_state(self, *, whole: bool) -> State:
+        inner = self.base._live_state("state", whole=whole)
         before = {f"{_BEFORE}{i}": tensor for i, tensor in enumerate(self._before)}
-        return State(inner.tensors | before, {"base": inner.meta, "alphas": list(self.alphas)})
+        return State(inner.tensors | before, {"base": inner.meta, "alphas": list(self.alphas)}, inner.lasting)
 
     def recall_weights(self, state: State) -> _Weights:
         inner, alphas = state.meta.get("base"), state.meta.get("alphas")

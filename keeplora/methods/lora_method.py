@@ -25,7 +25,7 @@ from keeplora.lora import (
     unwrap,
     wrap,
 )
-from keeplora.lora.peft_checkpoint import Update
+from keeplora.lora.update import Update
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
 from .capacity import Capacity, layer_capacity
@@ -78,6 +78,8 @@ class LoraMethod(SlotStates):
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
         self.slots: list[LoraSlot] = wrap(model, self.targets)
+        for slot in self.slots:
+            slot.exact.on_device = getattr(self.config, "exact_weights", "host") == "device"
         self._hooks = merge_ahead(model)
 
     # ------------------------------------------------------------------ what a method is
@@ -134,9 +136,13 @@ class LoraMethod(SlotStates):
             UserWarning: also where what was merged is next to nothing, or about as large as the weights
                 (:mod:`.size`); not of methods that train whole weights, which keep no update.
         """
-        before = [len(slot.learned or ()) for slot in self.slots]
+        for slot in self.slots:
+            slot.exact.fresh.clear()
         report = super().after_task(loader, loss_fn)
-        merged = [(slot.learned or [])[count:] for slot, count in zip(self.slots, before, strict=True)]
+        kept = [slot.exact.fresh if slot.learned is not None else [] for slot in self.slots]
+        merged = [[(update.a, update.b * update.scaling) for update in updates] for updates in kept]
+        for slot in self.slots:
+            slot.exact.fresh.clear()
         warn_of_size("after_task", update_size(merged, [slot.weight for slot in self.slots]))
         return report
 
@@ -317,4 +323,4 @@ def _learned(slot: LoraSlot) -> list[Update]:
             f"were trained as a whole [{slot.name}]. Export the open task with open_task_only=True, or save the merged "
             "model."
         )
-    return [Update(a, b) for a, b in slot.learned]
+    return [*slot.learned]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .state import State, StateError
 
-__all__ = ["is_counts", "is_names", "is_shares", "stored", "stored_basis", "stored_like"]
+__all__ = ["is_counts", "is_names", "is_shares", "stored", "stored_basis", "stored_like", "stored_parts"]
 
 
 def stored(
@@ -55,12 +55,30 @@ def stored_basis(state: State, name: str, width: int, *, dtype: torch.dtype | No
         StateError: as :func:`stored`, or they are not orthonormal (by one random combination: it costs one product).
     """
     basis = stored(state, name, (width, None), dtype=dtype)
+    _require_orthonormal(name, basis)
+    return basis
+
+
+def stored_parts(state: State, name: str, width: int, counts: Sequence[int]) -> list[Tensor]:
+    """The state's orthonormal columns that are saved as ``name.0 [width, counts[0]]``, ``name.1`` and so on.
+
+    Raises:
+        StateError: as :func:`stored_basis`.
+    """
+    parts: list[Tensor] = []
+    for i, count in enumerate(counts):
+        parts.append(stored(state, f"{name}.{i}", (width, count), dtype=parts[0].dtype if parts else None))
+    _require_orthonormal(name, torch.cat(parts, dim=1))
+    return parts
+
+
+def _require_orthonormal(name: str, basis: Tensor) -> None:
+    width = basis.shape[0]
     drawn = torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide, mix = basis.double(), drawn.to(basis.device)
     off = float(((wide.T @ (wide @ mix)) - mix).abs().max()) if basis.shape[1] else 0.0
     if basis.shape[1] > width or off > 1e-3:
         raise StateError(f"load_state: {name} must have orthonormal columns, got some that are off by {off:.1e}")
-    return basis
 
 
 def stored_like(state: State, name: str, own: Tensor) -> Tensor:

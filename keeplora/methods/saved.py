@@ -71,6 +71,10 @@ class Saved(ABC):
     def set_weights(self, weights: Any, *, open_task: bool) -> None:
         """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
 
+    def whole_weights_state(self) -> State:
+        """:meth:`weights_state` of a copy in memory, which may be gone back to from anywhere."""
+        return self.weights_state()
+
     def memory_state(self) -> State:
         """What is remembered between tasks: tensors by name, and JSON values."""
         return State()
@@ -86,7 +90,7 @@ class Saved(ABC):
 
     def state(self) -> State:
         """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
-        state = self._live_state("state")
+        state = self._live_state("state", whole=True)
         copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
         return State(copies, state.meta, state.lasting)
 
@@ -94,11 +98,11 @@ class Saved(ABC):
         """What :meth:`save` writes: :meth:`state` of the tensors themselves, not of copies, to be written at once."""
         return self._live_state("state")
 
-    def _live_state(self, function: str) -> State:
-        """The state, of the tensors themselves."""
+    def _live_state(self, function: str, *, whole: bool = False) -> State:
+        """The state, of the tensors themselves; ``whole`` for a copy in memory."""
         self._require(function, task=None)
         self._settle_buffers(function)
-        weights, memory = self.weights_state(), self.memory_state()
+        weights, memory = self.whole_weights_state() if whole else self.weights_state(), self.memory_state()
         meta = {
             "method": self.name,
             "config": plain(self.config),

@@ -1,15 +1,18 @@
-"""What adapted weights are in a state: exact weights, adapters and merged updates; nothing is taken on trust."""
+"""What adapted weights are in a state: merged updates, adapters, weights of other origin; nothing is taken on trust."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from keeplora.lora import LoraAdapter, LoraSlot
+from keeplora.lora.exact import hash_of
+from keeplora.lora.update import Update
 
 from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
@@ -35,29 +38,56 @@ class SlotStates(Method):
         """The adapter of slot ``i`` with these tensors, as its ``tensors()`` gave them."""
 
     def weights_state(self) -> State:
-        """Exact weights, the adapters that slots hold, and the updates that were merged."""
+        """What was merged into the pretrained weights, and the adapters that slots hold.
+
+        A weight itself is in it where it is more than that: where whole weights are trained, or somebody has written to
+        it.
+        """
+        return self._weights_state(whole=False)
+
+    def _weights_state(self, *, whole: bool) -> State:
         tensors: dict[str, Tensor] = {}
+        lasting: set[str] = set()
         held: dict[str, list[str]] = {}
+        learned: dict[str, list[float] | None] = {}
+        weights, sums, altered, pretrained = [], [], [], {}
         for slot in self.slots:
-            tensors[f"{slot.name}.weight"] = slot.exact_weight
+            name, exact = slot.name, slot.exact
+            exact.settle(slot.weight)
             if slot.adapter is not None:
                 mine = slot.adapter.tensors()
-                held[slot.name] = sorted(mine)
-                tensors |= {f"{slot.name}.adapter.{key}": tensor for key, tensor in mine.items()}
-            if slot.learned is not None:
-                out, width = slot.weight.shape
-                a, b = [a for a, _ in slot.learned], [b for _, b in slot.learned]
-                tensors[f"{slot.name}.learned.A"] = torch.cat(a) if a else torch.zeros(0, width, dtype=slot.exact_dtype)
-                tensors[f"{slot.name}.learned.B"] = (
-                    torch.cat(b, dim=1) if b else torch.zeros(out, 0, dtype=slot.exact_dtype)
-                )
+                held[name] = sorted(mine)
+                tensors |= {f"{name}.adapter.{key}": tensor for key, tensor in mine.items()}
+            learned[name] = None if exact.learned is None else [update.scaling for update in exact.learned]
+            for task, update in enumerate(exact.learned or ()):
+                merged = {f"{name}.learned.{task}.A": update.a, f"{name}.learned.{task}.B": update.b}
+                tensors |= merged
+                lasting |= set(merged)
+            if exact.total is not None:
+                sums.append(name)
+                tensors[f"{name}.total"] = exact.total
+                lasting.add(f"{name}.total")
+            if not exact.follows or (whole and exact.start is None):
+                weights.append(name)
+                tensors[f"{name}.weight"] = slot.exact_weight
+            if not exact.known:
+                altered.append(name)
+            pretrained[name] = exact.pretrained_hash(slot.weight) if exact.known else ""
         meta = {
             "targets": [slot.name for slot in self.slots],
             "frozen": fingerprint(self.model, self.slots, buffers=self.frozen_buffers, remembered=True),
+            "pretrained": pretrained,
             "adapters": held,
-            "unknown_updates": [slot.name for slot in self.slots if slot.learned is None],
+            "learned": learned,
+            "totals": sums,
+            "weights": weights,
+            "altered": altered,
         }
-        return State(tensors | self._moving_buffers(), meta)
+        return State(tensors | self._moving_buffers(), meta, frozenset(lasting))
+
+    def whole_weights_state(self) -> State:
+        """:meth:`weights_state`, with every weight that could not be had again from this object."""
+        return self._weights_state(whole=True)
 
     def _moving_buffers(self) -> dict[str, Tensor]:
         """Buffers that a task may change, as they are and as the open task found them; none where all are frozen."""
@@ -82,14 +112,25 @@ class SlotStates(Method):
                 "load_state: the model's other weights and buffers must be those the state was made with, got "
                 "different ones. Load the same pretrained model first; only adapted weights are in the state."
             )
-        held, unknown = meta.get("adapters"), meta.get("unknown_updates")
+        held = meta.get("adapters")
         if not isinstance(held, dict) or not set(held) <= set(names) or not all(map(is_names, held.values())):
             raise StateError(f"load_state: adapters must be names of tensors by target, got {held!r}")
         if held and not meta["training_task"] and not self.rests_with_adapters:
             raise StateError(f"load_state: adapters must be none between tasks of {self.name!r}, got {len(held)}")
-        if not is_names(unknown) or not set(unknown) <= set(names):
-            raise StateError(f"load_state: unknown_updates must be names of targets, got {unknown!r}")
-        slots = [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
+        learned, pretrained = meta.get("learned"), meta.get("pretrained")
+        if not isinstance(learned, dict) or set(learned) != set(names) or not all(map(_are_scalings, learned.values())):
+            raise StateError(f"load_state: learned must be scalings of updates, or null, by target, got {learned!r}")
+        if not isinstance(pretrained, dict) or [*map(type, map(pretrained.get, names))] != [str] * len(pretrained):
+            raise StateError(f"load_state: pretrained must be a hash by target, got {pretrained!r}")
+        for key in ("totals", "weights", "altered"):
+            value = meta.get(key)
+            if not is_names(value) or not set(value) <= set(names):
+                raise StateError(f"load_state: {key} must be names of targets, got {value!r}")
+        marks = {
+            name: _Marks(name in meta["totals"], name in meta["weights"], name in meta["altered"], pretrained[name])
+            for name in names
+        }
+        slots = [self._recall_slot(state, i, held.get(n), learned[n], marks[n]) for i, n in enumerate(names)]
         if self.frozen_buffers:
             return _Weights(slots, {}, {})
         mine = model_buffers(self.model)
@@ -98,11 +139,15 @@ class SlotStates(Method):
         before = {name: stored_like(state, f"buffers_before.{name}", buffer) for name, buffer in opened.items()}
         return _Weights(slots, now, before)
 
-    def _recall_slot(self, state: State, i: int, held: list[str] | None, unknown: bool) -> _SlotState:
+    def _recall_slot(
+        self, state: State, i: int, held: list[str] | None, scalings: list[float] | None, marks: _Marks
+    ) -> _SlotState:
         slot = self.slots[i]
         out, width = slot.weight.shape
         exact = slot.exact_dtype
-        weight, adapter, learned = stored(state, f"{slot.name}.weight", (out, width), dtype=exact), None, None
+        weight = stored(state, f"{slot.name}.weight", (out, width), dtype=exact) if marks.weight else None
+        total = stored(state, f"{slot.name}.total", (out, width), dtype=exact) if marks.total else None
+        adapter = None
         if held is not None:
             prefix = f"{slot.name}.adapter"
             rank = len(stored(state, f"{prefix}.A", (None, width), dtype=exact))
@@ -124,11 +169,34 @@ class SlotStates(Method):
                     raise StateError(f"load_state: {prefix}.{key} must be of an adapter of {self.name!r}, got {got}")
                 if not bool(torch.isfinite(made).all()):
                     raise StateError(f"load_state: {prefix}.{key} must be finite, got NaN or Inf")
-        if not unknown:
-            a = stored(state, f"{slot.name}.learned.A", (None, width), dtype=exact)
-            b = stored(state, f"{slot.name}.learned.B", (out, len(a)), dtype=exact)
-            learned = [(a, b)] if len(a) else []
-        return _SlotState(weight, adapter, learned)
+        learned: list[Update] | None = None if scalings is None else []
+        for task, scaling in enumerate(scalings or ()):
+            a = stored(state, f"{slot.name}.learned.{task}.A", (None, width), dtype=exact)
+            b = stored(state, f"{slot.name}.learned.{task}.B", (out, len(a)), dtype=exact)
+            assert learned is not None
+            learned.append(Update(a, b, float(scaling)))
+        if (learned is None and (total is not None or not marks.altered)) or (marks.altered and weight is None):
+            raise StateError(f"load_state: {slot.name} must have a weight or the updates it is made of, got neither")
+        if weight is None:
+            self._check_start(slot, learned or [], total, marks.pretrained)
+        return _SlotState(weight, adapter, learned, total, marks)
+
+    def _check_start(self, slot: LoraSlot, learned: list[Update], total: Tensor | None, pretrained: str) -> None:
+        """Refuse what does not follow from the weight that is here, or leaves the numbers of its dtype."""
+        start = slot.exact.pretrained(slot.weight.detach())
+        if start is None or hash_of(start) != pretrained:
+            got = "none, since tasks were merged into them" if start is None else "others"
+            raise StateError(
+                f"load_state: weights must be the pretrained ones that the state was made with, got {got} "
+                f"[{slot.name}]. Load the same pretrained model first."
+            )
+        parts = [start] if total is None else [start, total]
+        largest = sum(float(part.abs().max()) for part in parts if part.numel())
+        for update in learned:
+            if update.rank:
+                largest += abs(update.scaling) * update.rank * float(update.a.abs().max()) * float(update.b.abs().max())
+        if not largest < torch.finfo(slot.weight.dtype).max and (learned or total is not None):
+            raise StateError(f"load_state: updates must be within {slot.weight.dtype}, got {largest:.1e} [{slot.name}]")
 
     def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
         if open_task:
@@ -136,10 +204,12 @@ class SlotStates(Method):
             set_buffers(self.model, weights.before)
             self._buffers = Buffers(self.model, frozen=self.frozen_buffers)
         set_buffers(self.model, weights.buffers)
-        for slot, (weight, adapter, learned) in zip(self.slots, weights.slots, strict=True):
+        for slot, (weight, adapter, learned, total, marks) in zip(self.slots, weights.slots, strict=True):
             slot.detach()
-            slot.set_exact_weight(weight.to(slot.weight.device))
-            slot.learned = learned
+            with torch.no_grad():
+                slot.exact.restore(
+                    slot.weight, weight, learned, total, known=not marks.altered, pretrained=marks.pretrained
+                )
             if adapter is not None:
                 slot.attach(adapter)
 
@@ -152,9 +222,27 @@ class _Weights(NamedTuple):
     before: dict[str, Tensor]
 
 
-class _SlotState(NamedTuple):
-    """What a state holds of one slot."""
+class _Marks(NamedTuple):
+    """What a state says of one slot: which tensors it has, whether more than updates was written, the hash of W₀."""
 
-    weight: Tensor
+    total: bool
+    weight: bool
+    altered: bool
+    pretrained: str
+
+
+class _SlotState(NamedTuple):
+    """What a state holds of one slot; no weight where it follows from the pretrained one."""
+
+    weight: Tensor | None
     adapter: LoraAdapter | None
-    learned: list[tuple[Tensor, Tensor]] | None
+    learned: list[Update] | None
+    total: Tensor | None
+    marks: _Marks
+
+
+def _are_scalings(value: Any) -> bool:
+    """Whether a JSON value is null or a list of finite numbers."""
+    return value is None or (
+        isinstance(value, list) and all(type(c) in (int, float) and math.isfinite(c) for c in value)
+    )

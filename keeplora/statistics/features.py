@@ -21,7 +21,7 @@ from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing, rows_that_count
 
-__all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics"]
+__all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics", "require_seen"]
 
 FeatureKind = Literal["second_moment", "slot_mean", "sketch"]
 Forward = Callable[[nn.Module, Any], Any]
@@ -53,6 +53,7 @@ def feature_statistics(
     sketch_share: float = 0.25,
     seed: int = 0,
     peers: Peers = ALONE,
+    some_unseen: bool = False,
 ) -> list[FeatureStatistic]:
     r"""Second moment of each slot's inputs over one pass of the data, adapters included, without gradients.
 
@@ -74,6 +75,8 @@ def feature_statistics(
         seed: Of Ω.
         peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
             statistics of all data. A process may have no batch.
+        some_unseen: Whether it is fine that no token counts in any of these layers, since there are others
+            (:func:`require_seen`).
 
     Raises:
         ValueError: the loader is empty, or no token counted in any of the layers; an input is NaN or Inf, or its width
@@ -103,7 +106,24 @@ def feature_statistics(
             "A generator can be used once: pass a loader that can be iterated again."
         )
     collector.add_up(peers)
-    return collector.result()
+    result = collector.result()
+    if not some_unseen:
+        require_seen(slots, result)
+    return result
+
+
+def require_seen(slots: Sequence[LoraSlot], statistics: Iterable[FeatureStatistic]) -> None:
+    """Refuse statistics of no token at all.
+
+    Raises:
+        ValueError: no token counted in any of the layers.
+    """
+    if not any(statistic.tokens for statistic in statistics):
+        raise ValueError(
+            f"feature_statistics: an adapted layer must see a token that counts, got none in all {len(slots)} "
+            f"[first: {slots[0].name}]. Check that the forward function runs their towers and that the mask keeps "
+            "tokens."
+        )
 
 
 @dataclass
@@ -305,12 +325,6 @@ class _Collector:
                 mean = total.part / total.counts.clamp_min(1)
                 with full_precision(mean):
                     total.part, total.energy, total.means = mean.T @ mean, float(energy_of(mean)), len(mean)
-        if not any(total.tokens for total in self.sums.values()):
-            raise ValueError(
-                f"feature_statistics: an adapted layer must see a token that counts, got none in all {len(self.slots)} "
-                f"[first: {self.slots[0].name}]. Check that the forward function runs their towers and that the mask "
-                "keeps tokens."
-            )
         pooled: dict[Any, FeatureStatistic] = {}
         result = []
         for slot in self.slots:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,12 +19,14 @@ from keeplora.ops.precision import full_precision
 from keeplora.ops.sketch_rows import sketch_rows
 from keeplora.ops.thin_matmul import thin_matmul
 
+from .budget import budget_of, mib
 from .passes import ALONE, BatchSize, Peers, Samples, evaluating, frozen, naming_batch, tapping
 
 __all__ = ["mean_gradients", "sketch_widths"]
 
+log = logging.getLogger("keeplora")
+
 ROWS_PER_DIRECTION = 8  # of a sketch: 0.98 of the optimal energy on real gradients
-FREE_SHARE = 0.2  # of the free memory
 _LEAST = 2.0**-116  # of a gradient's largest entry: below, products that it is a sum of are denormal, or vanish
 
 
@@ -54,16 +56,16 @@ def sketch_widths(
         raise ValueError(f"sketch_widths: memory_budget must not be negative, got {memory_budget} bytes")
     if kind == "auto":
         needed = sum(4 * slot.weight.numel() for slot in slots)
-        budget = FREE_SHARE * _free_bytes(slots[0].weight.device) if memory_budget is None else memory_budget
+        budget = budget_of(memory_budget, slots[0].weight.device)
         kind = "exact" if needed <= budget else "sketch"
+        if kind == "sketch":
+            kept = sum(4 * min(len(slot.weight), ROWS_PER_DIRECTION * rank) * slot.weight.shape[1] for slot in slots)
+            log.info(
+                "gradients of %d layers are sketched in %s, with a second pass: exact ones take %s, memory_budget %s",
+                len(slots), mib(kept), mib(needed), mib(budget),
+            )  # fmt: skip
     width = ROWS_PER_DIRECTION * rank
     return [None if kind == "exact" or slot.weight.shape[0] <= width else width for slot in slots]
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def mean_gradients(

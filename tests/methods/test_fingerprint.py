@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from keeplora.methods import digest as module
-from keeplora.methods.digest import BLOCK, digest
+from keeplora.math import digest as module
+from keeplora.math.digest import BLOCK, digest
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8,
           torch.bool, torch.complex64)  # fmt: skip

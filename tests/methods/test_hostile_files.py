@@ -190,11 +190,12 @@ def no_finite_weight(meta, tensors):
 
 
 def adapter_inside(meta, tensors):
-    tensors["attn.q_proj.adapter.A"] = tensors["attn.q_proj.basis"].T[:2].contiguous()
+    basis = torch.cat([tensors["attn.q_proj.basis.0"], tensors["attn.q_proj.basis.1"]], dim=1)
+    tensors["attn.q_proj.adapter.A"] = basis.T[:2].contiguous()
 
 
 def basis_too_small(meta, tensors):
-    tensors["attn.q_proj.basis"] = tensors["attn.q_proj.basis"][:, 1:].contiguous()
+    tensors["attn.q_proj.basis.1"] = tensors["attn.q_proj.basis.1"][:, 1:].contiguous()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
-from keeplora.lora.peft_checkpoint import Update, check_plain_lora
+from keeplora.lora.peft_checkpoint import check_plain_lora
+from keeplora.lora.update import Update
 from keeplora.methods.buffers import Buffers
 
 __all__ = [
@@ -248,7 +249,7 @@ def borrow(adapter: PeftAdapter, masters: dict[str, Tensor] | None = None) -> It
     hosts = [BorrowedLinear(layer.base, layer.dequantizer(), target=layer.target) for layer in adapter.layers]
     slots = [host.places()["weight"] for host in hosts]
     for slot in slots:
-        slot.master = (masters or {}).get(slot.name)
+        slot.exact.keep_apart(slot.weight, (masters or {}).get(slot.name))
     try:
         for layer, host in zip(adapter.layers, hosts, strict=True):
             layer.module.base_layer = host
@@ -257,7 +258,7 @@ def borrow(adapter: PeftAdapter, masters: dict[str, Tensor] | None = None) -> It
         for layer, host in zip(adapter.layers, hosts, strict=True):
             layer.module.base_layer = host.base
         if masters is not None:
-            masters |= {slot.name: slot.master for slot in slots if slot.master is not None}
+            masters |= {slot.name: slot.exact.master for slot in slots if slot.exact.master is not None}
 
 
 def _drop_copies(module: nn.Module, _: Any) -> None:

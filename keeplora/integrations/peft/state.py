@@ -14,10 +14,10 @@ from torch import Tensor
 from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
-from keeplora.lora.peft_checkpoint import Update
+from keeplora.lora.update import Update
+from keeplora.math.digest import digest
 from keeplora.methods.buffers import Buffers, model_buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
-from keeplora.methods.digest import digest
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.reading import is_counts, is_names, is_shares, stored, stored_basis

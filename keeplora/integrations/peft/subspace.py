@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from keeplora.distributed import together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
+from keeplora.methods.bases import Bases
 from keeplora.methods.buffers import Buffers
 from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
 from keeplora.methods.keeplora.config import KeepLoraConfig
@@ -22,7 +24,7 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
 from keeplora.methods.shares import UNKNOWN
 from keeplora.methods.size import update_size, warn_of_size
-from keeplora.statistics import BatchSize
+from keeplora.statistics import BatchSize, budget_of
 
 from .adapter import (
     PeftAdapter,
@@ -143,17 +145,17 @@ def initialize(
             own_mask=token_mask,
         )  # fmt: skip
         if state.bases:
-            bases = [state.bases[slot.name].to(slot.weight.device) for slot in slots]
+            held = [state.bases[slot.name] for slot in slots]
         else:
-            bases = weight_bases(slots, settings, shown=progress)
-        directions = gradients.directions(bases)
+            held = weight_bases(slots, settings, shown=progress)
+        directions = gradients.directions(Bases([[q] for q in held], [slot.weight.device for slot in slots]))
     names = [layer.name for layer in layers]
     unreached = [name for name, yes in zip(names, gradients.reached, strict=True) if not yes]
     warn_of_unreached("initialize", unreached, len(layers), closing=False)
     warn_of_ranks(
         "initialize", names, [len(top.a) for top in directions], [layer.rank for layer in layers],
         none="gradient in free space",
-        full=[name for name, q in zip(names, bases, strict=True) if q.shape[0] == q.shape[1]],
+        full=[name for name, q in zip(names, held, strict=True) if q.shape[0] == q.shape[1]],
         silent=gradients.silent,
         unreached=unreached,
         remedy="Lower weight_energy or feature_energy for more room.",
@@ -162,7 +164,7 @@ def initialize(
         _start(layer, top)
     adapter.set_alphas(_scaled_alphas(adapter, state))
     adapter.freeze(state.kept)
-    state.bases = {layer.name: basis for layer, basis in zip(layers, bases, strict=True)}
+    state.bases = dict(zip(names, held, strict=True))
     state.added = state.added or {layer.name: () for layer in layers}
     before = {name: state.free_shares.get(name, UNKNOWN) for name in names}
     state.free_shares = {n: before[n].opened(s) for n, s in zip(names, gradients.free_shares, strict=True)}
@@ -241,7 +243,7 @@ def update_subspace(
             f"(first: {quantised[0]}): rounding would move what is protected. Pass merge=False and add an adapter per "
             "task."
         )
-    bases = [state.bases[layer.name].to(layer.base.weight.device) for layer in layers]
+    bases = Bases([[state.bases[layer.name]] for layer in layers], [layer.base.weight.device for layer in layers])
     _check_finite(layers)
     buffers = held_buffers(adapter) or Buffers(adapter.base, state.also_train)
     buffers.settle("update_subspace")
@@ -249,13 +251,13 @@ def update_subspace(
         buffers.closing(),
         confined_again(
             "update_subspace",
-            {layer.name: (layer.a, q) for layer, q in zip(layers, bases, strict=True)},
+            {layer.name: (layer.a, partial(bases.__getitem__, i)) for i, layer in enumerate(layers)},
             "PEFT unfreezes A in set_adapter, disable_adapter and is_trainable=True: call keeplora.freeze_a(model) "
             "after those.",
         ),
         borrow(adapter, state.masters) as slots,
     ):
-        updates = [layer.update(q.dtype) for layer, q in zip(layers, bases, strict=True)]
+        updates = [layer.update(state.bases[layer.name].dtype) for layer in layers]
         new, reached = extended_bases(
             model, slots, loader, forward, state.config, bases, own_mask=token_mask or state.token_mask,
             shown=progress,
@@ -265,13 +267,16 @@ def update_subspace(
         warn_of_unreached("update_subspace", unseen, len(layers), closing=True)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
-        proofs = certified(slots, bases, new, merge=merge, shown=progress)
+        budget = budget_of(state.config.memory_budget, slots[0].weight.device)
+        proofs = certified(slots, bases, new, merge=merge, budget=budget, shown=progress)
         size = update_size([[(update.a, update.b)] for update in updates], [slot.weight for slot in slots])
     if merge:
         for layer in layers:
             layer.b.zero_()
     for layer, extension in zip(layers, new, strict=True):
-        state.bases[layer.name] = extension.q
+        if extension.added:
+            old = state.bases[layer.name]
+            state.bases[layer.name] = torch.cat([old, extension.q.to(old.device)], dim=1)
         state.added[layer.name] = (*state.added[layer.name], extension.added)
         state.free_shares[layer.name] = state.free_shares[layer.name].closed()
     if not merge:

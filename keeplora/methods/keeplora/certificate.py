@@ -11,9 +11,10 @@ from torch import Tensor
 
 from keeplora._messages import listed
 from keeplora.lora import LoraSlot, merge_adapters
-from keeplora.math.batch import portions
+from keeplora.math.batch import portions, within
 from keeplora.math.lowrank import Extension
 from keeplora.math.subspace import Certificate, certificates
+from keeplora.methods.bases import Bases
 from keeplora.methods.progress import for_all_layers
 
 __all__ = ["LayerCertificate", "RetentionCertificate", "certified"]
@@ -97,31 +98,34 @@ class RetentionCertificate:
 
 
 def certified(
-    slots: Sequence[LoraSlot], bases: Sequence[Tensor], new: Sequence[Extension], *, merge: bool, shown: bool | None
+    slots: Sequence[LoraSlot], bases: Bases, new: Sequence[Extension], *, merge: bool, budget: int, shown: bool | None
 ) -> list[LayerCertificate]:
     """Merge the slots' adapters and measure what that did, or measure it only: then nothing is rounded.
 
     Args:
-        bases: What was protected while the adapters were trained. new: What is protected from now on.
+        bases: What was protected while the adapters were trained. new: The columns that are from now on, too.
+        budget: Bytes of the device that may be used.
     """
+    extended = bases.joined([extension.q for extension in new])
 
     def compute(group: list[int]) -> list[LayerCertificate]:
         members = [slots[i] for i in group]
         factors = [_factors(slot) for slot in members]
         changes = _merged(members) if merge else None
         a, b = [a for a, _ in factors], [b for _, b in factors]
-        proofs = certificates(a, b, [bases[i] for i in group], basis=[new[i].q for i in group], delta=changes)
+        proofs = certificates(a, b, [bases[i] for i in group], basis=[extended[i] for i in group], delta=changes)
         return [_layer(slots[i].name, proof, new[i]) for i, proof in zip(group, proofs, strict=True)]
 
-    together = portions([slot.weight for slot in slots])
-    return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
+    with within(budget):
+        together = portions([slot.weight for slot in slots])
+        return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
 
 
 def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
     """Merge, and return the changes that the stored weights made."""
-    before = [slot.weight.detach().to(torch.float64, copy=True) for slot in slots]
+    before = [slot.weight.detach().clone() for slot in slots]
     merge_adapters(slots)
-    return [slot.weight.detach().double() - then for slot, then in zip(slots, before, strict=True)]
+    return [slot.weight.detach().double() - then.double() for slot, then in zip(slots, before, strict=True)]
 
 
 def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:

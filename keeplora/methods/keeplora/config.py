@@ -36,6 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init_b": ("zero", "gradient"),
     "forward": ("auto", "merged", "factored"),
     "gradient_statistic": ("auto", "exact", "sketch"),
+    "bases": ("host", "device"),
 }
 
 
@@ -64,9 +65,10 @@ class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r, alpha, rslora, target_modules, frozen_buffers: As :class:`~keeplora.methods.settings.AdapterConfig` has
-            them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers, buffers frozen. The paper's CLIP
-            has alpha 1, a scale of 1/16, at which little is learned at usual learning rates: see :meth:`preset`.
+        r, alpha, rslora, target_modules, frozen_buffers, exact_weights: As
+            :class:`~keeplora.methods.settings.AdapterConfig` has them: rank 16, scale 1 (``alpha=None`` means r), the
+            attention's layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is
+            learned at usual learning rates: see :meth:`preset`.
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
@@ -106,7 +108,11 @@ class KeepLoraConfig(AdapterConfig):
         gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
             combinations of each one's rows and takes a second pass to look at the gradients in their span; ``"auto"``
             sketches where exact sums would pass ``memory_budget``.
-        memory_budget: Bytes for the gradient statistics; 20 % of what is free on the device if None.
+        memory_budget: Bytes on the device for the statistics of a pass, of gradients or of features; 20 % of what is
+            free there if None. Gradients are sketched where they do not fit; features then take several passes.
+        bases: Where what is protected is kept while nothing needs it: ``"host"``, main memory, from where every layer's
+            comes to the device at a task switch; or ``"device"``, which saves the way and takes ``4 k / out`` bytes per
+            adapted parameter there, for k protected directions.
         seed: Of the randomised decompositions.
 
     Raises:
@@ -134,6 +140,7 @@ class KeepLoraConfig(AdapterConfig):
     data_fraction: float = 1.0
     gradient_statistic: Literal["auto", "exact", "sketch"] = "auto"
     memory_budget: int | None = None
+    bases: Literal["host", "device"] = "host"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -206,7 +206,12 @@ def _free_shares(gradients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[f
     if not gradients:
         return []
     with full_precision(gradients[0].device):
-        parts = [(g, g @ q.to(g)) for g, q in zip(gradients, bases, strict=True)]
-        lengths = [[torch.linalg.vector_norm(m, dtype=torch.float64) for m in pair] for pair in parts]
-        known = torch.stack([torch.stack(pair).to(gradients[0].device) for pair in lengths]).tolist()
+        pairs = zip(gradients, bases, strict=True)  # one basis and one product at a time
+        lengths = [torch.stack([_length(g), _length(g @ q.to(g))]).to(gradients[0].device) for g, q in pairs]
+        known = torch.stack(lengths).tolist()
     return [max(1 - (inside / whole) ** 2, 0.0) if whole else None for whole, inside in known]
+
+
+def _length(matrix: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    return length

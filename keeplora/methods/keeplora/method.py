@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,15 +27,16 @@ from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import LoraMethod
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, stored_basis
+from keeplora.methods.reading import is_counts, stored_parts
 from keeplora.methods.shares import recalled_shares
 from keeplora.methods.state import State, StateError
+from keeplora.statistics import budget_of
 
 from .certificate import RetentionCertificate, certified
 from .config import KeepLoraConfig
 from .directions import direction_finder
 from .import_peft import imported_adapters
-from .protected import Protected, extended_bases, weight_bases
+from .protected import Protected, bases_of, extended_bases, weight_bases
 from .trained_a import confined_again, leak_of_rows
 
 __all__ = ["KeepLora"]
@@ -150,14 +152,14 @@ class KeepLora(LoraMethod):
             self.token_mask,
         )  # fmt: skip
         protected = self._protected_or_weights()
-        bases = [p.basis for p in protected]
+        bases = bases_of(self.slots, protected)
         directions = gradients.directions(bases)
         adapters = [self._new_adapter(i, top) for i, top in enumerate(directions)]
         unreached = self.warn_of_unreached(gradients.reached)
         self.warn_of_ranks(
             [len(top.a) for top in directions],
             none="gradient in free space",
-            full=[slot.name for slot, q in zip(self.slots, bases, strict=True) if q.shape[0] == q.shape[1]],
+            full=[slot.name for slot, p in zip(self.slots, protected, strict=True) if p.count == slot.weight.shape[1]],
             silent=gradients.silent,
             unreached=unreached,
             remedy="Lower weight_energy or feature_energy for more room.",
@@ -218,11 +220,11 @@ class KeepLora(LoraMethod):
                 back before anything else. A basis holds less of the features than ``feature_energy`` asks for.
         """
         assert self._protected is not None
-        old, bases = self._protected, [p.basis for p in self._protected]
-        held = [(slot, q) for slot, q in zip(self.slots, bases, strict=True) if slot.adapter is not None]
+        old, bases = self._protected, bases_of(self.slots, self._protected)
+        held = [(slot, partial(bases.__getitem__, i)) for i, slot in enumerate(self.slots)]
         with confined_again(
             "after_task",
-            {slot.name: (slot.adapter.A, q) for slot, q in held if slot.adapter is not None},
+            {slot.name: (slot.adapter.A, basis) for slot, basis in held if slot.adapter is not None},
             "Train with keeper.optimizer(...), or call keeper.confine(optimizer) before training.",
         ):
             new, reached = extended_bases(
@@ -230,10 +232,9 @@ class KeepLora(LoraMethod):
                 own_mask=self.token_mask, shown=self.progress,
             )  # fmt: skip
             self.warn_of_unreached(reached)
-        layers = certified(self.slots, bases, new, merge=True, shown=self.progress)
-        self._protected = [
-            Protected(n.q, (*o.added, n.added), o.shares.closed()) for o, n in zip(old, new, strict=True)
-        ]
+        budget = budget_of(self.config.memory_budget, self.slots[0].weight.device)
+        layers = certified(self.slots, bases, new, merge=True, budget=budget, shown=self.progress)
+        self._protected = [Protected((*o.parts, n.q), o.shares.closed()) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers), tuple(self._moved_buffers()))
 
     # ------------------------------------------------------------------ what a user asks in between
@@ -244,9 +245,9 @@ class KeepLora(LoraMethod):
         A sequence of :class:`keeplora.LayerCapacity` that prints as a table. What ``weight_energy`` protects is known
         once :meth:`before_task` ran; until then everything counts as free.
         """
-        protected = self._protected or [Protected(slot.weight.new_zeros(0, 0)) for slot in self.slots]
+        protected = self._protected or [Protected(()) for _ in self.slots]
         return self.capacity_of(
-            [p.basis.shape[1] for p in protected], [p.added for p in protected], self.config.r,
+            [p.count for p in protected], [p.added for p in protected], self.config.r,
             [p.shares for p in protected],
         )  # fmt: skip
 
@@ -256,7 +257,7 @@ class KeepLora(LoraMethod):
             if slot.name == name:
                 if self._protected is None:
                     return slot.weight.new_zeros(slot.weight.shape[1], 0, dtype=torch.float32)
-                return self._protected[i].basis.clone()
+                return bases_of(self.slots, self._protected)[i].clone()
         raise ValueError(f"basis: name must be one of the targets, got {name!r}. See keeper.capacity().")
 
     # ------------------------------------------------------------------ state
@@ -267,9 +268,10 @@ class KeepLora(LoraMethod):
             return State({}, {"added_by_task": None})
         pairs = list(zip(self.slots, self._protected, strict=True))
         added, shares = [list(p.added) for _, p in pairs], [list(p.shares) for _, p in pairs]
-        of_weights = [p.basis.shape[1] - sum(p.added) for _, p in pairs]
-        bases = {f"{slot.name}.basis": p.basis for slot, p in pairs}
-        return State(bases, {"added_by_task": added, "of_weights": of_weights, "free_shares": shares})
+        of_weights = [p.parts[0].shape[1] for _, p in pairs]
+        parts = {f"{slot.name}.basis.{i}": part for slot, p in pairs for i, part in enumerate(p.parts)}
+        meta = {"added_by_task": added, "of_weights": of_weights, "free_shares": shares}
+        return State(parts, meta, frozenset(parts))
 
     def recall(self, state: State) -> list[Protected] | None:
         added, tasks = state.meta.get("added_by_task"), state.meta["tasks_learned"]
@@ -284,24 +286,19 @@ class KeepLora(LoraMethod):
         if not isinstance(of_weights, list) or not is_counts([of_weights], 1, len(self.slots)):
             raise StateError(f"load_state: of_weights must be {len(self.slots)} numbers, got {of_weights!r}")
         shares = recalled_shares(state, len(self.slots))
-        bases = [stored_basis(state, f"{slot.name}.basis", slot.weight.shape[1]) for slot in self.slots]
-        for slot, basis, row, first in zip(self.slots, bases, added, of_weights, strict=True):
-            if first + sum(row) != basis.shape[1]:
-                raise StateError(
-                    f"load_state: of_weights and added_by_task must add up to the basis, got {first} and {row} for "
-                    f"{basis.shape[1]} directions of {basis.shape[0]} [{slot.name}]"
-                )
+        protected = []
+        for slot, row, first, pair in zip(self.slots, added, of_weights, shares, strict=True):
+            parts = stored_parts(state, f"{slot.name}.basis", slot.weight.shape[1], [first, *row])
             a = state.tensors.get(f"{slot.name}.adapter.A")
-            leak = 0.0 if a is None or self.config.train_a else leak_of_rows(a, basis)
+            leak = 0.0 if a is None or self.config.train_a else leak_of_rows(a, torch.cat(parts, dim=1))
             if leak > MOST_LEAK:
                 raise StateError(
                     f"load_state: an adapter's A must keep out of the basis, got {leak:.1e} of a row inside it "
                     f"[{slot.name}]"
                 )
-        return [
-            Protected(basis.to(slot.weight.device), tuple(row), pair)
-            for slot, basis, row, pair in zip(self.slots, bases, added, shares, strict=True)
-        ]
+            own = parts if self.config.bases == "host" else [part.to(slot.weight.device) for part in parts]
+            protected.append(Protected(tuple(own), pair))
+        return protected
 
     def remember(self, memory: list[Protected] | None) -> None:
         self._protected = memory
@@ -327,7 +324,8 @@ class KeepLora(LoraMethod):
         """
         self._require("import_peft", task=False)
         protected = self._protected_or_weights()
-        parts = imported_adapters(path, self.slots, [p.basis for p in protected], self._scalings, project=project)
+        bases = bases_of(self.slots, protected)
+        parts = imported_adapters(path, self.slots, bases, self._scalings, project=project)
         adapters = [None if part is None else self.adapter_of(i, part) for i, part in enumerate(parts)]
         with self._opening(None):
             self.attach(adapters)
@@ -339,7 +337,7 @@ class KeepLora(LoraMethod):
         """What is protected; before the first task what the pretrained weights know."""
         if self._protected is not None:
             return self._protected
-        return [Protected(q) for q in weight_bases(self.slots, self.config, shown=self.progress)]
+        return [Protected((q,)) for q in weight_bases(self.slots, self.config, shown=self.progress)]
 
     def _bases_to_keep(self, function: str) -> dict[nn.Parameter, Tensor]:
         """The basis of every A that is trained."""
@@ -347,5 +345,5 @@ class KeepLora(LoraMethod):
         assert self._protected is not None
         if not self.config.train_a:
             return {}
-        pairs = zip(self.slots, self._protected, strict=True)
-        return {slot.adapter.A: p.basis.to(slot.adapter.A) for slot, p in pairs if slot.adapter is not None}
+        pairs = zip(self.slots, bases_of(self.slots, self._protected), strict=True)
+        return {slot.adapter.A: q.to(slot.adapter.A) for slot, q in pairs if slot.adapter is not None}

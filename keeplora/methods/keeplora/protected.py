@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,45 +12,66 @@ from torch import Tensor, nn
 from keeplora.distributed import processes
 from keeplora.families import token_mask
 from keeplora.lora import LoraSlot, TokenMask
+from keeplora.math.batch import within
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.math.scale import powers, scaled
+from keeplora.methods.bases import Bases, keeper_of
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.shares import UNKNOWN, Shares
 from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.ops import gram
-from keeplora.statistics import feature_statistics
+from keeplora.statistics import FeatureStatistic, budget_of, feature_groups, feature_statistics, require_seen
 
 from .config import KeepLoraConfig
 from .directions import TaskGradients
 
-__all__ = ["Protected", "extended_bases", "weight_bases"]
+__all__ = ["Protected", "bases_of", "extended_bases", "weight_bases"]
 
 
 @dataclass(frozen=True)
 class Protected:
-    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, and how much each task added to it.
+    """What is remembered of one slot between tasks: the basis Q ``[in, k]``, in parts.
 
-    ``shares`` are those of gradient energy that lay outside of Q.
+    Attributes:
+        parts: The columns that the weights ask for, and those that each task added; none of them ever changes.
+        shares: Those of gradient energy that lay outside of Q.
     """
 
-    basis: Tensor
-    added: tuple[int, ...] = ()
+    parts: tuple[Tensor, ...]
     shares: Shares = UNKNOWN
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        """How many columns each task added."""
+        return tuple(part.shape[1] for part in self.parts[1:])
+
+    @property
+    def count(self) -> int:
+        """How many columns there are."""
+        return sum(part.shape[1] for part in self.parts)
+
+
+def bases_of(slots: Sequence[LoraSlot], protected: Sequence[Protected]) -> Bases:
+    """Every slot's basis, on its device when it is asked for."""
+    return Bases([p.parts for p in protected], [slot.weight.device for slot in slots])
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
     """The leading singular vectors of every slot's weight, as many as ``weight_energy`` of its tower asks for."""
+    kept = keeper_of(config.bases)
 
     def compute(group: list[int]) -> list[Tensor]:
-        return weight_basis(
+        found = weight_basis(
             [slots[i].exact_weight.detach() for i in group],
             [config.weight_energy_of(slots[i].target.tower) for i in group],
             side=config.weight_side,
         )
+        return [kept(q) for q in found]
 
-    return for_all_layers(slots, compute, "weights", shown=shown)
+    with within(budget_of(config.memory_budget, slots[0].weight.device)):
+        return for_all_layers(slots, compute, "weights", shown=shown)
 
 
 def extended_bases(
@@ -63,42 +85,74 @@ def extended_bases(
     own_mask: TokenMask | None = None,
     shown: bool | None,
 ) -> tuple[list[Extension], list[bool]]:
-    """Every slot's basis with as many directions of the task's features as ``feature_energy`` of its tower asks for.
+    """What every slot's basis lacks to have as many directions of the task's features as ``feature_energy`` asks for.
 
     With ``feature_source="gradients"`` C is GᵀG, for the mean gradient G or a sketch of its rows.
 
     Returns:
-        The bases, and for each slot whether any feature came to it: without one its basis stays as it is.
+        The new columns, as ``q`` of each extension, kept where the config says; and for each slot whether any feature
+        came to it: without one its basis stays as it is.
 
     Warns:
         UserWarning: less was captured than that (:func:`keeplora.methods.shortfall.warn_of_shortfall`).
     """
-    energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
+    energies, kept = [config.feature_energy_of(slot.target.tower) for slot in slots], keeper_of(config.bases)
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs
-    moment, reached = source(model, slots, loader, forward, config, own_mask, shown)
+    new: dict[int, Extension] = {}
+    reached = [False] * len(slots)
+    for positions, moment, seen in source(model, slots, loader, forward, config, own_mask, shown):
 
-    def compute(group: list[int]) -> list[Extension]:
-        return extend_basis([bases[i] for i in group], [moment(i) for i in group], [energies[i] for i in group])
+        def compute(
+            group: list[int],
+            positions: Sequence[int] = positions,
+            moment: Callable[[int], Tensor | SketchedMoment] = moment,
+        ) -> list[Extension]:
+            mine = [positions[j] for j in group]
+            old = [bases[i] for i in mine]
+            grown = extend_basis(old, [moment(j) for j in group], [energies[i] for i in mine])
+            return [replace(e, q=kept(e.q[:, q.shape[1] :])) for e, q in zip(grown, old, strict=True)]
 
-    new = for_all_layers(slots, compute, "bases", shown=shown)
-    warn_of_shortfall(config, [slot.name for slot in slots], new, energies)
-    return new, reached
+        with within(budget_of(config.memory_budget, slots[0].weight.device)):
+            found = for_all_layers([slots[i] for i in positions], compute, "bases", shown=shown)
+        new.update(zip(positions, found, strict=True))
+        for i, yes in zip(positions, seen, strict=True):
+            reached[i] = yes
+        del moment, compute  # statistics of these layers make room for the next ones
+    extensions = [new[i] for i in range(len(slots))]
+    warn_of_shortfall(config, [slot.name for slot in slots], extensions, energies)
+    return extensions, reached
 
 
-_Found = tuple[Callable[[int], Tensor | SketchedMoment], list[bool]]
-"""A slot's C by its position, and whether any token came to it."""
+_Found = Iterator[tuple[Sequence[int], Callable[[int], Tensor | SketchedMoment], list[bool]]]
+"""Positions of slots that are looked at together; by its place among them each one's C; whether a token came to it."""
 
 
 def _of_inputs(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], forward: LossFn, config: KeepLoraConfig,
     own_mask: TokenMask | None, shown: bool | None,
 ) -> _Found:  # fmt: skip
-    with token_mask(model, own_mask) as mask, progress(loader, "features", "batch", shown=shown) as batches:
-        statistics = feature_statistics(
-            model, slots, batches, forward, kind=config.feature_statistic, token_mask=mask,
-            sketch_share=config.sketch_share, seed=config.seed, peers=processes(),
-        )  # fmt: skip
-    return lambda i: statistics[i].moment, [statistic.tokens > 0 for statistic in statistics]
+    kind, share = config.feature_statistic, config.sketch_share
+    groups = feature_groups(
+        model, slots, loader, forward,
+        kind=kind, sketch_share=share, memory_budget=config.memory_budget, peers=processes(),
+    )  # fmt: skip
+    tokens = 0
+    for number, group in enumerate(groups, 1):
+        phase = "features" if len(groups) == 1 else f"features, {number} of {len(groups)}"
+        with token_mask(model, own_mask) as mask, progress(loader, phase, "batch", shown=shown) as batches:
+            statistics = feature_statistics(
+                model, [slots[i] for i in group], batches, forward, kind=kind, token_mask=mask, sketch_share=share,
+                seed=config.seed, peers=processes(), some_unseen=True,
+            )  # fmt: skip
+        tokens += sum(statistic.tokens for statistic in statistics)
+        if number == len(groups) and not tokens:
+            require_seen(slots, statistics)
+        yield group, partial(_moment, statistics), [statistic.tokens > 0 for statistic in statistics]
+        del statistics
+
+
+def _moment(statistics: Sequence[FeatureStatistic], i: int) -> Tensor | SketchedMoment:
+    return statistics[i].moment
 
 
 def _of_gradients(
@@ -107,4 +161,8 @@ def _of_gradients(
 ) -> _Found:  # fmt: skip
     gradients = TaskGradients(model, slots, loader, loss_fn, replace(config, balance=False), shown=shown)
     sizes = powers("extended_bases", "gradients", gradients.matrices)  # their squares would leave float32's range
-    return lambda i: gram(scaled(gradients.matrices[i], sizes[i]))[0], gradients.reached
+
+    def moment(i: int) -> Tensor:
+        return gram(scaled(gradients.matrices[i], sizes[i]))[0]
+
+    yield range(len(slots)), moment, gradients.reached

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,17 +18,20 @@ LEAK = 1e-6
 
 
 @contextmanager
-def confined_again(function: str, factors: Mapping[str, tuple[nn.Parameter, Tensor]], remedy: str) -> Iterator[None]:
+def confined_again(
+    function: str, factors: Mapping[str, tuple[nn.Parameter, Callable[[], Tensor]]], remedy: str
+) -> Iterator[None]:
     """Take what is protected out of every A that training has let in; a warning names the worst.
 
     An optimizer that knows nothing of the bases leaves A's free space even when A's gradient lies in it. If the block
     fails, every A is what it was.
 
     Args:
-        factors: A ``[r, in]`` and its protected basis ``[in, k]``, by layer. remedy: How to train it next time.
+        factors: A ``[r, in]`` and what gives its protected basis ``[in, k]``, by layer. remedy: How to train it next
+            time.
     """
-    leaks = {name: leak_of_rows(a.detach(), q) for name, (a, q) in factors.items()}
-    astray = [(a, q.to(a)) for name, (a, q) in factors.items() if leaks[name] > LEAK]
+    leaks = {name: leak_of_rows(a.detach(), basis()) for name, (a, basis) in factors.items()}
+    astray = [(a, basis().to(a)) for name, (a, basis) in factors.items() if leaks[name] > LEAK]
     if not astray:
         yield
         return

@@ -141,6 +141,6 @@ class Osf(LoraMethod):
         return MinorFactors(a, b, s, start=start, origin=origin, high_u=high_u, high_v=high_v)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        self.merge_adapters()
         for slot in self.slots:
-            slot.learned = None  # an adapter of it would be larger than the weight
+            slot.forget()  # an adapter of what is merged would be larger than the weight
+        self.merge_adapters()

@@ -90,7 +90,7 @@ def test_updates_are_in_the_state(tmp_path):
     for one in (keeper, again):
         learn(one, task(2))
     same(logits(_exported(again, tmp_path / "adapter")), logits(keeper.model))
-    again.slots[0].learned = None  # as LiNeS does where it has scaled what was learned
+    again.slots[0].forget()  # as LiNeS does where it has scaled what was learned
     again.save(tmp_path / "unknown")
     again = KeepLora.load(tmp_path / "unknown", net())
     with pytest.raises(RuntimeError, match=r"export_peft: the updates of every task must be known .*\[blocks\.0\.up\]"):

@@ -1,0 +1,57 @@
+"""A low-rank update of one weight, and where what is not needed in a step is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Update", "to_host"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """``ΔW = scaling · b a`` of one weight: a ``[r, in]``, b ``[out, r]``."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def of_rank(self, rank: int) -> Update:
+        """The same update with zero directions added."""
+        more = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
+        return Update(a, b * self.scaling)
+
+    @staticmethod
+    def dense(change: Tensor) -> Update:
+        """``change [out, in]`` as an update of rank ``min(out, in)``."""
+        out, width = change.shape
+        if out <= width:
+            return Update(change, torch.eye(out, dtype=change.dtype))
+        return Update(torch.eye(width, dtype=change.dtype), change)
+
+    @staticmethod
+    def total(updates: Sequence[Update], out: int, width: int) -> Update:
+        """The sum of updates of one weight, of rank Σr, or ``min(out, in)`` where that is less; exact either way."""
+        if len(updates) == 1:
+            return updates[0]
+        a = torch.cat([u.a for u in updates]) if updates else torch.zeros(0, width)
+        b = torch.cat([u.b * u.scaling for u in updates], dim=1) if updates else torch.zeros(out, 0)
+        if a.shape[0] <= min(out, width):
+            return Update(a, b)
+        return Update.dense((b.double() @ a.double()).to(a.dtype))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in main memory, pinned where it comes from a GPU, so that it is quick to bring back."""
+    pinned = tensor.is_cuda
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor.detach())

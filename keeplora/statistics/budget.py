@@ -1,0 +1,155 @@
+"""How much memory the statistics of a pass may take, and which layers are looked at together to stay within it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keeplora._messages import warn
+from keeplora.lora.host import LoraHost
+from keeplora.lora.slot import LoraSlot
+
+from .features import FeatureKind
+from .passes import ALONE, Peers, evaluating, observing
+
+__all__ = ["budget_of", "feature_groups", "mib"]
+
+FREE_SHARE = 0.2
+"""Of the free memory, where no budget is given."""
+
+log = logging.getLogger("keeplora")
+
+
+def budget_of(memory_budget: int | None, device: torch.device) -> int:
+    """Bytes for all statistics together: ``memory_budget``, or 20 % of what is free on the device if None."""
+    return int(FREE_SHARE * free_bytes(device)) if memory_budget is None else memory_budget
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.no_grad()
+def feature_groups(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    kind: FeatureKind = "second_moment",
+    sketch_share: float = 0.25,
+    memory_budget: int | None = None,
+    peers: Peers = ALONE,
+) -> list[list[int]]:
+    """Positions of slots whose feature statistics fit ``memory_budget`` together: one pass over the data for each.
+
+    A statistic takes ``4 in²`` bytes, a sketch of it ``4 in w``, and the one that a batch is being added to as many
+    again. Where not all fit, one batch is run to see which slots read one tensor: they have one statistic and stay
+    together. Statistics of ``slot_mean``, which grow with the batch, are gathered in one pass.
+
+    Returns:
+        One group where all fit. What was chosen is logged by ``keeplora`` at level INFO.
+
+    Warns:
+        UserWarning: the statistic of a single layer does not fit, or the loader can be iterated only once.
+    """
+    everything = [list(range(len(slots)))]
+    if kind == "slot_mean" or not slots:
+        return everything
+    budget = min(peers.gather(budget_of(memory_budget, slots[0].weight.device)))
+    sizes = [_bytes(slot.weight, sketch_share if kind == "sketch" else 1.0) for slot in slots]
+    if _needed(sizes) <= budget:
+        return everything
+    if any(peers.gather(isinstance(loader, Iterator))):
+        warn(
+            f"after_task: statistics of {mib(_needed(sizes))} must fit memory_budget, {mib(budget)}, or be gathered in "
+            "several passes, got a loader that can be iterated once. They are gathered in one pass. Give a DataLoader "
+            "or a list."
+        )
+        return everything
+    groups = _within(_sharing(model, slots, loader, forward, peers), sizes, budget)
+    largest = max(sizes)
+    if 2 * largest > budget:
+        warn(
+            f"after_task: the statistic of one layer must fit memory_budget, {mib(budget)}, got {mib(2 * largest)} "
+            f"[{slots[sizes.index(largest)].name}]. It is gathered all the same, alone. Raise the budget, or set "
+            'feature_statistic="sketch".'
+        )
+    log.info(
+        "features of %d layers in %d passes over the data: %s of statistics together, memory_budget %s",
+        len(slots), len(groups), mib(sum(sizes)), mib(budget),
+    )  # fmt: skip
+    return groups
+
+
+def _within(shared: Sequence[Sequence[int]], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Sets of slots with one statistic each, in groups that fit."""
+    groups: list[list[int]] = []
+    held: list[int] = []
+    for members in shared:
+        size = sizes[members[0]]
+        if not groups or _needed([*held, size]) > budget:
+            groups.append([])
+            held = []
+        groups[-1] += members
+        held.append(size)
+    return [sorted(group) for group in groups]
+
+
+def _needed(sizes: Sequence[int]) -> int:
+    return sum(sizes) + max(sizes)
+
+
+def _bytes(weight: Tensor, share: float) -> int:
+    width = weight.shape[1]
+    return (8 if weight.dtype == torch.float64 else 4) * width * max(1, round(share * width))
+
+
+def _sharing(
+    model: nn.Module,
+    slots: Sequence[LoraSlot],
+    loader: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    peers: Peers,
+) -> list[list[int]]:
+    """Which slots read one tensor in the first batch, in order; every other slot is alone."""
+    known = {(slot.host, slot.slot): i for i, slot in enumerate(slots)}
+    sets: list[list[int]] = []
+    last: list[Any] = [None]
+
+    def look(host: LoraHost, inputs: Mapping[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            i = known.get((host, name))
+            if i is None:
+                continue
+            if x is not last[0]:
+                last[0] = x
+                sets.append([])
+            sets[-1].append(i)
+
+    with peers.together(), evaluating(model), observing([*{slot.host: None for slot in slots}], look):
+        for batch in loader:
+            forward(model, batch)
+            break
+        last[0] = None
+    found = next((theirs for theirs in peers.gather(sets) if theirs), [])
+    seen: set[int] = set()
+    result = []
+    for members in found:
+        mine = [i for i in dict.fromkeys(members) if i not in seen]
+        seen |= set(mine)
+        if mine:
+            result.append(mine)
+    return sorted([*result, *([i] for i in range(len(slots)) if i not in seen)], key=lambda group: group[0])
+
+
+def mib(size: float) -> str:
+    """For messages."""
+    return f"{size / 2**20:.1f} MiB"
