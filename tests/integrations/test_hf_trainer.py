@@ -127,6 +127,24 @@ def test_the_best_checkpoint_is_what_is_merged(tmp_path):
     assert_same(keeper, best)
 
 
+def test_checkpoints_share_what_lasts_whichever_trainer_deletes(tmp_path):
+    keeper, first = make_keeper(), task_data(0)
+    keeper.before_task(batches(first), loss_fn)
+    trainer_for(keeper, first, tmp_path / "first")[0].train()
+    keeper.after_task(batches(first))
+    out, data = tmp_path / "out", task_data(1)
+    trainer, _ = trainer_for(keeper, data, out, **{**SAVING, "save_steps": 1}, save_total_limit=1)
+    keeper.before_task(batches(data), loss_fn)
+    trainer.train()
+    [checkpoint] = out.glob("checkpoint-*")
+    [shared] = (out / "_keeplora-files").glob("tensors-*")
+    assert shared.stat().st_nlink == 2
+    assert (checkpoint / "keeplora" / shared.name).stat().st_ino == shared.stat().st_ino
+    again = make_keeper()
+    KeepLoraCallback(again).resume(checkpoint)
+    assert_same(again, keeper)
+
+
 def test_train_before_before_task_is_refused_and_changes_nothing(tmp_path):
     keeper, data = make_keeper(), task_data(0)
     trainer, _ = trainer_for(keeper, data, tmp_path)
