@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from keeplora.lora import Target, attention_targets
+from keeplora.lora import Target, attention_targets, expert_targets
 
 __all__ = ["block_targets", "by_design", "main_blocks", "outermost_lists"]
 
@@ -71,7 +71,9 @@ def _linear_weights(blocks: nn.Module) -> int:
 
 
 def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_qkv: bool = False) -> list[Target]:
-    """Every linear layer of a block, and q, k, v of every ``nn.MultiheadAttention``; no cross-attention, no router.
+    """Every linear layer of a block, q, k, v of every ``nn.MultiheadAttention``, and the weights of every expert.
+
+    No cross-attention, no router.
 
     Args:
         split_qkv: Whether a layer named ``qkv`` holds queries, keys and values in that order, in three equal row
@@ -91,6 +93,8 @@ def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_
                 targets += _thirds(full, layer, depth, tower)
             else:
                 targets.append(Target(full, full, "weight", None, depth, tower))
+        else:
+            targets += expert_targets(full, layer, depth, tower)
     return targets
 
 

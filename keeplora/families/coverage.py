@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from keeplora._messages import listed, warn
-from keeplora.lora import Target, linear_targets, select_targets
+from keeplora.lora import Target, expert_layout, linear_targets, select_targets
 
 from ._blocks import by_design, outermost_lists
 
@@ -238,11 +238,14 @@ def _weights(model: nn.Module, chosen: Sequence[Target], targets: Sequence[Targe
             if stack is None or (parameter.dim() < 2 and not mine):
                 continue
             if not mine:
+                if parameter.dim() == 2 and expert_layout(module) is not None:  # a bias for each expert
+                    continue
                 frozen = by_design(f"{path}.{name}") or isinstance(module, _FROZEN)
                 kind = _kind(f"{path}.{name}", stack)
                 yield _Weight(stack, None, kind, parameter.numel(), "frozen" if frozen else "left out")
             for target in mine:
                 rows = parameter.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
+                rows = rows if target.expert is None else 1
                 size = rows * (parameter.numel() // parameter.shape[0])
                 state: State = "adapted" if target.name in taken else "not chosen"
                 yield _Weight(stack, target.tower, _kind(target.name, stack), size, state)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .host import LoraHost
     from .slot import LoraSlot, Rows
 
-__all__ = ["Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_job", "own_linear"]
+__all__ = [
+    "Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_is_cheaper", "merge_job", "narrow",
+    "own_linear",
+]  # fmt: skip
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
 _merge, _grads, _thin_matmul = OPS["merge_weights"].call, OPS["lora_grad_b"].call, OPS["thin_matmul"].call
@@ -96,12 +99,12 @@ def _merges(host: LoraHost, x: Tensor, weight: Tensor, bias: Tensor | None, part
     for adapter, _, a, *_ in parts:
         if a.requires_grad or adapter.dropout:
             return False
-    return host.forward_mode == "merged" or _merge_is_cheaper(x.numel() // x.shape[-1], weight)
+    return host.forward_mode == "merged" or merge_is_cheaper(x.numel() // x.shape[-1], weight.shape)
 
 
-def _merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
-    """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
-    out, width = weight.shape
+def merge_is_cheaper(tokens: int, size: Sequence[int]) -> bool:
+    """Whether forming ``B A`` of this size takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
+    out, width = size
     return tokens * (out + width) >= out * width
 
 
@@ -206,7 +209,7 @@ class _Merged(torch.autograd.Function):
         ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, bias: Tensor | None, parts: Sequence[Part], *b: Tensor
     ) -> Tensor:
         ctx.parts = parts
-        ctx.save_for_backward(merged, _narrow(x, a) if a is not None and any(ctx.needs_input_grad[5:]) else None)
+        ctx.save_for_backward(merged, narrow(x, a) if a is not None and any(ctx.needs_input_grad[5:]) else None)
         return F.linear(x, merged, bias)
 
     @staticmethod
@@ -241,7 +244,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _narrow(x: Tensor, a: Tensor) -> Tensor:
+def narrow(x: Tensor, a: Tensor) -> Tensor:
     """``t = x Aᵀ [tokens, r]``, where r is small, in float32 where that costs nothing."""
     x = _flat(x)
     if torch.compiler.is_compiling():  # a compiler does better by seeing the product

@@ -52,6 +52,13 @@ class LoraHost(nn.Module):
     def plain(self) -> nn.Module:
         """The layer as it was before it was taken over, around the same parameters."""
 
+    def source(self, slot: LoraSlot, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input of the layer that an observed ``x [..., in]`` was taken from, and which of its rows those of x are.
+
+        None where x is the input itself.
+        """
+        return x, None
+
     @property
     def adapters(self) -> dict[str, LoraAdapter]:
         """The attached adapters, by slot."""

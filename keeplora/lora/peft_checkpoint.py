@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .host import LoraHost
 from .slot import LoraSlot
 from .update import Update
 
-__all__ = ["check_plain_lora", "layers_of", "read", "split", "write"]
+__all__ = ["ExpertWeight", "check_plain_lora", "layers_of", "read", "split", "write"]
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +41,22 @@ _HARMLESS = {
 
 _FAITHFUL = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights as they were."""
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """The updates of all experts of a weight of three dimensions, as PEFT's ``target_parameters`` has them.
+
+    Attributes:
+        name, layer: Of the weight, and of PEFT's layer around it. rank: r, of every expert's update, of scale 1.
+        a, b: ``[experts · r, in]``, expert after expert, and ``[out, r · experts]``, direction after direction.
+    """
+
+    name: str
+    layer: str
+    rank: int
+    a: Tensor
+    b: Tensor
 
 
 def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str, Update]) -> dict[str, Update]:
@@ -81,7 +97,9 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
     return layers
 
 
-def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def checkpoint(
+    model: nn.Module, layers: Mapping[str, Update], experts: Sequence[ExpertWeight] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the configuration of a stock checkpoint; scalings go into ``alpha_pattern``.
 
     Raises:
@@ -90,23 +108,28 @@ def checkpoint(model: nn.Module, layers: Mapping[str, Update]) -> tuple[dict[str
     from peft import LoraConfig
 
     layers = {name: update for name, update in layers.items() if update.rank}
-    if not layers:
+    if not layers and not experts:
         raise ValueError("export_peft: there must be an update, got none: no task is open and none was learned")
     tensors = {}
     for name, update in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = update.a.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = update.b.detach().cpu().contiguous()
+    for weight in experts:
+        tensors[f"{PREFIX}{weight.layer}.lora_A.weight"] = weight.a.contiguous()
+        tensors[f"{PREFIX}{weight.layer}.lora_B.weight"] = weight.b.contiguous()
     # PEFT finds r and alpha of an attention's out_proj under the attention's own name.
     named = {name: update for name, update in layers.items() if not name.endswith(".base_layer.out_proj")}
+    of_experts = {weight.name: weight.rank for weight in experts}  # one for all, which is their alpha, too
     ranks = {name: update.rank for name, update in named.items()}
     alphas = {name: update.scaling * update.rank for name, update in named.items()}
-    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    r, alpha = (_most_common((of_experts or values).values()) for values in (ranks, alphas))
     config: Any = LoraConfig(
         r=r,
         lora_alpha=alpha,
         rank_pattern={f"^{name}": rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={f"^{name}": value for name, value in alphas.items() if value != alpha},
         target_modules=_names(model, sorted(named)),
+        target_parameters=sorted(of_experts) or None,
         inference_mode=True,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
@@ -148,13 +171,15 @@ def check_plain_lora(function: str, config: Any) -> None:
             )
 
 
-def write(path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update]) -> None:
+def write(
+    path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update], experts: Sequence[ExpertWeight] = ()
+) -> None:
     """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two.
 
     Raises:
         OSError: it cannot be written. What was there before is as it was.
     """
-    tensors, config = checkpoint(model, layers)
+    tensors, config = checkpoint(model, layers, experts)
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder = Path(path)
     with (

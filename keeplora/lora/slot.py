@@ -63,7 +63,11 @@ class LoraSlot(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight ``[out, in]``, a view in the layer's dtype."""
-        return self.whole if self.rows is None else self.whole[self.rows[0] : self.rows[1]]
+        return self.part(self.whole)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The slot's ``[out, in]`` of a tensor of the shape of :attr:`whole`: a view."""
+        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     @property
     def exact_dtype(self) -> torch.dtype:

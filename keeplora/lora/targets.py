@@ -9,7 +9,17 @@ from torch import nn
 
 from keeplora._messages import nearest
 
-__all__ = ["Target", "depth_factor", "depth_positions", "linear_targets", "select_targets"]
+from .expert_layout import expert_layout
+
+__all__ = [
+    "Target",
+    "depth_factor",
+    "depth_positions",
+    "expert_targets",
+    "linear_targets",
+    "select_targets",
+    "target_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -18,11 +28,12 @@ class Target:
 
     Attributes:
         name: Unique dotted name, as in transformers: ``visual.transformer.resblocks.0.attn.q_proj``.
-        module: Dotted path of the ``nn.Linear`` or ``nn.MultiheadAttention`` that owns the weight.
+        module: Dotted path of the ``nn.Linear``, ``nn.MultiheadAttention`` or experts that own the weight.
         parameter: The weight's name in that module: ``weight``, ``in_proj_weight``, ``q_proj_weight`` …
         rows: ``(start, stop)`` of a fused weight, or None for the whole matrix.
         depth: Index of the block inside its tower, shallowest first.
         tower: ``vision``, ``text``, ``language``, or ``model`` where a model has no towers.
+        expert: Of a weight of three dimensions the expert whose slice it is, as ``[out, in]``; else None.
     """
 
     name: str
@@ -31,12 +42,14 @@ class Target:
     rows: tuple[int, int] | None
     depth: int
     tower: str
+    expert: int | None = None
 
 
 def linear_targets(model: nn.Module) -> list[Target]:
     """Every ``nn.Linear`` of ``model``, in order of definition: tower ``model``, depth = position in the list.
 
-    The finder for models no integration knows. ``nn.MultiheadAttention`` gives q, k, v and out_proj.
+    The finder for models no integration knows. ``nn.MultiheadAttention`` gives q, k, v and out_proj, and experts in
+    weights of three dimensions one target each (:func:`expert_targets`), all of a module at one depth.
 
     Example:
         >>> from torch import nn
@@ -54,7 +67,38 @@ def linear_targets(model: nn.Module) -> list[Target]:
             targets += attention_targets(path, module, depth, "model")
         elif isinstance(module, nn.Linear):
             targets.append(Target(path, path, "weight", None, depth, "model"))
+        else:
+            targets += expert_targets(path, module, depth, "model")
     return targets
+
+
+def expert_targets(path: str, module: nn.Module, depth: int, tower: str) -> list[Target]:
+    """A target for every expert of every weight: ``mlp.experts.3.gate_up_proj``; none where there are no experts."""
+    layout = expert_layout(module)
+    if layout is None:
+        return []
+    return [
+        Target(f"{path}.{expert}.{name}".lstrip("."), path, name, None, depth, tower, expert)
+        for name in layout.parameters
+        for expert in range(len(module.get_parameter(name)))
+    ]
+
+
+def target_shape(model: nn.Module, target: Target) -> tuple[int, int] | None:
+    """``(out, in)`` of a target; None where the model has no such weight."""
+    try:
+        module = model.get_submodule(target.module)
+    except AttributeError:
+        return None
+    weight = module._parameters.get(target.parameter)
+    if weight is None or weight.dim() < 2:
+        return None
+    layout = expert_layout(module)
+    if target.expert is not None and layout is not None:
+        out, width = layout.slice(weight, 0).shape
+        return out, width
+    out, width = weight.shape[:2]
+    return (out if target.rows is None else target.rows[1] - target.rows[0]), width
 
 
 def attention_targets(path: str, module: nn.MultiheadAttention, depth: int, tower: str) -> list[Target]:

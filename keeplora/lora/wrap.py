@@ -1,4 +1,4 @@
-"""Put adapters' homes into a model and take them out again: nn.Linear ↔ LoraLinear, attention ↔ LoraAttention."""
+"""Put adapters' homes into a model and take them out again: nn.Linear ↔ LoraLinear, experts ↔ LoraExperts …"""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from .attention import LoraAttention
+from .expert_layout import expert_layout
+from .experts import LoraExperts
 from .four_bit import keep_differentiable
 from .host import LoraHost
 from .linear import LoraLinear
@@ -54,6 +56,7 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     for target in targets:
         host = hosts[target.module]
         slot = target.name.rsplit(".", 1)[-1] if target.rows or isinstance(host, LoraAttention) else "weight"
+        slot = slot if target.expert is None else f"{target.parameter}_{target.expert}"
         slots.append(host.add_slot(slot, target.parameter, target.rows, target))
     for path in sorted(replacements, key=len):  # an attention before what stands in it
         for place in everywhere[path]:
@@ -143,10 +146,13 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
         )
     kinds = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
+    if expert_layout(module) is not None and target.expert is not None:
+        LoraExperts.check(module)
+        kinds = [LoraExperts]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
     if not kinds or target.parameter not in own._parameters:
         raise TypeError(
-            f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, got "
+            f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, or experts, got "
             f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
             "targets; layers with a forward or a parametrization of their own cannot be replaced."
         )
@@ -182,7 +188,7 @@ def _check_fast_path(modules: dict[str, nn.Module], plan: dict[str, _Kind]) -> N
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Put plain ``nn.Linear`` and ``nn.MultiheadAttention`` back, in place; returns ``model``.
+    """Put plain ``nn.Linear``, ``nn.MultiheadAttention`` and experts back, in place; returns ``model``.
 
     Raises:
         RuntimeError: an adapter is still attached, or a layer carries hooks: nothing is dropped silently.

@@ -240,17 +240,16 @@ class Gpm(LoraMethod):
     def _projected(self, slots: list[int], gradient: Tensor) -> Tensor:
         """``G − G M Mᵀ`` in the rows of every slot, 0 elsewhere."""
         result = torch.zeros_like(gradient)
-        spans = [slice(None) if (rows := self.slots[i].rows) is None else slice(*rows) for i in slots]
         bases = [self.bases[i] for i in slots]
-        parts = [gradient[span].to(basis.dtype) for span, basis in zip(spans, bases, strict=True)]
+        parts = [self.slots[i].part(gradient).to(basis.dtype) for i, basis in zip(slots, bases, strict=True)]
         free, _ = _project_rows(parts, bases, [1.0] * len(parts), 1)
         for i, part, left in zip(slots, parts, free, strict=True):
             if self.shares[i].opening is None:  # later gradients are of what has been learned
                 whole, outside = (float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in (part, left))
                 if 0 < whole < math.inf:  # a scaler's first steps may overflow
                     self.shares[i] = self.shares[i].opened(min((outside / whole) ** 2, 1.0))
-        for span, part in zip(spans, free, strict=True):
-            result[span] = part
+        for i, part in zip(slots, free, strict=True):
+            self.slots[i].part(result).copy_(part)
         return result
 
 

@@ -22,9 +22,11 @@ from keeplora.lora import (
     merge_ahead,
     peft_checkpoint,
     select_targets,
+    target_shape,
     unwrap,
     wrap,
 )
+from keeplora.lora.peft_experts import expert_weights
 from keeplora.lora.update import Update
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
@@ -224,7 +226,10 @@ class LoraMethod(SlotStates):
             for slot, yes in zip(self.slots, reached, strict=True)
             if not yes and (_is_trained(slot) or not closing)
         ]
-        warn_of_unreached("after_task" if closing else "before_task", names, len(reached), closing=closing)
+        warn_of_unreached(
+            "after_task" if closing else "before_task", names, len(reached), closing=closing,
+            experts={slot.name for slot in self.slots if slot.target.expert is not None},
+        )  # fmt: skip
         return names
 
     def warn_of_ranks(self, ranks: Sequence[int], *, none: str, **causes: Any) -> None:
@@ -261,7 +266,8 @@ class LoraMethod(SlotStates):
 
         of all tasks and the open one, relative to the weights the method was made with; exact, nothing is truncated. An
         open task alone keeps its A, B and ``alpha_pattern``, so PEFT can go on training its B. q, k and v of an
-        ``nn.MultiheadAttention`` become PEFT's one layer of rank 3r with a block-structured B.
+        ``nn.MultiheadAttention`` become PEFT's one layer of rank 3r with a block-structured B; experts its
+        ``target_parameters``, with the largest rank any of a layer's has.
 
         Args:
             path: A folder; an adapter in it is replaced, other files stay.
@@ -289,22 +295,23 @@ class LoraMethod(SlotStates):
                 open_one = slot.adapter.plain()
                 parts.append(Update(open_one.A.detach().cpu(), open_one.update().detach().cpu(), open_one.scaling))
             updates[slot.name] = Update.total(parts, *slot.weight.shape)
-        layers = peft_checkpoint.layers_of(self.model, self.slots, updates)
+        experts = [slot for slot in self.slots if slot.target.expert is not None]
+        others = [slot for slot in self.slots if slot.target.expert is None]
+        layers = peft_checkpoint.layers_of(self.model, others, updates)
         if any(name.endswith(".base_layer.out_proj") and bool(update.b.any()) for name, update in layers.items()):
             warn(
                 "export_peft: stock PEFT up to 0.21 applies the update of nn.MultiheadAttention's out_proj twice "
                 "(huggingface/peft#3774), so its outputs will differ from this model's. Load with import_peft, or with "
                 "a PEFT that has the fix."
             )
-        peft_checkpoint.write(path, self.model, layers)
+        peft_checkpoint.write(path, self.model, layers, expert_weights(experts, updates))
 
 
 def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str) -> None:
     """Refuse a rank that is larger than a layer's width."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:
-        weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
-        width = r if weight is None else weight.shape[1]  # wrap says what is wrong with a missing one
+        shape = target_shape(model, target)
+        width = r if shape is None else shape[1]  # wrap says what is wrong with a missing one
         if r > width:
             raise ValueError(
                 f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."

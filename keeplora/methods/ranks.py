@@ -9,19 +9,28 @@ from keeplora._messages import listed, warn
 __all__ = ["warn_of_ranks", "warn_of_unreached"]
 
 
-def warn_of_unreached(function: str, names: Sequence[str], count: int, *, closing: bool) -> None:
+def warn_of_unreached(
+    function: str, names: Sequence[str], count: int, *, closing: bool, experts: Collection[str] = ()
+) -> None:
     """Name the layers, of ``count`` that are adapted, that no token of the task's batches has come to.
 
     Args:
         function: What the user called. closing: Whether it closes a task.
+        experts: Of all layers those to which tokens are routed: that none came to some is no fault of a loss function.
     """
-    if not names:
-        return
+    idle = [name for name in names if name in experts]
+    names = [name for name in names if name not in experts]
     what = "What they learned is kept, and nothing more is protected there" if closing else "They learn nothing from it"
-    warn(
-        f"{function}: no batch of the task reached {len(names)} of {count} adapted layers: {listed(names, 8)}. {what}. "
-        "Check that loss_fn runs their part of the model, or leave them out of target_modules."
-    )
+    if names:
+        warn(
+            f"{function}: no batch of the task reached {len(names)} of {count} adapted layers: {listed(names, 8)}. "
+            f"{what}. Check that loss_fn runs their part of the model, or leave them out of target_modules."
+        )
+    if idle:
+        warn(
+            f"{function}: no token of the task was routed to {len(idle)} of {len(experts)} adapted weights of experts: "
+            f"{listed(idle)}. {what}."
+        )
 
 
 def warn_of_ranks(

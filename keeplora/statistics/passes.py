@@ -70,16 +70,23 @@ ALONE: Peers = _Alone()
 def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Tensor) -> Tensor | None:
     """Which tokens of a layer's input count, ``bool [x.shape[:-1]]`` on its device; None where all do.
 
+    Of experts, which are given some tokens each, the mask is asked about the input of all.
+
     Raises:
         ValueError: the mask is of another shape or dtype.
     """
-    mask = None if token_mask is None else token_mask(slot, x)
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+    if token_mask is None:
+        return None
+    source, rows = slot.host.source(slot, x)
+    mask = token_mask(slot, source)
+    if mask is None:
+        return None
+    if mask.shape != source.shape[:-1] or mask.dtype != torch.bool:
         raise ValueError(
-            f"{function}: token_mask must return bool {list(x.shape[:-1])} or None, got {list(mask.shape)} in "
+            f"{function}: token_mask must return bool {list(source.shape[:-1])} or None, got {list(mask.shape)} in "
             f"{mask.dtype} [{slot.name}]"
         )
-    return None if mask is None else mask.to(x.device)
+    return mask.to(x.device) if rows is None else mask.to(x.device)[rows]
 
 
 def rows_that_count(x: Tensor, mask: Tensor | None, *, in_place: bool = False) -> tuple[Tensor, int | Tensor]:

@@ -127,6 +127,13 @@ class KeepLora(LoraMethod):
     def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
         chosen = super().choose_targets(targets)
         self.config.check_towers({target.tower for target in chosen})
+        experts = [target.name for target in chosen if target.expert is not None]
+        if experts and self.config.feature_statistic == "slot_mean":
+            raise ValueError(
+                f'{type(self).__name__}: feature_statistic must be "second_moment" or "sketch" for experts, got '
+                f'"slot_mean" [{experts[0]}]: an expert\'s tokens have no positions that a mean could be taken at. '
+                "Set one of the two, or leave experts out of target_modules."
+            )
         return chosen
 
     def scaling_of(self, i: int) -> float:

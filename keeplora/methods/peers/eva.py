@@ -14,7 +14,7 @@ from keeplora.families import token_mask
 from keeplora.lora import LoraSlot, TokenMask
 from keeplora.lora.host import LoraHost
 from keeplora.ops.precision import full_precision
-from keeplora.statistics.passes import evaluating, naming_batch, observing
+from keeplora.statistics.passes import counting, evaluating, naming_batch, observing
 
 from ..lora import LoraConfig
 from ..method import LossFn
@@ -163,7 +163,7 @@ class _Watch:
                 self.of[slot] = self.last[1]
                 continue
             mine = mine or _Inputs(self.most, x.shape[-1])
-            keep = None if self.mask is None else self.mask(slot, x)
+            keep = counting("Eva", self.mask, slot, x)
             rows = x.detach().reshape(-1, x.shape[-1]) if keep is None else x.detach()[keep]
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(f"Eva: features must be finite, got NaN or Inf [{slot.name}]")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.families.coverage import Targets
-from keeplora.lora import Target
+from keeplora.lora import Target, target_shape
 from keeplora.ops.precision import full_precision
 
 from ..lora import SequentialLora
@@ -42,16 +42,14 @@ class Peer(SequentialLora):
 
     def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
         chosen = super().choose_targets(targets)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for target in chosen:
-            weight = parameters.get(f"{target.module}.{target.parameter}".lstrip("."))
-            if weight is None:
+            shape = target_shape(self.model, target)
+            if shape is None:
                 continue  # wrap says what is wrong with it
-            shape = [*weight.shape] if target.rows is None else [target.rows[1] - target.rows[0], weight.shape[1]]
             most = min(shape) // self.directions
             if self.config.r > most:
                 raise ValueError(
-                    f"{type(self).__name__}: r must be at most {most}, got {self.config.r} for a weight {shape} "
+                    f"{type(self).__name__}: r must be at most {most}, got {self.config.r} for a weight {[*shape]} "
                     f"[{target.name}]: each of r takes {self.directions} of its {min(shape)} singular directions. "
                     "Lower r."
                 )
