@@ -38,6 +38,14 @@ def mixtral():
     return tf.MixtralForCausalLM(tf.MixtralConfig(**LANGUAGE, num_local_experts=4))
 
 
+def longcat():
+    """Experts with a forward of their own: some of them do nothing."""
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 24,
+             "expert_ffn_hidden_size": 24, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2,
+             "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}  # fmt: skip  # noqa: E501
+    return tf.LongcatFlashForCausalLM(tf.LongcatFlashConfig(**sizes))
+
+
 def next_hybrid():
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
              "linear_value_head_dim": 8, "shared_expert_intermediate_size": 24}  # fmt: skip
@@ -117,8 +125,18 @@ def in_blocks(model):
 
 
 @pytest.mark.parametrize("build", [mixture, gpt_oss, mixtral, next_hybrid])
-def test_weights_of_fused_experts_are_said_to_be_left_out(build):
+def test_fused_experts_are_reached(build):
     model = on_meta(build)
+    everything, experts = in_blocks(model)
+    keeper, told = keeper_of(model)
+    assert not told
+    reached = sum(kind.share for kind in keeper.targets.kinds if kind.state == "adapted" and "experts" in kind.kind)
+    assert reached == pytest.approx(experts / everything, rel=0.06)  # in_blocks counts biases of experts, too
+    assert keeper_of(on_meta(build), ["attn"])[1] == []  # as asked for
+
+
+def test_weights_of_unknown_experts_are_said_to_be_left_out():
+    model = on_meta(longcat)
     everything, experts = in_blocks(model)
     keeper, told = keeper_of(model)
     assert len(told) == 1
@@ -128,7 +146,7 @@ def test_weights_of_fused_experts_are_said_to_be_left_out(build):
     assert left == pytest.approx(experts / everything)
     share = float(told[0].split("%")[0].split(": ")[1]) / 100
     assert left - 0.005 <= share <= left + 0.05
-    assert keeper_of(on_meta(build), ["attn"])[1] == []  # as asked for
+    assert keeper_of(on_meta(longcat), ["attn"])[1] == []
 
 
 def test_experts_that_are_a_models_own_parameters():

@@ -1,6 +1,7 @@
 """Experts in weights of three dimensions: every layout and product against a loop over tokens in float64."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -123,6 +124,55 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(make, implementat
             assert grad is None or not grad.any(), name  # an expert without a token
         else:
             assert_rounded(grad, b.grad, terms=terms * TOKENS, what=name)
+
+
+KINDS = {
+    "nemotron_h.NemotronHExperts": "NemotronHConfig",  # without a gate
+    "muse_spark.MuseSparkExperts": "MuseSparkTextConfig",  # a norm behind each expert
+    "aria.AriaExperts": "AriaTextConfig",  # transposed
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": "OpenAIPrivacyFilterConfig",  # with biases, too
+    "deepseek_v4.DeepseekV4Experts": "DeepseekV4Config",  # a gate of its own
+}
+"""Modules of experts that differ in more than their names; there are 68 in transformers 5.24."""
+
+
+class Sizes:
+    """A model's own configuration, but for its sizes."""
+
+    def __init__(self, config, implementation):
+        self.config, self._experts_implementation = config, implementation
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("hidden_size", "moe_latent_size"):
+            return 16
+        experts = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
+        return 4 if name in experts else 8 if "intermediate" in name else getattr(self.config, name)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_experts_computes_as_if_its_adapters_were_merged(kind, implementation):
+    name, cls = kind.split(".")
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    torch.manual_seed(0)
+    base = getattr(module, cls)(Sizes(getattr(module, KINDS[kind])(), implementation)).requires_grad_(False)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    merged, parent = copy.deepcopy(base), nn.ModuleDict({"experts": base})
+    slots = wrap(parent, linear_targets(parent))
+    for slot in slots:
+        out, width = slot.weight.shape
+        slot.attach(LoraAdapter(torch.randn(2, width), 0.1 * torch.randn(out, 2), 0.5))
+        adapter = slot.adapter
+        slot.part(merged.get_parameter(slot.parameter)).add_(0.5 * adapter.B.detach() @ adapter.A)
+    x, weights = torch.randn(9, slots[0].weight.shape[1]), torch.rand(9, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    exact = merged(x, index, weights)
+    for mode in ("factored", "merged"):
+        parent["experts"].forward_mode = mode
+        assert_rounded(parent["experts"](x, index, weights), exact.double(), terms=4096, what=f"{kind} {mode}")
 
 
 def test_gradients_of_a_trained_a_and_second_derivatives():
