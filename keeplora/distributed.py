@@ -86,7 +86,7 @@ class Processes:
             return
         found = [tensor.detach() for tensor in tensors.values()]
         sums = [torch.stack([t.sum(dtype=torch.float64), t.abs().sum(dtype=torch.float64)]) for t in found]
-        mine = dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
+        mine = dict(zip(tensors, torch.stack([pair.cpu() for pair in sums]).tolist() if sums else [], strict=True))
         for rank, theirs in enumerate(self.gather(mine)):
             if theirs != mine:
                 name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from keeplora.lora import require_whole
 from keeplora.lora.optimizer import unwrapped
 from keeplora.methods.method import Method
 
@@ -25,11 +26,13 @@ _HANDLES: WeakKeyDictionary[Method, list[_Removable]] = WeakKeyDictionary()
 
 
 def refuse_untrainable(caller: str, method: Method) -> None:
-    """Refuse a method that no loop over one task's data can train.
+    """Refuse a method that no loop over one task's data can train, or whose weights an engine has taken away.
 
     Raises:
         ValueError: it never trains, or it trains on the data of all tasks.
+        TypeError: its model is sharded or offloaded (:mod:`keeplora.lora.engines`).
     """
+    require_whole(caller, method.model)
     if not method.trains:
         raise ValueError(
             f"{caller}: method must be one that trains, got {method.name!r}, which has no parameters to train. "

@@ -13,7 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from keeplora._messages import warn
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
-from keeplora.lora import LoraSlot
+from keeplora.lora import LoraSlot, require_whole
+from keeplora.lora.engines import DATA_PARALLEL
 from keeplora.methods.method import Method
 from keeplora.methods.state import StateError, read_state
 
@@ -55,8 +56,8 @@ class KeepLoraCallback(TrainerCallback):
     to ``_keeplora-files`` beside them, which keeps what any of them needs, whichever Trainer deletes.
 
     What a task has learned is in the model's own weights after ``after_task`` alone: ``trainer.save_model()`` before it
-    writes a file that behaves like the model before the task, and a warning says so. Optimizers that split parameters
-    up (DeepSpeed ZeRO, FSDP) are refused.
+    writes a file that behaves like the model before the task, and a warning says so. What splits parameters up or takes
+    them away (DeepSpeed, FSDP, offloading), and several GPUs in one process, are refused.
 
     Args:
         method: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
@@ -64,6 +65,7 @@ class KeepLoraCallback(TrainerCallback):
     Raises:
         ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint); at ``train()``, the method
             cannot be trained with this optimizer.
+        TypeError: the model is sharded or offloaded.
         RuntimeError: ``train()`` begins while no task is open, or with an optimizer made for an earlier task, or goes
             on from a checkpoint that :meth:`resume` has not read; or Trainer took a step without calling the model's
             forward, which leaves the penalty out.
@@ -123,6 +125,10 @@ class KeepLoraCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         assert model is not None
+        require_whole("KeepLoraCallback", self.method.model)
+        require_whole("KeepLoraCallback", model, around=True)
+        if args.n_gpu > 1:
+            raise DATA_PARALLEL.error("KeepLoraCallback", f"a Trainer on {args.n_gpu} GPUs in one process")
         self._penalty_due = False
         self._hooks = TaskHooks(
             "KeepLoraCallback",

@@ -3,6 +3,7 @@
 from .adapter import LoraAdapter
 from .attention import LoraAttention, attend
 from .borrowed import BorrowedLinear
+from .engines import require_whole
 from .expert_layout import ExpertLayout, expert_layout
 from .experts import LoraExperts
 from .forward import own_linear
@@ -48,6 +49,7 @@ __all__ = [
     "merge_ahead",
     "own_linear",
     "register_host",
+    "require_whole",
     "select_targets",
     "target_shape",
     "unwrap",

@@ -1,4 +1,4 @@
-"""One launch for all merged weights: they are formed together when the model's forward begins.
+"""One launch for all merged weights of a device: they are formed together when the model's forward begins.
 
 Without this every layer forms its own when it is called, which gives the same numbers. What was formed ahead is used
 once, by the forward it was formed for, and only if nothing it was made from has changed since.
@@ -33,12 +33,12 @@ class _MergeAhead:
         # own.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        jobs: dict[torch.dtype, list[tuple[LoraHost, str, Tensor, list[Part]]]] = {}
+        jobs: dict[tuple[torch.dtype, torch.device], list[tuple[LoraHost, str, Tensor, list[Part]]]] = {}
         for (host, parameter, outside), inside in self.known.items():
             weight, parts = merge_job(host, parameter)
             if parts and compute_dtype(weight) == outside:
-                jobs.setdefault(inside, []).append((host, parameter, weight, parts))
-        for dtype, group in jobs.items():
+                jobs.setdefault((inside, weight.device), []).append((host, parameter, weight, parts))
+        for (dtype, _), group in jobs.items():
             for (host, parameter, *_), ahead in zip(group, Ahead.of([job[2:] for job in group], dtype), strict=True):
                 host.merged_ahead[parameter] = ahead
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .experts import LoraExperts
 from .peft_checkpoint import ExpertWeight
-from .update import Update
 from .slot import LoraSlot
+from .update import Update
 
 __all__ = ["expert_weights"]
 

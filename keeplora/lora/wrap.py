@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from .attention import LoraAttention
+from .device_map import hand_over, own_forward
+from .engines import require_whole
 from .expert_layout import expert_layout
 from .experts import LoraExperts
 from .four_bit import keep_differentiable
@@ -30,9 +32,11 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
             an adapted weight is shared with another layer (tied weights: one update would change both).
-        TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own.
+        TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own, or its weight
+            is sharded, offloaded or quantised (:mod:`keeplora.lora.engines`).
         RuntimeError: the model is wrapped already, a layer carries hooks or a forward set on it (they would be lost),
-            or torch's encoder layers would bypass the adapters in inference.
+            or torch's encoder layers would bypass the adapters in inference. What accelerate's ``device_map`` set on a
+            layer to bring inputs to its device goes over to its replacement.
 
     Example:
         >>> from keeplora.lora import linear_targets, unwrap, wrap
@@ -58,6 +62,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         slot = target.name.rsplit(".", 1)[-1] if target.rows or isinstance(host, LoraAttention) else "weight"
         slot = slot if target.expert is None else f"{target.parameter}_{target.expert}"
         slots.append(host.add_slot(slot, target.parameter, target.rows, target))
+    for path, host in hosts.items():
+        hand_over(model.get_submodule(path), host)
     for path in sorted(replacements, key=len):  # an attention before what stands in it
         for place in everywhere[path]:
             _replace(model, place, hosts[path])
@@ -84,6 +90,7 @@ def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | 
 
 def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
     """Which module is to be replaced by what; raises before anything changes."""
+    require_whole("wrap", model, {target.module for target in targets}, structure=True)
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -138,12 +145,11 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: model must not be wrapped already, got {type(module).__name__} at {path!r}. "
             "Call unwrap(model), or keep using the object that wrapped it."
         )
-    forward = module.__dict__.get("forward")
+    forward = own_forward(module)
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(
-            f"wrap: layers must run the forward of their class, got one set on the layer itself at {path!r}, as "
-            "accelerate's device_map does. Load the model without device_map and move it to its device, or call "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+            f"wrap: layers must run the forward of their class, got one set on the layer itself at {path!r}. Take it "
+            "off first: del layer.forward."
         )
     kinds = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
     if expert_layout(module) is not None and target.expert is not None:
@@ -155,13 +161,6 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: targets must name plain nn.Linear or nn.MultiheadAttention modules, or experts, got "
             f"{type(module).__module__}.{type(module).__name__} at {path!r} [{target.name}]. Leave it out of the "
             "targets; layers with a forward or a parametrization of their own cannot be replaced."
-        )
-    weight = own._parameters[target.parameter]
-    if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
-        raise TypeError(
-            f"wrap: adapted weights must be floating point, got {type(weight).__module__}.{type(weight).__name__} in "
-            f"{weight.dtype} [{target.name}]: a quantised weight cannot be merged into without rounding what is "
-            "protected. Use keeplora.initialize on a PeftModel, which keeps an adapter per task."
         )
     if _hooked(module):
         raise RuntimeError(
@@ -207,6 +206,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         if path.rpartition(".")[0] in hosts:
             continue  # goes with its attention
         plain = host.plain()
+        hand_over(host, plain)
+        for name, child in host.named_children():
+            if path and f"{path}.{name}" in hosts:
+                hand_over(child, plain.get_submodule(name))
         for place in places[id(host)]:
             _replace(model, place, plain)
     return model

@@ -53,5 +53,6 @@ def largest(values: Sequence[Tensor]) -> list[float]:
     if not values:
         return []
     extremes = [torch.stack(torch.aminmax(v.detach())) if v.numel() else v.new_zeros(2) for v in values]
-    sizes: list[float] = torch.stack([pair.double().abs().amax() for pair in extremes]).tolist()
+    device = values[0].device  # they may lie on several
+    sizes: list[float] = torch.stack([pair.double().abs().amax().to(device) for pair in extremes]).tolist()
     return sizes

@@ -21,6 +21,7 @@ from keeplora.lora import (
     merge_adapters,
     merge_ahead,
     peft_checkpoint,
+    require_whole,
     select_targets,
     target_shape,
     unwrap,
@@ -94,7 +95,12 @@ class LoraMethod(SlotStates):
                 stack of blocks belongs to no known tower.
         """
         among, names = self.targets_among(targets), self.config.target_modules
-        chosen = coverage(self.model, select_targets(among, names), among)
+        try:
+            selected = select_targets(among, names)
+        except ValueError:
+            require_whole(type(self).__name__, self.model, _meant(self.model, names))
+            raise
+        chosen = coverage(self.model, selected, among)
         if targets is None:
             towers = getattr(self.config, "towers", None)
             warn_of_left_out(type(self).__name__, self.model, chosen, among, names, towers)
@@ -316,6 +322,13 @@ def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str
             raise ValueError(
                 f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
             )
+
+
+def _meant(model: nn.Module, names: Sequence[str] | str) -> list[str]:
+    """The modules that ``target_modules`` names, of whatever kind."""
+    paths = [path for path, _ in model.named_modules()]
+    wanted = [names] if isinstance(names, str) else list(names)
+    return paths if wanted == ["all-linear"] else [p for p in paths if any(f".{n}." in f".{p}." for n in wanted)]
 
 
 def _is_trained(slot: LoraSlot) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
-from keeplora.lora import Target, TokenMask, unwrap
+from keeplora.lora import Target, TokenMask, require_whole, unwrap
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
 
@@ -80,6 +80,7 @@ class Method(Saved):
             raise ValueError(
                 f"{type(self).__name__}: targets must be None, got {len(targets)}: {self.name!r} chooses no weights"
             )
+        require_whole(type(self).__name__, model, structure=True)
         self.model, self.progress = model, progress
         self.config = self.config_type() if config is None else config
         self._begin()
@@ -303,11 +304,16 @@ class Method(Saved):
         return [] if self._buffers is None else self._buffers.moved()
 
     def _trained(self, function: str) -> list[nn.Parameter]:
-        self._require(function, task=True)
+        self._require_moment(function, task=True)
         return [parameter for _, parameter in self.named_trained()]
 
     def _require(self, function: str, *, task: bool | None) -> None:
-        """Refuse a call after :meth:`merge`, one without an open task, one during a task; ``task=None`` is any time."""
+        """Refuse a call at the wrong moment, or while an engine holds the weights; ``task=None`` is any moment."""
+        self._require_moment(function, task=task)
+        require_whole(function, self.model)
+
+    def _require_moment(self, function: str, *, task: bool | None) -> None:
+        """Refuse a call after :meth:`merge`, one without an open task, one during a task."""
         if self._given_back:
             raise RuntimeError(f"{function}: {self.name} has given its model back by merge(). Make a new one.")
         if task is True and not self.training_task:

@@ -39,10 +39,11 @@ def for_all_layers(
 ) -> list[T]:
     """``compute`` for every slot: given the positions of slots that are best worked on together, their results.
 
-    Which are: those of ``together``, by default those of one shape. An error is noted with the layers it arose in.
+    Which are: those of ``together``, by default those of one shape on one device. An error is noted with the layers it
+    arose in.
     """
     weights = [slot.weight for slot in slots]
-    groups = same_kind([(w.shape, w.dtype) for w in weights], weights) if together is None else together
+    groups = same_kind([(w.shape, w.dtype, w.device) for w in weights], weights) if together is None else together
     results: dict[int, T] = {}
     with _bar(phase, "layer", shown, None, len(slots)) as bar:
         for group in groups:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from keeplora._messages import nearest
-from keeplora.lora import Target, TokenMask
+from keeplora.lora import Target, TokenMask, require_whole
 
 from .dac.method import Dac, DacConfig
 from .duallora.method import DualLora, DualLoraConfig
@@ -185,6 +185,7 @@ def load(
         ...     load(folder, make()).config.r
         2
     """
+    require_whole("load", model)
     state = read_state(path)
     name = state.meta.get("method")
     if not isinstance(name, str) or name not in METHODS:

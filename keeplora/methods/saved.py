@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keeplora._version import __version__
-from keeplora.lora import LoraHost, Target, TokenMask, unwrap
+from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap
 
 from .settings import plain
 from .state import State, StateError, read_state, write_state
@@ -198,6 +198,7 @@ class Saved(ABC):
         Raises:
             StateError: nothing there, damaged, of another version, or made with another model.
         """
+        require_whole("load", model)
         state = read_state(path)
         check_method(cls.name, state, f"load: {os.fspath(path)}")
         method = resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)

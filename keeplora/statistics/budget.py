@@ -25,9 +25,16 @@ FREE_SHARE = 0.2
 log = logging.getLogger("keeplora")
 
 
-def budget_of(memory_budget: int | None, device: torch.device) -> int:
-    """Bytes for all statistics together: ``memory_budget``, or 20 % of what is free on the device if None."""
-    return int(FREE_SHARE * free_bytes(device)) if memory_budget is None else memory_budget
+def budget_of(memory_budget: int | None, slots: Sequence[LoraSlot]) -> int:
+    """Bytes for all statistics together: ``memory_budget``, or if None 20 % of what is free before the first of the
+    weights' devices is full."""
+    if memory_budget is not None:
+        return memory_budget
+    on: dict[torch.device, int] = {}
+    for slot in slots:
+        on[slot.weight.device] = on.get(slot.weight.device, 0) + slot.weight.numel()
+    whole = sum(on.values())
+    return int(FREE_SHARE * min(free_bytes(device) * whole / max(1, share) for device, share in on.items()))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -63,7 +70,7 @@ def feature_groups(
     everything = [list(range(len(slots)))]
     if kind == "slot_mean" or not slots:
         return everything
-    budget = min(peers.gather(budget_of(memory_budget, slots[0].weight.device)))
+    budget = min(peers.gather(budget_of(memory_budget, slots)))
     sizes = [_bytes(slot.weight, sketch_share if kind == "sketch" else 1.0) for slot in slots]
     if _needed(sizes) <= budget:
         return everything

@@ -45,7 +45,7 @@ def sketch_widths(
     Args:
         rank: Directions that are wanted of each gradient.
         kind: "auto" keeps gradients exactly if all of them fit the budget, and sketches them otherwise.
-        memory_budget: Bytes for all statistics together; 20 % of what is free on the weights' device if None.
+        memory_budget: Bytes for all statistics together; 20 % of what is free on the weights' devices if None.
 
     Raises:
         ValueError: ``kind`` is none of the three, or ``memory_budget`` is negative.
@@ -56,7 +56,7 @@ def sketch_widths(
         raise ValueError(f"sketch_widths: memory_budget must not be negative, got {memory_budget} bytes")
     if kind == "auto":
         needed = sum(4 * slot.weight.numel() for slot in slots)
-        budget = budget_of(memory_budget, slots[0].weight.device)
+        budget = budget_of(memory_budget, slots)
         kind = "exact" if needed <= budget else "sketch"
         if kind == "sketch":
             kept = sum(4 * min(len(slot.weight), ROWS_PER_DIRECTION * rank) * slot.weight.shape[1] for slot in slots)

@@ -126,19 +126,6 @@ def test_a_model_in_bfloat16():
     assert model.dtype == torch.bfloat16
 
 
-def test_hooks_of_accelerate_are_refused():
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
-    model, _ = fresh("llama")
-    add_hook_to_module(model.model.layers[0].self_attn.q_proj, AlignDevicesHook("cpu"))
-    kinds = [type(module) for module in model.modules()]
-    with pytest.raises(RuntimeError, match=r"accelerate's device_map does.*remove_hook_from_module\(model"):
-        keeplora.KeepLora(model, CONFIG)
-    assert [type(module) for module in model.modules()] == kinds
-    remove_hook_from_module(model, recurse=True)
-    keeplora.KeepLora(model, CONFIG)
-
-
 def test_tied_embeddings_stay_tied():
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**LANGUAGE, tie_word_embeddings=True)).eval()

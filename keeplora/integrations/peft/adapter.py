@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.families import find_targets
-from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
+from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target, require_whole
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
 from keeplora.lora.peft_checkpoint import check_plain_lora
 from keeplora.lora.update import Update
@@ -169,6 +169,8 @@ def find_adapter(
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    if isinstance(model, nn.Module):
+        require_whole(function, model)
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"{function}: model must be a PeftModel, got {type(model).__name__}. "

@@ -267,7 +267,7 @@ def update_subspace(
         warn_of_unreached("update_subspace", unseen, len(layers), closing=True)
         for slot, update in zip(slots, updates, strict=True):
             slot.attach(LoraAdapter(update.a.to(slot.weight.device), update.b.to(slot.weight.device), 1.0))
-        budget = budget_of(state.config.memory_budget, slots[0].weight.device)
+        budget = budget_of(state.config.memory_budget, slots)
         proofs = certified(slots, bases, new, merge=merge, budget=budget, shown=progress)
         size = update_size([[(update.a, update.b)] for update in updates], [slot.weight for slot in slots])
     if merge:

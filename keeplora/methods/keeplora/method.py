@@ -239,7 +239,7 @@ class KeepLora(LoraMethod):
                 own_mask=self.token_mask, shown=self.progress,
             )  # fmt: skip
             self.warn_of_unreached(reached)
-        budget = budget_of(self.config.memory_budget, self.slots[0].weight.device)
+        budget = budget_of(self.config.memory_budget, self.slots)
         layers = certified(self.slots, bases, new, merge=True, budget=budget, shown=self.progress)
         self._protected = [Protected((*o.parts, n.q), o.shares.closed()) for o, n in zip(old, new, strict=True)]
         return RetentionCertificate(self.tasks_learned, tuple(layers), tuple(self._moved_buffers()))

@@ -70,7 +70,7 @@ def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bo
         )
         return [kept(q) for q in found]
 
-    with within(budget_of(config.memory_budget, slots[0].weight.device)):
+    with within(budget_of(config.memory_budget, slots)):
         return for_all_layers(slots, compute, "weights", shown=shown)
 
 
@@ -112,7 +112,7 @@ def extended_bases(
             grown = extend_basis(old, [moment(j) for j in group], [energies[i] for i in mine])
             return [replace(e, q=kept(e.q[:, q.shape[1] :])) for e, q in zip(grown, old, strict=True)]
 
-        with within(budget_of(config.memory_budget, slots[0].weight.device)):
+        with within(budget_of(config.memory_budget, slots)):
             found = for_all_layers([slots[i] for i in positions], compute, "bases", shown=shown)
         new.update(zip(positions, found, strict=True))
         for i, yes in zip(positions, seen, strict=True):
