@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["PeerError", "Processes", "processes", "together"]
+__all__ = ["Group", "PeerError", "Processes", "processes", "together"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -24,28 +25,49 @@ class PeerError(RuntimeError):
     """Another process failed; the message says which one, and of what."""
 
 
+Group = Any
+"""A ``torch.distributed.ProcessGroup``, which this process is in."""
+
+_SHARING: ContextVar[Group | None] = ContextVar("the group of the block of together() that is running", default=None)
+
+
 class Processes:
-    """The processes of torch.distributed's default group, or this one alone where there is no group.
+    """The processes of a group of torch.distributed, or this one alone where there is no group.
 
     Every process makes the same calls in the same order. What one gives to :meth:`gather` or :meth:`add` takes a
     failure of another into account: whoever fails inside :meth:`together` says so where the others wait next.
 
+    Args:
+        group: The group; torch.distributed's default one if None.
+
     Attributes:
-        rank: This process. size: How many there are.
+        rank: This process, counted in the group. size: How many there are.
+
+    Raises:
+        ValueError: a group that this process is not in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group | None = None) -> None:
         grouped = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if grouped else 0
-        self.size = dist.get_world_size() if grouped else 1
+        self.group = group
+        self.rank = dist.get_rank(group) if grouped else 0
+        self.size = dist.get_world_size(group) if grouped else 1
+        if self.rank < 0:
+            raise ValueError(
+                f"processes: group must be one that this process is in, got another on rank {dist.get_rank()}. Call "
+                "with the group in its members alone."
+            )
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """A block that all processes get through, or in which all raise: the one that failed its own error.
 
+        Inside it, :func:`processes` gives those of this group.
+
         Raises:
             PeerError: another process failed, or was stopped.
         """
+        before = _SHARING.set(self.group)
         try:
             yield
         except PeerError:
@@ -55,6 +77,8 @@ class Processes:
                 vars(error)["told_peers"] = True
                 self._exchange(None, f"{type(error).__name__}: {error}")
             raise
+        finally:
+            _SHARING.reset(before)
         self.gather(None)
 
     def gather(self, value: T) -> list[T]:
@@ -74,7 +98,7 @@ class Processes:
         """Add up ``tensor`` over all processes, in place. Shape and dtype must be the same everywhere."""
         if self.size > 1:
             with _in_step():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
 
     def require_same(self, function: str, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors that differ between processes, by their sums in float64.
@@ -101,7 +125,7 @@ class Processes:
             return [(value, error)]
         replies: list[Any] = [None] * self.size
         with _in_step():
-            dist.all_gather_object(replies, (value, error))
+            dist.all_gather_object(replies, (value, error), group=self.group)
         return replies
 
 
@@ -122,18 +146,24 @@ def _in_step() -> Iterator[None]:
         raise
 
 
-def processes() -> Processes:
+def processes(group: Group | None = None) -> Processes:
     """Those that share a task now.
+
+    Args:
+        group: Their group. If None, that of the block of :meth:`Processes.together` that is running; outside of any,
+            torch.distributed's default group.
 
     Example:
         >>> processes().gather("alone")
         ['alone']
     """
-    return Processes()
+    return Processes(_SHARING.get() if group is None else group)
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
     """``function``, whose error in one process is an error in all of them: :meth:`Processes.together` around a call.
+
+    An argument ``group`` of the call names the processes.
 
     Example:
         >>> together(len)("ab")
@@ -142,7 +172,7 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        with processes().together():
+        with processes(kwargs.get("group")).together():
             return function(*args, **kwargs)
 
     return guarded

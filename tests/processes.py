@@ -84,10 +84,10 @@ def statistics(share, peers):
     return found
 
 
-def task(share, **settings):
+def task(share, group=None, **settings):
     """Bases, adapters and the certificate of a task; its training is the same everywhere, as under DDP."""
     keeper = KeepLora(start(), KeepLoraConfig(**SETTINGS | settings))
-    keeper.before_task(share, loss_fn)
+    keeper.before_task(share, loss_fn, group=group)
     adapters = [slot.adapter.A.detach().clone() for slot in keeper.slots]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -173,6 +173,25 @@ def others(rank, share):
         )),
         "a budget of nothing on 1": [slot.adapter.A.detach().clone() for slot in chosen.slots],
     }  # fmt: skip
+
+
+def task_of_a_group(rank, folder):
+    """Ranks 0 and 2 of three share a task; rank 1 learns another one at the same time, alone."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), 3)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=60))
+    pair, alone = dist.new_group([0, 2]), dist.new_group([1])
+    data = shares("uneven")
+    group, share = (alone, data[0][:1]) if rank == 1 else (pair, data[rank // 2])
+    found = {"task": task(share, group=group), "peers": (processes(group).rank, processes(group).size)}
+    if rank == 1:
+        found["stranger"] = error_of(lambda: processes(pair))
+    else:  # an error reaches the group, and nobody else
+        keeper = KeepLora(start(), KeepLoraConfig(**SETTINGS))
+        found["error"] = error_of(lambda: keeper.before_task(share, loss_fn if rank else None, group=group))
+        found["kept"] = keeper.group is None
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def work(rank, folder):

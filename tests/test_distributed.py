@@ -7,14 +7,12 @@ import torch
 import torch.multiprocessing as mp
 
 from keeplora.statistics.passes import ALONE
-from tests.processes import SETTINGS, shares, statistics, task, work
+from tests.processes import SETTINGS, shares, statistics, task, task_of_a_group, work
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    context = mp.spawn(work, args=(str(folder),), nprocs=2, join=False)
+def found_by(folder, function, count):
+    """What each of some processes found."""
+    context = mp.spawn(function, args=(str(folder),), nprocs=count, join=False)
     try:
         deadline = time.monotonic() + 150
         while not context.join(timeout=5):
@@ -23,7 +21,13 @@ def both(tmp_path_factory):
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each of two processes found."""
+    return found_by(tmp_path_factory.mktemp("processes"), work, 2)
 
 
 def close(found, expected, tolerance=2e-5):
@@ -76,6 +80,21 @@ def test_a_task_is_the_same_everywhere_and_the_same_as_alone(both, name, setting
         assert mine["added"] == expected["added"]
         assert mine["captured"] == pytest.approx(expected["captured"], rel=1e-5)
         assert mine["leak"] <= 1e-6
+
+
+def test_a_task_of_some_processes_is_no_matter_of_the_others(tmp_path):
+    first, other, second = found_by(tmp_path, task_of_a_group, 3)
+    alone = task([batch for share in shares("uneven") for batch in share])
+    assert same_bits(first["task"], second["task"])
+    close([span(q, "bases") for q in first["task"]["bases"]], [span(q, "bases") for q in alone["bases"]], 1e-3)
+    assert same_bits(other["task"], task(shares("uneven")[0][:1]))
+    assert [found["peers"] for found in (first, other, second)] == [(0, 2), (0, 1), (1, 2)]
+    kind, text = other["stranger"]
+    assert (kind, "on rank 1" in text) == ("ValueError", True)
+    assert first["error"][0] == "TypeError"
+    assert second["error"][0] == "PeerError"
+    assert "process 0 of 2 failed, so this one (rank 1) stops: TypeError: before_task: loss_fn" in second["error"][1]
+    assert first["kept"] is second["kept"] is True  # before_task changed nothing
 
 
 def test_a_layer_that_one_process_alone_has_reached_is_reached(both):

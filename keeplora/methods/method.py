@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
-from keeplora.distributed import processes
+from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_whole, unwrap
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
@@ -61,6 +61,10 @@ class Method(Saved):
     token_mask: TokenMask | None = None
     """Which inputs of a layer count as features, instead of what the model's family tells: ``mask(slot, x)`` gives
     ``bool [x.shape[:-1]]``, True where a token counts, or None where all do. Read in every pass over features."""
+
+    group: Group | None = None
+    """The ``torch.distributed.ProcessGroup`` of those that share a task's data, each with a model of its own: all that
+    is exchanged in :meth:`before_task` and :meth:`after_task` stays among them. None: the default group."""
 
     validate: Callable[[], float] | None = None
     """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.
@@ -117,7 +121,14 @@ class Method(Saved):
 
     # ------------------------------------------------------------------ the life of a task
 
-    def before_task(self, loader: Iterable[Any], loss_fn: LossFn, *, batch_size: BatchSize | None = None) -> None:
+    def before_task(
+        self,
+        loader: Iterable[Any],
+        loss_fn: LossFn,
+        *,
+        batch_size: BatchSize | None = None,
+        group: Group | None = None,
+    ) -> None:
         """Open a task. The model's function does not change; on an error nothing has changed.
 
         Args:
@@ -126,13 +137,14 @@ class Method(Saved):
             batch_size: ``batch_size(batch) -> int``: what the batch's loss is a mean over, by which its gradient is
                 weighted. By default its samples, read off the leading dimension of the first tensor in it
                 (:func:`keeplora.statistics.batch_size_of`). Methods that look at no gradient do not ask.
+            group: The processes that share the task; kept as :attr:`group`. None leaves that as it is.
 
         Raises:
             RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
             TypeError: ``loss_fn`` is no function.
             ValueError: of several processes some hold other weights.
         """
-        with processes().together():
+        with processes(self.group if group is None else group).together():
             self._require("before_task", task=False)
             if not callable(loss_fn):  # the two arguments are easily swapped
                 raise TypeError(
@@ -143,6 +155,7 @@ class Method(Saved):
             self._batch_size = batch_size
             with self._opening(loss_fn):
                 self.open_task(loader, loss_fn)
+        self.group = self.group if group is None else group
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters an optimizer should hold for the task that is open.
@@ -194,7 +207,7 @@ class Method(Saved):
             UserWarning: parameters besides those of the method were left to train; buffers had moved that are frozen,
                 and were put back.
         """
-        with processes().together():
+        with processes(self.group).together():
             self._require("after_task", task=True)
             forward = loss_fn or self._loss_fn
             if forward is None:

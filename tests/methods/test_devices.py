@@ -73,10 +73,13 @@ def test_merging_in_a_forward_and_at_the_end(slots, monkeypatch):
     hooks = model._forward_pre_hooks[begin.id].__self__
     for _ in range(2):  # a first forward teaches which weights are merged in one
         hooks.begin(model, None)
+        formed = [slot.host.merged_ahead["weight"].merged.weight for slot in slots if slot.host.merged_ahead]
+        assert devices(formed) == DEVICES[: len(formed)]
         outputs = [slot.host(torch.ones(3, 8, device=slot.weight.device, requires_grad=True)) for slot in slots]
         ahead = [bool(slot.host.to_merge) for slot in slots]
         hooks.end(model, None, None)
         assert devices(outputs) == DEVICES
+    assert len(formed) == len(DEVICES)
     assert not any(ahead)
     begin.remove(), end.remove()
     for slot in slots:

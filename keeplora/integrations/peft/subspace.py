@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keeplora.distributed import together
+from keeplora.distributed import Group, together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
@@ -55,6 +55,7 @@ def initialize(
     batch_size: BatchSize | None = None,
     token_mask: TokenMask | None = None,
     progress: bool | None = None,
+    group: Group | None = None,
 ) -> SubspaceState:
     r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
 
@@ -82,6 +83,7 @@ def initialize(
         token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
             Remembered for :func:`update_subspace`.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
+        group: The ``torch.distributed.ProcessGroup`` of those that share the task's data; the default group if None.
 
     Returns:
         ``state``, or the new one.
@@ -188,6 +190,7 @@ def update_subspace(
     merge: bool = True,
     token_mask: TokenMask | None = None,
     progress: bool | None = None,
+    group: Group | None = None,
 ) -> RetentionCertificate:
     r"""Close the task: protect what its inputs look like, put the update into the base weights, and prove retention.
 
@@ -210,6 +213,7 @@ def update_subspace(
         token_mask: Which inputs count as features; by default what :func:`initialize` was given, or what
             :func:`keeplora.families.token_mask` tells.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
+        group: As of :func:`initialize`.
 
     Returns:
         The retention certificate: leak, orthogonality, captured energy and room, per layer and the worst.
