@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
-from keeplora.lora.peft_checkpoint import Update, check_plain_lora
+from keeplora.lora.peft_checkpoint import Update
+from keeplora.lora.peft_config import check_plain_lora
 from keeplora.methods.buffers import Buffers
 
 __all__ = [
