@@ -68,14 +68,14 @@ class BaseModel:
     @property
     def on_hub(self) -> bool:
         """Whether the name is an id on the Hub, and no folder of this machine."""
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub import utils
 
+        hub: Any = utils
         if self.name is None or os.path.exists(self.name):
             return False
         try:
-            validate_repo_id(self.name)
-        except HFValidationError:
+            hub.validate_repo_id(self.name)
+        except hub.HFValidationError:
             return False
         return True
 
@@ -89,11 +89,14 @@ def _task_type(model: nn.Module) -> str | None:
         return None
     from transformers.models.auto import modeling_auto
 
+    mappings: Any = vars(modeling_auto)
     config = type(getattr(model, "config", None))
-    if modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(config) is type(model):  # type: ignore[no-untyped-call]
+
+    def makes(mapping: str) -> bool:
+        """Whether the auto class with this mapping makes this kind of model of this configuration."""
+        return mapping in mappings and mappings[mapping].get(config, None) is type(model)
+
+    if makes("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"):
         return None
-    mappings = {
-        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    }
-    return next((kind for kind, known in mappings.items() if known.get(config, None) is type(model)), None)
+    kinds = {"CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING", "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"}
+    return next((kind for kind, mapping in kinds.items() if makes(mapping)), None)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from keeplora.lora import LoraAdapter, LoraSlot
 
+from .base_weights import Hashes, is_hashes, slot_weights
 from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
 from .method import Method, freeze
-from .reading import is_names, stored, stored_like
+from .reading import is_figures, is_names, stored, stored_like
 from .state import State, StateError
 
 __all__ = ["SlotStates"]
@@ -27,6 +28,10 @@ class SlotStates(Method):
     """A method whose weights are in slots."""
 
     slots: list[LoraSlot]
+    base_hashes: Hashes | None = None
+    """Of the weights as they were before the first task; None as long as nothing was merged."""
+    certificates: list[dict[str, float] | None]
+    """The worst figures of every closed task; None where the method gives no certificate."""
     rests_with_adapters: ClassVar[bool] = False
     """Whether slots hold adapters between tasks too: what cannot be merged."""
 
@@ -56,6 +61,8 @@ class SlotStates(Method):
             "frozen": fingerprint(self.model, self.slots, buffers=self.frozen_buffers, remembered=True),
             "adapters": held,
             "unknown_updates": [slot.name for slot in self.slots if slot.learned is None],
+            "base_weights": self.base_hashes,
+            "certificates": self.certificates,
         }
         return State(tensors | self._moving_buffers(), meta)
 
@@ -90,13 +97,25 @@ class SlotStates(Method):
         if not is_names(unknown) or not set(unknown) <= set(names):
             raise StateError(f"load_state: unknown_updates must be names of targets, got {unknown!r}")
         slots = [self._recall_slot(state, i, held.get(name), name in unknown) for i, name in enumerate(names)]
+        hashes, certificates = self._recall_history(state)
         if self.frozen_buffers:
-            return _Weights(slots, {}, {})
+            return _Weights(slots, {}, {}, hashes, certificates)
         mine = model_buffers(self.model)
         now = {name: stored_like(state, f"buffers.{name}", buffer) for name, buffer in mine.items()}
         opened = mine if meta["training_task"] else {}
         before = {name: stored_like(state, f"buffers_before.{name}", buffer) for name, buffer in opened.items()}
-        return _Weights(slots, now, before)
+        return _Weights(slots, now, before, hashes, certificates)
+
+    def _recall_history(self, state: State) -> tuple[Hashes | None, list[dict[str, float] | None]]:
+        hashes, certificates = state.meta.get("base_weights"), state.meta.get("certificates")
+        own = slot_weights(self.slots)
+        if hashes is not None and not (is_hashes(hashes) and set(hashes) == set(own)):
+            raise StateError(f"load_state: base_weights must be hashes of {len(own)} weights or null, got {hashes!r}")
+        if not is_figures(certificates, state.meta["tasks_learned"]):
+            raise StateError(
+                f"load_state: certificates must be figures of {state.meta['tasks_learned']} tasks, got {certificates!r}"
+            )
+        return hashes, certificates
 
     def _recall_slot(self, state: State, i: int, held: list[str] | None, unknown: bool) -> _SlotState:
         slot = self.slots[i]
@@ -131,6 +150,7 @@ class SlotStates(Method):
         return _SlotState(weight, adapter, learned)
 
     def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
+        self.base_hashes, self.certificates = weights.base_hashes, list(weights.certificates)
         if open_task:
             freeze(self.model)  # the adapters bring their own flags
             set_buffers(self.model, weights.before)
@@ -150,6 +170,8 @@ class _Weights(NamedTuple):
     slots: list[_SlotState]
     buffers: dict[str, Tensor]
     before: dict[str, Tensor]
+    base_hashes: Hashes | None
+    certificates: list[dict[str, float] | None]
 
 
 class _SlotState(NamedTuple):

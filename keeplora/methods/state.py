@@ -25,7 +25,7 @@ from keeplora._files import flush, is_abandoned, one_writer, staged, write_json
 from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
 
 FORMAT = "keeplora-state"
-SCHEMA = 3
+SCHEMA = 4
 """The version this code writes, and the only one it reads."""
 
 STATE_FILE = "state.json"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keeplora.lora import LoraSlot, peft_checkpoint
+from keeplora.methods.base_weights import Hashes, base_fault, slot_weights
 from keeplora.methods.saved import UNREADABLE
 from keeplora.methods.state import StateError
 from keeplora.ops.project_rows import project_rows
@@ -26,10 +28,13 @@ def imported_adapters(
     scalings: Sequence[float],
     *,
     project: bool,
+    original: Hashes | None = None,
+    other_base: bool = False,
 ) -> list[dict[str, Tensor] | None]:
     """A and B of every slot that the checkpoint adapts, with the slot's scaling; see :meth:`KeepLora.import_peft`."""
     try:
         updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
+        note = None if other_base else peft_checkpoint.read_note(path)
     except (OSError, *UNREADABLE) as error:
         ours = str(error).startswith("import_peft: ")
         said = f"{os.fspath(path)} must be an adapter of PEFT's, got one that cannot be read: {error}"
@@ -37,6 +42,7 @@ def imported_adapters(
     if not updates:
         raise StateError(f"import_peft: {os.fspath(path)} must hold an update of the targets, got B = 0 everywhere")
     held = [i for i, slot in enumerate(slots) if slot.name in updates]
+    _check_base(path, note, slots, updates, original)
     for i in held:
         if scalings[i] == 0:
             raise StateError(
@@ -65,3 +71,27 @@ def imported_adapters(
             raise StateError(f"import_peft: lora_alpha must leave B finite, got NaN or Inf [{slots[i].name}]")
         parts[i] = {"A": a, "B": scaled}
     return parts
+
+
+def _check_base(
+    path: str | os.PathLike[str],
+    note: Mapping[str, Any] | None,
+    slots: Sequence[LoraSlot],
+    updates: Mapping[str, peft_checkpoint.Update],
+    original: Hashes | None,
+) -> None:
+    """Refuse an adapter that was made for other weights, as far as its folder tells."""
+    changed = [slot for slot in slots if slot.name in updates]
+    fault = None if note is None else base_fault(
+        note, slot_weights(slots), original, [slot.exact_weight for slot in changed],
+        [updates[slot.name] for slot in changed],
+    )  # fmt: skip
+    if note is None or fault is None:
+        return
+    held = note.get("tasks_in_base")
+    wanted = f"the base model with {held} tasks merged" if held else "the original base model"
+    raise StateError(
+        f"import_peft: the model must be the one that {os.fspath(path)} was made for ({wanted}, "
+        f"{note.get('base_model') or 'without a name'}), got {fault}. Load that model, or pass other_base=True if this "
+        "one is meant."
+    )
