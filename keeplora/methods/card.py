@@ -109,14 +109,15 @@ def _what(story: Story, adapter: bool) -> str:
         f" ({', '.join(story.names)})" * bool(story.names)
     )
     kind = "A LoRA adapter in PEFT's format" if adapter else "A pretrained model with all updates in its weights"
-    return f"{kind}. It learned {tasks} with `{story.method}` of keeplora. Base model: {_named(story.base)}."
+    return f"{kind}, by keeplora. It learned {tasks} by the method `{story.method}`. Base model: {_named(story.base)}."
 
 
 def _named(base: BaseModel) -> str:
     if base.name is None:
         return "not named by whoever made this"
-    revision = f" at revision `{base.revision}`" if base.revision else ""
-    return f"`{base.name}`{revision}" + ("" if base.on_hub else ", which is no id on the Hub")
+    if not base.on_hub:
+        return f"`{Path(base.name).name}`, which is no id on the Hub"
+    return f"`{base.name}`" + (f" at revision `{base.revision}`" if base.revision else "")
 
 
 def _how(story: Story, load: str | None) -> str:

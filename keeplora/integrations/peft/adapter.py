@@ -203,6 +203,15 @@ def find_adapter(
     return PeftAdapter(model, name, tuple(layers))
 
 
+def find_layers(function: str, model: Any, name: str) -> dict[str, PeftLayer]:
+    """The layers of one adapter by path, whichever adapters are active; their place in the model is not looked at."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = {p: m for p, m in base.named_modules() if name in getattr(m, "lora_A", ())}
+    if not modules:
+        raise ValueError(f"{function}: model must be the PeftModel with adapter {name!r}, got {type(model).__name__}")
+    return {p: PeftLayer(Target(p, p, "weight", None, 0, "model"), m, name) for p, m in modules.items()}
+
+
 def trainable_neighbours(adapter: PeftAdapter, kept: Collection[str], also_train: Iterable[str]) -> list[str]:
     """Names of parameters that would be trained beside the adapter and were not said to be."""
     allowed = [f".{name}." for name in also_train]
