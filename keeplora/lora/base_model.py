@@ -46,7 +46,7 @@ class BaseModel:
         if task_type is not None and task_type not in (known := [kind.value for kind in TaskType]):
             raise ValueError(f"export_peft: task_type must be None or one of {', '.join(known)}, got {task_type!r}")
         config: Any = getattr(model, "config", None)
-        own = getattr(model, "name_or_path", None) or None
+        own = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
         if name is None and own is None and hasattr(model, "name_or_path"):
             warn(
                 "export_peft: the base model must have a name to be found again, got a model that was loaded from "

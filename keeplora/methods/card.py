@@ -40,7 +40,7 @@ class Story:
         certificates: Of each closed task the worst figures, or None.
         capacity: What is protected, where the method protects a subspace.
         in_base: Tasks that the weights below the adapter hold already; 0 for the original weights.
-        names: The tasks' names, where they are known.
+        training: What else is to be known of how it was trained: data, learning rate, steps.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Story:
     certificates: Sequence[Mapping[str, float] | None] = ()
     capacity: Capacity | None = None
     in_base: int = 0
-    names: Sequence[str] = field(default=())
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(
@@ -85,7 +85,8 @@ def model_card(
         _protection(story),
         _certificates(story),
         _results(results),
-        f"## Settings\n\n```json\n{json.dumps(dict(story.settings), indent=2)}\n```",
+        _json("Training", story.training),
+        _json("Settings", story.settings),
         f"## Versions\n\nkeeplora {__version__}, torch {torch.__version__}{_peft() if adapter else ''}",
     ]
     text = f"---\n{mine.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
@@ -105,9 +106,7 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def _what(story: Story, adapter: bool) -> str:
-    tasks = f"{story.tasks} task{'s' if story.tasks != 1 else ''}" + (
-        f" ({', '.join(story.names)})" * bool(story.names)
-    )
+    tasks = f"{story.tasks} task{'s' if story.tasks != 1 else ''}"
     kind = "A LoRA adapter in PEFT's format" if adapter else "A pretrained model with all updates in its weights"
     return f"{kind}, by keeplora. It learned {tasks} by the method `{story.method}`. Base model: {_named(story.base)}."
 
@@ -197,6 +196,10 @@ def _results(results: Sequence[EvalResult]) -> str:
         f"| {each.dataset_name} | {each.metric_name or each.metric_type} | {each.metric_value} |" for each in results
     ]
     return "## Results\n\n" + "\n".join(["| task | metric | value |\n|---|---|---|", *rows])
+
+
+def _json(title: str, values: Mapping[str, Any]) -> str:
+    return f"## {title}\n\n```json\n{json.dumps(dict(values), indent=2)}\n```" if values else ""
 
 
 def _peft() -> str:

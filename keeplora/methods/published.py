@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,6 +40,7 @@ class Published(SlotStates):
         base_model: str | None = None,
         revision: str | None = None,
         task_type: str | None = None,
+        training: Mapping[str, Any] | None = None,
         card: ModelCardData | None = None,
     ) -> None:
         r"""Write what was learned as an adapter that stock ``PeftModel.from_pretrained(pretrained_model, path)`` reads.
@@ -61,6 +62,7 @@ class Published(SlotStates):
             base_model: Id on the Hub or folder of the base model, instead of the ``name_or_path`` of its config.
             revision: Of the base model on the Hub, instead of the commit that its config knows.
             task_type: One of PEFT's, such as ``"CAUSAL_LM"``, instead of what the model's class tells.
+            training: For the card: what else is to be known of the training, such as data, learning rate and steps.
             card: Metadata of your own for the card: license, language, datasets, eval_results … It is not changed.
 
         Raises:
@@ -100,15 +102,12 @@ class Published(SlotStates):
             [slot.exact_weight for slot in self.slots], [updates[slot.name] for slot in self.slots], merged,
         )  # fmt: skip
         peft_checkpoint.write(path, self.model, layers, base, note=note)
-        write_card(Path(path), model_card(self.story(base, in_base=held), card))
-
-    def story(self, base: BaseModel, *, in_base: int = 0) -> Story:
-        """What a card tells of this method."""
-        return Story(
-            method=self.name, settings=plain(self.config), tasks=self.tasks_learned + self.training_task - in_base,
-            base=base, certificates=() if in_base else tuple(self.certificates), capacity=self.capacity(),
-            in_base=in_base,
+        story = Story(
+            self.name, plain(self.config), self.tasks_learned + self.training_task - held, base,
+            certificates=() if held else tuple(self.certificates), capacity=self.capacity(), in_base=held,
+            training=training or {},
         )  # fmt: skip
+        write_card(Path(path), model_card(story, card))
 
     def known_base(self) -> Hashes | None:
         """Hashes of the weights as they were before the first task; None where they were never known."""

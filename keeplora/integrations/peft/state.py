@@ -269,6 +269,7 @@ class SubspaceState:
         base_model: str | None = None,
         revision: str | None = None,
         task_type: str | None = None,
+        training: Mapping[str, Any] | None = None,
         card: ModelCardData | None = None,
     ) -> None:
         """Write everything learned as one adapter for the pretrained model, of the tasks' ranks together.
@@ -279,7 +280,7 @@ class SubspaceState:
         Args:
             path: A folder; an adapter and a card of keeplora's in it are replaced, other files stay.
             model: The ``PeftModel``; or, where no adapter was kept, the model it was made of.
-            base_model, revision, task_type, card: As of :meth:`keeplora.KeepLora.export_peft`.
+            base_model, revision, task_type, training, card: As of :meth:`keeplora.KeepLora.export_peft`.
 
         Raises:
             ValueError: nothing was learned; adapters were kept, and the model is no ``PeftModel`` that has them.
@@ -300,7 +301,8 @@ class SubspaceState:
         note = base_note(about, self.base_hashes, 0, weights, list(layers.values()), [] if untouched else merged)
         peft_checkpoint.write(path, base, layers, about, note=note)
         story = Story(
-            METHOD, plain(self.config), self.tasks_learned, about, tuple(self.certificates), self.capacity()
+            METHOD, plain(self.config), self.tasks_learned, about, tuple(self.certificates), self.capacity(),
+            training=training or {},
         )  # fmt: skip
         write_card(Path(path), model_card(story, card))
 
