@@ -57,7 +57,7 @@ def imported_adapters(
             f"import_peft: the adapter must keep out of what is protected, got {leaks[worst]:.1e} of a row of A inside "
             f"it [{slots[worst].name}, the worst of {len(astray)} layers]. Pass project=True to drop that part of it; "
             "or, before the first task, merge it with PEFT (merge_and_unload) and make the keeper of the result, so "
-            "that it is protected too."
+            "that it is protected too; or keep it as an adapter of a PeftModel with keeplora.keep_adapter."
         )
     if astray:
         projected, _ = project_rows([rows[i] for i in astray], [bases[i] for i in astray])
