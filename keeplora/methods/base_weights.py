@@ -55,10 +55,10 @@ def slot_weights(slots: Sequence[LoraSlot]) -> dict[str, Tensor]:
 
 def is_hashes(value: Any) -> bool:
     """Whether ``value`` is of this kind; it may come from anywhere."""
-    return isinstance(value, dict) and all(
-        isinstance(each, dict) and all(isinstance(h, str) and re.fullmatch("[0-9a-f]{16}", h) for h in each.values())
-        for each in value.values()
-    )
+    if not isinstance(value, dict) or not all(isinstance(each, dict) and each for each in value.values()):
+        return False
+    texts = [text for each in value.values() for text in each.values()]
+    return all(isinstance(text, str) and re.fullmatch("[0-9a-f]{16}", text) for text in texts)
 
 
 def inner_product(weights: Sequence[Tensor], updates: Sequence[Update]) -> float:

@@ -201,8 +201,10 @@ class SubspaceState:
         texts = [self.pretrained, self.current, self.frozen, "" if self.open_adapter is None else self.open_adapter]
         if not is_names(texts):
             raise StateError(f"load: fingerprints and open_adapter must be texts, got {texts!r}")
-        if not is_hashes(self.base_hashes) or not is_figures(self.certificates, tasks):
-            raise StateError("load: base_weights must be hashes and certificates figures of every task, got others")
+        if not is_hashes(self.base_hashes) or set(self.base_hashes) != {f"{name}.weight" for name in names}:
+            raise StateError(f"load: base_weights must be hashes of {len(names)} weights, got {self.base_hashes!r}")
+        if not is_figures(self.certificates, tasks):
+            raise StateError(f"load: certificates must be figures of {tasks} tasks, got {self.certificates!r}")
         strangers = [name for updates in self.learned for name in updates if name not in names]
         if set(self.added) != set(names) or strangers:
             got = strangers or self.added
