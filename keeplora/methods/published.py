@@ -126,7 +126,9 @@ class Published(SlotStates):
         :meth:`from_pretrained`.
 
         Args:
-            path: A folder. state: Whether the state is saved too. export: Of :meth:`export_peft`.
+            path: A folder.
+            state: Whether the state is saved too.
+            export: Of :meth:`export_peft`.
 
         Raises:
             ValueError, TypeError, RuntimeError: as :meth:`export_peft`; nothing was written then.
@@ -152,8 +154,11 @@ class Published(SlotStates):
         Args:
             path: A local folder, or the id of a repository on the Hub.
             model: The pretrained model the method was made with.
-            revision, token: Of the Hub.
-            targets, token_mask, progress: As of :meth:`load`.
+            revision: Branch, tag or commit on the Hub.
+            token: Of the Hub.
+            targets: As of :meth:`load`.
+            token_mask: As of :meth:`load`.
+            progress: As of :meth:`load`.
 
         Raises:
             StateError: no state is there, or it does not fit the model.
@@ -186,7 +191,11 @@ class Published(SlotStates):
             repo_id: ``"name"`` or ``"organisation/name"``.
             state: Whether the state goes, too. It holds the adapted weights of the base model themselves, and
                 directions of the features of your data: think of the base model's licence and of your data.
-            private, token, branch, commit_message, create_pr: Of the Hub; ``branch`` is made where there is none.
+            private: Whether a repository that is made is private.
+            token: Of the Hub.
+            branch: Where to; it is made where there is none.
+            commit_message: Of the commit.
+            create_pr: Whether to open a pull request instead.
             export: Of :meth:`export_peft`. ``base_model`` must be an id on the Hub for others to load the adapter.
 
         Returns:

@@ -62,8 +62,11 @@ def keep_adapter(
         state: Of earlier tasks; changed when everything has succeeded. A new one is made if None.
         adapter_name: The adapter; the active one if None.
         config: Settings for a new state, as of :func:`keeplora.initialize`.
-        loader, loss_fn: Batches of the old task, and what runs the model on one; both or neither.
-        targets, token_mask, progress: As of :func:`keeplora.initialize`.
+        loader: Batches of the old task.
+        loss_fn: What runs the model on one; together with ``loader``.
+        targets: As of :func:`keeplora.initialize`.
+        token_mask: As of :func:`keeplora.initialize`.
+        progress: As of :func:`keeplora.initialize`.
 
     Returns:
         ``state``, or the new one.

@@ -282,7 +282,11 @@ class SubspaceState:
         Args:
             path: A folder; an adapter and a card of keeplora's in it are replaced, other files stay.
             model: The ``PeftModel``; or, where no adapter was kept, the model it was made of.
-            base_model, revision, task_type, training, card: As of :meth:`keeplora.KeepLora.export_peft`.
+            base_model: As of :meth:`keeplora.KeepLora.export_peft`, as are all that follow.
+            revision: Of the base model.
+            task_type: PEFT's.
+            training: For the card.
+            card: Metadata of your own.
 
         Raises:
             ValueError: nothing was learned; adapters were kept, and the model is no ``PeftModel`` that has them.
