@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from keeplora.compare.runs import run_benchmark
     from keeplora.families import find_targets
     from keeplora.integrations.hf_trainer import KeepLoraCallback
-    from keeplora.integrations.peft import SubspaceState, freeze_a, initialize, update_subspace
+    from keeplora.integrations.peft import SubspaceState, freeze_a, initialize, keep_adapter, update_subspace
     from keeplora.methods import (
         METHODS,
         Capacity,
@@ -58,6 +58,7 @@ else:  # imported when first asked for: `keeplora --help` waits for no torch, a 
             "find_targets": _Lazy("keeplora.families"),
             "freeze_a": _Lazy("keeplora.integrations.peft"),
             "initialize": _Lazy("keeplora.integrations.peft"),
+            "keep_adapter": _Lazy("keeplora.integrations.peft"),
             "load": _Lazy("keeplora.methods"),
             "load_config": _Lazy("keeplora.train.config"),
             "plot_capacity": _Lazy("keeplora.report.capacity", "matplotlib", "pip install matplotlib"),
@@ -90,6 +91,7 @@ __all__ = [
     "find_targets",
     "freeze_a",
     "initialize",
+    "keep_adapter",
     "load",
     "load_config",
     "plot_capacity",

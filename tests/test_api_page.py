@@ -27,6 +27,7 @@ DETAILS = {
     "keeplora.methods.capacity",
     "keeplora.methods.lora_method",
     "keeplora.methods.method",
+    "keeplora.methods.published",
     "keeplora.methods.saved",
     "keeplora.methods.settings",
 }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from keeplora._lazy import Lazy as _Lazy
 from keeplora._lazy import lazy as _lazy_names
 
-from .peft import SubspaceState, freeze_a, initialize, update_subspace
+from .peft import SubspaceState, freeze_a, initialize, keep_adapter, update_subspace
 
 if TYPE_CHECKING:
     from .hf_trainer import KeepLoraCallback
@@ -19,4 +19,4 @@ else:
         },
     )
 
-__all__ = ["KeepLoraCallback", "SubspaceState", "freeze_a", "initialize", "update_subspace"]
+__all__ = ["KeepLoraCallback", "SubspaceState", "freeze_a", "initialize", "keep_adapter", "update_subspace"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,23 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from keeplora._files import flush, one_writer, staged
+from keeplora._messages import warn
 from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
 
+from .base_model import BaseModel
 from .host import LoraHost
+from .peft_config import check_plain_lora, check_settings
 from .slot import LoraSlot
 from .update import Update
 
-__all__ = ["ExpertWeight", "check_plain_lora", "layers_of", "read", "split", "write"]
+__all__ = ["ExpertWeight", "layers_of", "read", "read_note", "split", "write"]
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+NOTE = "keeplora.json"
+FORMAT = "keeplora-adapter"
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-_HARMLESS = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
-    "loftq_config", "eva_config", "runtime_config", "qalora_group_size",
-}  # fmt: skip
-"""Fields of LoraConfig that leave ``y = x Wᵀ + c (x Aᵀ) Bᵀ`` what it is, or that are looked at elsewhere."""
-
-_FAITHFUL = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base weights as they were."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
 
 
 def checkpoint(
-    model: nn.Module, layers: Mapping[str, Update], experts: Sequence[ExpertWeight] = ()
+    model: nn.Module, layers: Mapping[str, Update], base: BaseModel, experts: Sequence[ExpertWeight] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the configuration of a stock checkpoint; scalings go into ``alpha_pattern``.
 
@@ -131,72 +126,84 @@ def checkpoint(
         target_modules=_names(model, sorted(named)),
         target_parameters=sorted(of_experts) or None,
         inference_mode=True,
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        task_type=base.task_type,
+        auto_mapping=base.auto_mapping,
     )
     return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
 
 
-def check_plain_lora(function: str, config: Any) -> None:
-    """Refuse a ``LoraConfig`` that is not ``W + c B A`` on unchanged base weights.
-
-    Raises:
-        ValueError: the field is named.
-    """
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        raise ValueError(f"{function}: the adapter must be LoRA, got {config.peft_type}")
-    if config.use_dora:
-        raise ValueError(
-            f"{function}: use_dora must be False, got True: DoRA rescales every column of W + BA, the protected "
-            "directions too. Use plain LoRA."
-        )
-    init = config.init_lora_weights
-    if not any(init is known if isinstance(known, bool) else init == known for known in _FAITHFUL):
-        raise ValueError(
-            f"{function}: init_lora_weights must leave the base weights unchanged, got {init!r}, which takes the "
-            "adapter's start out of them. Use init_lora_weights=True; PEFT converts such adapters with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        )
-    if config.bias != "none" or config.lora_bias:
-        raise ValueError(
-            f'{function}: bias must be "none" and lora_bias False, got {config.bias!r} and {config.lora_bias}: '
-            "a trained bias moves every output, those of protected inputs too."
-        )
-    for field in fields(config):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = getattr(config, field.name)
-        if field.name not in _HARMLESS and value != default and value:
-            raise ValueError(
-                f"{function}: {field.name} must be left at its default, got {value!r}: what it changes about LoRA is "
-                "not known to be confined."
-            )
-
-
 def write(
-    path: str | os.PathLike[str], model: nn.Module, layers: Mapping[str, Update], experts: Sequence[ExpertWeight] = ()
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: Mapping[str, Update],
+    base: BaseModel | None = None,
+    *,
+    experts: Sequence[ExpertWeight] = (),
+    note: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a stock checkpoint; a reader meets the old one, the new one, or none, never a mix of two.
+
+    Args:
+        base: What its configuration tells of the pretrained model.
+        note: What ``keeplora.json`` tells of it, beside a hash of the tensors. PEFT does not read that file.
 
     Raises:
         OSError: it cannot be written. What was there before is as it was.
     """
-    tensors, config = checkpoint(model, layers, experts)
+    tensors, config = checkpoint(model, layers, base or BaseModel(), experts)
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder = Path(path)
     with (
         one_writer(folder),
         staged(folder / ADAPTER_TENSORS) as new_tensors,
+        staged(folder / NOTE) as new_note,
         staged(folder / ADAPTER_CONFIG) as new_config,
     ):
         save_file(tensors, new_tensors)
         new_config.write_text(text, encoding="utf-8")
-        flush(new_tensors)
-        flush(new_config)
+        new_note.write_text(_noted(note or {}, new_tensors), encoding="utf-8")
+        for file in (new_tensors, new_note, new_config):
+            flush(file)
         (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
         flush(folder)
-        os.replace(new_tensors, folder / ADAPTER_TENSORS)
-        flush(folder)
-        os.replace(new_config, folder / ADAPTER_CONFIG)
-        flush(folder)
+        for file in (new_tensors, new_note, new_config):
+            os.replace(file, folder / file.name)
+            flush(folder)
+
+
+def _noted(note: Mapping[str, Any], tensors: Path) -> str:
+    with tensors.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    return json.dumps({"format": FORMAT, **note, "adapter_sha256": digest}, indent=1, allow_nan=False) + "\n"
+
+
+def read_note(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What :func:`write` noted of the checkpoint in a folder; None where it was made by others.
+
+    Raises:
+        ValueError: ``keeplora.json`` cannot be read.
+
+    Warns:
+        UserWarning: it was written for another adapter than the one that is there now.
+    """
+    file, tensors = Path(path) / NOTE, Path(path) / ADAPTER_TENSORS
+    if not os.path.lexists(file):
+        return None
+    with _readable(file):
+        note = parse_json(read_bytes(file, most=MOST_JSON))
+    if not isinstance(note, dict) or note.get("format") != FORMAT:
+        raise ValueError(f'import_peft: {file} must have "format": "{FORMAT}". Delete it: it tells of the base alone.')
+    with _readable(tensors):
+        held = read_bytes(tensors, size=check_tensor_file(tensors))
+    if note.get("adapter_sha256") != hashlib.sha256(held).hexdigest():
+        warn(
+            f"import_peft: {file} must be of the adapter beside it, got one of another: what base the adapter belongs "
+            "to is not checked."
+        )
+        return None
+    return note
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Update]:
@@ -215,7 +222,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Update]:
         settings = parse_json(read_bytes(config_file, most=MOST_JSON))
     with _readable(tensor_file):
         size = check_tensor_file(tensor_file)
-    _check_settings(settings)
+    check_settings(settings)
     config: Any = PeftConfig.from_pretrained(os.fspath(folder))
     check_plain_lora("import_peft", config)
     if config.modules_to_save:
@@ -262,26 +269,6 @@ def _readable(file: Path) -> Iterator[None]:
                 "and save them again."
             )
         raise ValueError(f"import_peft: {file} must {fault(error)}. {remedy}") from error
-
-
-def _check_settings(settings: Any) -> None:
-    """Refuse numbers that are none, and patterns that would be matched for years."""
-    values = settings if isinstance(settings, Mapping) else {}
-    numbers: list[tuple[str, Any, Any]] = []
-    for name, pattern, kinds in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
-        own = values.get(pattern) or {}
-        if not isinstance(own, Mapping):
-            raise ValueError(f"import_peft: {pattern} must be numbers by layer, got {own!r}")
-        numbers += [(name, values[name], kinds)] if name in values else []
-        numbers += [(pattern, value, kinds) for value in own.values()]
-        for key in own:
-            if len(key) > 1000 or len(re.findall(r"[*+{]", key)) > 4 or re.search(r"\)[*+{?]", key):
-                raise ValueError(
-                    f"import_peft: {pattern} must have simple patterns, got {key[:80]!r}. Write the layers' names."
-                )
-    for name, value, kinds in numbers:
-        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < 1e30:
-            raise ValueError(f"import_peft: {name} must be a finite number, got {value!r}")
 
 
 def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, Update]:

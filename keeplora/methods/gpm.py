@@ -133,7 +133,7 @@ class Gpm(LoraMethod):
             twin._project()
         return twin
 
-    def export_peft(self, path: str | os.PathLike[str], *, open_task_only: bool = False) -> None:
+    def export_peft(self, path: str | os.PathLike[str], **_: Any) -> None:
         """Refused: whole weights are trained, which no adapter of a task's rank can say.
 
         Raises:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
 from keeplora.families.coverage import Targets, coverage, warn_of_left_out
@@ -20,31 +18,28 @@ from keeplora.lora import (
     TokenMask,
     merge_adapters,
     merge_ahead,
-    peft_checkpoint,
     require_whole,
     select_targets,
     target_shape,
     unwrap,
     wrap,
 )
-from keeplora.lora.peft_experts import expert_weights
-from keeplora.lora.update import Update
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
 from .capacity import Capacity, layer_capacity
 from .method import LossFn, freeze
 from .progress import for_all_layers, progress
+from .published import Published
 from .ranks import warn_of_ranks, warn_of_unreached
 from .shares import UNKNOWN, Shares
 from .size import update_size, warn_of_size
-from .slot_states import SlotStates
 
 __all__ = ["LoraMethod"]
 
 T = TypeVar("T")
 
 
-class LoraMethod(SlotStates):
+class LoraMethod(Published):
     """A method that adapts the weights its config names in ``target_modules``.
 
     A subclass gives :meth:`open_task` and :meth:`close_task`; if its adapters are not made by its config's ``scaling``
@@ -78,6 +73,7 @@ class LoraMethod(SlotStates):
     ):
         super().__init__(model, config, progress=progress)
         self.token_mask = token_mask
+        self.certificates = []
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
         self.slots: list[LoraSlot] = wrap(model, self.targets)
@@ -146,7 +142,12 @@ class LoraMethod(SlotStates):
         """
         for slot in self.slots:
             slot.exact.fresh.clear()
+        self._require("after_task", task=True)
+        base = self.known_base()
         report = super().after_task(loader, loss_fn)
+        self.base_hashes = base
+        worst = getattr(report, "worst", None)
+        self.certificates.append(None if worst is None else worst())
         kept = [slot.exact.fresh if slot.learned is not None else [] for slot in self.slots]
         merged = [[(update.a, update.b * update.scaling) for update in updates] for updates in kept]
         for slot in self.slots:
@@ -262,56 +263,6 @@ class LoraMethod(SlotStates):
         )
         return Capacity(tuple(layers), self.tasks_learned)
 
-    # ------------------------------------------------------------------ to PEFT
-
-    def export_peft(self, path: str | os.PathLike[str], *, open_task_only: bool = False) -> None:
-        r"""Write what was learned as an adapter that stock ``PeftModel.from_pretrained(pretrained_model, path)`` reads.
-
-        .. math:: \Delta W = \sum_{\text{tasks}} c\, B A \quad\text{of rank } \Sigma r
-                  \text{ (at most } \min(\text{out}, \text{in})\text{)}
-
-        of all tasks and the open one, relative to the weights the method was made with; exact, nothing is truncated. An
-        open task alone keeps its A, B and ``alpha_pattern``, so PEFT can go on training its B. q, k and v of an
-        ``nn.MultiheadAttention`` become PEFT's one layer of rank 3r with a block-structured B; experts its
-        ``target_parameters``, with the largest rank any of a layer's has.
-
-        Args:
-            path: A folder; an adapter in it is replaced, other files stay.
-            open_task_only: Leave out what was merged: for a model that holds it already.
-
-        Raises:
-            ValueError: nothing was learned and no task is open.
-            TypeError: an adapted layer has no counterpart in PEFT (open_clip's own attention block, separate
-                ``q_proj_weight``).
-            RuntimeError: what was learned is no sum of adapters, or not all of them are known.
-
-        Warns:
-            UserWarning: there are updates of ``nn.MultiheadAttention``, where stock PEFT up to 0.21 is wrong.
-        """
-        self._require("export_peft", task=None)
-        if not self.merges:
-            raise RuntimeError(
-                f"export_peft: what {self.name!r} learned must be updates of weights, and is more than that. "
-                "Save it with method.save(path)."
-            )
-        updates = {}
-        for slot in self.slots:
-            parts = [] if open_task_only else _learned(slot)
-            if slot.adapter is not None:
-                open_one = slot.adapter.plain()
-                parts.append(Update(open_one.A.detach().cpu(), open_one.update().detach().cpu(), open_one.scaling))
-            updates[slot.name] = Update.total(parts, *slot.weight.shape)
-        experts = [slot for slot in self.slots if slot.target.expert is not None]
-        others = [slot for slot in self.slots if slot.target.expert is None]
-        layers = peft_checkpoint.layers_of(self.model, others, updates)
-        if any(name.endswith(".base_layer.out_proj") and bool(update.b.any()) for name, update in layers.items()):
-            warn(
-                "export_peft: stock PEFT up to 0.21 applies the update of nn.MultiheadAttention's out_proj twice "
-                "(huggingface/peft#3774), so its outputs will differ from this model's. Load with import_peft, or with "
-                "a PEFT that has the fix."
-            )
-        peft_checkpoint.write(path, self.model, layers, expert_weights(experts, updates))
-
 
 def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str) -> None:
     """Refuse a rank that is larger than a layer's width."""
@@ -334,13 +285,3 @@ def _meant(model: nn.Module, names: Sequence[str] | str) -> list[str]:
 def _is_trained(slot: LoraSlot) -> bool:
     adapter = [] if slot.adapter is None else list(slot.adapter.parameters())
     return any(parameter.requires_grad for parameter in (slot.whole, *adapter))
-
-
-def _learned(slot: LoraSlot) -> list[Update]:
-    if slot.learned is None:
-        raise RuntimeError(
-            "export_peft: the updates of every task must be known adapters, got weights that LiNeS has scaled or that "
-            f"were trained as a whole [{slot.name}]. Export the open task with open_task_only=True, or save the merged "
-            "model."
-        )
-    return [*slot.learned]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, TypeGuard
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from .state import State, StateError
 
-__all__ = ["is_counts", "is_names", "is_shares", "stored", "stored_basis", "stored_like", "stored_parts"]
+__all__ = [
+    "is_counts", "is_figures", "is_names", "is_shares", "stored", "stored_basis", "stored_like", "stored_parts",
+]  # fmt: skip
 
 
 def stored(
@@ -120,3 +123,13 @@ def is_shares(value: Any, rows: int, columns: int) -> TypeGuard[list[list[float 
 def is_names(value: Any) -> TypeGuard[list[str]]:
     """Whether a JSON value is a list of texts."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def is_figures(value: Any, rows: int) -> TypeGuard[list[dict[str, float] | None]]:
+    """Whether a JSON value is that many mappings of names to finite numbers, or null each."""
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(row is None or isinstance(row, dict) for row in value)
+        and all(type(n) in (int, float) and isfinite(n) for row in value if row is not None for n in row.values())
+    )

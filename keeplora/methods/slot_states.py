@@ -14,10 +14,11 @@ from keeplora.lora import LoraAdapter, LoraSlot
 from keeplora.lora.exact import hash_of
 from keeplora.lora.update import Update
 
+from .base_weights import Hashes, is_hashes, slot_weights
 from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
 from .method import Method, freeze
-from .reading import is_names, stored, stored_like
+from .reading import is_figures, is_names, stored, stored_like
 from .state import State, StateError
 
 __all__ = ["SlotStates"]
@@ -30,6 +31,10 @@ class SlotStates(Method):
     """A method whose weights are in slots."""
 
     slots: list[LoraSlot]
+    base_hashes: Hashes | None = None
+    """Of the weights as they were before the first task; None as long as nothing was merged."""
+    certificates: list[dict[str, float] | None]
+    """The worst figures of every closed task; None where the method gives no certificate."""
     rests_with_adapters: ClassVar[bool] = False
     """Whether slots hold adapters between tasks too: what cannot be merged."""
 
@@ -82,6 +87,8 @@ class SlotStates(Method):
             "totals": sums,
             "weights": weights,
             "altered": altered,
+            "base_weights": self.base_hashes,
+            "certificates": list(self.certificates),
         }
         return State(tensors | self._moving_buffers(), meta, frozenset(lasting))
 
@@ -131,13 +138,25 @@ class SlotStates(Method):
             for name in names
         }
         slots = [self._recall_slot(state, i, held.get(n), learned[n], marks[n]) for i, n in enumerate(names)]
+        hashes, certificates = self._recall_history(state)
         if self.frozen_buffers:
-            return _Weights(slots, {}, {})
+            return _Weights(slots, {}, {}, hashes, certificates)
         mine = model_buffers(self.model)
         now = {name: stored_like(state, f"buffers.{name}", buffer) for name, buffer in mine.items()}
         opened = mine if meta["training_task"] else {}
         before = {name: stored_like(state, f"buffers_before.{name}", buffer) for name, buffer in opened.items()}
-        return _Weights(slots, now, before)
+        return _Weights(slots, now, before, hashes, certificates)
+
+    def _recall_history(self, state: State) -> tuple[Hashes | None, list[dict[str, float] | None]]:
+        hashes, certificates = state.meta.get("base_weights"), state.meta.get("certificates")
+        own = slot_weights(self.slots)
+        if hashes is not None and not (is_hashes(hashes) and set(hashes) == set(own)):
+            raise StateError(f"load_state: base_weights must be hashes of {len(own)} weights or null, got {hashes!r}")
+        if not is_figures(certificates, state.meta["tasks_learned"]):
+            raise StateError(
+                f"load_state: certificates must be figures of {state.meta['tasks_learned']} tasks, got {certificates!r}"
+            )
+        return hashes, certificates
 
     def _recall_slot(
         self, state: State, i: int, held: list[str] | None, scalings: list[float] | None, marks: _Marks
@@ -199,6 +218,7 @@ class SlotStates(Method):
             raise StateError(f"load_state: updates must be within {slot.weight.dtype}, got {largest:.1e} [{slot.name}]")
 
     def set_weights(self, weights: _Weights, *, open_task: bool) -> None:
+        self.base_hashes, self.certificates = weights.base_hashes, list(weights.certificates)
         if open_task:
             freeze(self.model)  # the adapters bring their own flags
             set_buffers(self.model, weights.before)
@@ -220,6 +240,8 @@ class _Weights(NamedTuple):
     slots: list[_SlotState]
     buffers: dict[str, Tensor]
     before: dict[str, Tensor]
+    base_hashes: Hashes | None
+    certificates: list[dict[str, float] | None]
 
 
 class _Marks(NamedTuple):

@@ -102,7 +102,7 @@ def worst_certificate(records: Iterable[RunRecord]) -> dict[str, float] | None:
     """The worst figures of all certificates of these runs, or None where the method gives none."""
     certificates = [entry for record in records for entry in record.certificates if entry is not None]
     result: dict[str, float] = {}
-    for name, worst in (("leak", max), ("leak_after_rounding", max), ("orthogonality", max), ("captured", min)):
+    for name, worst in (("leak_after_rounding", max), ("leak", max), ("orthogonality", max), ("captured", min)):
         values = [entry[name] for entry in certificates if entry.get(name) is not None]
         if values:
             result[name] = worst(values)

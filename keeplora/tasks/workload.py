@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,6 +15,21 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class ModelOrigin:
+    """Where a pretrained model comes from, in the words of the Hub's model cards.
+
+    Attributes:
+        library: What loads it: ``"open_clip"`` or ``"transformers"``.
+        name: Its id on the Hub, its folder, or its name in the library.
+        scored: What it is evaluated at, as the Hub names tasks.
+    """
+
+    library: str
+    name: str
+    scored: str
 
 
 @runtime_checkable

@@ -379,7 +379,7 @@ def _deterministic(device: str) -> Iterator[None]:
 
 def _certificate(value: Any) -> dict[str, Any]:
     """The figures of a method's report, as JSON takes them."""
-    names = ("leak", "leak_after_rounding", "orthogonality", "captured")
+    names = ("leak_after_rounding", "leak", "orthogonality", "captured")
     figures = {name: getattr(value, name, None) for name in names}
     layers = [_plain(layer) for layer in getattr(value, "layers", [])]
     return {**figures, "layers": layers, "text": str(value)}

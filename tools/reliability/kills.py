@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import keeplora
 from keeplora._files import LOCK, write_json
 from keeplora.lora import peft_checkpoint
+from keeplora.lora.update import Update
 from keeplora.methods.method import Method
 from keeplora.train.config import parse_config
 from keeplora.train.loop import run_one
@@ -80,7 +81,7 @@ class Saving:
 def savings() -> list[Saving]:
     """All that the package saves."""
     old, new = learned(tasks=1), learned(tasks=2)
-    layers = [{"0": peft_checkpoint.Update(torch.full((r, 8), 1.0), torch.full((8, r), 1.0), 1.0)} for r in (1, 2)]
+    layers = [{"0": Update(torch.full((r, 8), 1.0), torch.full((8, r), 1.0), 1.0)} for r in (1, 2)]
 
     def adapter(rank: int) -> Callable[[Path], None]:
         return lambda folder: peft_checkpoint.write(folder, pretrained(), layers[rank - 1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target, require_whole
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
-from keeplora.lora.peft_checkpoint import check_plain_lora
+from keeplora.lora.peft_config import check_plain_lora
 from keeplora.lora.update import Update
 from keeplora.methods.buffers import Buffers
 
@@ -203,6 +203,15 @@ def find_adapter(
     )
     keep_differentiable(function, model)
     return PeftAdapter(model, name, tuple(layers))
+
+
+def find_layers(function: str, model: Any, name: str) -> dict[str, PeftLayer]:
+    """The layers of one adapter by path, whichever adapters are active; their place in the model is not looked at."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = {p: m for p, m in base.named_modules() if name in getattr(m, "lora_A", ())}
+    if not modules:
+        raise ValueError(f"{function}: model must be the PeftModel with adapter {name!r}, got {type(model).__name__}")
+    return {p: PeftLayer(Target(p, p, "weight", None, 0, "model"), m, name) for p, m in modules.items()}
 
 
 def trainable_neighbours(adapter: PeftAdapter, kept: Collection[str], also_train: Iterable[str]) -> list[str]:

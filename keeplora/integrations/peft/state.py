@@ -6,28 +6,37 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint
+from keeplora.lora.base_model import BaseModel
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.update import Update
 from keeplora.math.digest import digest
+from keeplora.methods.base_weights import Hashes, hash_weights, is_hashes
 from keeplora.methods.buffers import Buffers, model_buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
+from keeplora.methods.card import Story, model_card, write_card
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
-from keeplora.methods.reading import is_counts, is_names, is_shares, stored, stored_basis
+from keeplora.methods.published import base_note
+from keeplora.methods.reading import is_counts, is_figures, is_names, is_shares, stored, stored_basis
 from keeplora.methods.saved import UNREADABLE, Reading, check_method
+from keeplora.methods.settings import plain
 from keeplora.methods.shares import Shares
 from keeplora.methods.state import State, StateError, read_state, write_state
 
-from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, hold_buffers
+from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, find_layers, hold_buffers
 
-__all__ = ["SubspaceState", "fingerprint", "frozen_fingerprint"]
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+__all__ = ["SubspaceState", "fingerprint", "frozen_fingerprint", "hashes"]
 
 METHOD = "keeplora-peft"
 
@@ -73,6 +82,10 @@ class SubspaceState:
     current: str = ""
     frozen: str = ""
     """Of everything in the base model that is not adapted."""
+    base_hashes: Hashes = field(default_factory=dict, repr=False)
+    """Of the adapted weights as they were before the first task."""
+    certificates: list[dict[str, float] | None] = field(default_factory=list)
+    """The worst figures of every closed task; None of an adapter that was trained before."""
     masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
     loss_fn: LossFn | None = field(default=None, repr=False)
@@ -112,6 +125,8 @@ class SubspaceState:
             "pretrained": self.pretrained,
             "current": self.current,
             "frozen": self.frozen,
+            "base_weights": self.base_hashes,
+            "certificates": self.certificates,
             "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
         write_state(path, State({name: t.detach().cpu() for name, t in tensors.items()}, meta))
@@ -147,6 +162,8 @@ class SubspaceState:
                 pretrained=meta["pretrained"],
                 current=meta["current"],
                 frozen=meta["frozen"],
+                base_hashes=meta["base_weights"],
+                certificates=meta["certificates"],
             )
             loaded._check(state)
         except StateError:
@@ -184,6 +201,10 @@ class SubspaceState:
         texts = [self.pretrained, self.current, self.frozen, "" if self.open_adapter is None else self.open_adapter]
         if not is_names(texts):
             raise StateError(f"load: fingerprints and open_adapter must be texts, got {texts!r}")
+        if not is_hashes(self.base_hashes) or set(self.base_hashes) != {f"{name}.weight" for name in names}:
+            raise StateError(f"load: base_weights must be hashes of {len(names)} weights, got {self.base_hashes!r}")
+        if not is_figures(self.certificates, tasks):
+            raise StateError(f"load: certificates must be figures of {tasks} tasks, got {self.certificates!r}")
         strangers = [name for updates in self.learned for name in updates if name not in names]
         if set(self.added) != set(names) or strangers:
             got = strangers or self.added
@@ -242,25 +263,54 @@ class SubspaceState:
             adapter.freeze(self.kept)
             hold_buffers("restore", adapter, Buffers(adapter.base, self.also_train))
 
-    def export_peft(self, path: str | os.PathLike[str], model: Any) -> None:
-        """Write everything that was merged as one adapter for the pretrained model, of the tasks' ranks together.
+    def export_peft(
+        self,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        base_model: str | None = None,
+        revision: str | None = None,
+        task_type: str | None = None,
+        training: Mapping[str, Any] | None = None,
+        card: ModelCardData | None = None,
+    ) -> None:
+        """Write everything learned as one adapter for the pretrained model, of the tasks' ranks together.
 
-        As :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task, and those that were kept, are PEFT's own
-        to save.
+        What was merged, and the adapters that were kept beside it, with a model card: as
+        :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task is PEFT's own to save.
 
         Args:
-            path: A folder; an adapter in it is replaced, other files stay.
-            model: The ``PeftModel`` or the model it was made of, for its layers' names.
+            path: A folder; an adapter and a card of keeplora's in it are replaced, other files stay.
+            model: The ``PeftModel``; or, where no adapter was kept, the model it was made of.
+            base_model: As of :meth:`keeplora.KeepLora.export_peft`, as are all that follow.
+            revision: Of the base model.
+            task_type: PEFT's.
+            training: For the card.
+            card: Metadata of your own.
 
         Raises:
-            ValueError: nothing was merged.
+            ValueError: nothing was learned; adapters were kept, and the model is no ``PeftModel`` that has them.
         """
-        layers = {}
+        kept = [find_layers("export_peft", model, name) for name in self.kept]
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        layers, weights, merged = {}, [], []
         for target in self.targets:
+            module = base.get_submodule(target.name)
+            layer = getattr(module, "base_layer", module)
             parts = [task[target.name] for task in self.learned if target.name in task]
-            if parts:
-                layers[target.name] = Update.total(parts, parts[0].b.shape[0], parts[0].a.shape[1])
-        peft_checkpoint.write(path, model.get_base_model() if hasattr(model, "get_base_model") else model, layers)
+            weights.append(dequantize_four_bit(layer.weight) if is_four_bit(layer.weight) else layer.weight)
+            merged.append(Update.total(parts, *weights[-1].shape))
+            parts += [found[target.name].update(weights[-1].dtype) for found in kept if target.name in found]
+            layers[target.name] = Update.total(parts, *weights[-1].shape)
+        untouched = self.base_hashes == hash_weights(_named(self.targets, weights))
+        about = BaseModel.of(base, name=base_model, revision=revision, task_type=task_type)
+        note = base_note(about, self.base_hashes, 0, weights, list(layers.values()), [] if untouched else merged)
+        peft_checkpoint.write(path, base, layers, about, note=note)
+        story = Story(
+            METHOD, plain(self.config), self.tasks_learned, about, tuple(self.certificates), self.capacity(),
+            training=training or {},
+        )  # fmt: skip
+        write_card(Path(path), model_card(story, card))
 
     def adapter_of(self, function: str, model: Any, name: str | None) -> PeftAdapter:
         """The adapter in ``model``, with the layers this state knows."""
@@ -296,6 +346,15 @@ class SubspaceState:
                     update, device = updates[slot.name], slot.weight.device
                     slot.attach(LoraAdapter(update.a.to(device), update.b.to(device), 1.0))
             merge_adapters(slots)
+
+
+def _named(targets: Sequence[Target], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{target.name}.weight": weight.detach() for target, weight in zip(targets, weights, strict=True)}
+
+
+def hashes(layers: Sequence[PeftLayer]) -> Hashes:
+    """Hashes of the layers' base weights, by which keeplora knows them again in other dtypes, too."""
+    return hash_weights(_named([layer.target for layer in layers], [layer.comparable_weight() for layer in layers]))
 
 
 def _of_repacking(layers: Sequence[PeftLayer]) -> str:

@@ -36,9 +36,9 @@ from .adapter import (
     hold_buffers,
     trainable_neighbours,
 )
-from .state import SubspaceState, fingerprint, frozen_fingerprint
+from .state import SubspaceState, fingerprint, frozen_fingerprint, hashes
 
-__all__ = ["freeze_a", "initialize", "update_subspace"]
+__all__ = ["freeze_a", "initialize", "require_kinds", "scaled_alphas", "update_subspace"]
 
 
 @together
@@ -120,12 +120,13 @@ def initialize(
         >>> keeplora.update_subspace(peft_model, task, state).leak < 1e-6
         True
     """
-    _require_kinds(state, config)
+    require_kinds("initialize", state, config)
     if state is None:
         adapter = find_adapter("initialize", model, adapter_name, targets=targets)
         state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
         state.config.check_towers({target.tower for target in state.targets})
         state.pretrained = state.current = fingerprint(adapter.layers)
+        state.base_hashes = hashes(adapter.layers)
     else:
         if state.open_adapter is not None:
             raise RuntimeError(
@@ -164,7 +165,7 @@ def initialize(
     )  # fmt: skip
     for layer, top in zip(layers, directions, strict=True):
         _start(layer, top)
-    adapter.set_alphas(_scaled_alphas(adapter, state))
+    adapter.set_alphas(scaled_alphas(adapter, state))
     adapter.freeze(state.kept)
     state.bases = dict(zip(names, held, strict=True))
     state.added = state.added or {layer.name: () for layer in layers}
@@ -290,6 +291,7 @@ def update_subspace(
     state.open_adapter, state.loss_fn, state.token_mask = None, None, None
     result = RetentionCertificate(state.tasks_learned, tuple(proofs), tuple(buffers.moved()))
     forget_buffers(adapter)
+    state.certificates.append(result.worst())
     state.tasks_learned += 1
     warn_of_size("update_subspace", size)
     return result
@@ -311,14 +313,15 @@ def freeze_a(model: Any, adapter_name: str | None = None) -> None:
     find_adapter("freeze_a", model, adapter_name).freeze()
 
 
-def _require_kinds(state: object, config: object) -> None:
+def require_kinds(function: str, state: object, config: object) -> None:
+    """Refuse arguments in each other's place."""
     if state is not None and not isinstance(state, SubspaceState):
         raise TypeError(
-            f"initialize: state must be a SubspaceState or None, got {type(state).__name__}. "
+            f"{function}: state must be a SubspaceState or None, got {type(state).__name__}. "
             "Settings of a new state are given as config=."
         )
     if config is not None and not isinstance(config, KeepLoraConfig):
-        raise TypeError(f"initialize: config must be a KeepLoraConfig or None, got {type(config).__name__}.")
+        raise TypeError(f"{function}: config must be a KeepLoraConfig or None, got {type(config).__name__}.")
 
 
 def _with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLoraConfig:
@@ -374,7 +377,7 @@ def _start(layer: PeftLayer, directions: TopDirections) -> None:
     layer.b.zero_()
 
 
-def _scaled_alphas(adapter: PeftAdapter, state: SubspaceState) -> dict[str, float]:
+def scaled_alphas(adapter: PeftAdapter, state: SubspaceState) -> dict[str, float]:
     """Every layer's alpha times its depth factor, once: an adapter that is fresh again has it already."""
     now = {layer.name: layer.alpha for layer in adapter.layers}
     if now == state.alphas:

@@ -19,6 +19,9 @@ from keeplora.methods.progress import for_all_layers
 
 __all__ = ["LayerCertificate", "RetentionCertificate", "certified"]
 
+MOST_ROUNDED = 0.01
+"""Of a stored change that may lie in protected directions before float32 is recommended."""
+
 
 @dataclass(frozen=True)
 class LayerCertificate:
@@ -26,30 +29,32 @@ class LayerCertificate:
 
     Attributes:
         name: The target.
-        leak: :math:`\|\Delta W Q\|_F / \|\Delta W\|_F` of the update ``ΔW = c B A`` against the basis Q that was
-            protected during the task; 0 if nothing moved.
-        leak_after_rounding: The same of the change that the stored weight really made, which includes rounding
-            to the layer's dtype.
+        leak_after_rounding: :math:`\|\Delta W Q\|_F / \|\Delta W\|_F` of the change ΔW that the stored weight really
+            made, rounding to its dtype included, against the basis Q that was protected during the task: what is
+            deployed. 0 if nothing moved. Where nothing was merged the factors are deployed, and it is ``leak``.
+        leak: The same of the update ``c B A`` of the factors, before it was merged.
         orthogonality: ``max |QᵀQ − I|`` of the extended basis.
         captured: Share of the task's feature energy inside the extended basis.
         protected: Directions in the extended basis.
         added: Directions this task added.
         free: Directions that are left.
+        dtype: Of the stored weight that was merged into; empty where nothing was merged.
     """
 
     name: str
-    leak: float
     leak_after_rounding: float
+    leak: float
     orthogonality: float
     captured: float
     protected: int
     added: int
     free: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
 class RetentionCertificate:
-    """The worst layer in each respect, and every layer. Printed after each task.
+    """The worst layer in each respect, and every layer. Printed after each task, what is deployed first.
 
     Attributes:
         task: Index of the task, from 0.
@@ -64,12 +69,12 @@ class RetentionCertificate:
     buffers: tuple[str, ...] = ()
 
     @property
-    def leak(self) -> float:
-        return max(layer.leak for layer in self.layers)
-
-    @property
     def leak_after_rounding(self) -> float:
         return max(layer.leak_after_rounding for layer in self.layers)
+
+    @property
+    def leak(self) -> float:
+        return max(layer.leak for layer in self.layers)
 
     @property
     def orthogonality(self) -> float:
@@ -79,21 +84,40 @@ class RetentionCertificate:
     def captured(self) -> float:
         return min(layer.captured for layer in self.layers)
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def advice(self) -> str:
+        """What to do where rounding has moved more than a hundredth of the change into protected directions."""
+        worst = max(self.layers, key=lambda layer: layer.leak_after_rounding)
+        if worst.leak_after_rounding <= MOST_ROUNDED or worst.leak_after_rounding <= 10 * worst.leak:
+            return ""
+        return (
+            f"Rounding to {worst.dtype} puts {100 * worst.leak_after_rounding:.2g} % of the stored weight's change "
+            f"into protected directions [{worst.name}]. Keep the model in float32, or deploy the update as float32 "
+            "factors that are not merged (export_peft; merge=False with PEFT)."
+        )
+
+    def worst(self) -> dict[str, float]:
+        """The worst layer in each respect."""
         return {
-            "task": self.task, "leak": self.leak, "leak_after_rounding": self.leak_after_rounding,
-            "orthogonality": self.orthogonality, "captured": self.captured,
-            "layers": [asdict(layer) for layer in self.layers], "buffers": list(self.buffers),
+            "leak_after_rounding": self.leak_after_rounding, "leak": self.leak, "orthogonality": self.orthogonality,
+            "captured": self.captured,
         }  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [asdict(layer) for layer in self.layers]
+        return {"task": self.task, **self.worst(), "layers": layers, "buffers": list(self.buffers)}
 
     def __str__(self) -> str:
         added = sum(layer.added for layer in self.layers)
         room = sum(layer.free for layer in self.layers) / sum(layer.free + layer.protected for layer in self.layers)
+        dtypes = sorted({layer.dtype for layer in self.layers} - {""})
+        stored = f"in the stored {' and '.join(dtypes)} weights, {self.leak:.1e} " if dtypes else ""
         return (
-            f"task {self.task + 1}: leak {self.leak:.1e} (after rounding {self.leak_after_rounding:.1e}), "
+            f"task {self.task + 1}: leak {self.leak_after_rounding:.1e} {stored}in the factors; "
             f"orthogonality {self.orthogonality:.1e}, captured ≥ {self.captured:.4f}, "
             f"{added} directions added in {len(self.layers)} layers, {100 * room:.0f} % of the space is free"
             + (f", {len(self.buffers)} buffers moved ({listed(self.buffers)})" if self.buffers else "")
+            + (f". {self.advice}" if self.advice else "")
         )
 
 
@@ -114,7 +138,7 @@ def certified(
         changes = _merged(members) if merge else None
         a, b = [a for a, _ in factors], [b for _, b in factors]
         proofs = certificates(a, b, [bases[i] for i in group], basis=[extended[i] for i in group], delta=changes)
-        return [_layer(slots[i].name, proof, new[i]) for i, proof in zip(group, proofs, strict=True)]
+        return [_layer(slots[i], proof, new[i], merge) for i, proof in zip(group, proofs, strict=True)]
 
     with within(budget):
         together = portions([slot.weight for slot in slots])
@@ -137,14 +161,15 @@ def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:
     return slot.weight.new_zeros(0, width, dtype=dtype), slot.weight.new_zeros(out, 0, dtype=dtype)
 
 
-def _layer(name: str, proof: Certificate, new: Extension) -> LayerCertificate:
+def _layer(slot: LoraSlot, proof: Certificate, new: Extension, merged: bool) -> LayerCertificate:
     return LayerCertificate(
-        name=name,
-        leak=proof.leak,
+        name=slot.name,
         leak_after_rounding=proof.leak if proof.leak_after_rounding is None else proof.leak_after_rounding,
+        leak=proof.leak,
         orthogonality=proof.orthogonality,
         captured=new.fraction,
         protected=proof.rank,
         added=new.added,
         free=proof.free,
+        dtype=str(slot.weight.dtype).removeprefix("torch.") if merged else "",
     )

@@ -312,7 +312,7 @@ class KeepLora(LoraMethod):
 
     # ------------------------------------------------------------------ from PEFT
 
-    def import_peft(self, path: str | os.PathLike[str], *, project: bool = False) -> None:
+    def import_peft(self, path: str | os.PathLike[str], *, project: bool = False, other_base: bool = False) -> None:
         """Open a task with the adapter of a stock PEFT checkpoint, instead of :meth:`before_task`.
 
         Train it further or not, then close the task with ``after_task(loader, loss_fn)``. Weights it does not name get
@@ -322,17 +322,22 @@ class KeepLora(LoraMethod):
             path: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             project: Take what is protected out of the adapter, ``A ← A (I − Q Qᵀ)``. Otherwise an adapter that
                 reaches into it is refused, as one trained without KeepLoRA does.
+            other_base: Take an adapter that :meth:`export_peft` wrote for other weights than this model has now or had
+                before its first task. Adapters of others do not say what they were made for.
 
         Raises:
             StateError: one of the two files is not there, damaged, or no file at all; it is more than plain LoRA on
                 unchanged base weights (DoRA, biases, PiSSA and its like, saved modules), has layers that are no
-                targets, or reaches into what is protected.
+                targets, or reaches into what is protected; the model holds its updates already, or it was made for
+                other weights.
             RuntimeError: a task is open.
         """
         self._require("import_peft", task=False)
         protected = self._protected_or_weights()
-        bases = bases_of(self.slots, protected)
-        parts = imported_adapters(path, self.slots, bases, self._scalings, project=project)
+        parts = imported_adapters(
+            path, self.slots, bases_of(self.slots, protected), self._scalings, project=project,
+            original=self.base_hashes, other_base=other_base,
+        )  # fmt: skip
         adapters = [None if part is None else self.adapter_of(i, part) for i, part in enumerate(parts)]
         with self._opening(None):
             self.attach(adapters)

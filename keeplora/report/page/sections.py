@@ -46,8 +46,12 @@ COSTS = {
     ),
 }
 CERTIFICATE = {
-    "leak": ("leak", "Share of the trained update that reaches protected directions, ‖ΔW Q‖ / ‖ΔW‖; 0 is best.", ".1e"),
-    "leak_after_rounding": ("leak, rounded", "The same of the change that the stored weight made.", ".1e"),
+    "leak_after_rounding": (
+        "leak",
+        "Share of the stored weights' change in protected directions, ‖ΔW Q‖ / ‖ΔW‖; 0 is best.",
+        ".1e",
+    ),
+    "leak": ("leak, factors", "The same of the trained update, before it was merged and rounded.", ".1e"),
     "orthogonality": ("orthogonality", "How far the protected directions are from orthonormal, max |QᵀQ − I|.", ".1e"),
     "captured": ("captured", "Share of a task's feature energy inside the protected directions; 1 is all.", ".4f"),
 }

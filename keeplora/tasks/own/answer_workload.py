@@ -26,7 +26,7 @@ from keeplora.tasks.own.generator import load_generator
 from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample
 from keeplora.tasks.own.prompts import Prompts
 from keeplora.tasks.own.videos import FRAMES, frames
-from keeplora.tasks.workload import Batches
+from keeplora.tasks.workload import Batches, ModelOrigin
 
 __all__ = ["AnswerWorkload"]
 
@@ -191,6 +191,11 @@ class AnswerWorkload:
     def evaluated(self, task: int, split: str = "test") -> int:
         """How many samples of a task's split are evaluated."""
         return len(dict(self._asked[task].task.splits)[split])
+
+    @property
+    def origin(self) -> ModelOrigin:
+        """Where the pretrained model comes from."""
+        return ModelOrigin("transformers", self._generator.name, "visual-question-answering")
 
     def save_model(self, model: nn.Module, folder: Path) -> str:
         """Write a merged model and its processor as transformers does; returns the line of Python that loads it."""

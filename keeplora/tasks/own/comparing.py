@@ -20,6 +20,7 @@ from keeplora._files import told, write_atomic
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.config import ModelSource, OwnTasks
+from keeplora.tasks.workload import ModelOrigin
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,8 +37,8 @@ class ComparingModel(ABC):
     `(x / 255 − mean) / std`, in the forward pass, on its device.
     """
 
-    def __init__(self, pretrained: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.pretrained = pretrained.eval()
+    def __init__(self, pretrained: nn.Module, mean: Sequence[float], std: Sequence[float], origin: ModelOrigin) -> None:
+        self.pretrained, self.origin = pretrained.eval(), origin
         self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
 
     def fresh(self) -> nn.Module:
@@ -125,7 +126,11 @@ class _OpenClip(ComparingModel):
             fill_color=chosen.get("fill_color", 0),
         ).transforms[:-2]  # without the last two: to a tensor in [0, 1], and normalised
         self._tokenize = open_clip.get_tokenizer(name)
-        super().__init__(model.to(getattr(torch, source.dtype)), chosen["mean"], chosen["std"])
+        whole = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"open_clip:{name}:{Path(tag).name}"
+        super().__init__(
+            model.to(getattr(torch, source.dtype)), chosen["mean"], chosen["std"],
+            ModelOrigin("open_clip", whole.rstrip(":"), "image-classification"),
+        )  # fmt: skip
 
     @property
     def preprocessing(self) -> str:
@@ -180,7 +185,9 @@ class _Transformers(ComparingModel):
         images = self._processor.image_processor
         text = model.config.text_config
         self._context = int(text.max_position_embeddings)
-        super().__init__(model, images.image_mean, images.image_std)
+        super().__init__(
+            model, images.image_mean, images.image_std, ModelOrigin("transformers", name, "image-classification")
+        )
 
     @property
     def preprocessing(self) -> str:

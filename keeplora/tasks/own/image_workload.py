@@ -23,6 +23,7 @@ from keeplora.tasks.own.decoded import DecodedImages, cache_folder, decode_all
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.images import ImageSet, read_all
 from keeplora.tasks.own.splits import split_off, thinned
+from keeplora.tasks.workload import ModelOrigin
 
 __all__ = ["ImageTask", "ImageWorkload"]
 
@@ -201,6 +202,11 @@ class ImageWorkload:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    @property
+    def origin(self) -> ModelOrigin:
+        """Where the pretrained model comes from."""
+        return self._model.origin
 
     def save_model(self, model: nn.Module, folder: Path) -> str:
         """Write a merged model as its library does; returns the line of Python that loads it."""

@@ -107,6 +107,32 @@ def test_the_exported_adapter_is_one_of_peft(place):
     assert "open_clip.create_model_and_transforms" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("kind", "library"), [("adapter", "peft"), ("model", "open_clip")])
+def test_what_is_exported_has_a_card_with_the_runs_figures(place, kind, library):
+    hub = pytest.importorskip("huggingface_hub")
+    folder = run_folder(place / "whole", "keeplora", 0)
+    card = hub.ModelCard.load(folder / "export" / kind / "README.md")
+    assert (card.data.library_name, card.data.model_name) == (library, "keeplora, seed 0")
+    assert card.data.base_model is None  # a folder of this machine is no id on the Hub
+    assert [(each.dataset_name, each.metric_value) for each in card.data.eval_results] == [
+        (name, pytest.approx(value, abs=1e-4)) for name, value in zip(("light", "dark"), last_row(folder), strict=True)
+    ]
+    record = json.loads((folder / "result.json").read_text())["record"]
+    for task, proof in enumerate(record["certificates"], 1):
+        assert f"| {task} | {proof['leak_after_rounding']:.1e} | {proof['leak']:.1e} |" in card.text
+    for said in (
+        '"learning_rate": 0.003',
+        '"epochs": 4',
+        '"weight_energy"',
+        "Not protected:",
+        "`model`, which is no id",
+    ):
+        assert said in card.text, said
+    assert str(place) not in card.text
+    assert "this folder" in card.text
+    assert (f"import {library}" if kind == "model" else "PeftModel") in card.text
+
+
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(place):
     class Killed(BaseException):
         pass
