@@ -393,6 +393,5 @@ def test_the_hubs_own_errors_are_shown(learned, hub):
     with pytest.raises(huggingface_hub.errors.HFValidationError, match="Repo id must"):
         learned[0].push_to_hub("me/not/valid", token="hf_x", base_model="someone/base")
     assert not hub.files
-    fresh = KeepLora(net(), CONFIG)
     with pytest.raises(ValueError, match="there must be an update"):
         KeepLora(net(), CONFIG).push_to_hub("me/digits", token="hf_x")
