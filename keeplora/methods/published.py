@@ -114,12 +114,11 @@ class Published(SlotStates):
         write_card(Path(path), model_card(story, card))
 
     def known_base(self) -> Hashes | None:
-        """Hashes of the weights as they were before the first task; None where they were never known."""
-        untouched = all(slot.learned == [] for slot in self.slots)
-        adapted = any(slot.adapter is not None for slot in self.slots)
-        if self.base_hashes is None and self.merges and untouched and adapted:
-            return hash_weights(slot_weights(self.slots))
-        return self.base_hashes
+        """Hashes of the weights as they were before the first task, which as long as none is closed are those of now.
+
+        Of methods that train whole weights they mean nothing, and nothing reads them: those have no export.
+        """
+        return self.base_hashes if self.tasks_learned else hash_weights(slot_weights(self.slots))
 
     # ------------------------------------------------------------------ in the ecosystem's sense
 

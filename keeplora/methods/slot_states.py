@@ -150,8 +150,13 @@ class SlotStates(Method):
     def _recall_history(self, state: State) -> tuple[Hashes | None, list[dict[str, float] | None]]:
         hashes, certificates = state.meta.get("base_weights"), state.meta.get("certificates")
         own = slot_weights(self.slots)
-        if hashes is not None and not (is_hashes(hashes) and set(hashes) == set(own)):
-            raise StateError(f"load_state: base_weights must be hashes of {len(own)} weights or null, got {hashes!r}")
+        closed = state.meta["tasks_learned"] > 0
+        whole = is_hashes(hashes) and set(hashes or ()) == set(own)
+        if not (whole if closed else hashes is None):
+            raise StateError(
+                f"load_state: base_weights must be hashes of {len(own)} weights once a task is closed, else null, got "
+                f"{hashes!r}"
+            )
         if not is_figures(certificates, state.meta["tasks_learned"]):
             raise StateError(
                 f"load_state: certificates must be figures of {state.meta['tasks_learned']} tasks, got {certificates!r}"

@@ -48,9 +48,6 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-# ------------------------------------------------------------------ AutoPeftModel
-
-
 def test_a_causal_language_model_comes_back_with_its_base(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -227,11 +224,10 @@ def test_a_base_that_holds_the_updates_already_is_noticed(learned, by):
 
 
 def test_another_base_is_refused_unless_it_is_meant(learned):
-    _, folder = learned
     other = KeepLora(net(seed=1), OPEN)
     with pytest.raises(StateError, match=r"other values in 4 of 4 weights \(first: blocks\.0\.up\..* other_base"):
-        other.import_peft(folder)
-    other.import_peft(folder, other_base=True)
+        other.import_peft(learned[1])
+    other.import_peft(learned[1], other_base=True)
     assert other.training_task
 
 
@@ -340,8 +336,7 @@ class Hub(BaseHTTPRequestHandler):
         asked = json.loads(body)
         self.server.calls.append((self.path, asked))
         if self.path == "/api/repos/create":
-            denied = asked["name"] == "denied"
-            if denied:
+            if asked["name"] == "denied":
                 return self.answer(403, {"error": "You don't have the rights to create a model here"})
             return self.answer(200, {"url": f"{self.server.url}/me/{asked['name']}"})
         if "/preupload/" in self.path:
@@ -375,15 +370,14 @@ def hub(monkeypatch):
 
 
 def test_an_upload_holds_what_save_pretrained_writes(learned, hub, tmp_path):
-    keeper, _ = learned
-    info = keeper.push_to_hub("me/digits", private=True, token="hf_x", base_model="someone/base")
+    info = learned[0].push_to_hub("me/digits", private=True, token="hf_x", base_model="someone/base")
     assert info.oid == "1"
     assert sorted(hub.files) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "keeplora.json"]
     assert hub.calls[0][0] == "/api/repos/create"
     assert (hub.calls[0][1]["name"], hub.calls[0][1]["visibility"]) == ("digits", "private")
     for name, content in hub.files.items():
         (tmp_path / name).write_bytes(content)
-    same(logits(PeftModel.from_pretrained(net(), tmp_path)), logits(keeper.model))
+    same(logits(PeftModel.from_pretrained(net(), tmp_path)), logits(learned[0].model))
 
 
 def test_an_upload_with_the_state_and_a_branch(learned, hub):
@@ -399,6 +393,5 @@ def test_the_hubs_own_errors_are_shown(learned, hub):
     with pytest.raises(huggingface_hub.errors.HFValidationError, match="Repo id must"):
         learned[0].push_to_hub("me/not/valid", token="hf_x", base_model="someone/base")
     assert not hub.files
-    fresh = KeepLora(net(), CONFIG)
     with pytest.raises(ValueError, match="there must be an update"):
-        fresh.push_to_hub("me/digits", token="hf_x")
+        KeepLora(net(), CONFIG).push_to_hub("me/digits", token="hf_x")
