@@ -11,6 +11,7 @@ from torch import Tensor
 from keeplora.distributed import together
 from keeplora.lora import Target, TokenMask
 from keeplora.math.orthonormal import reorthogonalize
+from keeplora.methods.bases import Bases
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.method import LossFn
@@ -117,16 +118,17 @@ def keep_adapter(
         )
     with borrow(adapter, result.masters) as slots:
         if result.bases:
-            bases = [result.bases[slot.name].to(slot.weight.device) for slot in slots]
+            bases = [result.bases[slot.name] for slot in slots]
         else:
             bases = weight_bases(slots, result.config, shown=progress)
         spanned = _with_span(bases, layers)
         extended = spanned
         if loader is not None and loss_fn is not None:
+            protected = Bases([[q] for q in spanned], [slot.weight.device for slot in slots])
             new, _ = extended_bases(
-                model, slots, loader, loss_fn, result.config, spanned, own_mask=token_mask, shown=progress
+                model, slots, loader, loss_fn, result.config, protected, own_mask=token_mask, shown=progress
             )
-            extended = [extension.q for extension in new]
+            extended = [torch.cat([q, more.q.to(q.device)], dim=1) for q, more in zip(spanned, new, strict=True)]
     names = [layer.name for layer in layers]
     result.bases = dict(zip(names, extended, strict=True))
     for name, before, after in zip(names, bases, extended, strict=True):

@@ -85,7 +85,7 @@ def embedding():
         (lambda: stock(init_lora_weights=False), RuntimeError, r"must be fresh \(B zero\), got 4 layers"),
         (lambda: stock(bias="all"), ValueError, "a trained bias moves every output"),
         (lambda: stock(lora_bias=True), ValueError, "lora_bias False, got 'none' and True"),
-        (lambda: stock(target_parameters=["head.weight"]), ValueError, r"target_parameters must be left"),
+        (lambda: stock(target_parameters=["head.weight"]), ValueError, r"target_parameters must be None"),
         (
             lambda: stock(modules_to_save=["head"]),
             ValueError,
