@@ -75,7 +75,7 @@ def comparison_part(runs: Mapping[str, Run]) -> Part | None:
     for label in labels:
         row = [label]
         for one in lines.values():
-            row += [cell(one.get(label, {}).get(column.key), column) or "–" for column in columns]
+            row += [cell(one.get(label, {}), column) or "–" for column in columns]
         rows.append(cells(row))
     blocks: list[Block] = [Text(text, warning=True) for text in _warnings(runs, summaries)]
     blocks.append(Table("Accuracy in percent, mean ± standard deviation over seeds", head, rows))

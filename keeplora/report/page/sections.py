@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keeplora.report.capacity import tightest_run
-from keeplora.report.comparison import Column, cell
+from keeplora.report.comparison import ONE_TASK, Column, cell
 from keeplora.report.comparison_plots import last_against_transfer
 from keeplora.report.page.blocks import Block, Cell, Chart, Folded, Part, Table, Terms, Text, cells, heat, table
 from keeplora.report.page.front import Rates, front_blocks, rates_of
@@ -129,11 +129,13 @@ def _results(
     spread = "mean ± standard deviation over seeds" if several else "one seed"
     rows = [["method", *(column.title for column in columns), *(["seeds"] if several else [])]]
     for label, values in _lines(summary, runs).items():
-        figures = [cell(values.get(column.key), column) or "–" for column in columns]
+        figures = [cell(values, column) or "–" for column in columns]
         rows.append([label, *figures, *([_seeds(runs, label)] if several else [])])
     caption = f"Accuracy on the {summary['split']} split in percent, {spread}"
     blocks: list[Block] = [table(caption, rows)]
-    if scatter and summary["zero_shot"] and summary["methods"]:
+    if len(summary["tasks"]) == 1:
+        blocks.append(Text(f"{ONE_TASK}."))
+    elif scatter and summary["zero_shot"] and summary["methods"]:
         figure = last_against_transfer(summary, size=(7.6, 5.6), titled=False)
         blocks.append(Chart("Last against Transfer: up and to the right is better", svg(figure, f"{name}-scatter")))
     return Part(f"{name}-results", "Results", blocks)
@@ -235,7 +237,7 @@ def _costs(summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]], 
     rows = [["method", *(column.title for column in COSTS), "earlier data"]]
     for label, values in summary["methods"].items():
         earlier = sorted({kind for record in runs[label] for kind in record.earlier_data})
-        figures = [cell(values.get(column.key), column) or "–" for column in COSTS]
+        figures = [cell(values, column) or "–" for column in COSTS]
         rows.append([label, *figures, " and ".join(earlier) or "none"])
     terms = [(column.title, text) for column, text in COSTS.items()]
     terms.append(("earlier data", "What the method looked at again of tasks before: training or validation data."))
