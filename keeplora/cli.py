@@ -30,7 +30,11 @@ Ctrl-C stops a run; the same command continues it. Finished runs are never repea
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command line; returns the exit code.
+
+    0; 1 where a run failed or a report has left out what it could not read; 2 for bad input; 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
     parsed = _parser().parse_args(arguments)
     if arguments is None and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # modules of the user's own are here, as for python -m; workers inherit it
@@ -179,8 +183,11 @@ def _compare(parsed: argparse.Namespace) -> int:
 def _report(parsed: argparse.Namespace) -> int:
     from keeplora.report.page import write_page
 
-    print(f"report: {write_page(parsed.runs, parsed.out)}")
-    return 0
+    file, damaged = write_page(parsed.runs, parsed.out)
+    print(f"report: {file}")
+    for told in damaged:
+        print(f"keeplora: not in the report: {told}", file=sys.stderr)
+    return 1 if damaged else 0
 
 
 def _info(parsed: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ class MethodConfig:
 class RunConfig:
     """Everything that decides the numbers of a run, and where they go.
 
-    Exactly one of ``epochs`` and ``steps`` is given; a list of ``epochs`` has one number for each task.
+    Exactly one of ``epochs`` and ``steps`` is given, as a number, or as a list with one for each task.
     ``rate_factors`` multiply every method's learning rate in each task. ``schedule`` is PyTorch's one-cycle, or half a
     cosine after a linear ``warmup``, the share of steps it takes. ``switch_fraction`` is the share of a task's training
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
@@ -74,7 +74,7 @@ class RunConfig:
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/run"
     epochs: int | tuple[int, ...] | None = None
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     batch_size: int = 64
     evaluation_batch_size: int = 256
     threads: int = 1
@@ -113,10 +113,10 @@ class RunConfig:
 
     def steps_of(self, task: int, batches: int) -> int:
         """Optimizer steps of a task whose pass has so many batches."""
-        if self.steps is not None:
-            return self.steps
-        epochs = self.epochs[task] if isinstance(self.epochs, tuple) else self.epochs
-        return (epochs or 1) * batches
+        given = self.epochs if self.steps is None else self.steps
+        number = given[task] if isinstance(given, tuple) else given
+        assert number is not None  # one of the two is given
+        return number * batches if self.steps is None else number
 
     def rate(self, label: str, task: int) -> float:
         """The highest learning rate of a method in a task."""
@@ -262,8 +262,9 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
             if not isinstance(chosen[name], list | tuple):
                 raise ConfigError(f"load_config: {name} must be a list, got {chosen[name]!r} in {where}")
             chosen[name] = tuple(chosen[name])
-    if isinstance(chosen.get("epochs"), list):
-        chosen["epochs"] = tuple(chosen["epochs"])
+    for name in ("epochs", "steps"):
+        if isinstance(chosen.get(name), list):
+            chosen[name] = tuple(chosen[name])
     sections = chosen.get("method", {})
     if not isinstance(sections, Mapping) or not all(isinstance(entry, Mapping) for entry in sections.values()):
         raise ConfigError(f"load_config: method must hold tables such as [method.lora], got {sections!r} in {where}")
@@ -344,12 +345,13 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             f"RunConfig: exactly one of epochs and steps must be given, got {' and '.join(given) or None}"
         )
-    if isinstance(config.epochs, tuple):
-        _check_list(config, "epochs")
-        for number in config.epochs:
-            check_whole(config, "epochs", "[1, inf)", value=number)
-        given.remove("epochs")
-    for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
+    for name in given:
+        numbers = getattr(config, name)
+        if isinstance(numbers, tuple):
+            _check_list(config, name)
+        for number in numbers if isinstance(numbers, tuple) else (numbers,):
+            check_whole(config, name, "[1, inf)", value=number)
+    for name in ("batch_size", "evaluation_batch_size", "threads"):
         check_whole(config, name, "[1, inf)")
     for factor in config.rate_factors:
         check_range(config, "rate_factors", "(0, inf)", value=factor)

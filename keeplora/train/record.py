@@ -26,7 +26,8 @@ SCHEMA = 2
 """Of a result, and of a run between two tasks."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.json"
-_AGAIN = "It is damaged: delete it to run again."
+AGAIN = "Move it elsewhere; the command that made the folder then runs that again."
+"""What can be done about a result that cannot be read: nothing is thrown away."""
 
 
 @dataclass
@@ -159,7 +160,7 @@ def load_progress(folder: Path, identity: Mapping[str, Any]) -> tuple[RunRecord,
     record = _read("load_progress", saved.meta, identity, folder / "state")
     method = saved.meta.get("method")
     if not isinstance(method, dict):
-        raise StateError(f"load_progress: {folder / 'state'} must hold a method's state, got {method!r}. {_AGAIN}")
+        raise StateError(f"load_progress: {folder / 'state'} must hold a method's state, got {method!r}. {AGAIN}")
     return record, State(tensors=saved.tensors, meta=method)
 
 
@@ -180,11 +181,10 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     file = folder / RESULT_FILE
     if not os.path.lexists(file):
         return None
-    record = _read("load_result", _parsed("load_result", file, "Delete it to run again."), identity, file)
+    record = _read("load_result", _parsed("load_result", file, AGAIN), identity, file)
     if not record.done and not record.failed:
         raise StateError(
-            f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. "
-            "Delete it to run again"
+            f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. {AGAIN}"
         )
     return record
 
@@ -211,7 +211,7 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
         if changed:
             raise ConfigError(
                 f"claim_folder: {config.out} holds runs made with other settings ({', '.join(changed)} changed). "
-                "Give another --out, or delete the folder to start again"
+                "Give another --out to start again"
             )
         if versions() not in known and not accept_versions:
             raise ConfigError(
@@ -243,19 +243,19 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     """The record in what :func:`_written` gave, if it is of a run with these settings."""
     schema = saved.get("schema") if isinstance(saved, Mapping) else None
     if schema != SCHEMA:
-        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again.")
+        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. {AGAIN}")
     names = {entry.name for entry in fields(RunRecord)}
     record, theirs = saved.get("record"), saved.get("identity")
     if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
         got = sorted(record) if isinstance(record, Mapping) else record
         raise StateError(
-            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. {_AGAIN}"
+            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. {AGAIN}"
         )
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
         raise ConfigError(
             f"{function}: {where} was made with other settings ({', '.join(changed)} changed). "
-            "Give another --out, or delete the folder to start again"
+            "Give another --out to start again"
         )
     made = RunRecord(**record)
     try:
@@ -263,5 +263,5 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     except TypeError as error:  # a number where a list should be
         problem = f"its record must be one of a run ({error})"
     if problem:
-        raise StateError(f"{function}: {where}: {problem}. {_AGAIN}")
+        raise StateError(f"{function}: {where}: {problem}. {AGAIN}")
     return made

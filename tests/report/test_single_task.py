@@ -1,4 +1,4 @@
-"""A run of one task: Transfer, Forgetting and BWT are means over nothing, and no table, chart or page makes a 0 of it."""
+"""A run of one task: Transfer, Forgetting and BWT are means over nothing, and nowhere a 0."""
 
 import csv
 import json

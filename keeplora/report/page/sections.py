@@ -79,15 +79,16 @@ def run_part(run: Run, name: str, title: str) -> Part:
 def state_of(run: Run) -> str:
     """Whether everything is finished, in a sentence."""
     ended = len(run.records) + len(run.failed)
-    all_runs = ended + len(run.begun) + len(run.waiting)
+    all_runs = ended + len(run.begun) + len(run.waiting) + run.lost
+    unread = f" {run.lost} cannot be read." if run.lost else ""
     if not run.unfinished:
-        return f"Finished: {ended} of {all_runs} runs."
+        return f"Finished: {ended} of {all_runs} runs.{unread}"
     begun = f" {len(run.begun)} more {'has' if len(run.begun) == 1 else 'have'} begun." if run.begun else ""
-    return f"Unfinished: {ended} of {all_runs} runs have ended.{begun} All numbers are of those that have."
+    return f"Unfinished: {ended} of {all_runs} runs have ended.{begun}{unread} All numbers are of those that have."
 
 
 def _notes(run: Run) -> list[Block]:
-    notes: list[Block] = [Text(state_of(run), warning=run.unfinished)]
+    notes: list[Block] = [Text(state_of(run), warning=run.unfinished or bool(run.lost))]
     notes += [
         Text(f"Left out: {one.label}, seed {one.seed}, which ended early: {one.failed}", warning=True)
         for one in run.failed
