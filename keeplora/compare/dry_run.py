@@ -106,6 +106,8 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     for task, length in enumerate(batches):
         rounds = task + 1 if joint else 1
         steps = rounds * config.steps_of(task, length)
+        if joint and config.steps is not None:
+            steps = sum(config.steps_of(earlier, 0) for earlier in range(task + 1))
         passes = rounds * max(1, round(config.switch_fraction * length))
         total += steps * step + passes * pass_batch + switch + evaluation
     return Trial(label, step, pass_batch, switch, evaluation, total, record.peak_bytes)

@@ -154,7 +154,7 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
     zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in shown]
     ends = [summary["methods"][label][key] for label in labels for key, _, _ in shown]
     top = 1.22 * max(*zeros, *(value["mean"] + (value["std"] or 0.0) for value in ends))
-    axes.set_ylim(0, top)
+    axes.set_ylim(0, top := top or 1.0)  # where nothing at all is right
     turned = len(labels) > 5  # the numbers stand upright, or they would run into each other
     figure = axes.get_figure(root=True)
     assert figure is not None

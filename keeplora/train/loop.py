@@ -194,8 +194,9 @@ class _Run:
         """Take the optimizer steps of one task; returns the mean loss of the last tenth of them."""
         config = self.config
         first = self.batches(task, epoch=0)
-        rounds = task + 1 if self.method.joint else 1  # a joint method takes the steps of all its tasks
-        total = config.steps_of(task, len(first)) * (rounds if config.steps is not None else 1)
+        total = config.steps_of(task, len(first))
+        if self.method.joint and config.steps is not None:  # it takes the steps of all its tasks
+            total = sum(config.steps_of(earlier, 0) for earlier in range(task + 1))
         rate = config.rate(self.label, task)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
         optimizer = self.method.optimizer(lr=rate, weight_decay=decay, fused=True)

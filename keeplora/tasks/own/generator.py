@@ -11,6 +11,7 @@ from torch import nn
 
 from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks._quiet import quiet_loading
 from keeplora.tasks.own.config import OwnTasks
 
 __all__ = ["Generator", "load_generator"]
@@ -53,7 +54,7 @@ class Generator:
         """
         transformers: Any = importlib.import_module("transformers")  # optional
 
-        with torch.random.fork_rng():  # what transformers draws for weights before it reads them
+        with quiet_loading(), torch.random.fork_rng():  # what transformers draws for weights before it reads them
             torch.manual_seed(0)
             try:
                 loaded, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -86,8 +87,9 @@ def load_generator(own: OwnTasks) -> Generator:
 
     name = own.model_folder()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        with quiet_loading():
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(_refused(name, "a model and a processor", error)) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):

@@ -288,3 +288,14 @@ def test_notes_tell_how_and_of_what(tmp_path, models):
     assert r"USER: <image>\nquestion ASSISTANT: answer</s>" in notes["llava"]
     assert "</s> added behind every answer" in notes["llava with a template"]
     assert "added" not in notes["qwen2-vl"]
+
+
+def test_reading_a_model_draws_no_bars_and_leaves_them_to_others(tmp_path, models, capfd):
+    from transformers.utils import logging
+
+    AnswerWorkload(tiny_vlm.own(tmp_path, models["llava"], tiny_vlm.colours(tmp_path, "warm", ("red", "blue"), 6)))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    for _ in logging.tqdm([1], desc="Loading weights"):
+        pass
+    assert "Loading weights" in capfd.readouterr().err  # what is asserted above can fail
