@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from keeplora._version import __version__
@@ -132,6 +133,7 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         workers=parsed.workers,
         methods=None if parsed.methods is None else tuple(parsed.methods),
         keep_states=True if parsed.export else None,
+        reuse_evaluations=False if parsed.evaluate_anew else None,
         own=with_data(shared.own, parsed.data),
         device=parsed.device,
     )
@@ -157,6 +159,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     from keeplora.report.comparison import report_comparison
     from keeplora.report.fronts_table import report_fronts
     from keeplora.report.info import check_machine
+    from keeplora.train.config import override
 
     fronts = None if parsed.fronts is None else parsed.fronts or RATES
     chosen = comparison(
@@ -170,6 +173,8 @@ def _compare(parsed: argparse.Namespace) -> int:
         fronts=fronts,
         reference=parsed.reference,
     )
+    if parsed.evaluate_anew:
+        chosen = replace(chosen, config=override(chosen.config, reuse_evaluations=False))
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
     records = run_benchmark(chosen.config, workload=chosen.workload, accept_versions=parsed.accept_versions)
@@ -316,6 +321,9 @@ def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str |
     parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
     parser.add_argument(
         "--accept-versions", action="store_true", help="go on in a folder begun with another keeplora or torch"
+    )
+    parser.add_argument(
+        "--evaluate-anew", action="store_true", help="look up no evaluation that the folder has of the same weights"
     )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
     only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"

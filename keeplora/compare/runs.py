@@ -12,6 +12,7 @@ from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError
 from keeplora.tasks.workload import ItemWorkload, Workload
 from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.plugins import load_plugins
@@ -62,7 +63,8 @@ def _run_all(config: RunConfig, workload: Workload, console: Listener | None) ->
                 listener(Event("done", label, seed, tasks, tasks, text="already finished"))
         if config.workers == 0:
             for label, seed in waiting:
-                run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
+                place, known = run_folder(config.out, label, seed), evaluations_folder(config)
+                run_one(config, workload, label, seed, folder=place, evaluations=known, listener=listener)
         elif waiting:
             Pool(config, waiting, listener).run()
     finally:

@@ -34,8 +34,9 @@ def run_values(record: RunRecord) -> dict[str, float | None]:
     """Metrics (percent) and costs of one run; None where they are means over nothing.
 
     ``train_seconds`` are the optimizer steps, ``switch_seconds`` what the method does before and after a task;
-    both summed over tasks. ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean
-    over all steps, ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
+    both summed over tasks. ``evaluate_seconds`` is None where evaluations were looked up.
+    ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean over all steps,
+    ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
     """
     accuracy = 100 * np.asarray(record.accuracy, dtype=np.float64)
     values: dict[str, float | None] = continual_metrics(accuracy).as_dict() | instruction_metrics(accuracy).as_dict()
@@ -47,7 +48,7 @@ def run_values(record: RunRecord) -> dict[str, float | None]:
         **values,
         "train_seconds": sum(record.train_seconds),
         "switch_seconds": sum(record.switch_seconds),
-        "evaluate_seconds": sum(record.evaluate_seconds),
+        "evaluate_seconds": None if sum(record.reused) else sum(record.evaluate_seconds),
         "peak_bytes": record.peak_bytes,
         "trainable_parameters": max(record.trainable, default=0),
         "seconds_per_step": sum(record.train_seconds) / record.steps if record.steps else None,

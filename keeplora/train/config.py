@@ -63,9 +63,10 @@ class RunConfig:
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
     ``trackers`` get the figures besides TensorBoard: "wandb" and "mlflow", through their own packages.
-    ``plugins`` are modules that are imported first, for the methods and families they register.
-    ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
-    a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
+    ``reuse_evaluations`` looks up, in the folder of the results, what was evaluated there before with the same
+    weights on the same data. ``plugins`` are modules that are imported first, for the methods and families they
+    register. ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such
+    instructions a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
     ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
     """
 
@@ -90,6 +91,7 @@ class RunConfig:
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
     keep_states: bool = False
+    reuse_evaluations: bool = True
     plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
     own: OwnTasks | None = None
@@ -367,6 +369,7 @@ def _validate(config: RunConfig) -> None:
     for tracker in config.trackers:
         check_choice(config, "trackers", TRACKERS, value=tracker)
     check_flag(config, "keep_states")
+    check_flag(config, "reuse_evaluations")
     for label, entry in config.method.items():
         name = f"method.{label}"
         check_name(config, f"{name}.method", value=entry.method)

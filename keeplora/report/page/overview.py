@@ -13,7 +13,8 @@ from keeplora.report.page.sections import TERMS, metric_columns, spelled, state_
 
 __all__ = ["comparison_part", "damage_part", "names_of", "overview_part", "terms_part"]
 
-_APART = ("method", "methods", "seeds", "out", "benchmark", "workers", "tensorboard", "trackers", "keep_states")
+_APART = ("method", "methods", "seeds", "out", "benchmark", "workers", "tensorboard", "trackers", "keep_states",
+          "reuse_evaluations")  # fmt: skip
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -35,7 +35,9 @@ TERMS = {
 COSTS = {
     Column("train_seconds", "train s"): "Seconds in optimizer steps, all tasks together.",
     Column("switch_seconds", "switch s"): "Seconds of what the method does before and after tasks, all together.",
-    Column("evaluate_seconds", "evaluate s"): "Seconds in evaluations, all together.",
+    Column("evaluate_seconds", "evaluate s"): (
+        "Seconds in evaluations, all together; – where some of them were known from a run before."
+    ),
     Column("seconds_per_step", "ms/step", digits=0, factor=1000.0, spread=False): "Milliseconds of an optimizer step.",
     Column("peak_bytes", "peak MB", digits=0, factor=1e-6, spread=False): (
         "Most memory held at a time, in 10⁶ bytes: of the process on a CPU, of torch on a GPU."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +47,14 @@ class Generator:
         """What else of the processor decides numbers, as text."""
         parts = [getattr(self.processor, f"{kind}_processor", None) for kind in ("image", "video")]
         return "\n".join(part.to_json_string() for part in parts if part is not None)
+
+    @cached_property
+    def tokens(self) -> str:
+        """Hash of what makes tokens of texts."""
+        tokenizer = self.processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        text = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def model(self) -> nn.Module:
         """The pretrained model, which generates greedily and stops where an answer ends.
