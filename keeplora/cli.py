@@ -116,7 +116,7 @@ def _init(parsed: argparse.Namespace) -> int:
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
     from keeplora.compare.dry_run import announce_dry_run, dry_run
-    from keeplora.compare.runs import run_benchmark
+    from keeplora.compare.runs import run_benchmark, with_all_methods
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override, with_data
@@ -124,14 +124,14 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     from keeplora.train.plugins import join_plugins
     from keeplora.train.workload import configured_workload, notes
 
-    shared = load_config(config_name)
+    shared, every = load_config(config_name), parsed.methods == ["all"]
     config = override(
         shared,
         plugins=join_plugins(shared.plugins, parsed.plugins),
         out=parsed.out,
         seeds=seeds,
         workers=parsed.workers,
-        methods=None if parsed.methods is None else tuple(parsed.methods),
+        methods=None if parsed.methods is None or every else tuple(parsed.methods),
         keep_states=True if parsed.export else None,
         reuse_evaluations=False if parsed.evaluate_anew else None,
         own=with_data(shared.own, parsed.data),
@@ -140,6 +140,9 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     check_machine(config)
     workload = configured_workload(config, "cpu" if config.workers else config.device)
     print(*notes(workload), sep="\n", end="", file=sys.stderr)
+    if every:
+        config, left_out = with_all_methods(config, workload)
+        print(*(f"left out: {name} ({why})" for name, why in left_out.items()), sep="\n", file=sys.stderr)
     if parsed.export:
         check_exportable(config, workload)
     if parsed.dry_run:
@@ -326,7 +329,11 @@ def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str |
         "--evaluate-anew", action="store_true", help="look up no evaluation that the folder has of the same weights"
     )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
-    only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
+    only = (
+        "only these, e.g. lora keeplora++; all: every method that suits the model"
+        if methods is None
+        else f"methods, groups, variants (default: {methods})"
+    )
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help=only, default=None if methods is None else [methods]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 
 from keeplora._files import one_writer
@@ -11,7 +12,7 @@ from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError
 from keeplora.tasks.workload import ItemWorkload, Workload
-from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.config import BOTH, RunConfig, override
 from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
@@ -22,7 +23,8 @@ from keeplora.train.workload import configured_workload
 from .console import Console
 from .pool import Pool
 
-__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished"]
+__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished",
+           "with_all_methods"]  # fmt: skip
 
 
 def run_benchmark(
@@ -117,6 +119,12 @@ def check_settings(config: RunConfig) -> None:
         for label, entry in config.method.items()
         if entry.method not in METHODS
     )
+    shared = dict.fromkeys(["learning_rate", *(each.name for one in METHODS.values() for each in fields(one.config))])
+    _refuse_all(
+        f"every_method must have settings of some method, got {name!r}{suggest(name, shared)}"
+        for name in config.every_method
+        if name not in shared
+    )
     _refuse_all(told for label in config.labels() if (told := _unsuited(config, label)))
 
 
@@ -192,6 +200,18 @@ def refusal(config: RunConfig, workload: Workload, label: str) -> str:
     except (ImportError, TypeError, ValueError) as error:
         return str(error).rstrip(".")
     return ""
+
+
+def with_all_methods(config: RunConfig, workload: Workload) -> tuple[RunConfig, dict[str, str]]:
+    """``config`` with every method it has a table for and every registered one; and which the model refuses: why.
+
+    A method that the configuration itself names stays, and is refused later.
+    """
+    every = tuple(dict.fromkeys((*config.methods, *config.method, *METHODS)))
+    left_out = {
+        label: why for label in every if label not in config.methods and (why := refusal(config, workload, label))
+    }
+    return override(config, methods=tuple(label for label in every if label not in left_out)), left_out
 
 
 def unfinished(config: RunConfig) -> list[tuple[str, int]]:

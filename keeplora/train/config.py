@@ -27,6 +27,7 @@ from keeplora.methods.settings import (
 from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.plugins import join_plugins
+from keeplora.train.siblings import sibling
 from keeplora.train.trackers import TRACKERS
 
 ZERO_SHOT = "zero-shot"
@@ -67,7 +68,8 @@ class RunConfig:
     weights on the same data. ``plugins`` are modules that are imported first, for the methods and families they
     register. ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such
     instructions a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
-    ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
+    ``every_method`` are settings of methods without a table of their own (:mod:`.siblings`); it must give LoRA's
+    ``learning_rate``. ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
     """
 
     benchmark: str
@@ -94,6 +96,7 @@ class RunConfig:
     reuse_evaluations: bool = True
     plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
+    every_method: Mapping[str, Any] = field(default_factory=dict)
     own: OwnTasks | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +110,10 @@ class RunConfig:
 
     def of(self, label: str) -> MethodConfig:
         """The settings of the method that is called ``label`` here."""
-        return self.method.get(label, MethodConfig(method=label))
+        if label in self.method or not self.every_method or label == ZERO_SHOT:
+            return self.method.get(label, MethodConfig(method=label))
+        rate, settings = sibling(label, self.every_method)
+        return MethodConfig(method=label, learning_rate=rate, settings=settings)
 
     def pairs(self) -> list[tuple[str, int]]:
         """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
@@ -137,9 +143,12 @@ class RunConfig:
         return "bf16" if self.device != "cpu" or _multiplies_bf16() else "fp32"
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """The settings as plain JSON values, those of ``every_method`` written out for the methods of the run."""
         own = None if self.own is None else self.own.identity()
-        result: dict[str, Any] = json.loads(json.dumps({**asdict(self), "precision": self.computes_in, "own": own}))
+        values = {**asdict(self), "precision": self.computes_in, "own": own}
+        if values.pop("every_method"):
+            values["method"] |= {label: asdict(self.of(label)) for label in self.labels()}
+        result: dict[str, Any] = json.loads(json.dumps(values))
         return result
 
     def identity(self, label: str, seed: int) -> dict[str, Any]:
@@ -370,6 +379,11 @@ def _validate(config: RunConfig) -> None:
         check_choice(config, "trackers", TRACKERS, value=tracker)
     check_flag(config, "keep_states")
     check_flag(config, "reuse_evaluations")
+    if not isinstance(config.every_method, Mapping):
+        raise ConfigTypeError(f"RunConfig: every_method must be a table, got {config.every_method!r}")
+    if config.every_method:
+        rate = config.every_method.get("learning_rate")
+        check_range(config, "every_method.learning_rate", "(0, inf)", value=rate)
     for label, entry in config.method.items():
         name = f"method.{label}"
         check_name(config, f"{name}.method", value=entry.method)
