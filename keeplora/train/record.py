@@ -288,7 +288,8 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
         )
     made = RunRecord(**record)
     try:
-        made.reused = made.reused or [0] * len(made.accuracy)
+        if "reused" not in record:
+            made.reused = [0] * len(made.accuracy)
         problem = made.problem()
     except TypeError as error:  # a number where a list should be
         problem = f"its record must be one of a run ({error})"

@@ -108,12 +108,9 @@ class AnswerWorkload:
 
     def contents(self, task: int | None, split: str) -> str:
         """Hash of what evaluating a split depends on besides the model: samples in their order, and how each counts."""
-        samples, own = self.samples(task, split), self.own
-        told: list[object] = [
-            own.benchmark, self.chosen(task).task.name, split, self._generator.settings(), self._generator.tokens,
-            self._generator.ends,
-            self._generator.dtype, own.new_tokens, FRAMES, len(samples),
-        ]  # fmt: skip
+        samples, made = self.samples(task, split), self._generator
+        told: list[object] = [self.own.benchmark, self.chosen(task).task.name, split, self.own.new_tokens, FRAMES]
+        told += [made.settings(), made.tokens, made.ends, made.dtype, len(samples)]
         for sample in samples:
             told += [self._prompts.question(sample), sample.answer, sample.question, sample.references, sample.told]
             told += [content(path) for path in sample.files]
