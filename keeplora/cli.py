@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from keeplora._version import __version__
@@ -30,7 +31,11 @@ Ctrl-C stops a run; the same command continues it. Finished runs are never repea
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command line; returns the exit code.
+
+    0; 1 where a run failed or a report has left out what it could not read; 2 for bad input; 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
     parsed = _parser().parse_args(arguments)
     if arguments is None and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # modules of the user's own are here, as for python -m; workers inherit it
@@ -111,7 +116,7 @@ def _init(parsed: argparse.Namespace) -> int:
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
     from keeplora.compare.dry_run import announce_dry_run, dry_run
-    from keeplora.compare.runs import run_benchmark
+    from keeplora.compare.runs import run_benchmark, with_all_methods
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override, with_data
@@ -119,21 +124,25 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
     from keeplora.train.plugins import join_plugins
     from keeplora.train.workload import configured_workload, notes
 
-    shared = load_config(config_name)
+    shared, every = load_config(config_name), parsed.methods == ["all"]
     config = override(
         shared,
         plugins=join_plugins(shared.plugins, parsed.plugins),
         out=parsed.out,
         seeds=seeds,
         workers=parsed.workers,
-        methods=None if parsed.methods is None else tuple(parsed.methods),
+        methods=None if parsed.methods is None or every else tuple(parsed.methods),
         keep_states=True if parsed.export else None,
+        reuse_evaluations=False if parsed.evaluate_anew else None,
         own=with_data(shared.own, parsed.data),
         device=parsed.device,
     )
     check_machine(config)
     workload = configured_workload(config, "cpu" if config.workers else config.device)
     print(*notes(workload), sep="\n", end="", file=sys.stderr)
+    if every:
+        config, left_out = with_all_methods(config, workload)
+        print(*(f"left out: {name} ({why})" for name, why in left_out.items()), sep="\n", file=sys.stderr)
     if parsed.export:
         check_exportable(config, workload)
     if parsed.dry_run:
@@ -153,6 +162,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     from keeplora.report.comparison import report_comparison
     from keeplora.report.fronts_table import report_fronts
     from keeplora.report.info import check_machine
+    from keeplora.train.config import override
 
     fronts = None if parsed.fronts is None else parsed.fronts or RATES
     chosen = comparison(
@@ -166,6 +176,8 @@ def _compare(parsed: argparse.Namespace) -> int:
         fronts=fronts,
         reference=parsed.reference,
     )
+    if parsed.evaluate_anew:
+        chosen = replace(chosen, config=override(chosen.config, reuse_evaluations=False))
     check_machine(chosen.config)
     print(announcement(chosen.config, chosen.workload), *chosen.notes(), sep="\n", file=sys.stderr)
     records = run_benchmark(chosen.config, workload=chosen.workload, accept_versions=parsed.accept_versions)
@@ -179,8 +191,11 @@ def _compare(parsed: argparse.Namespace) -> int:
 def _report(parsed: argparse.Namespace) -> int:
     from keeplora.report.page import write_page
 
-    print(f"report: {write_page(parsed.runs, parsed.out)}")
-    return 0
+    file, damaged = write_page(parsed.runs, parsed.out)
+    print(f"report: {file}")
+    for told in damaged:
+        print(f"keeplora: not in the report: {told}", file=sys.stderr)
+    return 1 if damaged else 0
 
 
 def _info(parsed: argparse.Namespace) -> int:
@@ -310,8 +325,15 @@ def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str |
     parser.add_argument(
         "--accept-versions", action="store_true", help="go on in a folder begun with another keeplora or torch"
     )
+    parser.add_argument(
+        "--evaluate-anew", action="store_true", help="look up no evaluation that the folder has of the same weights"
+    )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
-    only = "only these, e.g. lora keeplora++" if methods is None else f"methods, groups, variants (default: {methods})"
+    only = (
+        "only these, e.g. lora keeplora++; all: every method that suits the model"
+        if methods is None
+        else f"methods, groups, variants (default: {methods})"
+    )
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help=only, default=None if methods is None else [methods]
     )

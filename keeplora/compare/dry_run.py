@@ -94,7 +94,8 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
         record = run_one(quiet, _Beginning(workload), label, config.seeds[0], folder=Path(folder))
     last = len(record.tasks) - 1
     seen = [min(most, length) for most, length in zip(_BATCHES, batches, strict=False)]
-    per_sample = record.evaluate_seconds[-1] / sum(_samples(workload)[: last + 1])
+    evaluated = record.evaluate_seconds[-1 if record.steps else 0]  # what never changes is evaluated once
+    per_sample = evaluated / sum(_samples(workload)[: last + 1])
     evaluation = per_sample * sum(samples)
     inference = 2 * rounds_within(per_sample * samples[0]) * per_sample * samples[0]
     if not record.steps:
@@ -106,6 +107,8 @@ def _trial(config: RunConfig, label: str, batches: Sequence[int], samples: Seque
     for task, length in enumerate(batches):
         rounds = task + 1 if joint else 1
         steps = rounds * config.steps_of(task, length)
+        if joint and config.steps is not None:
+            steps = sum(config.steps_of(earlier, 0) for earlier in range(task + 1))
         passes = rounds * max(1, round(config.switch_fraction * length))
         total += steps * step + passes * pass_batch + switch + evaluation
     return Trial(label, step, pass_batch, switch, evaluation, total, record.peak_bytes)

@@ -25,6 +25,7 @@ import torch
 
 from keeplora._files import WriteError
 from keeplora.train.config import RunConfig
+from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.record import run_folder
@@ -173,7 +174,8 @@ def _work(config: RunConfig, pipe: Connection[Any, Any]) -> None:
             while (pair := _ordered(pipe)) is not None:
                 workload = configured_workload(config, config.device) if workload is None else workload
                 label, seed = pair
-                run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=tell)
+                place, known = run_folder(config.out, label, seed), evaluations_folder(config)
+                run_one(config, workload, label, seed, folder=place, evaluations=known, listener=tell)
                 say(None)
         except WriteError as error:
             say(str(error))

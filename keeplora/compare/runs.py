@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 
 from keeplora._files import one_writer
 from keeplora._messages import listed, suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
+from keeplora.methods.state import StateError
 from keeplora.tasks.workload import ItemWorkload, Workload
-from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.config import BOTH, RunConfig, override
+from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.plugins import load_plugins
@@ -20,7 +23,8 @@ from keeplora.train.workload import configured_workload
 from .console import Console
 from .pool import Pool
 
-__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished"]
+__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished",
+           "with_all_methods"]  # fmt: skip
 
 
 def run_benchmark(
@@ -61,7 +65,8 @@ def _run_all(config: RunConfig, workload: Workload, console: Listener | None) ->
                 listener(Event("done", label, seed, tasks, tasks, text="already finished"))
         if config.workers == 0:
             for label, seed in waiting:
-                run_one(config, workload, label, seed, folder=run_folder(config.out, label, seed), listener=listener)
+                place, known = run_folder(config.out, label, seed), evaluations_folder(config)
+                run_one(config, workload, label, seed, folder=place, evaluations=known, listener=listener)
         elif waiting:
             Pool(config, waiting, listener).run()
     finally:
@@ -70,52 +75,79 @@ def _run_all(config: RunConfig, workload: Workload, console: Listener | None) ->
 
 
 def read_records(config: RunConfig) -> list[RunRecord]:
-    """The finished runs of ``config`` in its folder; raises ``ConfigError`` when one is missing."""
-    records = []
+    """The finished runs of ``config`` in its folder; raises ``ConfigError`` when some are missing, naming all."""
+    results = _results(config)
+    if missing := [f"{label}, seed {seed}" for (label, seed), record in results.items() if record is None]:
+        raise ConfigError(
+            f"read_records: {config.out} must hold every run, got none of {listed(missing)}. Run the same command again"
+        )
+    return [record for record in results.values() if record is not None]
+
+
+def _results(config: RunConfig) -> dict[tuple[str, int], RunRecord | None]:
+    """The result of every (label, seed), None where there is none yet.
+
+    Raises:
+        ConfigError: results were made with other settings.
+        StateError: results are damaged. All are told in one message.
+    """
+    results: dict[tuple[str, int], RunRecord | None] = {}
+    wrong: list[ConfigError | StateError] = []
     for label, seed in config.pairs():
-        record = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
-        if record is None:
-            raise ConfigError(f"read_records: {config.out} must hold {label}, seed {seed}. Run the same command again")
-        records.append(record)
-    return records
+        try:
+            results[label, seed] = load_result(run_folder(config.out, label, seed), config.identity(label, seed))
+        except (ConfigError, StateError) as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        kind = next((type(error) for error in wrong if isinstance(error, StateError)), ConfigError)
+        raise kind(f"{len(wrong)} results of {config.out} cannot be used:\n" + "\n".join(f"  {e}" for e in wrong))
+    return results
 
 
 def check_settings(config: RunConfig) -> None:
-    """Raise ``ConfigError`` for a method that is not registered, or for settings that it does not have.
+    """Raise ``ConfigError`` for methods that are not registered, or for settings that they do not have; all at once.
 
     Plugins are loaded first.
     """
     load_plugins(config.plugins)
-    for label, entry in config.method.items():
-        if entry.method not in METHODS:
-            known = (*config.methods, *METHODS)
-            raise ConfigError(
-                f'check_methods: [method.{label}] must name a method of this run or set method = "…" to one of '
-                f"{', '.join(METHODS)}, got {entry.method!r}{suggest(entry.method, known)}"
-            )
-    for label in config.labels():
-        entry = config.of(label)
-        for setting in entry.settings:
-            if meant := get_close_matches(setting, ("learning_rate", "weight_decay"), n=1, cutoff=0.85):
-                raise ConfigError(
-                    f"check_methods: settings of [method.{label}] must be known, got {setting!r}. "
-                    f"Did you mean {meant[0]!r}?"
-                )
-        if entry.method not in METHODS:
-            raise ConfigError(
-                f"check_methods: methods must be known, got {entry.method!r}"
-                f"{suggest(entry.method, dict.fromkeys((*METHODS, *config.method)), listing=True)}"
-            )
-        try:
-            configure(entry.method, entry.settings)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"check_methods: the settings of {label} must suit {entry.method}: {error}") from error
+    known = (*config.methods, *METHODS)
+    _refuse_all(
+        f'[method.{label}] must name a method of this run or set method = "…" to one of '
+        f"{', '.join(METHODS)}, got {entry.method!r}{suggest(entry.method, known)}"
+        for label, entry in config.method.items()
+        if entry.method not in METHODS
+    )
+    shared = dict.fromkeys(["learning_rate", *(each.name for one in METHODS.values() for each in fields(one.config))])
+    _refuse_all(
+        f"every_method must have settings of some method, got {name!r}{suggest(name, shared)}"
+        for name in config.every_method
+        if name not in shared
+    )
+    _refuse_all(told for label in config.labels() if (told := _unsuited(config, label)))
+
+
+def _unsuited(config: RunConfig, label: str) -> str:
+    """What is wrong with a method's name or settings, whatever the model; empty where nothing is."""
+    entry = config.of(label)
+    for setting in entry.settings:
+        if meant := get_close_matches(setting, ("learning_rate", "weight_decay"), n=1, cutoff=0.85):
+            return f"settings of [method.{label}] must be known, got {setting!r}. Did you mean {meant[0]!r}?"
+    if entry.method not in METHODS:
+        names = dict.fromkeys((*METHODS, *config.method))
+        return f"methods must be known, got {entry.method!r}{suggest(entry.method, names, listing=True)}"
+    try:
+        configure(entry.method, entry.settings)
+    except (TypeError, ValueError) as error:
+        return f"the settings of {label} must suit {entry.method}: {error}"
+    return ""
 
 
 def check_methods(config: RunConfig, workload: Workload) -> None:
     """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
     check_settings(config)
-    for name in ("epochs", "rate_factors"):
+    for name in ("epochs", "steps", "rate_factors"):
         given, tasks = getattr(config, name), len(workload.tasks)
         if isinstance(given, tuple) and given and len(given) != tasks:
             raise ConfigError(
@@ -129,10 +161,20 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             "fronts"
         )
     alike = {repr((config.of(label).method, config.of(label).settings)): label for label in config.labels()}
-    for label in alike.values():  # a learning rate is nothing to refuse
-        why = refusal(config, workload, label)
-        if why:
-            raise ConfigError(f"check_methods: {label} must suit the benchmark's model and settings: {why}")
+    _refuse_all(
+        f"{label} must suit the benchmark's model and settings: {why}"
+        for label in alike.values()  # a learning rate is nothing to refuse
+        if (why := refusal(config, workload, label))
+    )
+
+
+def _refuse_all(told: Iterable[str]) -> None:
+    """One `ConfigError` for all that is told, where there is something."""
+    lines = list(told)
+    if len(lines) == 1:
+        raise ConfigError(f"check_methods: {lines[0]}")
+    if lines:
+        raise ConfigError(f"check_methods: {len(lines)} methods cannot run:\n" + "\n".join(f"  {x}" for x in lines))
 
 
 def check_splits(config: RunConfig, workload: Workload) -> None:
@@ -160,10 +202,18 @@ def refusal(config: RunConfig, workload: Workload, label: str) -> str:
     return ""
 
 
+def with_all_methods(config: RunConfig, workload: Workload) -> tuple[RunConfig, dict[str, str]]:
+    """``config`` with every method it has a table for and every registered one; and which the model refuses: why.
+
+    A method that the configuration itself names stays, and is refused later.
+    """
+    every = tuple(dict.fromkeys((*config.methods, *config.method, *METHODS)))
+    left_out = {
+        label: why for label in every if label not in config.methods and (why := refusal(config, workload, label))
+    }
+    return override(config, methods=tuple(label for label in every if label not in left_out)), left_out
+
+
 def unfinished(config: RunConfig) -> list[tuple[str, int]]:
     """The (label, seed) of ``config`` that have no result in its folder yet, in the order they run."""
-    return [
-        (label, seed)
-        for label, seed in config.pairs()
-        if load_result(run_folder(config.out, label, seed), config.identity(label, seed)) is None
-    ]
+    return [pair for pair, record in _results(config).items() if record is None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ from torch import nn
 from keeplora._version import __version__
 from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap
 
+from .digest import digest
 from .settings import plain
 from .state import State, StateError, read_state, write_state
 
@@ -37,6 +40,7 @@ class Saved(ABC):
     trains: ClassVar[bool] = True
     """False for methods that never take an optimizer step (zero-shot)."""
 
+    model: nn.Module
     config: Any
     token_mask: TokenMask | None = None
     tasks_learned: int = 0
@@ -113,6 +117,20 @@ class Saved(ABC):
             **memory.meta,
         }
         return State(weights.tensors | memory.tensors, meta, weights.lasting | memory.lasting)
+
+    def digest(self) -> str:
+        """A hash of all that decides what the model computes: its weights and buffers, and the method's state.
+
+        Every value counts, as in :func:`.digest.digest`; two models of one kind with one hash give the same outputs.
+        """
+        state = self._live_state("digest")
+        held = {
+            **{f"weight {name}": weight for name, weight in self.model.named_parameters()},
+            **{f"buffer {name}": buffer for name, buffer in self.model.named_buffers()},
+            **{f"state {name}": state.tensors[name] for name in sorted(state.tensors)},
+        }
+        meta = json.dumps(state.meta, sort_keys=True)
+        return hashlib.sha256(f"{digest(held.items())}\n{meta}".encode()).hexdigest()
 
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keeplora.report.capacity import plot_capacity, tightest_run
+from keeplora.report.comparison import ONE_TASK
 from keeplora.report.summary import group, write_summary, write_text
 from keeplora.report.table import result_table
 from keeplora.train.config import RunConfig
@@ -36,4 +37,6 @@ def report_run(config: RunConfig, records: Sequence[RunRecord]) -> str:
         tables = "\n\n".join(f"{title}\n{capacity}" for title, capacity in room.items()) + "\n"
         write_text(out / "capacity.txt", tables)
         lines.append(f"room: {out / 'capacity.png'}, {out / 'capacity.txt'}")
+    if len(summary["tasks"]) == 1:
+        lines.append(ONE_TASK)
     return "\n".join([*lines, f"chart: {chart}", f"numbers: {out / 'summary.json'}"])

@@ -36,6 +36,9 @@ COLUMNS = (
 """What the table shows; accuracies in percent, mean ± std over seeds."""
 
 
+ONE_TASK = "One task has neither Transfer nor Forgetting nor BWT, and no chart of them: all need a second task"
+
+
 def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Sequence[str] = ()) -> str:
     """Write every file of the comparison into ``config.out``; returns the table, the notes and where the files are.
 
@@ -59,18 +62,20 @@ def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Se
     write_text(out / "table.md", markdown)
 
     runs = group(config, records)
-    charts = [out / "matrices.png"]
+    charts, said = [out / "matrices.png"], list(notes)
     plot_matrices(charts[0], runs)
     for label, label_records in runs.items():
         plot_matrix(out / f"accuracy-{label}.png", label, label_records)
-    if summary["methods"]:
+    if summary["methods"] and len(summary["tasks"]) > 1:
         charts += [out / "last-transfer.png", out / "forgetting.png"]
         plot_last_against_transfer(charts[1], summary)
         plot_forgetting(charts[2], summary, runs)
+    elif summary["methods"]:
+        said.append(ONE_TASK)
     tightest = {label: run[1] for label, records in runs.items() if (run := tightest_run(records)) is not None}
     if plot_protected(out / "capacity.png", tightest):
         charts.append(out / "capacity.png")
-    lines = [caption(summary), text_table(rows), "", *notes]
+    lines = [caption(summary), text_table(rows), "", *said]
     return "\n".join([*lines, "charts: " + ", ".join(map(str, charts)), f"numbers: {out / 'table.md'}, summary.json, "
                       "comparison.csv, metrics.csv"])  # fmt: skip
 
@@ -95,17 +100,23 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]
     header = ["method", *(column.title for column in shown)]
     body = [
-        [label, *(cell(values.get(column.key), column) for column in shown)]
+        [label, *(cell(values, column) for column in shown)]
         for label, values in {"zero-shot": summary["zero_shot"], **methods}.items()
     ]
     return [header, *body]
 
 
-def cell(value: Mapping[str, float] | None, column: Column) -> str:
-    """A value of the summary as the column prints it; empty where nothing was measured."""
-    if value is None:
+def cell(values: Mapping[str, Any], column: Column) -> str:
+    """What the summary's values have for the column, as it prints it.
+
+    Empty where nothing was measured, "–" where there is nothing to take the mean of.
+    """
+    if column.key not in values:
         return ""
-    mean, std = (column.factor * value[name] for name in ("mean", "std"))
+    value = values[column.key]
+    if value is None:
+        return "–"
+    mean, std = column.factor * value["mean"], column.factor * (value["std"] or 0.0)
     text = f"{mean:,.{column.digits}f}" if column.key != "inference_overhead" else f"{mean:+.{column.digits}f}"
     return f"{text} ± {std:.{column.digits}f}" if column.spread and std else text
 
@@ -134,7 +145,7 @@ def csv_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     keys = list(dict.fromkeys(key for values in everything.values() for key in values))
     header = ["method", *(f"{key}_{part}" for key in keys for part in ("mean", "std"))]
     rows = [
-        [label, *(values[key][part] if key in values else "" for key in keys for part in ("mean", "std"))]
+        [label, *((values.get(key) or {}).get(part, "") for key in keys for part in ("mean", "std"))]
         for label, values in everything.items()
     ]
     return header, rows

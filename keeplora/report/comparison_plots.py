@@ -41,8 +41,8 @@ def last_against_transfer(
     axes.scatter(*points[0][:2], marker="*", s=190, color=INK, zorder=4)
     for i, (label, values) in enumerate(methods.items()):
         x, y = values["transfer"], values["last"]
-        axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], color=palette[label], linewidth=1.1,
-                      alpha=0.6, zorder=2)  # fmt: skip
+        axes.errorbar(x["mean"], y["mean"], xerr=x["std"] or 0.0, yerr=y["std"] or 0.0, color=palette[label],
+                      linewidth=1.1, alpha=0.6, zorder=2)  # fmt: skip
         axes.scatter(x["mean"], y["mean"], marker=MARKERS[i % len(MARKERS)], s=74, color=palette[label],
                      edgecolor="white", linewidth=0.9, zorder=3)  # fmt: skip
         points.append((x["mean"], y["mean"], label))

@@ -27,7 +27,7 @@ LEVEL = 0.05
 _COSTS = ("trainable_parameters", "seconds_per_step", "switch_seconds", "peak_bytes", "inference_overhead")
 
 
-def score(transfer: float, last: float, zero_shot: float, allowance: float) -> float:
+def score(transfer: float | None, last: float, zero_shot: float | None, allowance: float) -> float:
     """What a setting is chosen by: Last, less five points for every point of Transfer lost beyond the allowance.
 
     Last alone would choose settings that learn fast and spoil what no task has trained yet. A continual learner is
@@ -36,6 +36,8 @@ def score(transfer: float, last: float, zero_shot: float, allowance: float) -> f
     >>> score(46.0, 70.0, zero_shot=49.0, allowance=3.0), score(45.0, 72.0, zero_shot=49.0, allowance=3.0)
     (70.0, 67.0)
     """
+    if transfer is None or zero_shot is None:  # of a single task: Last alone counts
+        return last
     return last - PENALTY * max(0.0, zero_shot - allowance - transfer)
 
 
@@ -44,7 +46,7 @@ class Point:
     """One setting of a method: its runs with all seeds, in percent.
 
     ``validation`` has Transfer and Last there, means over seeds; ``figures`` the test split's, with errors; ``values``
-    what they are made of, for every seed.
+    what they are made of, for every seed. A single task has no Transfer in any of them.
     """
 
     label: str
@@ -52,7 +54,7 @@ class Point:
     validation: Mapping[str, float]
     figures: Mapping[str, Figure]
     values: Mapping[str, Sequence[Values]]
-    costs: Mapping[str, float]
+    costs: Mapping[str, float | None]
     earlier_data: tuple[str, ...]
 
     def less(self, other: Point, metric: str) -> Difference:
@@ -72,16 +74,21 @@ def point(label: str, rate: float, records: Sequence[RunRecord]) -> Point:
         {name: float(np.mean([one[name] for one in choice])) for name in choice[0]},
         {metric: figure(runs) for metric, runs in values.items()},
         values,
-        {name: float(np.mean([one[name] for one in costs])) for name in _COSTS},
+        {name: _mean([one[name] for one in costs]) for name in _COSTS},
         tuple(sorted({name for record in records for name in record.earlier_data})),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return float(np.mean(given)) if len(given) == len(values) else None
 
 
 def _on_validation(record: RunRecord) -> dict[str, float]:
     """Transfer and Last; entries that neither needs were not evaluated, and stand for nothing."""
     matrix = np.array(record.validation, dtype=np.float64)  # None is NaN here
     metrics = continual_metrics(100 * np.where(np.tri(len(matrix), dtype=bool) & np.isnan(matrix), 0.0, matrix))
-    return {"transfer": metrics.transfer, "last": metrics.last}
+    return {**({} if metrics.transfer is None else {"transfer": metrics.transfer}), "last": metrics.last}
 
 
 def on_front(places: Sequence[tuple[float, float]]) -> list[bool]:
@@ -103,14 +110,16 @@ class Fronts:
 
     def chosen(self, method: str, allowance: float) -> Point:
         """The method's setting under this allowance; of equals the lowest rate."""
-        bound = self.zero_shot.validation["transfer"]
+        bound = self.zero_shot.validation.get("transfer")
         return max(
-            self.points[method], key=lambda p: score(p.validation["transfer"], p.validation["last"], bound, allowance)
+            self.points[method],
+            key=lambda p: score(p.validation.get("transfer"), p.validation["last"], bound, allowance),
         )
 
     def keeps(self, chosen: Point, allowance: float) -> bool:
-        """Whether a setting's Transfer on validation is within the allowance."""
-        return chosen.validation["transfer"] >= self.zero_shot.validation["transfer"] - allowance
+        """Whether a setting's Transfer on validation is within the allowance; without Transfer it is."""
+        before = self.zero_shot.validation.get("transfer")
+        return before is None or chosen.validation["transfer"] >= before - allowance
 
     def ranking(self, allowance: float) -> list[str]:
         """Methods by Last on the test split, best first."""
@@ -140,7 +149,7 @@ def gather(
     config: RunConfig, labels: Mapping[str, Sequence[str]], records: Sequence[RunRecord], reference: str
 ) -> Fronts:
     """The points of finished runs; ``labels`` are those of every method's settings, lowest rate first."""
-    runs = group(config, records)
+    runs = {label: found for label, found in group(config, records).items() if found}
     zero = next(label for label in runs if config.of(label).method == ZERO_SHOT)
     made = {label: point(label, config.of(label).learning_rate, runs[label]) for label in runs}
     points = {method: [made[label] for label in settings] for method, settings in labels.items()}
@@ -171,8 +180,9 @@ def as_dict(config: RunConfig, fronts: Fronts) -> dict[str, Any]:
 
 
 def place(one: Point) -> tuple[float, float]:
-    """Transfer and Last."""
-    return one.figures["transfer"].mean, one.figures["last"].mean
+    """Transfer and Last; twice Last of a single task, which has no Transfer."""
+    last = one.figures["last"].mean
+    return one.figures["transfer"].mean if "transfer" in one.figures else last, last
 
 
 def _point_dict(one: Point) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from keeplora._files import write_json
 from keeplora.methods.settings import ConfigError
-from keeplora.report.comparison import markdown_table, text_table
+from keeplora.report.comparison import ONE_TASK, markdown_table, text_table
 from keeplora.report.fronts import ALLOWANCES, LEVEL, Fronts, Point, as_dict, gather
-from keeplora.report.paired import Difference
 from keeplora.report.summary import write_csv, write_summary, write_text
 from keeplora.train.config import RunConfig, override
 from keeplora.train.record import RunRecord
@@ -55,11 +54,14 @@ def report_fronts(
     for title, rows in tables.items():
         markdown += ["", f"**{title}**", "", markdown_table(rows)]
     write_text(out / "fronts.md", "\n".join([*markdown, *(f"\n{line}" for line in said), ""]))
-    plot_fronts(out / "fronts.png", config, fronts)
+    drawn = "transfer" in fronts.zero_shot.figures
+    if drawn:
+        plot_fronts(out / "fronts.png", config, fronts)
     text = [caption(config, fronts)]
     for title, rows in tables.items():
         text += ["", title, text_table(rows)]
-    files = f"chart: {out / 'fronts.png'}\nnumbers: {out / 'fronts.md'}, fronts.json, fronts.csv, summary.json"
+    chart = f"chart: {out / 'fronts.png'}" if drawn else ONE_TASK
+    files = f"{chart}\nnumbers: {out / 'fronts.md'}, fronts.json, fronts.csv, summary.json"
     return "\n".join([*text, "", *said, files])
 
 
@@ -99,13 +101,20 @@ def choice_rows(fronts: Fronts, allowance: float) -> list[list[str]]:
 
 
 def _row(name: str, one: Point, reference: Point) -> list[str]:
-    figures = [f"{one.figures[metric].mean:.1f} ± {one.figures[metric].error:.1f}" for metric in _METRICS]
-    tests = ["" if one is reference else _tested(one.less(reference, metric)) for metric in ("last", "transfer")]
+    figures = [
+        f"{one.figures[metric].mean:.1f} ± {one.figures[metric].error:.1f}" if metric in one.figures else "–"
+        for metric in _METRICS
+    ]
+    tests = ["" if one is reference else _test(one, reference, metric) for metric in ("last", "transfer")]
     costs = [""] * 5
     trained = one.costs["trainable_parameters"]
     if trained:
-        costs = [f"{trained:,.0f}", f"{1000 * one.costs['seconds_per_step']:.0f}", f"{one.costs['switch_seconds']:.1f}",
-                 f"{1e-6 * one.costs['peak_bytes']:,.0f}", f"{one.costs['inference_overhead']:+.0f}"]  # fmt: skip
+        shown = {"seconds_per_step": (1000, ".0f"), "switch_seconds": (1, ".1f"), "peak_bytes": (1e-6, ",.0f"),
+                 "inference_overhead": (1, "+.0f")}  # fmt: skip
+        costs = [f"{trained:,.0f}", *(
+            "–" if (value := one.costs[name]) is None else f"{factor * value:{form}}"
+            for name, (factor, form) in shown.items()
+        )]  # fmt: skip
     return [
         name,
         f"{one.rate:g}" if trained else "",
@@ -116,7 +125,10 @@ def _row(name: str, one: Point, reference: Point) -> list[str]:
     ]
 
 
-def _tested(difference: Difference) -> str:
+def _test(one: Point, reference: Point, metric: str) -> str:
+    if metric not in one.figures:  # one task has no Transfer
+        return "–"
+    difference = one.less(reference, metric)
     p = "< .001" if difference.p < 0.001 else f"{difference.p:.3f}".lstrip("0")
     return f"{difference.mean:+.1f} ± {difference.error:.1f}, p {p}"
 
@@ -162,8 +174,9 @@ def _csv_rows(values: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
                 a for a, choices in values["chosen"].items() if choices.get(method, {}).get("label") == one["label"]
             ]
             rows.append([
-                method, one["learning_rate"], one["validation"]["transfer"], one["validation"]["last"],
-                *(one["test"][metric][part] for metric, part in parts), one.get("on_front", ""), " ".join(chosen),
+                method, one["learning_rate"], one["validation"].get("transfer", ""), one["validation"]["last"],
+                *(one["test"].get(metric, {}).get(part, "") for metric, part in parts), one.get("on_front", ""),
+                " ".join(chosen),
                 *(one[name] for name in costs), " ".join(one["earlier_data"]),
             ])  # fmt: skip
     return header, rows

@@ -21,10 +21,11 @@ class InstructionMetrics:
     """Mean final accuracy: all tasks after the last one."""
     maa: float
     """Mean average accuracy: over the tasks so far, after each task."""
-    bwt: float
-    """Backward transfer: final accuracy less the one right after learning. Below 0 where a run forgets."""
+    bwt: float | None
+    """Backward transfer: final accuracy less the one right after learning. Below 0 where a run forgets; None for a
+    single task."""
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """The metrics by name."""
         return asdict(self)
 
@@ -39,7 +40,7 @@ def instruction_metrics(accuracy: ArrayLike | Sequence[Sequence[float]]) -> Inst
         MAA = mean over t of (mean over j <= t of a[t, j])
         BWT = mean over j < T-1 of (a[T-1, j] - a[j, j])
 
-    BWT is 0 for a single task, where it is a mean over nothing. Computed in float64.
+    BWT is None for a single task, where it is a mean over nothing. Computed in float64.
 
     Args:
         accuracy: Rows of 1, 2, …, T numbers, or ``[T, T]``, whose upper triangle is not read and may be NaN.
@@ -59,7 +60,7 @@ def instruction_metrics(accuracy: ArrayLike | Sequence[Sequence[float]]) -> Inst
         mft=float(learned.mean()),
         mfn=float(final.mean()),
         maa=float(np.mean([acc[t, : t + 1].mean() for t in range(len(acc))])),
-        bwt=float((final - learned)[:-1].mean()) if len(acc) > 1 else 0.0,
+        bwt=float((final - learned)[:-1].mean()) if len(acc) > 1 else None,
     )
 
 

@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of one run, in the unit of the matrix (fractions or percent)."""
+    """Metrics of one run, in the unit of the matrix (fractions or percent); None where a mean is over nothing."""
 
-    transfer: float
+    transfer: float | None
     avg: float
     last: float
-    forgetting: float
+    forgetting: float | None
     learn: float
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """The metrics by name."""
         return asdict(self)
 
@@ -34,7 +34,7 @@ def continual_metrics(accuracy: ArrayLike) -> Metrics:
         Forgetting = mean over j < T-1 of (max over i of acc[i, j] - acc[T-1, j])
         Learn      = mean over j of acc[j, j]                               right after learning
 
-    Transfer and Forgetting are 0 for a single task, where they are means over nothing. Computed in float64.
+    Transfer and Forgetting are None for a single task, where they are means over nothing. Computed in float64.
     Raises ``ValueError`` when the matrix is empty, not square, or has a value that is not finite.
     Source: Zheng et al., "Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language
     Models", ICCV 2023.
@@ -47,10 +47,10 @@ def continual_metrics(accuracy: ArrayLike) -> Metrics:
     columns = _columns(acc)
     lost = [acc[:, j].max() - acc[-1, j] for j in range(tasks - 1)]
     return Metrics(
-        transfer=float(np.mean(columns["transfer"])) if tasks > 1 else 0.0,
+        transfer=float(np.mean(columns["transfer"])) if tasks > 1 else None,
         avg=float(acc.mean()),
         last=float(acc[-1].mean()),
-        forgetting=float(np.mean(lost)) if lost else 0.0,
+        forgetting=float(np.mean(lost)) if lost else None,
         learn=float(np.diag(acc).mean()),
     )
 
@@ -92,8 +92,8 @@ def _square(function: str, accuracy: ArrayLike) -> NDArray[np.float64]:
     return acc
 
 
-def mean_std(values: ArrayLike) -> dict[str, float]:
-    """``{"mean", "std"}`` over seeds; std is the sample deviation (n - 1), 0 for one seed.
+def mean_std(values: ArrayLike) -> dict[str, float | None]:
+    """``{"mean", "std"}`` over seeds; std is the sample deviation (n - 1), None for one seed.
 
     >>> mean_std([1.0, 3.0])
     {'mean': 2.0, 'std': 1.4142135623730951}
@@ -101,4 +101,4 @@ def mean_std(values: ArrayLike) -> dict[str, float]:
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1 or data.size == 0:
         raise ValueError(f"mean_std: values must be a non-empty list of numbers, got shape {data.shape}")
-    return {"mean": float(data.mean()), "std": float(data.std(ddof=1)) if data.size > 1 else 0.0}
+    return {"mean": float(data.mean()), "std": float(data.std(ddof=1)) if data.size > 1 else None}

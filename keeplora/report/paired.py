@@ -44,12 +44,13 @@ class Difference(NamedTuple):
 def item_values(record: RunRecord) -> dict[str, Values]:
     """``transfer``, ``avg`` and ``last`` of every test item, in percent; their means are those of the accuracy matrix.
 
-    Transfer has no values for the first task, which is never unseen.
+    Transfer has no values for the first task, which is never unseen; a single task has no Transfer.
     """
     tasks = range(len(record.tasks))
     right = [100.0 * np.stack([record.right(i, j) for i in tasks]) for j in tasks]  # [evaluations, items_j] each
+    transfer = {"transfer": [right[j][:j].mean(0) for j in tasks[1:]]} if len(tasks) > 1 else {}
     return {
-        "transfer": [right[j][:j].mean(0) for j in tasks[1:]],
+        **transfer,
         "avg": [one.mean(0) for one in right],
         "last": [one[-1] for one in right],
     }
@@ -64,8 +65,6 @@ def figure(runs: Sequence[Values]) -> Figure:
     Figure(mean=3.0, error=1.414..., dof=2.0)
     """
     seeds, tasks = len(runs), len(runs[0])
-    if tasks == 0:  # one task has no Transfer
-        return Figure(0.0, 0.0, np.inf)
     means = np.array([np.mean([one.mean() for one in values]) for values in runs])
     pooled = [np.mean([values[j] for values in runs], axis=0) for j in range(tasks)]
     parts = [(float(one.var(ddof=1)) / len(one) / tasks**2, len(one) - 1) for one in pooled]

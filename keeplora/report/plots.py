@@ -149,19 +149,20 @@ def _lowest(group: Sequence[float], gap: float) -> float:
 
 
 def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette: Mapping[str, str]) -> None:
+    shown = [bar for bar in _BARS if summary["zero_shot"][bar[0]] is not None]  # one task has no Transfer
     width = 0.8 / len(labels)
-    zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in _BARS]
-    ends = [summary["methods"][label][key] for label in labels for key, _, _ in _BARS]
-    top = 1.22 * max(*zeros, *(value["mean"] + value["std"] for value in ends))
-    axes.set_ylim(0, top)
+    zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in shown]
+    ends = [summary["methods"][label][key] for label in labels for key, _, _ in shown]
+    top = 1.22 * max(*zeros, *(value["mean"] + (value["std"] or 0.0) for value in ends))
+    axes.set_ylim(0, top := top or 1.0)  # where nothing at all is right
     turned = len(labels) > 5  # the numbers stand upright, or they would run into each other
     figure = axes.get_figure(root=True)
     assert figure is not None
     point = top / (72 * 0.7 * figure.get_size_inches()[1])  # of the axes, which are about 0.7 of the figure
     for i, label in enumerate(labels):
-        values = [summary["methods"][label][key] for key, _, _ in _BARS]
-        places = np.arange(len(_BARS)) - 0.4 + width * (i + 0.5)
-        means, stds = [v["mean"] for v in values], [v["std"] for v in values]
+        values = [summary["methods"][label][key] for key, _, _ in shown]
+        places = np.arange(len(shown)) - 0.4 + width * (i + 0.5)
+        means, stds = [v["mean"] for v in values], [v["std"] or 0.0 for v in values]
         axes.bar(
             places, means, 0.92 * width, yerr=stds if any(stds) else None, color=palette[label], label=label,
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
@@ -176,7 +177,7 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
         line = axes.plot([i - 0.45, i + 0.45], [zero, zero], color=INK, linewidth=1.4, linestyle=(0, (4, 3)))[0]
         if i == 0:
             line.set_label("zero-shot")
-    axes.set_xticks(range(len(_BARS)), [f"{name}\n{text}" for _, name, text in _BARS], fontsize=9)
+    axes.set_xticks(range(len(shown)), [f"{name}\n{text}" for _, name, text in shown], fontsize=9)
     axes.set_title("Higher is better", loc="left", fontsize=11.5, color=INK)
     axes.legend(framealpha=1, edgecolor="none", ncols=3, loc="upper center", fontsize=9.5)
     plain(axes)

@@ -30,15 +30,16 @@ ROOM = ("free_share", "forecast", "median_forecast")
 _PACKAGES = ("keeplora", "torch", "open_clip_torch", "numpy", "safetensors")
 
 
-def run_values(record: RunRecord) -> dict[str, float]:
-    """Metrics (percent) and costs of one run.
+def run_values(record: RunRecord) -> dict[str, float | None]:
+    """Metrics (percent) and costs of one run; None where they are means over nothing.
 
     ``train_seconds`` are the optimizer steps, ``switch_seconds`` what the method does before and after a task;
-    both summed over tasks. ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean
-    over all steps, ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
+    both summed over tasks. ``evaluate_seconds`` is None where evaluations were looked up.
+    ``trainable_parameters`` is the largest number during a task, ``seconds_per_step`` a mean over all steps,
+    ``inference_overhead`` what an evaluation takes longer than with the untouched model, in percent.
     """
     accuracy = 100 * np.asarray(record.accuracy, dtype=np.float64)
-    values = {**continual_metrics(accuracy).as_dict(), **instruction_metrics(accuracy).as_dict()}
+    values: dict[str, float | None] = continual_metrics(accuracy).as_dict() | instruction_metrics(accuracy).as_dict()
     if record.witness:
         values["witness"] = 100 * record.witness[-1]
         values["witness_avg"] = 100 * float(np.mean(record.witness))
@@ -47,10 +48,10 @@ def run_values(record: RunRecord) -> dict[str, float]:
         **values,
         "train_seconds": sum(record.train_seconds),
         "switch_seconds": sum(record.switch_seconds),
-        "evaluate_seconds": sum(record.evaluate_seconds),
+        "evaluate_seconds": None if sum(record.reused) else sum(record.evaluate_seconds),
         "peak_bytes": record.peak_bytes,
         "trainable_parameters": max(record.trainable, default=0),
-        "seconds_per_step": sum(record.train_seconds) / max(record.steps, 1),
+        "seconds_per_step": sum(record.train_seconds) / record.steps if record.steps else None,
         "inference_overhead": 100 * (ours / plain - 1),
     }
 
@@ -63,7 +64,8 @@ def summarize(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]
 def measured(config: RunConfig, records: Sequence[RunRecord]) -> dict[str, Any]:
     """The summary without the machine, which need not be the one that reads the records.
 
-    Labels without a record are left out; ``zero_shot`` is empty where that is one of them.
+    Labels without a record are left out; ``zero_shot`` is empty where that is one of them. A value is None where it is
+    a mean over nothing (Transfer of a single task), and so is the std of one seed.
     """
     by_label = {label: runs for label, runs in group(config, records).items() if runs}
     methods = {label: _over_seeds([run_values(record) for record in runs]) for label, runs in by_label.items()}
@@ -154,9 +156,11 @@ def write_matrix(path: Path, record: RunRecord) -> None:
     write_csv(path, header, rows)
 
 
-def _over_seeds(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def _over_seeds(runs: list[dict[str, float | None]]) -> dict[str, dict[str, float | None] | None]:
+    """Mean and std of every value that all runs have; None where one of them is undefined."""
     shared = [name for name in runs[0] if all(name in run for run in runs)]
-    return {name: mean_std([run[name] for run in runs]) for name in shared}
+    columns = {name: [value for run in runs if (value := run[name]) is not None] for name in shared}
+    return {name: mean_std(column) if len(column) == len(runs) else None for name, column in columns.items()}
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -46,5 +46,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
     return "\n".join([caption, lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
-def _percent(value: Mapping[str, float]) -> str:
+def _percent(value: Mapping[str, float] | None) -> str:
+    if value is None:  # a mean over nothing
+        return "–"
     return f"{value['mean']:.1f} ± {value['std']:.1f}" if value["std"] else f"{value['mean']:.1f}"

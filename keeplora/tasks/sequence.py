@@ -54,6 +54,21 @@ class TaskSequence(ABC, Generic[T]):
             digest.update(_bytes(weight))
         return digest.hexdigest()[:16]
 
+    def contents(self, task: int | None, split: str) -> str:
+        """Hash of what evaluating a split depends on besides the model: its data in their order, labels and texts."""
+        chosen: Any = self.task(task)
+        values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+        digest = hashlib.sha256(f"{type(self).__module__}.{type(self).__qualname__}\n".encode())
+        for name, value in values.items():
+            if is_dataclass(value) and split in values and name != split:
+                continue  # another split
+            tensors = _tensors(value) if is_dataclass(value) else [value] if isinstance(value, Tensor) else []
+            digest.update(f"{name} {'' if is_dataclass(value) or isinstance(value, Tensor) else value!r}\n".encode())
+            for tensor in tensors:
+                digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
     @abstractmethod
     def model(self) -> nn.Module:
         """A fresh copy of the pretrained model, the same every time."""

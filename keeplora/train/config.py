@@ -27,6 +27,7 @@ from keeplora.methods.settings import (
 from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.plugins import join_plugins
+from keeplora.train.siblings import sibling
 from keeplora.train.trackers import TRACKERS
 
 ZERO_SHOT = "zero-shot"
@@ -56,17 +57,19 @@ class MethodConfig:
 class RunConfig:
     """Everything that decides the numbers of a run, and where they go.
 
-    Exactly one of ``epochs`` and ``steps`` is given; a list of ``epochs`` has one number for each task.
+    Exactly one of ``epochs`` and ``steps`` is given, as a number, or as a list with one for each task.
     ``rate_factors`` multiply every method's learning rate in each task. ``schedule`` is PyTorch's one-cycle, or half a
     cosine after a linear ``warmup``, the share of steps it takes. ``switch_fraction`` is the share of a task's training
     batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
     ``trackers`` get the figures besides TensorBoard: "wandb" and "mlflow", through their own packages.
-    ``plugins`` are modules that are imported first, for the methods and families they register.
-    ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such instructions
-    a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
-    ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
+    ``reuse_evaluations`` looks up, in the folder of the results, what was evaluated there before with the same
+    weights on the same data. ``plugins`` are modules that are imported first, for the methods and families they
+    register. ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such
+    instructions a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
+    ``every_method`` are settings of methods without a table of their own (:mod:`.siblings`); it must give LoRA's
+    ``learning_rate``. ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
     """
 
     benchmark: str
@@ -74,7 +77,7 @@ class RunConfig:
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/run"
     epochs: int | tuple[int, ...] | None = None
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     batch_size: int = 64
     evaluation_batch_size: int = 256
     threads: int = 1
@@ -90,8 +93,10 @@ class RunConfig:
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
     keep_states: bool = False
+    reuse_evaluations: bool = True
     plugins: tuple[str, ...] = ()
     method: Mapping[str, MethodConfig] = field(default_factory=dict)
+    every_method: Mapping[str, Any] = field(default_factory=dict)
     own: OwnTasks | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +110,10 @@ class RunConfig:
 
     def of(self, label: str) -> MethodConfig:
         """The settings of the method that is called ``label`` here."""
-        return self.method.get(label, MethodConfig(method=label))
+        if label in self.method or not self.every_method or label == ZERO_SHOT:
+            return self.method.get(label, MethodConfig(method=label))
+        rate, settings = sibling(label, self.every_method)
+        return MethodConfig(method=label, learning_rate=rate, settings=settings)
 
     def pairs(self) -> list[tuple[str, int]]:
         """Every (label, seed) to run, seeds together, so that the first results compare all methods."""
@@ -113,10 +121,10 @@ class RunConfig:
 
     def steps_of(self, task: int, batches: int) -> int:
         """Optimizer steps of a task whose pass has so many batches."""
-        if self.steps is not None:
-            return self.steps
-        epochs = self.epochs[task] if isinstance(self.epochs, tuple) else self.epochs
-        return (epochs or 1) * batches
+        given = self.epochs if self.steps is None else self.steps
+        number = given[task] if isinstance(given, tuple) else given
+        assert number is not None  # one of the two is given
+        return number * batches if self.steps is None else number
 
     def rate(self, label: str, task: int) -> float:
         """The highest learning rate of a method in a task."""
@@ -135,9 +143,12 @@ class RunConfig:
         return "bf16" if self.device != "cpu" or _multiplies_bf16() else "fp32"
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """The settings as plain JSON values, those of ``every_method`` written out for the methods of the run."""
         own = None if self.own is None else self.own.identity()
-        result: dict[str, Any] = json.loads(json.dumps({**asdict(self), "precision": self.computes_in, "own": own}))
+        values = {**asdict(self), "precision": self.computes_in, "own": own}
+        if values.pop("every_method"):
+            values["method"] |= {label: asdict(self.of(label)) for label in self.labels()}
+        result: dict[str, Any] = json.loads(json.dumps(values))
         return result
 
     def identity(self, label: str, seed: int) -> dict[str, Any]:
@@ -262,8 +273,9 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
             if not isinstance(chosen[name], list | tuple):
                 raise ConfigError(f"load_config: {name} must be a list, got {chosen[name]!r} in {where}")
             chosen[name] = tuple(chosen[name])
-    if isinstance(chosen.get("epochs"), list):
-        chosen["epochs"] = tuple(chosen["epochs"])
+    for name in ("epochs", "steps"):
+        if isinstance(chosen.get(name), list):
+            chosen[name] = tuple(chosen[name])
     sections = chosen.get("method", {})
     if not isinstance(sections, Mapping) or not all(isinstance(entry, Mapping) for entry in sections.values()):
         raise ConfigError(f"load_config: method must hold tables such as [method.lora], got {sections!r} in {where}")
@@ -344,12 +356,13 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             f"RunConfig: exactly one of epochs and steps must be given, got {' and '.join(given) or None}"
         )
-    if isinstance(config.epochs, tuple):
-        _check_list(config, "epochs")
-        for number in config.epochs:
-            check_whole(config, "epochs", "[1, inf)", value=number)
-        given.remove("epochs")
-    for name in (*given, "batch_size", "evaluation_batch_size", "threads"):
+    for name in given:
+        numbers = getattr(config, name)
+        if isinstance(numbers, tuple):
+            _check_list(config, name)
+        for number in numbers if isinstance(numbers, tuple) else (numbers,):
+            check_whole(config, name, "[1, inf)", value=number)
+    for name in ("batch_size", "evaluation_batch_size", "threads"):
         check_whole(config, name, "[1, inf)")
     for factor in config.rate_factors:
         check_range(config, "rate_factors", "(0, inf)", value=factor)
@@ -365,6 +378,12 @@ def _validate(config: RunConfig) -> None:
     for tracker in config.trackers:
         check_choice(config, "trackers", TRACKERS, value=tracker)
     check_flag(config, "keep_states")
+    check_flag(config, "reuse_evaluations")
+    if not isinstance(config.every_method, Mapping):
+        raise ConfigTypeError(f"RunConfig: every_method must be a table, got {config.every_method!r}")
+    if config.every_method:
+        rate = config.every_method.get("learning_rate")
+        check_range(config, "every_method.learning_rate", "(0, inf)", value=rate)
     for label, entry in config.method.items():
         name = f"method.{label}"
         check_name(config, f"{name}.method", value=entry.method)

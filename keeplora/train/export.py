@@ -56,7 +56,7 @@ def export_runs(config: RunConfig, workload: Workload) -> list[str]:
         if not has_state((folder := run_folder(config.out, label, seed)) / "state"):
             raise ConfigError(
                 f"export_runs: {folder} must hold the state of the run, got none: it was made without --export and "
-                "without keep_states. Delete the folder and give the command again"
+                "without keep_states. Give another --out to have them made"
             )
     return [line for label, seed in pairs for line in _export(config, workload, label, seed)]
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -26,11 +26,12 @@ from keeplora.statistics.passes import evaluating, first_batches
 from keeplora.tasks.workload import Batches, Workload
 from keeplora.train.batches import Union
 from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.evaluated import Evaluations
 from keeplora.train.evaluation import evaluate
 from keeplora.train.events import Event, Listener, silent
 from keeplora.train.measure import fastest, peak_bytes, reset_peak, rounds_within
 from keeplora.train.plugins import load_plugins
-from keeplora.train.record import RunRecord, load_progress, load_result, save_progress, save_result
+from keeplora.train.record import RunRecord, certificate_figures, load_progress, load_result, save_progress, save_result
 from keeplora.train.scalars import Scalars, open_scalars
 from keeplora.train.schedule import make_schedule
 
@@ -46,6 +47,7 @@ def run_one(
     seed: int,
     *,
     folder: Path | None = None,
+    evaluations: Path | None = None,
     listener: Listener = silent,
 ) -> RunRecord:
     """Let one method learn all tasks of ``workload`` in order, evaluating all of them after each.
@@ -53,6 +55,7 @@ def run_one(
     For each task: ``before_task``; the method's AdamW with a one-cycle schedule on its trainable parameters;
     ``after_task``; accuracy on every task and on the witness. With a ``folder``, the state is saved after every
     task, an interrupted run continues after its last finished task, and a finished run is read, not repeated.
+    ``evaluations`` is a folder of evaluations that several runs share (:mod:`.evaluated`).
     All draws follow from ``(seed, task)``: a resumed run gives the numbers of an uninterrupted one, exactly.
 
     Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
@@ -68,7 +71,7 @@ def run_one(
     torch.set_num_threads(config.threads)
     reset_peak(config.device)
     with _deterministic(config.device):
-        run = _Run(config, workload, label, seed, folder, listener)
+        run = _Run(config, workload, label, seed, folder, evaluations, listener)
         try:
             return run.learn_all(identity)
         except Exception as error:
@@ -83,13 +86,21 @@ class _Run:
     """The moving parts of :func:`run_one`."""
 
     def __init__(
-        self, config: RunConfig, workload: Workload, label: str, seed: int, folder: Path | None, listener: Listener
+        self,
+        config: RunConfig,
+        workload: Workload,
+        label: str,
+        seed: int,
+        folder: Path | None,
+        evaluations: Path | None,
+        listener: Listener,
     ) -> None:
         self.config, self.workload, self.label, self.seed = config, workload, label, seed
         self.folder, self.listener = folder, listener
         self.settings = config.of(label)
         self.names = list(workload.tasks)
         self.record = RunRecord(label=label, seed=seed, tasks=self.names)
+        self.evaluations = Evaluations(config, workload, evaluations, self.note)
         self.scalars: Scalars = open_scalars(config, label, seed, folder)
         _seed_everything(seed, 0, "create")
         self.model = workload.model().to(config.device)
@@ -166,7 +177,7 @@ class _Run:
         started = time.perf_counter()
         self.model.eval()
         with torch.no_grad(), self.autocast():
-            row, witness = evaluate(self.config, self.workload, self.model, self.record, trained=self.method.trains)
+            row, witness = evaluate(self.evaluations, self.method, self.record)
         evaluation = time.perf_counter() - started
 
         record = self.record
@@ -176,7 +187,7 @@ class _Run:
         record.train_seconds.append(train)
         record.switch_seconds.append(switch)
         record.evaluate_seconds.append(evaluation)
-        record.certificates.append(None if certificate is None else _certificate(certificate))
+        record.certificates.append(None if certificate is None else certificate_figures(certificate))
         if problem := record.problem():
             raise ValueError(f"run_one: {problem}")
         record.peak_bytes = max(record.peak_bytes, peak_bytes(self.config.device))
@@ -194,8 +205,9 @@ class _Run:
         """Take the optimizer steps of one task; returns the mean loss of the last tenth of them."""
         config = self.config
         first = self.batches(task, epoch=0)
-        rounds = task + 1 if self.method.joint else 1  # a joint method takes the steps of all its tasks
-        total = config.steps_of(task, len(first)) * (rounds if config.steps is not None else 1)
+        total = config.steps_of(task, len(first))
+        if self.method.joint and config.steps is not None:  # it takes the steps of all its tasks
+            total = sum(config.steps_of(earlier, 0) for earlier in range(task + 1))
         rate = config.rate(self.label, task)
         decay = config.weight_decay if self.settings.weight_decay is None else self.settings.weight_decay
         optimizer = self.method.optimizer(lr=rate, weight_decay=decay, fused=True)
@@ -323,17 +335,24 @@ class _Run:
         for warning in caught:
             self.tell("note", task, text=str(warning.message))
 
+    def note(self, text: str) -> None:
+        """Tell the listener something about the task that is under way."""
+        self.tell("note", self.done, text=text)
+
     def report(self, task: int, row: list[float]) -> str:
         record = self.record
+        known = f", {record.reused[-1]} evaluations known before" if record.reused[-1] else ""
         return (
             f"{self.names[task]} {row[task]:.1%} · mean {np.mean(row):.1%} · loss {record.loss[-1]:.3f} · "
             f"{record.train_seconds[-1]:.1f} s train, {record.switch_seconds[-1]:.1f} s switch, "
-            f"{record.evaluate_seconds[-1]:.1f} s evaluate"
+            f"{record.evaluate_seconds[-1]:.1f} s evaluate{known}"
         )
 
     def summary(self) -> str:
-        last = self.record.accuracy[-1]
-        return f"last {np.mean(last):.1%} in {sum(self.record.train_seconds + self.record.switch_seconds):.0f} s"
+        record = self.record
+        known = "" if record.trainable or not sum(record.reused) else ", evaluated before by another run"
+        seconds = sum(record.train_seconds + record.switch_seconds)
+        return f"last {np.mean(record.accuracy[-1]):.1%} in {seconds:.0f} s{known}"
 
     def tell(self, kind: str, task: int, **rest: Any) -> None:
         name = self.names[task] if task < len(self.names) else ""
@@ -375,23 +394,6 @@ def _deterministic(device: str) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _certificate(value: Any) -> dict[str, Any]:
-    """The figures of a method's report, as JSON takes them."""
-    names = ("leak_after_rounding", "leak", "orthogonality", "captured")
-    figures = {name: getattr(value, name, None) for name in names}
-    layers = [_plain(layer) for layer in getattr(value, "layers", [])]
-    return {**figures, "layers": layers, "text": str(value)}
-
-
-def _plain(row: Any) -> dict[str, Any]:
-    """A dataclass, named tuple or mapping as a dict."""
-    if is_dataclass(row) and not isinstance(row, type):
-        return asdict(row)
-    if hasattr(row, "_asdict"):
-        return dict(row._asdict())
-    return dict(row)
 
 
 __all__ = ["NonFiniteLossError", "derive_seed", "run_one"]

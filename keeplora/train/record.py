@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sized
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ SCHEMA = 2
 """Of a result, and of a run between two tasks."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.json"
-_AGAIN = "It is damaged: delete it to run again."
+_NEWER = {"reused"}
+"""Fields that came later; what runs without them measured is their default."""
+AGAIN = "Move it elsewhere; the command that made the folder then runs that again."
+"""What can be done about a result that cannot be read: nothing is thrown away."""
 
 
 @dataclass
@@ -37,9 +40,11 @@ class RunRecord:
     those of one evaluation at the end of the run and of the same by the untouched pretrained model. ``earlier_data``
     names what the method looked at again of earlier tasks: "training" data, "validation" data.
 
-    Where a run is evaluated on both splits, ``validation[i][j]`` is the accuracy there (None where neither Transfer nor
-    Last needs it), ``correct[i][j]`` tells which of the ``items[j]`` test items were right (:mod:`.items`). ``failed``
-    says what went wrong where it ended before its time because its numbers were no longer finite.
+    ``reused[i]`` counts the evaluations after task i that were looked up (:mod:`.evaluated`): their time is not in
+    ``evaluate_seconds``. Where a run is evaluated on both splits, ``validation[i][j]`` is the accuracy there (None
+    where neither Transfer nor Last needs it), ``correct[i][j]`` tells which of the ``items[j]`` test items were
+    right (:mod:`.items`). ``failed`` says what went wrong where it ended before its time because its numbers were
+    no longer finite.
     """
 
     label: str
@@ -62,6 +67,7 @@ class RunRecord:
     items: list[int] = field(default_factory=list)
     correct: list[list[str]] = field(default_factory=list)
     failed: str = ""
+    reused: list[int] = field(default_factory=list)
 
     def right(self, after: int, task: int) -> NDArray[np.bool_]:
         """Which test items of ``task`` were right after the task ``after``."""
@@ -90,6 +96,8 @@ class RunRecord:
         for name, values in per_task.items():
             if len(values) != tasks:
                 return f"{name} must have one entry for each of {tasks} finished tasks, got {len(values)}"
+        if len(self.reused) not in (0, tasks) or not all(_is_count(number) for number in self.reused):
+            return f"reused must have a count for each of {tasks} finished tasks, got {self.reused}"
         if len(self.witness) not in (0, tasks):
             return f"witness must have one entry for each of {tasks} finished tasks or none, got {len(self.witness)}"
         for task, row in enumerate(self.accuracy):
@@ -130,6 +138,27 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def certificate_figures(value: Any) -> dict[str, Any]:
+    """The figures of a method's report, as JSON takes them."""
+    names = ("leak_after_rounding", "leak", "orthogonality", "captured")
+    figures = {name: getattr(value, name, None) for name in names}
+    layers = [_plain(layer) for layer in getattr(value, "layers", [])]
+    return {**figures, "layers": layers, "text": str(value)}
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A dataclass, named tuple or mapping as a dict."""
+    if is_dataclass(row) and not isinstance(row, type):
+        return asdict(row)
+    if hasattr(row, "_asdict"):
+        return dict(row._asdict())
+    return dict(row)
+
+
 def versions() -> dict[str, str]:
     """What decides numbers besides the settings."""
     return {"keeplora": __version__, "torch": str(torch.__version__)}
@@ -159,7 +188,7 @@ def load_progress(folder: Path, identity: Mapping[str, Any]) -> tuple[RunRecord,
     record = _read("load_progress", saved.meta, identity, folder / "state")
     method = saved.meta.get("method")
     if not isinstance(method, dict):
-        raise StateError(f"load_progress: {folder / 'state'} must hold a method's state, got {method!r}. {_AGAIN}")
+        raise StateError(f"load_progress: {folder / 'state'} must hold a method's state, got {method!r}. {AGAIN}")
     return record, State(tensors=saved.tensors, meta=method)
 
 
@@ -180,11 +209,10 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     file = folder / RESULT_FILE
     if not os.path.lexists(file):
         return None
-    record = _read("load_result", _parsed("load_result", file, "Delete it to run again."), identity, file)
+    record = _read("load_result", _parsed("load_result", file, AGAIN), identity, file)
     if not record.done and not record.failed:
         raise StateError(
-            f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. "
-            "Delete it to run again"
+            f"load_result: {file} must hold all {len(record.tasks)} tasks, got {record.finished_tasks}. {AGAIN}"
         )
     return record
 
@@ -211,7 +239,7 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
         if changed:
             raise ConfigError(
                 f"claim_folder: {config.out} holds runs made with other settings ({', '.join(changed)} changed). "
-                "Give another --out, or delete the folder to start again"
+                "Give another --out to start again"
             )
         if versions() not in known and not accept_versions:
             raise ConfigError(
@@ -243,25 +271,28 @@ def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -
     """The record in what :func:`_written` gave, if it is of a run with these settings."""
     schema = saved.get("schema") if isinstance(saved, Mapping) else None
     if schema != SCHEMA:
-        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. Delete it to run again.")
+        raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. {AGAIN}")
     names = {entry.name for entry in fields(RunRecord)}
     record, theirs = saved.get("record"), saved.get("identity")
-    if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or set(record) != names:
+    whole = isinstance(record, Mapping) and names - _NEWER <= set(record) <= names
+    if not isinstance(theirs, Mapping) or not isinstance(record, Mapping) or not whole:
         got = sorted(record) if isinstance(record, Mapping) else record
         raise StateError(
-            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. {_AGAIN}"
+            f"{function}: {where} must hold an identity and a record of {', '.join(sorted(names))}, got {got}. {AGAIN}"
         )
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
         raise ConfigError(
             f"{function}: {where} was made with other settings ({', '.join(changed)} changed). "
-            "Give another --out, or delete the folder to start again"
+            "Give another --out to start again"
         )
     made = RunRecord(**record)
     try:
+        if "reused" not in record:
+            made.reused = [0] * len(made.accuracy)
         problem = made.problem()
     except TypeError as error:  # a number where a list should be
         problem = f"its record must be one of a run ({error})"
     if problem:
-        raise StateError(f"{function}: {where}: {problem}. {_AGAIN}")
+        raise StateError(f"{function}: {where}: {problem}. {AGAIN}")
     return made

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import tiny_workload
 import torch
+from made_folders import config_of, keep, record_of
 
 from keeplora import cli
 from keeplora.compare.comparison import BUDGETS, comparison, shipped_comparisons
 from keeplora.compare.estimate import announcement, estimate
-from keeplora.compare.runs import check_methods, run_benchmark, unfinished
+from keeplora.compare.runs import check_methods, read_records, run_benchmark, unfinished
 from keeplora.methods import METHODS, create
 from keeplora.methods.settings import ConfigError
+from keeplora.methods.state import StateError
 from keeplora.train import loop
+from keeplora.train.record import run_folder
 
 TINY = """
 benchmark = "tiny_workload:workload"
@@ -246,3 +249,20 @@ def test_the_ablations_are_those_that_were_promised():
     assert changes["gradient-features"]["feature_source"] == "gradients"
     assert [changes[f"gamma-{g}"]["depth_scale"]["vision"] for g in ("0", "0.2", "0.5")] == [0.0, 0.2, 0.5]
     assert METHODS["keeplora"].defaults["depth_scale"] == 1.0  # γ = 1
+
+
+def test_damaged_results_are_told_all_at_once_and_nobody_is_told_to_delete_them(tmp_path):
+    config = config_of(tmp_path)
+    keep(config, [record_of(label, seed) for label, seed in config.pairs()])
+    assert unfinished(config) == []
+    for label, seed, text in (("lora", 1, "{"), ("keeplora", 0, "[]")):
+        (run_folder(tmp_path, label, seed) / "result.json").write_text(text)
+    for ask in (unfinished, read_records):
+        with pytest.raises(StateError, match=r"2 results of .*\n.*keeplora/seed-0.*\n.*lora/seed-1") as refused:
+            ask(config)
+        assert "Move it elsewhere" in str(refused.value)
+        assert not re.search(r"\b[Dd]elete", str(refused.value))
+    for label, seed in (("lora", 1), ("keeplora", 0)):
+        (run_folder(tmp_path, label, seed) / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"got none of keeplora, seed 0, lora, seed 1"):
+        read_records(config)

@@ -40,8 +40,8 @@ def test_by_hand():
     assert metrics.bwt == pytest.approx(((30 - 90) + (84 - 80)) / 2, abs=1e-12)
 
 
-def test_a_single_task_forgets_nothing():
-    assert instruction_metrics([[70.0]]).as_dict() == {"mft": 70.0, "mfn": 70.0, "maa": 70.0, "bwt": 0.0}
+def test_a_single_task_has_no_backward_transfer():
+    assert instruction_metrics([[70.0]]).as_dict() == {"mft": 70.0, "mfn": 70.0, "maa": 70.0, "bwt": None}
 
 
 @pytest.mark.parametrize(

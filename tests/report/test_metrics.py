@@ -39,7 +39,7 @@ def test_a_model_that_never_changes_scores_its_zero_shot():
 
 def test_a_single_task_has_no_transfer_and_no_forgetting():
     assert continual_metrics([[70.0]]).as_dict() == {
-        "transfer": 0.0, "avg": 70.0, "last": 70.0, "forgetting": 0.0, "learn": 70.0
+        "transfer": None, "avg": 70.0, "last": 70.0, "forgetting": None, "learn": 70.0
     }  # fmt: skip
 
 
@@ -58,6 +58,6 @@ def test_wrong_matrices_are_refused(bad, message):
 
 def test_mean_and_std_over_seeds():
     assert mean_std([2.0, 4.0, 6.0]) == {"mean": 4.0, "std": 2.0}
-    assert mean_std([5.0]) == {"mean": 5.0, "std": 0.0}
+    assert mean_std([5.0]) == {"mean": 5.0, "std": None}
     with pytest.raises(ValueError, match="non-empty"):
         mean_std([])

@@ -258,23 +258,58 @@ def test_a_folder_that_is_none_of_a_run_is_named(tmp_path, capsys, there):
     assert ("no such folder" in said) is not there
 
 
-def test_damage_is_named(finished):
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "of another task": lambda text: text.replace("cats", "dogs"),
+    "of other settings": lambda text: text.replace('"batch_size": 64', '"batch_size": 32'),
+    "a figure too few": lambda text: re.sub(r'("inference_seconds": \[\s+)[\d.]+,\s+', r"\1", text),
+    "capacity of nothing": lambda text: text.replace('"capacity": []', '"capacity": [{"name": "a"}]'),
+    "certificates of text": lambda text: re.sub(r'("certificates": \[\s+)null', r'\1"text"', text),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_result_is_named_at_the_top_and_the_others_are_shown(finished, capsys, damage):
     config, _ = finished
+    file = run_folder(config.out, "lora", 0) / "result.json"
+    whole = file.read_text()
+    file.write_text(DAMAGE[damage](whole))
+    assert file.read_text() != whole
+    assert cli.main(["report", config.out]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("report: ")
+    assert "keeplora: not in the report: lora, seed 0: " in said.err
+    page = Page((Path(config.out) / "report.html").read_text(encoding="utf-8"))
+    assert page.headings[1] == (2, "What cannot be read")
+    assert "mine: lora, seed 0: " in page.text
+    assert "Finished: 5 of 6 runs. 1 cannot be read." in page.text
+    lines = {row[0]: row for row in page.table("Accuracy on the test split")}
+    assert lines["lora"][-1] == "1"
+    assert lines["keeplora"][-1] == "0, 1"
+    assert not re.search(r"\b[Dd]elete", page.text + said.err)
+    file.write_text(whole)
+    assert not read_run(config.out).damaged
+
+
+def test_damage_besides_results_is_named_and_costs_no_more_than_itself(finished, tmp_path, capsys):
+    config, records = finished
     file = Path(config.out) / "config.json"
     settings = json.loads(file.read_text())
+    other = config_of(tmp_path / "other")
+    keep(other, records)
     for damaged in ("{", "[]", json.dumps({**settings, "unheard_of": 1}), json.dumps({**settings, "method": [1]})):
         file.write_text(damaged)
-        with pytest.raises(ConfigError, match=r"config\.json"):
+        with pytest.raises(StateError, match=r"config\.json"):
             read_run(config.out)
+    assert cli.main(["report", config.out]) == 2
+    both = tmp_path / "both.html"
+    assert cli.main(["report", config.out, other.out, "--out", str(both)]) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert "What cannot be read" in both.read_text()
     write_json(file, settings)
     file.with_name("summary.json").write_text("{}")
-    with pytest.raises(StateError, match=r"summary\.json must have 'environment'"):
-        read_run(config.out)
-    file.with_name("summary.json").unlink()
-    result = run_folder(config.out, "lora", 0) / "result.json"
-    result.write_text(result.read_text().replace("cats", "dogs"))
-    with pytest.raises(StateError, match="same tasks"):
-        read_run(config.out)
+    [told] = read_run(config.out).damaged
+    assert "summary.json must have 'environment'" in told
 
 
 def test_what_is_not_installed_is_named(finished, monkeypatch):

@@ -45,8 +45,7 @@ def test_means_of_item_values_are_the_matrix_metrics():
 
 
 def test_one_task_has_no_transfer():
-    assert item_values(record_of([[np.array([True, False])]]))["transfer"] == []
-    assert figure([[], []])[:2] == (0.0, 0.0)
+    assert set(item_values(record_of([[np.array([True, False])]]))) == {"avg", "last"}
 
 
 def by_hand(runs):

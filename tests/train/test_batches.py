@@ -35,7 +35,9 @@ def config_of(**changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("length", "steps"), [({"epochs": 2}, [6, 12, 18]), ({"steps": 4}, [4, 8, 12])])
+@pytest.mark.parametrize(
+    ("length", "steps"), [({"epochs": 2}, [6, 12, 18]), ({"steps": 4}, [4, 8, 12]), ({"steps": [4, 6, 5]}, [4, 10, 15])]
+)
 def test_a_joint_method_trains_on_all_tasks_so_far(length, steps):
     workload = tiny_workload.workload("cpu")
     owner = {task.tokens: i for i, task in enumerate(workload._tasks)}

@@ -38,6 +38,8 @@ def test_values_from_toml(tmp_path):
         ({"epochs": 0}, "epochs .*got 0"),
         ({"epochs": 1.5}, "epochs .*got 1.5"),
         ({"epochs": True}, "epochs .*got True"),
+        ({"epochs": None, "steps": [3, 0]}, "steps .*got 0"),
+        ({"epochs": None, "steps": []}, "steps must hold at least one entry"),
         ({"batch_size": -1}, "batch_size .*got -1"),
         ({"seeds": [0, 0]}, r"seeds must have no entry twice, got \[0, 0\]"),
         ({"seeds": []}, r"seeds .*got \(\)"),

@@ -58,12 +58,17 @@ def test_epochs_and_rates_are_those_of_the_task(monkeypatch):
     record = run_one(config, tiny("cpu"), "lora", 0)
     assert given == [(1e-3, 3), (5e-4, 9), (2e-3, 6)]
     assert record.steps == 18
+    given.clear()
+    record = run_one(config_of(epochs=None, steps=[4, 1, 2]), tiny("cpu"), "lora", 0)
+    assert [steps for _, steps in given] == [4, 1, 2]
+    assert record.steps == 7
 
 
-@pytest.mark.parametrize("name", ["epochs", "rate_factors"])
+@pytest.mark.parametrize("name", ["epochs", "steps", "rate_factors"])
 def test_numbers_for_another_number_of_tasks_are_refused(name):
+    changes = {**({"epochs": None} if name == "steps" else {}), name: [1, 2]}
     with pytest.raises(ConfigError, match=f"{name} must have one number for each of 3 tasks, got 2"):
-        check_methods(config_of(**{name: [1, 2]}), tiny("cpu"))
+        check_methods(config_of(**changes), tiny("cpu"))
 
 
 def test_settings_that_came_later_leave_earlier_runs_theirs():

@@ -96,10 +96,10 @@ class Sweep:
             assert record is not None
             self.add(event.label, *chosen[event.label], seed, run_values(record))
 
-    def add(self, label: str, method: str, settings: Settings, seed: int, values: dict[str, float]) -> None:
+    def add(self, label: str, method: str, settings: Settings, seed: int, values: dict[str, float | None]) -> None:
         row = {
             "method": method, "seed": seed, "label": label, "settings": settings,
-            **{name: round(value, 4) for name, value in values.items()},
+            **{name: None if value is None else round(value, 4) for name, value in values.items()},
             "epochs": self.base.epochs, "steps": self.base.steps, "split": self.base.evaluate_on,
             "data": self.data, "shared": self.shared(),
         }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keeplora.report.comparison import ONE_TASK
 from keeplora.report.fronts import ALLOWANCES, Fronts, gather
 from keeplora.report.fronts_plot import fronts_figure
 from keeplora.report.fronts_table import allowance_title, caption, choice_rows, findings, usual_reference
@@ -60,8 +61,11 @@ def front_blocks(rates: Rates, name: str) -> list[Block]:
     fronts = rates.fronts
     if fronts is None:
         return [*said, Text("Fronts need the untouched model and a method with all their seeds, which are to come.")]
-    figure = fronts_figure(rates.config, fronts, size=(8.6, 6.4), titled=False, numbers="the table of results")
-    said.append(Chart("Transfer against Last over learning rates", svg(figure, f"{name}-front")))
+    if "transfer" in fronts.zero_shot.figures:
+        figure = fronts_figure(rates.config, fronts, size=(8.6, 6.4), titled=False, numbers="the table of results")
+        said.append(Chart("Transfer against Last over learning rates", svg(figure, f"{name}-front")))
+    else:
+        said.append(Text(f"{ONE_TASK}."))
     said.append(Text(f"{caption(rates.config, fronts)}."))
     said += [Text(f"{line}.") for line in findings(fronts, len(rates.config.seeds))]
     for i, allowance in enumerate(ALLOWANCES):

@@ -11,15 +11,25 @@ from keeplora.report.page.blocks import Block, Cell, Part, Table, Terms, Text, c
 from keeplora.report.page.read import Run
 from keeplora.report.page.sections import TERMS, metric_columns, spelled, state_of
 
-__all__ = ["comparison_part", "names_of", "overview_part", "terms_part"]
+__all__ = ["comparison_part", "damage_part", "names_of", "overview_part", "terms_part"]
 
-_APART = ("method", "methods", "seeds", "out", "benchmark", "workers", "tensorboard", "trackers", "keep_states")
+_APART = ("method", "methods", "seeds", "out", "benchmark", "workers", "tensorboard", "trackers", "keep_states",
+          "reuse_evaluations")  # fmt: skip
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
     """What the page calls the folders: their last component, or the whole path where two have the same one."""
     short = [folder.resolve().name for folder in folders]
     return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+
+
+def damage_part(runs: Mapping[str, Run], unreadable: Sequence[str]) -> Part | None:
+    """What cannot be read, by name; None where there is nothing of the kind."""
+    told = [*unreadable, *(f"{name}: {one}" for name, run in runs.items() for one in run.damaged)]
+    if not told:
+        return None
+    first = Text(f"{len(told)} of what these folders hold cannot be read. The page is made of the rest.", warning=True)
+    return Part("damaged", "What cannot be read", [first, *(Text(one, warning=True) for one in told)])
 
 
 def overview_part(runs: Mapping[str, Run]) -> Part:
@@ -29,8 +39,9 @@ def overview_part(runs: Mapping[str, Run]) -> Part:
     for run in runs.values():
         config = run.config
         tasks = run.records[0].tasks if run.records else []
-        epochs = ", ".join(map(str, config.epochs)) if isinstance(config.epochs, tuple) else config.epochs
-        length = f"{epochs} epochs" if config.steps is None else f"{config.steps} steps"
+        given = config.epochs if config.steps is None else config.steps
+        numbers = ", ".join(map(str, given)) if isinstance(given, tuple) else given
+        length = f"{numbers} {'epochs' if config.steps is None else 'steps'}"
         one = {
             "folder": str(run.folder),
             "state": state_of(run),
@@ -75,7 +86,7 @@ def comparison_part(runs: Mapping[str, Run]) -> Part | None:
     for label in labels:
         row = [label]
         for one in lines.values():
-            row += [cell(one.get(label, {}).get(column.key), column) or "–" for column in columns]
+            row += [cell(one.get(label, {}), column) or "–" for column in columns]
         rows.append(cells(row))
     blocks: list[Block] = [Text(text, warning=True) for text in _warnings(runs, summaries)]
     blocks.append(Table("Accuracy in percent, mean ± standard deviation over seeds", head, rows))

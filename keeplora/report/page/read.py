@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError, has_state
-from keeplora.report.summary import measured
-from keeplora.train.config import RunConfig, override, restored
-from keeplora.train.record import CONFIG_FILE, RESULT_FILE, RunRecord, load_result, run_folder
+from keeplora.report.capacity import record_capacity
+from keeplora.report.summary import measured, run_values, worst_certificate
+from keeplora.train.config import BOTH, RunConfig, override, restored
+from keeplora.train.record import AGAIN, CONFIG_FILE, RESULT_FILE, RunRecord, load_result, run_folder
 
 __all__ = ["Run", "read_run"]
+
+_MOVE = "Move it elsewhere; the command that made the folder writes it again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,8 @@ class Run:
 
     ``config`` has the seeds that have ended with some method. ``records`` are finished runs; ``failed`` those that
     ended before their time; ``begun`` and ``waiting`` the (label, seed) that are to come; ``strangers`` labels that
-    have runs here and are not in config.json. ``environment`` is what summary.json says of the machine, None
+    have runs here and are not in config.json; ``damaged`` results and files that cannot be read, with the reason, of
+    which ``lost`` are results. ``environment`` is what summary.json says of the machine, None
     where there is none yet, and ``reference`` what fronts.json says of the tests.
     """
 
@@ -35,6 +40,8 @@ class Run:
     begun: list[tuple[str, int]] = field(default_factory=list)
     waiting: list[tuple[str, int]] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    lost: int = 0
     versions: list[Any] = field(default_factory=list)
     environment: Mapping[str, Any] | None = None
     reference: str = ""
@@ -52,9 +59,11 @@ class Run:
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read a folder of ``keeplora run``, ``demo`` or ``compare``. Nothing in it is changed; plugins are not imported.
 
+    Results that cannot be read are told in :attr:`Run.damaged`; the others are there.
+
     Raises:
-        ConfigError: it is none, or its settings are not those of a run.
-        StateError: a result in it is damaged.
+        ConfigError: it is none.
+        StateError: its settings cannot be read, or are not those of a run.
     """
     place = Path(folder)
     values = _config_values(place)
@@ -65,22 +74,30 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     failed: list[RunRecord] = []
     begun: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
+    damaged: list[str] = []
     for label, seed in config.pairs():
         where = run_folder(place, label, seed)
-        record = load_result(where, config.identity(label, seed))
-        if record is not None:
-            (failed if record.failed else records).append(record)
-        else:
-            (begun if has_state(where / "state") else waiting).append((label, seed))
-    for record in records:
-        if record.tasks != records[0].tasks:
-            raise StateError(
-                f"report: {place} must hold runs on the same tasks, got {record.tasks} in {record.label}, seed "
-                f"{record.seed}, and {records[0].tasks} elsewhere. Delete what is from another run"
-            )
+        try:
+            record = load_result(where, config.identity(label, seed))
+            if record is not None:
+                _check_figures(config, record)
+                (failed if record.failed else records).append(record)
+            else:
+                (begun if has_state(where / "state") else waiting).append((label, seed))
+        except (ConfigError, StateError) as error:
+            damaged.append(f"{label}, seed {seed}: {error}")
+    records, strange = _on_one_benchmark(records)
+    damaged += strange
+    lost = len(damaged)
     ended = {record.seed for record in (*records, *failed)}
     seeds = tuple(seed for seed in config.seeds if seed in ended) or config.seeds
     present = sorted(entry.name for entry in (place / "runs").glob("*") if any(entry.glob(f"seed-*/{RESULT_FILE}")))
+    parts: dict[str, Any] = {}
+    for file, name, kind in (("summary.json", "environment", dict), ("fronts.json", "reference", str)):
+        try:
+            parts[name] = _part(place / file, name, kind)
+        except StateError as error:
+            damaged.append(str(error))
     return Run(
         folder=place,
         config=override(config, seeds=seeds),
@@ -89,10 +106,40 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         begun=begun,
         waiting=waiting,
         strangers=[label for label in present if label not in config.labels()],
+        damaged=damaged,
+        lost=lost,
         versions=versions if isinstance(versions, list) else [],
-        environment=_part(place / "summary.json", "environment", dict),
-        reference=_part(place / "fronts.json", "reference", str) or "",
+        environment=parts.get("environment"),
+        reference=parts.get("reference") or "",
     )
+
+
+def _check_figures(config: RunConfig, record: RunRecord) -> None:
+    """Raise `StateError` where the page could not show a record that is one of a run."""
+    try:
+        if not record.failed:
+            run_values(record)
+            worst_certificate([record])
+            record_capacity(record)
+        if config.evaluate_on == BOTH and not record.failed and not record.correct:
+            raise ValueError("it has no test items, which runs on both splits have")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StateError(
+            f"report: its figures must be those of a run, got {type(error).__name__}: {error}. {AGAIN}"
+        ) from error
+
+
+def _on_one_benchmark(records: list[RunRecord]) -> tuple[list[RunRecord], list[str]]:
+    """The records on the tasks that most of them have, and what is to be said of the others."""
+    kinds = Counter((*record.tasks, *record.items) for record in records)
+    usual = max(kinds, key=kinds.__getitem__, default=())
+    same = [record for record in records if (*record.tasks, *record.items) == usual]
+    return same, [
+        f"{record.label}, seed {record.seed}: report: runs must be on the same tasks and test items, got "
+        f"{record.tasks} {record.items or ''} where others have {same[0].tasks} {same[0].items or ''}".rstrip()
+        for record in records
+        if (*record.tasks, *record.items) != usual
+    ]
 
 
 def _config_values(place: Path) -> dict[str, Any]:
@@ -106,9 +153,9 @@ def _config_values(place: Path) -> dict[str, Any]:
     try:
         values = parse_json(read_bytes(file, most=MOST_JSON))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"report: {file} must {fault(error)}. Run the command that made the folder again") from error
+        raise StateError(f"report: {file} must {fault(error)}. {_MOVE}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"report: {file} must hold the settings of a run, got a {type(values).__name__}")
+        raise StateError(f"report: {file} must hold the settings of a run, got a {type(values).__name__}. {_MOVE}")
     return values
 
 
@@ -116,9 +163,9 @@ def _config(place: Path, values: Mapping[str, Any]) -> RunConfig:
     try:
         return restored(values)
     except (AttributeError, TypeError, ValueError) as error:  # ConfigError is a ValueError
-        raise ConfigError(
+        raise StateError(
             f"report: {place / CONFIG_FILE} must hold the settings of a run of this version of keeplora, got others "
-            f"({error})"
+            f"({error}). {_MOVE}"
         ) from error
 
 
@@ -129,8 +176,8 @@ def _part(file: Path, name: str, kind: type) -> Any:
     try:
         values = parse_json(read_bytes(file, most=MOST_JSON))
     except (OSError, ValueError) as error:
-        raise StateError(f"report: {file} must {fault(error)}. Delete it; the run writes it again") from error
+        raise StateError(f"report: {file} must {fault(error)}. {_MOVE}") from error
     entry = values.get(name) if isinstance(values, dict) else None
     if not isinstance(entry, kind):
-        raise StateError(f"report: {file} must have {name!r}, got {entry!r}. Delete it; the run writes it again")
+        raise StateError(f"report: {file} must have {name!r}, got {entry!r}. {_MOVE}")
     return entry

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keeplora.report.capacity import tightest_run
-from keeplora.report.comparison import Column, cell
+from keeplora.report.comparison import ONE_TASK, Column, cell
 from keeplora.report.comparison_plots import last_against_transfer
 from keeplora.report.page.blocks import Block, Cell, Chart, Folded, Part, Table, Terms, Text, cells, heat, table
 from keeplora.report.page.front import Rates, front_blocks, rates_of
@@ -35,7 +35,9 @@ TERMS = {
 COSTS = {
     Column("train_seconds", "train s"): "Seconds in optimizer steps, all tasks together.",
     Column("switch_seconds", "switch s"): "Seconds of what the method does before and after tasks, all together.",
-    Column("evaluate_seconds", "evaluate s"): "Seconds in evaluations, all together.",
+    Column("evaluate_seconds", "evaluate s"): (
+        "Seconds in evaluations, all together; – where some of them were known from a run before."
+    ),
     Column("seconds_per_step", "ms/step", digits=0, factor=1000.0, spread=False): "Milliseconds of an optimizer step.",
     Column("peak_bytes", "peak MB", digits=0, factor=1e-6, spread=False): (
         "Most memory held at a time, in 10⁶ bytes: of the process on a CPU, of torch on a GPU."
@@ -83,15 +85,16 @@ def run_part(run: Run, name: str, title: str) -> Part:
 def state_of(run: Run) -> str:
     """Whether everything is finished, in a sentence."""
     ended = len(run.records) + len(run.failed)
-    all_runs = ended + len(run.begun) + len(run.waiting)
+    all_runs = ended + len(run.begun) + len(run.waiting) + run.lost
+    unread = f" {run.lost} cannot be read." if run.lost else ""
     if not run.unfinished:
-        return f"Finished: {ended} of {all_runs} runs."
+        return f"Finished: {ended} of {all_runs} runs.{unread}"
     begun = f" {len(run.begun)} more {'has' if len(run.begun) == 1 else 'have'} begun." if run.begun else ""
-    return f"Unfinished: {ended} of {all_runs} runs have ended.{begun} All numbers are of those that have."
+    return f"Unfinished: {ended} of {all_runs} runs have ended.{begun}{unread} All numbers are of those that have."
 
 
 def _notes(run: Run) -> list[Block]:
-    notes: list[Block] = [Text(state_of(run), warning=run.unfinished)]
+    notes: list[Block] = [Text(state_of(run), warning=run.unfinished or bool(run.lost))]
     notes += [
         Text(f"Left out: {one.label}, seed {one.seed}, which ended early: {one.failed}", warning=True)
         for one in run.failed
@@ -133,11 +136,13 @@ def _results(
     spread = "mean ± standard deviation over seeds" if several else "one seed"
     rows = [["method", *(column.title for column in columns), *(["seeds"] if several else [])]]
     for label, values in _lines(summary, runs).items():
-        figures = [cell(values.get(column.key), column) or "–" for column in columns]
+        figures = [cell(values, column) or "–" for column in columns]
         rows.append([label, *figures, *([_seeds(runs, label)] if several else [])])
     caption = f"Accuracy on the {summary['split']} split in percent, {spread}"
     blocks: list[Block] = [table(caption, rows)]
-    if scatter and summary["zero_shot"] and summary["methods"]:
+    if len(summary["tasks"]) == 1:
+        blocks.append(Text(f"{ONE_TASK}."))
+    elif scatter and summary["zero_shot"] and summary["methods"]:
         figure = last_against_transfer(summary, size=(7.6, 5.6), titled=False)
         blocks.append(Chart("Last against Transfer: up and to the right is better", svg(figure, f"{name}-scatter")))
     return Part(f"{name}-results", "Results", blocks)
@@ -239,7 +244,7 @@ def _costs(summary: Mapping[str, Any], runs: Mapping[str, Sequence[RunRecord]], 
     rows = [["method", *(column.title for column in COSTS), "earlier data"]]
     for label, values in summary["methods"].items():
         earlier = sorted({kind for record in runs[label] for kind in record.earlier_data})
-        figures = [cell(values.get(column.key), column) or "–" for column in COSTS]
+        figures = [cell(values, column) or "–" for column in COSTS]
         rows.append([label, *figures, " and ".join(earlier) or "none"])
     terms = [(column.title, text) for column, text in COSTS.items()]
     terms.append(("earlier data", "What the method looked at again of tasks before: training or validation data."))

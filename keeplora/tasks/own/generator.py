@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks._quiet import quiet_loading
 from keeplora.tasks.own.config import OwnTasks
 
 __all__ = ["Generator", "load_generator"]
@@ -45,6 +48,14 @@ class Generator:
         parts = [getattr(self.processor, f"{kind}_processor", None) for kind in ("image", "video")]
         return "\n".join(part.to_json_string() for part in parts if part is not None)
 
+    @cached_property
+    def tokens(self) -> str:
+        """Hash of what makes tokens of texts."""
+        tokenizer = self.processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        text = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def model(self) -> nn.Module:
         """The pretrained model, which generates greedily and stops where an answer ends.
 
@@ -53,7 +64,7 @@ class Generator:
         """
         transformers: Any = importlib.import_module("transformers")  # optional
 
-        with torch.random.fork_rng():  # what transformers draws for weights before it reads them
+        with quiet_loading(), torch.random.fork_rng():  # what transformers draws for weights before it reads them
             torch.manual_seed(0)
             try:
                 loaded, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -86,8 +97,9 @@ def load_generator(own: OwnTasks) -> Generator:
 
     name = own.model_folder()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        with quiet_loading():
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(_refused(name, "a model and a processor", error)) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):

@@ -208,6 +208,13 @@ class ImageWorkload:
         """Where the pretrained model comes from."""
         return self._model.origin
 
+    def contents(self, task: int | None, split: str) -> str:
+        """Hash of what evaluating a split depends on besides the model: images, classes, all texts to choose from."""
+        chosen = self.task(task)
+        asked, offset = self._choices(chosen)
+        told = [self._model.preprocessing, split, str(offset), *(one.contents for one in asked), chosen.contents]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
     def save_model(self, model: nn.Module, folder: Path) -> str:
         """Write a merged model as its library does; returns the line of Python that loads it."""
         return self._model.save(model, folder)

@@ -288,3 +288,30 @@ def test_notes_tell_how_and_of_what(tmp_path, models):
     assert r"USER: <image>\nquestion ASSISTANT: answer</s>" in notes["llava"]
     assert "</s> added behind every answer" in notes["llava with a template"]
     assert "added" not in notes["qwen2-vl"]
+
+
+def test_contents_of_a_split_are_other_where_its_evaluation_may_be(tmp_path, models):
+    model, samples = models["llava"], talks(tmp_path)
+
+    def contents(model=model, **data):
+        return of_samples(tmp_path, model, samples, **data).contents(0, "test")
+
+    first = contents()
+    assert first == contents()
+    others = [contents(max_new_tokens=3), contents(evaluate_at_most=2), contents(models["llava with a template"])]
+    samples[2]["answer"] = "Red"
+    others.append(contents())
+    tiny_vlm.picture(tmp_path / "c.png", "green", seed=1)
+    others.append(contents())
+    assert len({first, *others}) == 6
+
+
+def test_reading_a_model_draws_no_bars_and_leaves_them_to_others(tmp_path, models, capfd):
+    from transformers.utils import logging
+
+    AnswerWorkload(tiny_vlm.own(tmp_path, models["llava"], tiny_vlm.colours(tmp_path, "warm", ("red", "blue"), 6)))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    for _ in logging.tqdm([1], desc="Loading weights"):
+        pass
+    assert "Loading weights" in capfd.readouterr().err  # what is asserted above can fail

@@ -250,3 +250,19 @@ def test_two_classes_of_one_text_are_refused(place, tmp_path):
     write_classes(tmp_path / "light", 2, names=("red",), prefix="dark ")
     with pytest.raises(ConfigError, match="two that read 'dark red' in task 'light'"):
         open_workload(own(tmp_path, LIGHT, faults={"overlap": "allow"}))
+
+
+def test_contents_of_a_split_are_other_where_its_evaluation_may_be(place, tmp_path):
+    plain = open_workload(own(place, LIGHT, DARK))
+    assert plain.contents(0, "test") == open_workload(own(place, LIGHT, DARK, readers=1)).contents(0, "test")
+    asked = TaskSource("light", folder="light", template="art of a {}.")
+    others = [
+        plain.contents(0, "validation"),
+        plain.contents(1, "test"),
+        *(open_workload(own(place, task, DARK, **data)).contents(0, "test") for task, data in (
+            (asked, {}), (LIGHT, {"evaluate_at_most": 3}), (LIGHT, {"split_seed": 1}),
+        )),
+    ]  # fmt: skip
+    plain._model._chosen["interpolation"] = "nearest"
+    others.append(plain.contents(0, "test"))
+    assert len({open_workload(own(place, LIGHT, DARK)).contents(0, "test"), *others}) == 1 + len(others)
