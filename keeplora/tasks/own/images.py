@@ -22,6 +22,8 @@ from keeplora.tasks.own.faults import Faults
 __all__ = ["FileImage", "ImageItem", "ImageSet", "RowImage", "read_all", "read_images"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+PASSED_OVER = ("thumbs.db",)
+"""Files that are neither images nor anybody's data; in lower case."""
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 """Our names of the splits, and the folders' or `datasets`' names."""
 
@@ -199,6 +201,13 @@ def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
         )
     inside = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     named = {split: inside[name] for split, names in SPLITS.items() for name in names if name in inside}
+    if "train" in named and not _has_folders(root / named["train"]):
+        if set(named.values()) == set(inside.values()):
+            raise ConfigError(
+                f"open_workload: folders of splits must hold class folders, got files alone in {root / named['train']} "
+                f"of task {task.name!r}. Expected is train/class/*.jpg"
+            )
+        named = {}  # a class is called "train"
     if "train" not in named:
         named = {}  # a class may be called "test"
     elif others := sorted(set(inside.values()) - set(named.values())):
@@ -244,6 +253,10 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in _entries(folder))
+
+
 def _classes(folder: Path, faults: Faults, task: str) -> Iterator[tuple[str, Path]]:
     for entry in _entries(folder):
         if entry.is_dir():
@@ -261,7 +274,7 @@ def _images(folder: Path, faults: Faults, task: str) -> list[Path]:
             result += _images(path, faults, task)
         elif path.suffix.lower() in EXTENSIONS:
             result.append(path)  # also where it is a link that leads nowhere: a fault when it is read
-        elif path.name.lower() != "thumbs.db":
+        elif path.name.lower() not in PASSED_OVER:
             faults.add("not_image", task, f"{folder.name}/{path.name}")
     return result
 

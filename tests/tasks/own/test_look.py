@@ -7,6 +7,8 @@ from own_folders import classes, conversation, picture, write
 from PIL import Image
 
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks.own import Faults, ModelSource, OwnTasks, TaskSource
+from keeplora.tasks.own.images import read_images
 from keeplora.tasks.own.look import look
 from keeplora.tasks.own.look_headers import header_faults, look_at_headers
 
@@ -72,11 +74,12 @@ def test_what_is_wrong_with_images(tmp_path):
     (tmp_path / "a" / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "a" / "empty.png").touch()
     (tmp_path / "a" / "Thumbs.db").touch()
+    (tmp_path / "a" / "notes.txt").touch()
     (tmp_path / "c").mkdir()
     seen = look(tmp_path)
     assert kinds(seen) == ["alpha", "animated", "corrupt", "corrupt", "depth", "empty_class", "grey", "not_image"]
     where = {fault.kind: os.path.relpath(fault.where, tmp_path) for fault in seen.faults}
-    assert (where["grey"], where["not_image"], where["empty_class"]) == ("a/grey.png", "a/Thumbs.db", "c")
+    assert (where["grey"], where["not_image"], where["empty_class"]) == ("a/grey.png", "a/notes.txt", "c")
     assert (seen.looked_at, seen.tasks[0].counts["train"]) == (10, 10)
 
 
@@ -144,9 +147,8 @@ def test_a_folder_that_is_not_utf8_is_named(tmp_path):
         (["train/1.jpg", "test/1.jpg"], "splits must hold class folders, got images themselves in test, train"),
         (["test/owl/1.jpg", "test/tit/1.jpg"], "must have training images, got only test"),
         (["train/birds/owl/1.jpg", "test/birds/owl/1.jpg"], "must lie in folders of tasks, got tasks in test, train"),
-        (["owl/1.jpg", "birds/tit/1.jpg"], "must hold class folders alone, as owl is one, .* and birds otherwise"),
-        (["birds/tit/1.jpg", "cars/notes.txt"], "every folder, as in birds, .* and cars otherwise"),
-        (["train/tit/1.jpg", "more/owl/1.jpg"], "no images beside train, .* and more otherwise"),
+        (["birds/tit/1.jpg", "cars/notes.txt"], r"cars is left out: no class folders, but 1 .txt(.|\n)*got tit alone in"),
+        (["train/tit/1.jpg", "more/owl/1.jpg"], "splits alone beside train, .* and more otherwise"),
         (["train/tit/1.jpg", "val/tit/1.jpg", "valid/tit/1.jpg"], "one folder, got val and valid"),
         (["a/b/c/d/e/1.jpg"], "a folder more than 4 deep|at most 4 folders deep"),
         (["state.json"], "must hold arrow files beside state.json"),
@@ -240,7 +242,6 @@ def test_folders_of_splits_with_samples(tmp_path):
     [
         (["test.json"], "must have training samples, got only test.json"),
         (["train.json", "train_2.json"], "one file for each split, got train.json and train_2.json"),
-        (["train.json", "cars/train.json"], "must hold one kind of data"),
     ],
 )
 def test_samples_that_are_no_task(tmp_path, names, message):
@@ -348,9 +349,57 @@ def test_a_broken_table_is_named(tmp_path):
         look(tmp_path)
 
 
-def test_kinds_beside_each_other_are_refused(tmp_path):
+MIXED = {
+    "loose": (["birds/owl/1", "birds/tit/1", "birds/loose", "cars/old/1", "cars/new/1"], ["birds", "cars"]),
+    "depths": (["wild/birds/owl/1", "wild/birds/tit/1", "cars/old/1", "cars/new/1", "flat/1"], ["cars", "wild-birds"]),
+    "splits": (["a/train/owl/1", "a/train/tit/1", "a/test/owl/1", "b/old/1", "b/new/1"], ["a", "b"]),
+    "a split that has more": (["a/train/x/1", "a/train/y/1", "a/more/z/1", "b/old/1", "b/new/1"], ["b"]),
+    "one class": (["a/owl/1", "b/old/1", "b/new/1"], ["b"]),
+    "classes in classes": (["owl/1", "owl/2", "tit/great/1", "tit/blue/1", "tit/1"], ["data"]),
+    "a class called train": (["a/train/1", "a/plane/1", "b/old/1", "b/new/1"], ["a", "b"]),
+    "validation alone": (["a/val/owl/1", "a/val/tit/1", "b/training/x/1", "b/training/y/1"], ["b"]),
+}
+
+
+@pytest.mark.parametrize(("files", "names"), MIXED.values(), ids=MIXED)
+def test_what_is_drafted_is_what_a_run_reads_and_the_rest_is_named(tmp_path, files, names):
+    data = tmp_path / "data"
+    for name in [*files, "notes", "empty/.hidden"]:
+        picture(data / f"{name}.png") if name != "notes" else (data / "notes.txt").write_text("x")
+    seen = look(data)
+    assert [task.name for task in seen.tasks] == names
+    read = {}
+    for task in seen.tasks:
+        own = OwnTasks(ModelSource(transformers="m"), (TaskSource(task.name, folder=str(task.place)),))
+        faults = Faults(own.data)
+        found = read_images(own.tasks[0], own, faults)
+        read[task.name] = {split: len(places) for split, places in found.places.items()}
+        assert read[task.name] == dict(task.counts)
+        assert list(found.classes) == list(task.classes)
+        mine = [fault.kind for fault in seen.faults if fault.task == task.name]
+        assert sorted(mine) == sorted(fault.kind for fault in faults.found)
+    told = "\n".join([*seen.remarks, *(remark for task in seen.tasks for remark in task.remarks)])
+    assert "notes.txt" in told
+    used = {path for task in seen.tasks for path in task.pictures}
+    for name in files:  # taken, a fault that is told, or in a folder that is
+        path = data / f"{name}.png"
+        assert str(path) in used or any(fault.where == str(path) for fault in seen.faults) or any(
+            word in told for word in (f" {above.name} " for above in path.parents)
+        ) or str(path.parent.parent) in told  # fmt: skip
+
+
+def test_kinds_that_one_model_learns_are_drafted_together_and_others_named(tmp_path):
     classes(tmp_path / "birds", {"owl": 3, "tit": 3})
     (tmp_path / "cars").mkdir()
     (tmp_path / "cars" / "train.csv").write_text("image,label\na.jpg,old\n")
-    with pytest.raises(ConfigError, match=r"must hold one kind of data.*birds: 2 folders, cars: 1 .csv"):
-        look(tmp_path)
+    assert [(task.name, task.kind) for task in look(tmp_path).tasks] == [("birds", "folder"), ("cars", "dataset")]
+    write(tmp_path / "asked" / "train.json", [conversation("0.png")] * 3)
+    picture(tmp_path / "asked" / "images" / "train" / "0.png")
+    write(tmp_path / "asked" / "more" / "train.json", [conversation("images/train/0.png")])
+    seen = look(tmp_path)
+    assert [(task.name, task.kind) for task in seen.tasks] == [("birds", "folder"), ("cars", "dataset")]
+    (remark,) = [remark for remark in seen.remarks if remark.startswith("left out: tasks of answers")]
+    assert str(tmp_path / "asked" / "more" / "train.json") in remark
+    seen = look(tmp_path / "asked")
+    assert [task.name for task in seen.tasks] == ["more", "asked"]
+    assert not [remark for remark in seen.remarks if "left out" in remark]  # its images are used
