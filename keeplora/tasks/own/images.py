@@ -16,6 +16,7 @@ from keeplora._messages import listed, suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks import field
 from keeplora.tasks.field import ArrayImage
+from keeplora.tasks.own.broken import broken
 from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
 
@@ -179,6 +180,11 @@ def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
             f"open_workload: a task must have at least two classes, got {listed(classes) or 'none'} in task "
             f"{task.name!r} ({getattr(task, task.kind)})"
         )
+    if strange := [f"{name!r} ({why})" for name in classes if (why := broken(name))]:
+        raise ConfigError(
+            f"open_workload: names of classes must be texts that can be read, got {listed(strange)} in task "
+            f"{task.name!r}"
+        )
     number = {name: place for place, name in enumerate(classes)}
     items: list[ImageItem] = []
     labels: list[int] = []
@@ -246,7 +252,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         entries = [entry for entry in scanned if entry.name[0] != "." and entry.name != "__MACOSX"]
     above = {os.path.realpath(one) for one in (folder, *folder.parents)}
     for entry in entries:
-        if not entry.name.isprintable() and "\udc80" <= max(entry.name) <= "\udcff":
+        if broken(entry.name):
             raise ConfigError(f"open_workload: names of files must be UTF-8, got {entry.name!r} in {folder}. Rename it")
         if entry.is_symlink() and entry.is_dir() and os.path.realpath(entry.path) in above:
             raise ConfigError(f"open_workload: links must not lead back up, got {entry.path}. Take it away")

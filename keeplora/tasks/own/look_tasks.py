@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
-import os
 
 from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
@@ -71,7 +70,8 @@ class _Found:
         there = bool(tables)
         if not any(task.kind == "dataset" for task in tables):  # of those the folders below hold the images
             subs = [sub for sub in folder.folders if sub.name not in parts]
-            there |= any([self.find_tables(sub, _joined(name, sub.name)) for sub in subs])
+            inner = [self.find_tables(sub, _joined(name, sub.name)) for sub in subs]
+            there = there or any(inner)
         else:
             self.parts |= {sub.path for sub in folder.folders}
         if there:

@@ -147,7 +147,10 @@ def test_a_folder_that_is_not_utf8_is_named(tmp_path):
         (["train/1.jpg", "test/1.jpg"], "splits must hold class folders, got images themselves in test, train"),
         (["test/owl/1.jpg", "test/tit/1.jpg"], "must have training images, got only test"),
         (["train/birds/owl/1.jpg", "test/birds/owl/1.jpg"], "must lie in folders of tasks, got tasks in test, train"),
-        (["birds/tit/1.jpg", "cars/notes.txt"], r"cars is left out: no class folders, but 1 .txt(.|\n)*got tit alone in"),
+        (
+            ["birds/tit/1.jpg", "cars/notes.txt"],
+            r"cars is left out: no class folders, but 1 .txt(.|\n)*got tit alone in",
+        ),
         (["train/tit/1.jpg", "more/owl/1.jpg"], "splits alone beside train, .* and more otherwise"),
         (["train/tit/1.jpg", "val/tit/1.jpg", "valid/tit/1.jpg"], "one folder, got val and valid"),
         (["a/b/c/d/e/1.jpg"], "a folder more than 4 deep|at most 4 folders deep"),
@@ -196,7 +199,7 @@ def test_files_of_several_tasks_in_one_folder(tmp_path):
     assert [(task.name, sorted(task.counts)) for task in seen.tasks] == [
         ("birds", ["test", "train", "validation"]), ("cars", ["train"]),
     ]  # fmt: skip
-    assert f"{tmp_path / 'names.json'} holds no samples in LLaVA's form" in seen.remarks
+    assert f"{tmp_path / 'names.json'} holds no questions with answers" in seen.remarks
     assert any("broken.json must be JSON" in remark for remark in seen.remarks)
 
 
@@ -214,7 +217,7 @@ def test_questions_with_answers_are_samples_too(tmp_path):
     seen = look(tmp_path)
     assert kinds(seen) == ["empty_answer", "empty_answer", "missing"]
     assert [fault.where for fault in seen.faults if fault.kind == "empty_answer"] == [
-        "train.jsonl, sample 1", "train.jsonl, sample 2",
+        "train.jsonl: line 2", "train.jsonl: line 3",
     ]  # fmt: skip
 
 
