@@ -270,7 +270,9 @@ class AnswerWorkload:
         return AnswerTask(task.name, *kept)
 
     def _fits(self, task: str, sample: Sample, split: str) -> bool:
-        self._check_media(task, sample)
+        self._check_videos(task, sample)
+        if why := self._prompts.special_in(sample):
+            return self._faults.add("special_token", task, sample.place, why)
         text = self._prompts.whole(sample) if split == "train" else self._prompts.question(sample)
         if split == "train":
             self._prompts.answers(sample)  # refuses what cannot be told apart
@@ -287,21 +289,13 @@ class AnswerWorkload:
             return False
         return self._faults.add("long_text", task, sample.place, room)
 
-    def _check_media(self, task: str, sample: Sample) -> None:
-        """Refuse videos that the processor does not take, and words that it would take for an image."""
+    def _check_videos(self, task: str, sample: Sample) -> None:
+        """Refuse videos that the processor does not take."""
         if sample.videos and getattr(self._processor, "video_processor", None) is None:
             raise ConfigError(
                 f"load_workload: the processor of {self._generator.name} must take videos, got "
                 f"{type(self._processor).__name__}, which does not, for {sample.place} of task {task!r}"
             )
-        for kind in ("image", "video"):
-            mark = getattr(self._processor, f"{kind}_token", None)
-            words = [text for turn in sample.turns for _, text in turn.parts] + [turn.answer for turn in sample.turns]
-            if mark and any(mark in text for text in words):
-                raise ConfigError(
-                    f"load_workload: texts must be free of the model's own mark for {kind}s, got {mark!r} in "
-                    f"{sample.place} of task {task!r}"
-                )
 
     def _expansion(self, sample: Sample) -> int:
         """How many tokens more than its text a sample has: images become many. Counted once for images of a size."""
