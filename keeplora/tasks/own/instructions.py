@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,27 @@ from keeplora._messages import listed
 from keeplora._untrusted import fault
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.broken import broken_in
-from keeplora.tasks.own.config import DataSettings, OwnTasks, TaskSource
+from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.forms import MARK, Talk, read_talk
 from keeplora.tasks.own.json_rows import json_rows
-from keeplora.tasks.own.videos import check_video, reads_videos
+from keeplora.tasks.own.videos import reads_videos
 
-__all__ = ["SPLITS", "AnswerTask", "Sample", "Turn", "read_samples", "read_task", "sound_samples", "split_samples"]
+__all__ = [
+    "SPLITS",
+    "AnswerTask",
+    "Look",
+    "Sample",
+    "Turn",
+    "read_samples",
+    "read_task",
+    "sound_samples",
+    "split_samples",
+]
 
 SPLITS = ("train", "validation", "test")
+Look = Callable[[str, Mapping[Path, bool]], Mapping[Path, list[tuple[str, str]]]]
+"""Of a task and its files (True: a video) what is wrong with each file, as kind and reason."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,8 @@ class AnswerTask:
         return ((split, getattr(self, split)) for split in SPLITS)
 
 
-def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
-    """The samples of a task, with every image and video decoded once; what is wrong with them goes to ``faults``.
+def read_task(source: TaskSource, own: OwnTasks, faults: Faults, look: Look) -> AnswerTask:
+    """The samples of a task, with every image and video looked at; what is wrong with them goes to ``faults``.
 
     Where the task has no file for tests, the share ``data.test_fraction`` of its samples is kept for them, drawn by
     ``data.split_seed``; the same goes for validation, out of the training samples. Samples that share an image or a
@@ -102,7 +113,9 @@ def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
             f"load_workload: videos must be readable, got {with_video.videos[0]} in {with_video.place} of task "
             f"{source.name!r} and no PyAV. Run pip install 'keeplora[vlm]'"
         )
-    sound = _sound(dict(file for sample in every for file in _files(sample)), own.data, source.name, faults)
+    looked = look(source.name, dict(file for sample in every for file in _files(sample)))
+    stays = {path: [faults.add(kind, source.name, path, why) for kind, why in wrong] for path, wrong in looked.items()}
+    sound = {path: all(each) for path, each in stays.items()}
     kept = {split: [s for s in samples if all(sound[path] for path in s.files)] for split, samples in read.items()}
     train = kept["train"]
     if "test" not in kept:
@@ -189,26 +202,6 @@ def _broken(sample: Sample) -> str:
 def _files(sample: Sample) -> Iterator[tuple[Path, bool]]:
     yield from ((path, False) for path in sample.images)
     yield from ((path, True) for path in sample.videos)
-
-
-def _sound(paths: Mapping[Path, bool], data: DataSettings, task: str, faults: Faults) -> dict[Path, bool]:
-    """Which files (True: a video) are kept; each is decoded once, ``data.readers`` at a time."""
-    from keeplora.tasks.own.pixels import check_image  # needs Pillow
-
-    def wrong(item: tuple[Path, bool]) -> list[tuple[str, str]]:
-        path, video = item
-        check: Callable[[Path], list[tuple[str, str]]] = check_video if video else check_image
-        try:
-            return check(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return [("missing", "")]
-
-    sound = {}
-    with ThreadPoolExecutor(data.readers) as pool:
-        for path, found in zip(paths, pool.map(wrong, paths.items()), strict=True):
-            stays = [faults.add(kind, task, path, why) for kind, why in found]
-            sound[path] = all(stays)
-    return sound
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -170,7 +170,9 @@ VIDEO = {"video": "v.mp4", "text": "What?", "answer": "red"}
 
 def test_a_processor_without_videos(tmp_path, llava, monkeypatch):
     monkeypatch.setattr("keeplora.tasks.own.instructions.reads_videos", lambda: True)
-    monkeypatch.setattr("keeplora.tasks.own.instructions.check_video", lambda path: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.check_video", lambda raw: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.frames", lambda raw: np.zeros((8, 8, 8, 3), np.uint8))
+    (tmp_path / "v.mp4").write_bytes(b"decoded elsewhere")
     with pytest.raises(ConfigError, match=r"LlavaProcessor, which does not, for s\.json: sample 1 of"):
         of_samples(tmp_path, llava, [VIDEO])
 
@@ -180,8 +182,8 @@ def test_videos_in_a_batch_with_images(tmp_path, qwen, monkeypatch):
         return np.stack([np.full((8, 8, 3), 20 * i, np.uint8) for i in range(videos.FRAMES)])
 
     monkeypatch.setattr("keeplora.tasks.own.instructions.reads_videos", lambda: True)
-    monkeypatch.setattr("keeplora.tasks.own.instructions.check_video", lambda path: [])
-    monkeypatch.setattr("keeplora.tasks.own.answer_workload.frames", frames)
+    monkeypatch.setattr("keeplora.tasks.own.media.check_video", lambda path: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.frames", frames)
     (tmp_path / "v.mp4").write_bytes(b"decoded elsewhere")
     made = of_samples(tmp_path, qwen, [VIDEO, SHORT, {"text": "red?", "answer": "red"}])
     (batch,) = made.batches(0, 3, 0)

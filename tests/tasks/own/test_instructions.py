@@ -12,17 +12,20 @@ from tiny_vlm import asked, picture
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own import DataSettings, Faults, ModelSource, OwnTasks, TaskSource
 from keeplora.tasks.own.instructions import read_samples, read_task
+from keeplora.tasks.own.media import Media
 
 
 def own_of(folder, source, **data):
-    return OwnTasks(ModelSource(transformers="m"), (source,), DataSettings(**data), base=str(folder))
+    return OwnTasks(
+        ModelSource(transformers="m"), (source,), DataSettings(**{"cache": ".cache", **data}), base=str(folder)
+    )
 
 
 def read(folder, source=None, **data):
     source = source or TaskSource("t", json="t.json")
     own = own_of(folder, source, **data)
     faults = Faults(own.data)
-    return read_task(source, own, faults), faults
+    return read_task(source, own, faults, Media(own).look), faults
 
 
 def written(folder, samples, name="t.json"):
