@@ -87,10 +87,9 @@ def main() -> None:
         none.look("t", paths)
         with_cache, without = (min(seconds(lambda held=held: a_pass(held)) for _ in range(3)) for held in (kept, none))
         print(f"{parsed.images} images, {parsed.videos} videos; {kept.notes()[0]}")
-        print(f"opening: {opening:.2f} s, again {again:.2f} s, {opening / again:.0f} times as fast")
-        print(
-            f"a pass: {without:.2f} s decoded anew, {with_cache:.2f} s from the file, {without / with_cache:.0f} times as fast"
-        )
+        print(f"opening: {opening:.2f} s, again {again:.2f} s: {opening / again:.0f} times as fast")
+        ratio = without / with_cache
+        print(f"a pass: {without:.2f} s decoded anew, {with_cache:.2f} s from the file: {ratio:.0f} times as fast")
 
 
 if __name__ == "__main__":

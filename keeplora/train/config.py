@@ -25,6 +25,7 @@ from keeplora.methods.settings import (
     check_whole,
 )
 from keeplora.tasks.field.catalog import BENCHMARKS
+from keeplora.tasks.own.broken import broken
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.plugins import join_plugins
 from keeplora.train.trackers import TRACKERS
@@ -241,6 +242,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     >>> config.of("lora").settings
     {'r': 8}
     """
+    _check_plain(values, "", where=where)
     known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
     chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
@@ -322,6 +324,27 @@ def _known_keys(values: Mapping[str, Any], known: list[str], *, where: str) -> N
             raise ConfigError(
                 f"load_config: every setting must be known, got {key!r} in {where}{suggest(key, known, listing=True)}"
             )
+
+
+def _check_plain(value: Any, name: str, *, where: str) -> None:
+    """Values that JSON has, and texts that UTF-8 and file systems have; TOML and YAML have others, such as dates."""
+    if isinstance(value, Mapping):
+        for key, held in value.items():
+            if not isinstance(key, str):
+                raise ConfigTypeError(f"load_config: names of settings must be text, got {key!r} in {where}")
+            _check_plain(key, "a name of a setting", where=where)
+            _check_plain(held, f"{name}.{key}" if name else key, where=where)
+    elif isinstance(value, list | tuple):
+        for held in value:
+            _check_plain(held, name, where=where)
+    elif isinstance(value, str):
+        if why := broken(value):
+            raise ConfigError(f"load_config: {name} must be text that can be read, got {why} in {where}: {value!r}")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise ConfigTypeError(
+            f"load_config: {name} must be a number, a text, true or false, a list or a table, got "
+            f"{type(value).__name__} {value!r} in {where}"
+        )
 
 
 def _validate(config: RunConfig) -> None:

@@ -12,6 +12,8 @@ __all__ = ["broken", "broken_in", "broken_name"]
 _HALF = re.compile("[\ud800-\udfff]")
 _LONGEST = 255
 """Bytes of a name, in the file systems that are in use."""
+_PATH = 4000
+"""Bytes of a path; Linux has 4096, with the folder it begins in."""
 
 
 def broken(text: str) -> str:
@@ -28,7 +30,9 @@ def broken(text: str) -> str:
 def broken_name(name: str) -> str:
     """What keeps a path from being looked for: what `broken` finds, or a part longer than a file system takes."""
     longest = max((len(part.encode("utf-8", "replace")) for part in PurePath(name).parts), default=0)
-    return broken(name) or (f"a name of {longest} bytes" if longest > _LONGEST else "")
+    whole = len(name.encode("utf-8", "replace"))
+    long = f"a name of {longest} bytes" if longest > _LONGEST else f"a path of {whole} bytes" if whole > _PATH else ""
+    return broken(name) or long
 
 
 def broken_in(talk: Talk) -> str:

@@ -125,9 +125,9 @@ class ImageWorkload:
                 if not faults.add(kind, found.name, found.items[place].name, why):
                     out.add(place)
         names = [name.replace("_", " ") for name in found.classes]
-        texts = tuple(found.template.format(name) for name in names)
+        texts = tuple(found.template.replace("{}", name) for name in names)
         templates = found.templates if data.test_texts == "mean" and found.templates else (found.template,)
-        spoken = [[template.format(name) for name in names] for template in templates]
+        spoken = [[template.replace("{}", name) for name in names] for template in templates]
         for text in self._model.too_long(sorted({*texts, *(text for row in spoken for text in row)})):
             faults.add("long_text", found.name, repr(text))
         left = {split: [place for place in places if place not in out] for split, places in found.places.items()}
