@@ -152,7 +152,7 @@ def _bars(axes: Axes, summary: Mapping[str, Any], labels: Sequence[str], palette
     width = 0.8 / len(labels)
     zeros = [summary["zero_shot"][key]["mean"] for key, _, _ in _BARS]
     ends = [summary["methods"][label][key] for label in labels for key, _, _ in _BARS]
-    top = 1.22 * max(*zeros, *(value["mean"] + value["std"] for value in ends))
+    top = 1.22 * (max(*zeros, *(value["mean"] + value["std"] for value in ends)) or 1.0)  # nothing was right
     axes.set_ylim(0, top)
     turned = len(labels) > 5  # the numbers stand upright, or they would run into each other
     figure = axes.get_figure(root=True)
