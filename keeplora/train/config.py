@@ -25,14 +25,15 @@ from keeplora.methods.settings import (
     check_whole,
 )
 from keeplora.tasks.field.catalog import BENCHMARKS
-from keeplora.tasks.own.broken import broken
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
+from keeplora.train.plain import check_plain
 from keeplora.train.plugins import join_plugins
 from keeplora.train.trackers import TRACKERS
 
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("one-cycle", "cosine")
+SWITCH_ORDERS = ("shuffled", "evenly")
 BOTH = "both"
 EVALUATED_SPLITS = ("test", "validation", BOTH)
 DEVICES = ("cpu", "cuda")
@@ -60,7 +61,8 @@ class RunConfig:
     Exactly one of ``epochs`` and ``steps`` is given; a list of ``epochs`` has one number for each task.
     ``rate_factors`` multiply every method's learning rate in each task. ``schedule`` is PyTorch's one-cycle, or half a
     cosine after a linear ``warmup``, the share of steps it takes. ``switch_fraction`` is the share of a task's training
-    batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
+    batches that a method sees in ``before_task`` and ``after_task``: with ``switch_order`` "shuffled" the first ones of
+    a shuffled pass, with "evenly" as many samples, evenly spaced in files. ``evaluate_on`` names the split; "both"
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
     ``trackers`` get the figures besides TensorBoard: "wandb" and "mlflow", through their own packages.
@@ -87,6 +89,7 @@ class RunConfig:
     schedule: str = "one-cycle"
     warmup: float = 0.03
     switch_fraction: float = 1.0
+    switch_order: str = "shuffled"
     evaluate_on: str = "test"
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
@@ -182,7 +185,7 @@ _SHARED = (
     "switch_fraction",
     "evaluate_on",
 )
-_NEWER = {"rate_factors": [], "schedule": "one-cycle", "warmup": 0.03}
+_NEWER = {"rate_factors": [], "schedule": "one-cycle", "warmup": 0.03, "switch_order": "shuffled"}
 """Settings that came later, and what runs without them did."""  # fmt: skip
 
 
@@ -242,7 +245,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     >>> config.of("lora").settings
     {'r': 8}
     """
-    _check_plain(values, "", where=where)
+    check_plain(values, "", where=where)
     known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
     chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
@@ -326,27 +329,6 @@ def _known_keys(values: Mapping[str, Any], known: list[str], *, where: str) -> N
             )
 
 
-def _check_plain(value: Any, name: str, *, where: str) -> None:
-    """Values that JSON has, and texts that UTF-8 and file systems have; TOML and YAML have others, such as dates."""
-    if isinstance(value, Mapping):
-        for key, held in value.items():
-            if not isinstance(key, str):
-                raise ConfigTypeError(f"load_config: names of settings must be text, got {key!r} in {where}")
-            _check_plain(key, "a name of a setting", where=where)
-            _check_plain(held, f"{name}.{key}" if name else key, where=where)
-    elif isinstance(value, list | tuple):
-        for held in value:
-            _check_plain(held, name, where=where)
-    elif isinstance(value, str):
-        if why := broken(value):
-            raise ConfigError(f"load_config: {name} must be text that can be read, got {why} in {where}: {value!r}")
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise ConfigTypeError(
-            f"load_config: {name} must be a number, a text, true or false, a list or a table, got "
-            f"{type(value).__name__} {value!r} in {where}"
-        )
-
-
 def _validate(config: RunConfig) -> None:
     check_name(config, "benchmark")
     check_name(config, "out")
@@ -384,6 +366,7 @@ def _validate(config: RunConfig) -> None:
     check_choice(config, "device", DEVICES)
     check_range(config, "weight_decay", "[0, inf)")
     check_range(config, "switch_fraction", "(0, 1]")
+    check_choice(config, "switch_order", SWITCH_ORDERS)
     check_flag(config, "tensorboard")
     for tracker in config.trackers:
         check_choice(config, "trackers", TRACKERS, value=tracker)

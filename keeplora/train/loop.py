@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from keeplora.methods import METHODS, create
 from keeplora.methods.method import Method
 from keeplora.statistics.passes import evaluating, first_batches
-from keeplora.tasks.workload import Batches, Workload
+from keeplora.tasks.workload import Batches, EvenlyWorkload, Workload
 from keeplora.train.batches import Union
 from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.evaluation import evaluate
@@ -249,16 +249,22 @@ class _Run:
 
     def part(self, task: int, purpose: str) -> Batches:
         """The batches a method sees before or after a task."""
+        if self.config.switch_order == "evenly":
+            return self._sized(task, purpose, share=self.config.switch_fraction)
         return first_batches(self._sized(task, purpose), self.config.switch_fraction)
 
-    def _sized(self, task: int, purpose: str) -> Batches:
+    def _sized(self, task: int, purpose: str, *, share: float = 1.0) -> Batches:
         if self.method.joint:
             seed = derive_seed(self.seed, task, f"{purpose} joint")
-            return Union([self._one(t, purpose) for t in range(task + 1)], seed)
-        return self._one(task, purpose)
+            return Union([self._one(t, purpose, share) for t in range(task + 1)], seed)
+        return self._one(task, purpose, share)
 
-    def _one(self, task: int, purpose: str) -> Batches:
-        batches = self.workload.batches(task, self.config.batch_size, derive_seed(self.seed, task, purpose))
+    def _one(self, task: int, purpose: str, share: float) -> Batches:
+        size, seed = self.config.batch_size, derive_seed(self.seed, task, purpose)
+        if share < 1:
+            assert isinstance(self.workload, EvenlyWorkload)  # check_methods has refused others
+            return self.workload.evenly(task, size, seed, share)
+        batches = self.workload.batches(task, size, seed)
         if len(batches) == 0:
             raise ValueError(f"run_one: task {self.names[task]!r} must have training data, got none")
         return batches

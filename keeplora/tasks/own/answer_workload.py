@@ -26,6 +26,7 @@ from keeplora.tasks.own.generator import load_generator
 from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample
 from keeplora.tasks.own.media import Loaded, Media, Pending
 from keeplora.tasks.own.prompts import Prompts
+from keeplora.tasks.own.splits import thinned
 from keeplora.tasks.own.videos import FRAMES
 from keeplora.tasks.workload import Batches
 
@@ -147,6 +148,11 @@ class AnswerWorkload:
     def batches(self, task: int, batch_size: int, seed: int) -> Batches:
         """One pass over the training samples in an order that ``seed`` alone decides, padded on the right."""
         return _Pass(self, self._asked[task].task.train, batch_size, seed)
+
+    def evenly(self, task: int, batch_size: int, seed: int, share: float) -> Batches:
+        """A pass over a share of the training samples, evenly spaced in their file."""
+        samples = self._asked[task].task.train
+        return _Pass(self, thinned(samples, max(1, round(share * len(samples)))), batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in float32."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -227,6 +227,13 @@ class ImageWorkload:
     def batches(self, task: int, batch_size: int, seed: int) -> _Pass:
         """One shuffled pass over the training images."""
         return _Pass(self.task(task), batch_size, seed)
+
+    def evenly(self, task: int, batch_size: int, seed: int, share: float) -> _Pass:
+        """A pass over a share of the training images, evenly spaced in the order of classes and names."""
+        chosen = self.task(task)
+        train = chosen.places["train"]
+        some = list(thinned(train, max(1, round(share * len(train)))))
+        return _Pass(replace(chosen, places={**chosen.places, "train": some}), batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy over the classes' texts."""
