@@ -98,8 +98,7 @@ class _Run:
 
     def learn_all(self, identity: dict[str, Any]) -> RunRecord:
         if self.folder is not None:
-            progress = load_progress(self.folder, identity)
-            if progress is not None:
+            if (progress := load_progress(self.folder, identity)) is not None:
                 self.record, state = progress
                 self.method.load_state(state)
                 self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
@@ -249,20 +248,18 @@ class _Run:
 
     def part(self, task: int, purpose: str) -> Batches:
         """The batches a method sees before or after a task."""
-        if self.config.switch_order == "evenly":
-            return self._sized(task, purpose, share=self.config.switch_fraction)
-        return first_batches(self._sized(task, purpose), self.config.switch_fraction)
+        share, evenly = self.config.switch_fraction, self.config.switch_order == "evenly"
+        return self._sized(task, purpose, share) if evenly else first_batches(self._sized(task, purpose), share)
 
-    def _sized(self, task: int, purpose: str, *, share: float = 1.0) -> Batches:
-        if self.method.joint:
-            seed = derive_seed(self.seed, task, f"{purpose} joint")
-            return Union([self._one(t, purpose, share) for t in range(task + 1)], seed)
-        return self._one(task, purpose, share)
+    def _sized(self, task: int, purpose: str, share: float = 1.0) -> Batches:
+        if not self.method.joint:
+            return self._one(task, purpose, share)
+        passes = [self._one(t, purpose, share) for t in range(task + 1)]
+        return Union(passes, derive_seed(self.seed, task, f"{purpose} joint"))
 
     def _one(self, task: int, purpose: str, share: float) -> Batches:
         size, seed = self.config.batch_size, derive_seed(self.seed, task, purpose)
-        if share < 1:
-            assert isinstance(self.workload, EvenlyWorkload)  # check_methods has refused others
+        if share < 1 and isinstance(self.workload, EvenlyWorkload):  # check_methods has refused others
             return self.workload.evenly(task, size, seed, share)
         batches = self.workload.batches(task, size, seed)
         if len(batches) == 0:
