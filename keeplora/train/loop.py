@@ -97,11 +97,10 @@ class _Run:
         self.method.progress = False  # several runs share a terminal; the listener shows how far they are
 
     def learn_all(self, identity: dict[str, Any]) -> RunRecord:
-        if self.folder is not None:
-            if (progress := load_progress(self.folder, identity)) is not None:
-                self.record, state = progress
-                self.method.load_state(state)
-                self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
+        if self.folder is not None and (progress := load_progress(self.folder, identity)) is not None:
+            self.record, state = progress
+            self.method.load_state(state)
+            self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
         self.scalars.start_at(self.record.steps)
         for task in range(self.record.finished_tasks, len(self.names)):
             try:
