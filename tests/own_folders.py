@@ -21,7 +21,10 @@ def classes(folder, counts, ending=".png"):
 
 
 def conversation(image="", question="What is it?", answer="An owl."):
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    turns = [
+        {"from": "human", "value": f"<image>\n{question}" if image else question},
+        {"from": "gpt", "value": answer},
+    ]
     return {"id": image, **({"image": image} if image else {}), "conversations": turns}
 
 

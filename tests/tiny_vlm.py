@@ -119,5 +119,5 @@ def colours(folder: Path, name: str, classes: tuple[str, ...], count: int = 24) 
 
 
 def own(folder: Path, model: Path, *tasks: TaskSource, witness: TaskSource | None = None, **data: object) -> OwnTasks:
-    settings = DataSettings(**{"max_new_tokens": 4, "test_fraction": 0.34, **data})  # type: ignore[arg-type]
+    settings = DataSettings(**{"max_new_tokens": 4, "cache": "cache", "test_fraction": 0.34, **data})  # type: ignore[arg-type]
     return OwnTasks(ModelSource(transformers=str(model)), tasks, settings, witness, base=str(folder))

@@ -11,7 +11,7 @@ from keeplora._messages import listed, suggest
 from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError
-from keeplora.tasks.workload import ItemWorkload, Workload
+from keeplora.tasks.workload import EvenlyWorkload, ItemWorkload, Workload
 from keeplora.train.config import BOTH, RunConfig, override
 from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
@@ -154,6 +154,11 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
                 f"check_methods: {name} must have one number for each of {tasks} tasks, got {len(given)}: {list(given)}"
             )
     check_splits(config, workload)
+    if config.switch_order == "evenly" and not isinstance(workload, EvenlyWorkload):
+        raise ConfigError(
+            'check_methods: switch_order must be "shuffled" with a benchmark that does not space its samples evenly '
+            f'(EvenlyWorkload.evenly), got "evenly" with {config.benchmark!r}'
+        )
     if config.evaluate_on == BOTH and not isinstance(workload, ItemWorkload):
         raise ConfigError(
             "check_methods: benchmark must tell which test items are right (ItemWorkload.correct), got "

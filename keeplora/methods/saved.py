@@ -14,8 +14,8 @@ from torch import nn
 
 from keeplora._version import __version__
 from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap
+from keeplora.math.digest import digest
 
-from .digest import digest
 from .settings import plain
 from .state import State, StateError, read_state, write_state
 

@@ -61,6 +61,14 @@ class Workload(Protocol):
 
 
 @runtime_checkable
+class EvenlyWorkload(Workload, Protocol):
+    """A workload that also gives a share of a task's training samples, evenly spaced in the order of its files."""
+
+    def evenly(self, task: int, batch_size: int, seed: int, share: float) -> Batches:
+        """A pass over `max(1, round(share · n))` of the n samples, number `floor(i · n / k)` for i < k."""
+
+
+@runtime_checkable
 class ItemWorkload(Workload, Protocol):
     """A workload that also tells which items a model gets right: what paired tests between methods need."""
 

@@ -26,6 +26,7 @@ from keeplora.methods.settings import (
 )
 from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
+from keeplora.train.plain import check_plain
 from keeplora.train.plugins import join_plugins
 from keeplora.train.siblings import sibling
 from keeplora.train.trackers import TRACKERS
@@ -33,6 +34,7 @@ from keeplora.train.trackers import TRACKERS
 ZERO_SHOT = "zero-shot"
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("one-cycle", "cosine")
+SWITCH_ORDERS = ("shuffled", "evenly")
 BOTH = "both"
 EVALUATED_SPLITS = ("test", "validation", BOTH)
 DEVICES = ("cpu", "cuda")
@@ -60,7 +62,8 @@ class RunConfig:
     Exactly one of ``epochs`` and ``steps`` is given, as a number, or as a list with one for each task.
     ``rate_factors`` multiply every method's learning rate in each task. ``schedule`` is PyTorch's one-cycle, or half a
     cosine after a linear ``warmup``, the share of steps it takes. ``switch_fraction`` is the share of a task's training
-    batches that a method sees in ``before_task`` and ``after_task``. ``evaluate_on`` names the split; "both"
+    batches that a method sees in ``before_task`` and ``after_task``: with ``switch_order`` "shuffled" the first ones of
+    a shuffled pass, with "evenly" as many samples, evenly spaced in files. ``evaluate_on`` names the split; "both"
     evaluates on test and keeps which items were right, and on validation beside it, for what is to be chosen by it.
     ``threads`` are torch threads per run; ``workers`` are runs at the same time (0: in this process).
     ``trackers`` get the figures besides TensorBoard: "wandb" and "mlflow", through their own packages.
@@ -89,6 +92,7 @@ class RunConfig:
     schedule: str = "one-cycle"
     warmup: float = 0.03
     switch_fraction: float = 1.0
+    switch_order: str = "shuffled"
     evaluate_on: str = "test"
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
@@ -192,7 +196,7 @@ _SHARED = (
     "switch_fraction",
     "evaluate_on",
 )
-_NEWER = {"rate_factors": [], "schedule": "one-cycle", "warmup": 0.03}
+_NEWER = {"rate_factors": [], "schedule": "one-cycle", "warmup": 0.03, "switch_order": "shuffled"}
 """Settings that came later, and what runs without them did."""  # fmt: skip
 
 
@@ -252,6 +256,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str 
     >>> config.of("lora").settings
     {'r': 8}
     """
+    check_plain(values, "", where=where)
     known = [*(entry.name for entry in fields(RunConfig) if entry.name != "own"), *_OWN_TABLES]
     _known_keys(values, known, where=where)
     chosen = {name: value for name, value in values.items() if name not in _OWN_TABLES}
@@ -374,6 +379,7 @@ def _validate(config: RunConfig) -> None:
     check_choice(config, "device", DEVICES)
     check_range(config, "weight_decay", "[0, inf)")
     check_range(config, "switch_fraction", "(0, 1]")
+    check_choice(config, "switch_order", SWITCH_ORDERS)
     check_flag(config, "tensorboard")
     for tracker in config.trackers:
         check_choice(config, "trackers", TRACKERS, value=tracker)

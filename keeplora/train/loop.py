@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from keeplora.methods import METHODS, create
 from keeplora.methods.method import Method
 from keeplora.statistics.passes import evaluating, first_batches
-from keeplora.tasks.workload import Batches, Workload
+from keeplora.tasks.workload import Batches, EvenlyWorkload, Workload
 from keeplora.train.batches import Union
 from keeplora.train.config import BOTH, RunConfig
 from keeplora.train.evaluated import Evaluations
@@ -108,12 +108,10 @@ class _Run:
         self.method.progress = False  # several runs share a terminal; the listener shows how far they are
 
     def learn_all(self, identity: dict[str, Any]) -> RunRecord:
-        if self.folder is not None:
-            progress = load_progress(self.folder, identity)
-            if progress is not None:
-                self.record, state = progress
-                self.method.load_state(state)
-                self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
+        if self.folder is not None and (progress := load_progress(self.folder, identity)) is not None:
+            self.record, state = progress
+            self.method.load_state(state)
+            self.tell("resumed", self.record.finished_tasks, text=f"continues after task {self.done}")
         self.scalars.start_at(self.record.steps)
         for task in range(self.record.finished_tasks, len(self.names)):
             try:
@@ -261,16 +259,20 @@ class _Run:
 
     def part(self, task: int, purpose: str) -> Batches:
         """The batches a method sees before or after a task."""
-        return first_batches(self._sized(task, purpose), self.config.switch_fraction)
+        share, evenly = self.config.switch_fraction, self.config.switch_order == "evenly"
+        return self._sized(task, purpose, share) if evenly else first_batches(self._sized(task, purpose), share)
 
-    def _sized(self, task: int, purpose: str) -> Batches:
-        if self.method.joint:
-            seed = derive_seed(self.seed, task, f"{purpose} joint")
-            return Union([self._one(t, purpose) for t in range(task + 1)], seed)
-        return self._one(task, purpose)
+    def _sized(self, task: int, purpose: str, share: float = 1.0) -> Batches:
+        if not self.method.joint:
+            return self._one(task, purpose, share)
+        passes = [self._one(t, purpose, share) for t in range(task + 1)]
+        return Union(passes, derive_seed(self.seed, task, f"{purpose} joint"))
 
-    def _one(self, task: int, purpose: str) -> Batches:
-        batches = self.workload.batches(task, self.config.batch_size, derive_seed(self.seed, task, purpose))
+    def _one(self, task: int, purpose: str, share: float) -> Batches:
+        size, seed = self.config.batch_size, derive_seed(self.seed, task, purpose)
+        if share < 1 and isinstance(self.workload, EvenlyWorkload):  # check_methods has refused others
+            return self.workload.evenly(task, size, seed, share)
+        batches = self.workload.batches(task, size, seed)
         if len(batches) == 0:
             raise ValueError(f"run_one: task {self.names[task]!r} must have training data, got none")
         return batches

@@ -1,12 +1,18 @@
 """Configurations: what is accepted, what is refused and how it is said."""
 
+import copy
 import json
+from contextlib import suppress
+from dataclasses import fields
+from datetime import date
 
 import pytest
 
+from keeplora.compare.runs import check_settings
 from keeplora.methods import METHODS, configure
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.field import BENCHMARKS
+from keeplora.tasks.own import DataSettings, ModelSource, TaskSource
 from keeplora.train.config import RunConfig, fingerprint, load_config, override, parse_config, shipped_configs
 
 GOOD = {"benchmark": "embedded", "methods": ["lora"], "epochs": 2}
@@ -67,6 +73,58 @@ def test_wrong_values_are_refused_by_name(change, message):
     values = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         parse_config(values)
+
+
+ANYTHING = (
+    None, True, 0, -1, 1.5, float("nan"), 10**400, "", "x", "a\0b", "\ud800", [], [None], [[]], [{}], ["x", "x"], {},
+    {"a": 1}, {"a": {}}, {"": ""}, {1: 2}, b"x", {"x"}, date(2026, 1, 1),
+)  # fmt: skip
+TASKS = {
+    "methods": ["lora"], "epochs": 1, "model": {"transformers": "m"}, "data": {"faults": {"grey": "skip"}},
+    "task": [{"name": "a", "folder": "a"}], "witness": {"name": "w", "folder": "w"},
+}  # fmt: skip
+PLACES = [
+    *((GOOD, (entry.name,)) for entry in fields(RunConfig)), (GOOD, ("unknown",)), (GOOD, ("method", "lora")),
+    *((GOOD, ("method", "lora", name)) for name in ("method", "learning_rate", "weight_decay")),
+    *((TASKS, (name,)) for name in TASKS), (TASKS, ("task", 0)), (TASKS, ("data", "faults", "grey")),
+    *((TASKS, ("model", entry.name)) for entry in fields(ModelSource)),
+    *((TASKS, ("data", entry.name)) for entry in fields(DataSettings)),
+    *((TASKS, (*place, entry.name)) for entry in fields(TaskSource) for place in (("task", 0), ("witness",))),
+]  # fmt: skip
+
+
+def put(values, place, value):
+    made = copy.deepcopy(values)
+    inner = made
+    for key in place[:-1]:
+        inner = inner[key] if isinstance(key, int) else inner.setdefault(key, {})
+    inner[place[-1]] = value
+    return made
+
+
+def taken_or_refused(values):
+    try:
+        json.dumps(parse_config(values).as_dict())
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("values", "place"), PLACES, ids=[".".join(map(str, place)) for _, place in PLACES])
+def test_any_value_of_any_setting_is_taken_or_refused_with_a_sentence(values, place):
+    assert taken_or_refused(values)
+    taken = [taken_or_refused(put(values, place, value)) for value in ANYTHING]
+    assert not all(taken)
+    assert not any(taken[-4:])  # what JSON does not have
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_value_of_any_setting_of_a_method_is_taken_or_refused(method):
+    for name in (*(entry.name for entry in fields(METHODS[method].config)), "unknown"):
+        for value in ANYTHING:
+            values = {**GOOD, "methods": [method], "method": {method: {name: value}}}
+            with suppress(ConfigError):
+                check_settings(parse_config(values))
 
 
 def test_missing_settings_and_files(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +24,10 @@ from keeplora.tasks.own.contents import content, relative
 from keeplora.tasks.own.faults import Faults
 from keeplora.tasks.own.generator import load_generator
 from keeplora.tasks.own.instructions import SPLITS, AnswerTask, Sample
+from keeplora.tasks.own.media import Loaded, Media, Pending
 from keeplora.tasks.own.prompts import Prompts
-from keeplora.tasks.own.videos import FRAMES, frames
+from keeplora.tasks.own.splits import thinned
+from keeplora.tasks.own.videos import FRAMES
 from keeplora.tasks.workload import Batches, ModelOrigin
 
 __all__ = ["AnswerWorkload"]
@@ -60,8 +62,9 @@ class AnswerWorkload:
         self._generator = load_generator(own)
         self._processor = self._generator.processor
         self._prompts = Prompts(self._processor, self._generator.ends)
+        self._media = Media(own, self._processor)
         self._lengths: dict[Any, int] = {}
-        asked = [one.few(own.data.evaluate_at_most) for one in read_asked(own, self._faults)]
+        asked = [one.few(own.data.evaluate_at_most) for one in read_asked(own, self._faults, self._media.look)]
         self._faults.refuse()  # before files are opened that may not be there
         asked = [replace(one, task=self._checked(one.task)) for one in asked]
         self._faults.refuse()
@@ -130,6 +133,7 @@ class AnswerWorkload:
             ),
             *([f"of every video {FRAMES} frames are taken, evenly spaced"] if seen else []),
             *self._told_quick(),
+            *self._media.notes(),
             *(note for one in (*self._asked, *filter(None, [self._asked_witness])) for note in one.notes),
             *self._faults.notes(),
             *self._told_left_out(),
@@ -154,6 +158,11 @@ class AnswerWorkload:
     def batches(self, task: int, batch_size: int, seed: int) -> Batches:
         """One pass over the training samples in an order that ``seed`` alone decides, padded on the right."""
         return _Pass(self, self._asked[task].task.train, batch_size, seed)
+
+    def evenly(self, task: int, batch_size: int, seed: int, share: float) -> Batches:
+        """A pass over a share of the training samples, evenly spaced in their file."""
+        samples = self._asked[task].task.train
+        return _Pass(self, thinned(samples, max(1, round(share * len(samples)))), batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in float32."""
@@ -237,7 +246,7 @@ class AnswerWorkload:
 
     # -------------------------------------------------------------- inputs
 
-    def training_batch(self, samples: Sequence[Sample], media: _Media, *, side: str = "right") -> Batch:
+    def training_batch(self, samples: Sequence[Sample], media: Loaded, *, side: str = "right") -> Batch:
         """What the model is given of whole conversations, with labels; cut at the end of the context."""
         inputs = self._inputs([self._prompts.whole(s) for s in samples], samples, media, side=side)
         inputs["labels"] = self._prompts.labels(samples, inputs["input_ids"])
@@ -247,11 +256,11 @@ class AnswerWorkload:
             return inputs
         return {name: value[:, :context] if value.shape == shape else value for name, value in inputs.items()}
 
-    def _inputs(self, texts: Sequence[str], samples: Sequence[Sample], media: _Media, *, side: str) -> Batch:
+    def _inputs(self, texts: Sequence[str], samples: Sequence[Sample], media: Loaded, *, side: str) -> Batch:
         """The processor's tensors for texts and what belongs to them, on the device."""
         given: dict[str, Any] = {}
         if any(media.images):
-            given["images"] = media.images
+            given |= {"images": media.images, **self._media.settings}
         if any(media.videos):
             given |= {"videos": [video for videos in media.videos for video in videos], "do_sample_frames": False}
         made = self._processor(
@@ -262,17 +271,21 @@ class AnswerWorkload:
         moved = {name: value.to(self.device) for name, value in made.items() if isinstance(value, Tensor)}
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
-    def _loaded(self, groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Sequence[Sample], _Media]]:
+    def _loaded(self, groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Sequence[Sample], Loaded]]:
         """Groups of samples with their images and videos; the next group's are decoded while one is used."""
         with ThreadPoolExecutor(self.own.data.readers) as pool:
-            waiting: list[tuple[Sequence[Sample], _Pending]] = []
+            waiting: list[tuple[Sequence[Sample], Pending]] = []
             for group in groups:
-                waiting.append((group, _Pending(group, pool)))
+                waiting.append((group, Pending(group, self._media, pool)))
                 if len(waiting) > 1:
                     done, pending = waiting.pop(0)
-                    yield done, pending.media()
+                    yield done, pending.loaded()
             for done, pending in waiting:
-                yield done, pending.media()
+                yield done, pending.loaded()
+
+    def _of(self, sample: Sample) -> Loaded:
+        ((_, media),) = self._loaded([[sample]])
+        return media
 
     # -------------------------------------------------------------- checks
 
@@ -285,7 +298,9 @@ class AnswerWorkload:
         return AnswerTask(task.name, *kept)
 
     def _fits(self, task: str, sample: Sample, split: str) -> bool:
-        self._check_media(task, sample)
+        self._check_videos(task, sample)
+        if why := self._prompts.special_in(sample):
+            return self._faults.add("special_token", task, sample.place, why)
         text = self._prompts.whole(sample) if split == "train" else self._prompts.question(sample)
         if split == "train":
             self._prompts.answers(sample)  # refuses what cannot be told apart
@@ -302,36 +317,28 @@ class AnswerWorkload:
             return False
         return self._faults.add("long_text", task, sample.place, room)
 
-    def _check_media(self, task: str, sample: Sample) -> None:
-        """Refuse videos that the processor does not take, and words that it would take for an image."""
+    def _check_videos(self, task: str, sample: Sample) -> None:
+        """Refuse videos that the processor does not take."""
         if sample.videos and getattr(self._processor, "video_processor", None) is None:
             raise ConfigError(
                 f"load_workload: the processor of {self._generator.name} must take videos, got "
                 f"{type(self._processor).__name__}, which does not, for {sample.place} of task {task!r}"
             )
-        for kind in ("image", "video"):
-            mark = getattr(self._processor, f"{kind}_token", None)
-            words = [text for turn in sample.turns for _, text in turn.parts] + [turn.answer for turn in sample.turns]
-            if mark and any(mark in text for text in words):
-                raise ConfigError(
-                    f"load_workload: texts must be free of the model's own mark for {kind}s, got {mark!r} in "
-                    f"{sample.place} of task {task!r}"
-                )
 
     def _expansion(self, sample: Sample) -> int:
         """How many tokens more than its text a sample has: images become many. Counted once for images of a size."""
         if not sample.files:
             return 0
-        sizes = (*(_size(path) for path in sample.images), *sample.videos)
+        sizes = tuple(self._media.shape(path, video=path in sample.videos) for path in sample.files)
         if sizes not in self._lengths:
             text = self._prompts.question(sample)
-            made = self._inputs([text], [sample], _Media.of([sample]), side="right")
+            made = self._inputs([text], [sample], self._of(sample), side="right")
             self._lengths[sizes] = made["input_ids"].shape[1] - len(self._prompts.tokens(text))
         return self._lengths[sizes]
 
     def _cut_keeps(self, sample: Sample, context: int) -> bool:
         """Whether a conversation that is cut keeps all its images and a token of an answer."""
-        whole = self._inputs([self._prompts.whole(sample)], [sample], _Media.of([sample]), side="right")["input_ids"]
+        whole = self._inputs([self._prompts.whole(sample)], [sample], self._of(sample), side="right")["input_ids"]
         labels = self._prompts.labels([sample], whole)
         marks = torch.tensor(self._generator.media_tokens, device=whole.device, dtype=whole.dtype)
         return bool((labels[:, 1:context] >= 0).any()) and not bool(torch.isin(whole[:, context:], marks).any())
@@ -344,33 +351,6 @@ class AnswerWorkload:
                     f"load_workload: task {task.name!r} must have samples to {split}, got none that are left. "
                     "Samples that share an image stay together: where all do, give files test and validation"
                 )
-
-
-@dataclass(frozen=True)
-class _Media:
-    """Images and videos of some samples, a list for each."""
-
-    images: list[list[Any]]
-    videos: list[list[Any]]
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Media:
-        with ThreadPoolExecutor(1) as pool:
-            return _Pending(samples, pool).media()
-
-
-class _Pending:
-    """Images and videos that are being decoded."""
-
-    def __init__(self, samples: Sequence[Sample], pool: ThreadPoolExecutor) -> None:
-        from keeplora.tasks.own.pixels import rgb  # needs Pillow
-
-        self.images: list[list[Future[Any]]] = [[pool.submit(rgb, path) for path in s.images] for s in samples]
-        self.videos: list[list[Future[Any]]] = [[pool.submit(frames, path) for path in s.videos] for s in samples]
-
-    def media(self) -> _Media:
-        images, videos = ([[one.result() for one in row] for row in kind] for kind in (self.images, self.videos))
-        return _Media(images, videos)
 
 
 @dataclass(frozen=True)
@@ -394,10 +374,3 @@ class _Pass:
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    from PIL import Image  # optional
-
-    with Image.open(path) as image:
-        return image.size

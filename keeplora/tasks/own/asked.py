@@ -9,7 +9,7 @@ from keeplora.methods.settings import ConfigError
 from keeplora.tasks import field
 from keeplora.tasks.own.config import DataSettings, OwnTasks
 from keeplora.tasks.own.faults import Faults
-from keeplora.tasks.own.instructions import AnswerTask, Sample, Turn, read_task, split_samples
+from keeplora.tasks.own.instructions import AnswerTask, Look, Sample, Turn, read_task, sound_samples, split_samples
 from keeplora.tasks.own.splits import thinned
 from keeplora.tasks.scoring import (
     Prediction,
@@ -72,19 +72,24 @@ def _predictions(samples: Sequence[Sample], texts: Sequence[str]) -> list[Predic
     ]
 
 
-def read_asked(own: OwnTasks, faults: Faults) -> list[Asked]:
-    """The tasks in learning order, the witness last.
+def read_asked(own: OwnTasks, faults: Faults, look: Look) -> list[Asked]:
+    """The tasks in learning order, the witness last. Images and videos of a user's own are looked at once.
 
     Raises:
         ConfigError: data is missing, or not what it is said to be.
     """
     if not own.benchmark:
-        return [Asked(read_task(source, own, faults), exact_match_score, _exact) for source in own.all]
+        return [Asked(read_task(source, own, faults, look), exact_match_score, _exact) for source in own.all]
     root = own.data_root
     missing = own.data.faults.get("missing") == "skip"
     found = field.read_instructions(root, own.benchmark, allow_missing=missing)
     video = field.instruction_benchmark(own.benchmark).kind == "video"
-    return [_validated(_of_field(one, "video" if video else "image"), own.data) for one in found]
+    asked = [_of_field(one, "video" if video else "image") for one in found]
+    return [_validated(replace(one, task=_sound(one.task, faults)), own.data) for one in asked]
+
+
+def _sound(task: AnswerTask, faults: Faults) -> AnswerTask:
+    return AnswerTask(task.name, *(tuple(sound_samples(samples, task.name, faults)) for _, samples in task.splits))
 
 
 def _validated(asked: Asked, data: DataSettings) -> Asked:

@@ -24,6 +24,7 @@ from typing import Any
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
 from keeplora.tasks.field.catalog import instruction_benchmark, is_of_images
+from keeplora.tasks.own.broken import broken_name
 from keeplora.tasks.own.kinds import FAULTS
 
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
@@ -290,7 +291,13 @@ class OwnTasks:
         return instruction_benchmark(self.benchmark).max_new_tokens if self.benchmark and self.answers else 64
 
     def path(self, name: str) -> Path:
-        """A path of the settings file, from ``base`` where it is relative; ``~/`` is the home folder."""
+        """A path of the settings file, from ``base`` where it is relative; ``~/`` is the home folder.
+
+        Raises:
+            ConfigError: no file system has such a name.
+        """
+        if why := broken_name(name):
+            raise ConfigError(f"OwnTasks: paths must be of names that file systems have, got {why}: {name[:60]!r}…")
         return Path(self.base) / (Path(name).expanduser() if name.startswith("~/") else name)
 
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["content", "relative"]
+__all__ = ["content", "forget", "relative"]
 
 
 def content(path: Path) -> str:
@@ -19,6 +19,11 @@ def content(path: Path) -> str:
 def _hash(path: Path, size: int, written: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def forget() -> None:
+    """Read files again, as a new process does."""
+    _hash.cache_clear()
 
 
 def relative(path: Path, base: Path) -> str:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keeplora._files import WriteError
 from keeplora._messages import listed
 from keeplora.families.class_head import adjusted_logits
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.classification import Batch
 from keeplora.tasks.field import image_benchmark
-from keeplora.tasks.own.comparing import open_comparing_model
+from keeplora.tasks.own.comparing import ComparingModel, open_comparing_model
 from keeplora.tasks.own.config import OwnTasks
-from keeplora.tasks.own.decoded import DecodedImages, cache_folder, decode_all
+from keeplora.tasks.own.decoded import Decoded, Pixels, cache_folder, decode_all
 from keeplora.tasks.own.faults import Faults
-from keeplora.tasks.own.images import ImageSet, read_all
+from keeplora.tasks.own.images import ImageItem, ImageSet, read_all
+from keeplora.tasks.own.pixels import check_image, rgb
 from keeplora.tasks.own.splits import split_off, thinned
 from keeplora.tasks.workload import ModelOrigin
 
@@ -40,13 +40,30 @@ class ImageTask:
     classes: tuple[str, ...]
     texts: tuple[str, ...]
     tokens: Tensor
-    images: DecodedImages
+    images: Decoded
     labels: Tensor
     places: dict[str, list[int]]
     spoken: Tensor
     """Tokens that tests use, `[templates, classes, n]`; training uses `tokens`, of the one template."""
     contents: str
     """Hash of the images' names and bytes, the labels and the texts."""
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The model's preprocessing, of images as their files are."""
+
+    model: ComparingModel
+
+    @property
+    def settings(self) -> str:
+        return self.model.preprocessing
+
+    def check(self, item: ImageItem, raw: bytes) -> list[tuple[str, str]]:
+        return check_image(raw)
+
+    def pixels(self, item: ImageItem, raw: bytes) -> Pixels:
+        return self.model.pixels(rgb(raw)).numpy()
 
 
 @dataclass(frozen=True)
@@ -98,15 +115,10 @@ class ImageWorkload:
     def _read(self, found: ImageSet, own: OwnTasks, faults: Faults) -> ImageTask | None:
         data = own.data
         room = max(0, int(1e9 * data.cache_gb) - self._kept)
-        try:
-            images, report = decode_all(
-                found.items, self._model, folder=self._folder, room=room, readers=data.readers, title=found.name
-            )
-        except WriteError as error:
-            raise ConfigError(
-                f"open_workload: cache must be a folder with room for decoded images, got {self._folder}: {error} Set "
-                "cache in [data] to another folder, or cache_gb = 0 to keep none"
-            ) from error
+        images = decode_all(
+            found.items, _Decoder(self._model), folder=self._folder, room=room, readers=data.readers, title=found.name
+        )
+        report = images.report
         self._kept += report.kept
         out: set[int] = set()
         for place, kinds in report.wrong.items():
@@ -114,9 +126,9 @@ class ImageWorkload:
                 if not faults.add(kind, found.name, found.items[place].name, why):
                     out.add(place)
         names = [name.replace("_", " ") for name in found.classes]
-        texts = tuple(found.template.format(name) for name in names)
+        texts = tuple(found.template.replace("{}", name) for name in names)
         templates = found.templates if data.test_texts == "mean" and found.templates else (found.template,)
-        spoken = [[template.format(name) for name in names] for template in templates]
+        spoken = [[template.replace("{}", name) for name in names] for template in templates]
         for text in self._model.too_long(sorted({*texts, *(text for row in spoken for text in row)})):
             faults.add("long_text", found.name, repr(text))
         left = {split: [place for place in places if place not in out] for split, places in found.places.items()}
@@ -164,7 +176,9 @@ class ImageWorkload:
             )
         if self._kept:
             lines.append(f"decoded images: {self._kept / 1e9:.2g} GB in {self._folder}, which may be deleted")
-        if again := [task.name for task in self._tasks if not task.images.kept]:
+        every = (*self._tasks, *([] if self._witness is None else [self._witness]))
+        counts = {task.name: (task.images.report.again, len(task.images)) for task in every}
+        if again := [f"{name} ({count} of {whole})" for name, (count, whole) in counts.items() if count]:
             lines.append(f"decoded again in every pass, beyond cache_gb = {own.data.cache_gb:g}: {listed(again)}")
         return lines
 
@@ -226,6 +240,13 @@ class ImageWorkload:
     def batches(self, task: int, batch_size: int, seed: int) -> _Pass:
         """One shuffled pass over the training images."""
         return _Pass(self.task(task), batch_size, seed)
+
+    def evenly(self, task: int, batch_size: int, seed: int, share: float) -> _Pass:
+        """A pass over a share of the training images, evenly spaced in the order of classes and names."""
+        chosen = self.task(task)
+        train = chosen.places["train"]
+        some = list(thinned(train, max(1, round(share * len(train)))))
+        return _Pass(replace(chosen, places={**chosen.places, "train": some}), batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy over the classes' texts."""

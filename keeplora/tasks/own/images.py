@@ -16,12 +16,15 @@ from keeplora._messages import listed, suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks import field
 from keeplora.tasks.field import ArrayImage
+from keeplora.tasks.own.broken import broken
 from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
 
 __all__ = ["FileImage", "ImageItem", "ImageSet", "RowImage", "read_all", "read_images"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+PASSED_OVER = ("thumbs.db",)
+"""Files that are neither images nor anybody's data; in lower case."""
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 """Our names of the splits, and the folders' or `datasets`' names."""
 
@@ -177,6 +180,11 @@ def read_images(task: TaskSource, own: OwnTasks, faults: Faults) -> ImageSet:
             f"open_workload: a task must have at least two classes, got {listed(classes) or 'none'} in task "
             f"{task.name!r} ({getattr(task, task.kind)})"
         )
+    if strange := [f"{name!r} ({why})" for name in classes if (why := broken(name))]:
+        raise ConfigError(
+            f"open_workload: names of classes must be texts that can be read, got {listed(strange)} in task "
+            f"{task.name!r}"
+        )
     number = {name: place for place, name in enumerate(classes)}
     items: list[ImageItem] = []
     labels: list[int] = []
@@ -199,6 +207,13 @@ def _folder(task: TaskSource, own: OwnTasks, faults: Faults) -> Any:
         )
     inside = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     named = {split: inside[name] for split, names in SPLITS.items() for name in names if name in inside}
+    if "train" in named and not _has_folders(root / named["train"]):
+        if set(named.values()) == set(inside.values()):
+            raise ConfigError(
+                f"open_workload: folders of splits must hold class folders, got files alone in {root / named['train']} "
+                f"of task {task.name!r}. Expected is train/class/*.jpg"
+            )
+        named = {}  # a class is called "train"
     if "train" not in named:
         named = {}  # a class may be called "test"
     elif others := sorted(set(inside.values()) - set(named.values())):
@@ -237,11 +252,15 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         entries = [entry for entry in scanned if entry.name[0] != "." and entry.name != "__MACOSX"]
     above = {os.path.realpath(one) for one in (folder, *folder.parents)}
     for entry in entries:
-        if not entry.name.isprintable() and "\udc80" <= max(entry.name) <= "\udcff":
+        if broken(entry.name):
             raise ConfigError(f"open_workload: names of files must be UTF-8, got {entry.name!r} in {folder}. Rename it")
         if entry.is_symlink() and entry.is_dir() and os.path.realpath(entry.path) in above:
             raise ConfigError(f"open_workload: links must not lead back up, got {entry.path}. Take it away")
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in _entries(folder))
 
 
 def _classes(folder: Path, faults: Faults, task: str) -> Iterator[tuple[str, Path]]:
@@ -261,7 +280,7 @@ def _images(folder: Path, faults: Faults, task: str) -> list[Path]:
             result += _images(path, faults, task)
         elif path.suffix.lower() in EXTENSIONS:
             result.append(path)  # also where it is a link that leads nowhere: a fault when it is read
-        elif path.name.lower() != "thumbs.db":
+        elif path.name.lower() not in PASSED_OVER:
             faults.add("not_image", task, f"{folder.name}/{path.name}")
     return result
 

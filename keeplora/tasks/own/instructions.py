@@ -1,11 +1,9 @@
-"""Instruction data in LLaVA's form: JSON or JSON lines of conversations about images or videos, checked and split."""
+"""Questions about images or videos with their answers, from JSON: read, checked and split."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,30 @@ from typing import Any
 import torch
 
 from keeplora._messages import listed
-from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes, read_lines
+from keeplora._untrusted import fault
 from keeplora.methods.settings import ConfigError
-from keeplora.tasks.own.config import DataSettings, OwnTasks, TaskSource
+from keeplora.tasks.own.broken import broken_in
+from keeplora.tasks.own.config import OwnTasks, TaskSource
 from keeplora.tasks.own.faults import Faults
-from keeplora.tasks.own.videos import check_video, reads_videos
+from keeplora.tasks.own.forms import MARK, Talk, read_talk
+from keeplora.tasks.own.json_rows import json_rows
+from keeplora.tasks.own.videos import reads_videos
 
-__all__ = ["SPLITS", "AnswerTask", "Sample", "Turn", "read_samples", "read_task", "split_samples"]
+__all__ = [
+    "SPLITS",
+    "AnswerTask",
+    "Look",
+    "Sample",
+    "Turn",
+    "read_samples",
+    "read_task",
+    "sound_samples",
+    "split_samples",
+]
 
 SPLITS = ("train", "validation", "test")
-MOST_ARRAY = 2**30
-"""Bytes of a JSON file: in memory it takes about ten times as much. JSON lines may be of any size."""
-_MARK = re.compile("(<image>|<video>)")
-_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+Look = Callable[[str, Mapping[Path, bool]], Mapping[Path, list[tuple[str, str]]]]
+"""Of a task and its files (True: a video) what is wrong with each file, as kind and reason."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ class AnswerTask:
         return ((split, getattr(self, split)) for split in SPLITS)
 
 
-def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
-    """The samples of a task, with every image and video decoded once; what is wrong with them goes to ``faults``.
+def read_task(source: TaskSource, own: OwnTasks, faults: Faults, look: Look) -> AnswerTask:
+    """The samples of a task, with every image and video looked at; what is wrong with them goes to ``faults``.
 
     Where the task has no file for tests, the share ``data.test_fraction`` of its samples is kept for them, drawn by
     ``data.split_seed``; the same goes for validation, out of the training samples. Samples that share an image or a
@@ -96,7 +105,7 @@ def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
         if name:
             path = own.path(name)
             folder = own.path(source.images) if source.images else path.parent
-            read[split] = _answered(read_samples(path, folder), source.name, faults)
+            read[split] = sound_samples(read_samples(path, folder), source.name, faults)
     every = [sample for samples in read.values() for sample in samples]
     with_video = next((sample for sample in every if sample.videos), None)
     if with_video is not None and not reads_videos():
@@ -104,7 +113,9 @@ def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
             f"load_workload: videos must be readable, got {with_video.videos[0]} in {with_video.place} of task "
             f"{source.name!r} and no PyAV. Run pip install 'keeplora[vlm]'"
         )
-    sound = _sound(dict(file for sample in every for file in _files(sample)), own.data, source.name, faults)
+    looked = look(source.name, dict(file for sample in every for file in _files(sample)))
+    stays = {path: [faults.add(kind, source.name, path, why) for kind, why in wrong] for path, wrong in looked.items()}
+    sound = {path: all(each) for path, each in stays.items()}
     kept = {split: [s for s in samples if all(sound[path] for path in s.files)] for split, samples in read.items()}
     train = kept["train"]
     if "test" not in kept:
@@ -117,17 +128,14 @@ def read_task(source: TaskSource, own: OwnTasks, faults: Faults) -> AnswerTask:
 def read_samples(path: Path, folder: Path) -> list[Sample]:
     """All conversations of a file, in its order. Files are named relative to ``folder`` and not opened.
 
-    A sample is ``{"image" | "video": name or names, "conversations": [{"from": "human", "value": "<image>\\nWhat?"},
-    {"from": "gpt", "value": "A."}, …]}``, without image and video for text alone, or
-    ``{"image": …, "text": question, "answer": …}``; other keys are left alone. Images without a mark ``<image>`` come
-    before the first question.
+    The file is one of [`json_rows`], a sample one of [`read_talk`]; other keys are left alone.
 
     Raises:
         ConfigError: the file is not there, is no JSON, or a sample is none.
     """
     samples, wrong = [], []
     try:
-        for place, value in _values(path):
+        for place, value in json_rows(path):
             try:
                 samples.append(_sample(value, f"{path.name}: {place}", folder))
             except ValueError as error:
@@ -136,7 +144,7 @@ def read_samples(path: Path, folder: Path) -> list[Sample]:
         raise ConfigError(f"load_workload: {path} must {fault(error)}") from error
     if wrong:
         raise ConfigError(
-            f"load_workload: every sample of {path} must be a conversation in LLaVA's form, got {len(wrong)} that "
+            f"load_workload: every sample of {path} must be a question with its answer, got {len(wrong)} that "
             f"{'is' if len(wrong) == 1 else 'are'} none: {listed(wrong)}"
         )
     if not samples:
@@ -144,91 +152,29 @@ def read_samples(path: Path, folder: Path) -> list[Sample]:
     return samples
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a list or the lines of a file hold; a file that begins with [ is a list."""
-    first = next(
-        (line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in read_lines(path, most=MOST_ARRAY) if line.strip()), b""
-    )
-    if first.startswith(b"["):
-        values = parse_json(read_bytes(path, most=MOST_ARRAY).removeprefix(b"\xef\xbb\xbf"))
-        yield from ((f"sample {number}", value) for number, value in enumerate(values, 1))
-        return
-    for number, line in enumerate(read_lines(path, most=MOST_JSON), 1):
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            try:
-                yield f"line {number}", parse_json(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"a list in JSON, or an object of JSON in every line; line {number} must be {error}"
-                ) from None
-
-
 def _sample(value: Any, place: str, folder: Path) -> Sample:
     """Raises ValueError with what goes after the sample's place."""
-    if not isinstance(value, Mapping):
-        raise ValueError("must be an object")
-    turns = _turns(value)
-    media = {kind: _names(value, kind) for kind in ("image", "video")}
-    parts = [_MARK.split(question) for question, _ in turns]
-    for kind, names in media.items():
-        marks = sum(piece == f"<{kind}>" for pieces in parts for piece in pieces)
-        if marks == 0:
-            parts[0] = [f"<{kind}>"] * len(names) + parts[0]
-        elif marks != len(names):
-            raise ValueError(f"must name as many {kind}s as it has marks <{kind}>, got {len(names)} and {marks}")
+    talk = read_talk(value)
     return Sample(
         place,
         tuple(
             Turn(tuple(_part(piece) for piece in pieces if piece.strip()), answer.strip())
-            for pieces, (_, answer) in zip(parts, turns, strict=True)
+            for pieces, answer in talk.turns
         ),
-        images=tuple(folder / name for name in media["image"]),
-        videos=tuple(folder / name for name in media["video"]),
+        images=tuple(folder / name for name in talk.files["image"]),
+        videos=tuple(folder / name for name in talk.files["video"]),
     )
 
 
 def _part(piece: str) -> tuple[str, str]:
-    return (piece[1:-1], "") if _MARK.fullmatch(piece) else ("text", piece.strip())
+    return (piece[1:-1], "") if MARK.fullmatch(piece) else ("text", piece.strip())
 
 
-def _turns(value: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if "conversations" not in value:
-        if missing := [name for name in ("text", "answer") if name not in value]:
-            raise ValueError(f"must have conversations, or text and answer, got no {' and no '.join(missing)}")
-        return [(_text(value["text"], "text"), _text(value["answer"], "answer"))]
-    said = value["conversations"]
-    if not isinstance(said, list) or not said:
-        raise ValueError("must have conversations, a list of turns")
-    texts = []
-    for number, turn in enumerate(said):
-        if not isinstance(turn, Mapping) or turn.get("from") not in (_ANSWERS if number % 2 else _ASKS):
-            speaker = turn.get("from") if isinstance(turn, Mapping) else turn
-            raise ValueError(
-                f"must have turns from human and gpt in turn, got {str(speaker)[:80]!r} in turn {number + 1}"
-            )
-        texts.append(_text(turn.get("value"), f"value of turn {number + 1}"))
-    return list(zip(texts[::2], [*texts[1::2], *([""] if len(texts) % 2 else [])], strict=True))
+def sound_samples(samples: Iterable[Sample], task: str, faults: Faults) -> list[Sample]:
+    """Those with a question and an answer in every turn, whose texts and names can be read.
 
-
-def _text(value: Any, name: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # answers of counting tasks
-    if not isinstance(value, str):
-        raise ValueError(f"must have text for {name}, got {str(value)[:80]!r}")
-    return value
-
-
-def _names(value: Mapping[str, Any], kind: str) -> list[str]:
-    named = value.get(kind)
-    names = [] if named is None or named == "" else named if isinstance(named, list) else [named]
-    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise ValueError(f"must have a file or a list of files for {kind}, got {str(named)[:80]!r}")
-    return names
-
-
-def _answered(samples: Iterable[Sample], task: str, faults: Faults) -> list[Sample]:
-    """Those with a question and an answer in every turn."""
+    Unreadable ones are left out even where they are to be refused: nothing after this takes them.
+    """
     kept = []
     for sample in samples:
         missing = [
@@ -239,34 +185,23 @@ def _answered(samples: Iterable[Sample], task: str, faults: Faults) -> list[Samp
             )
             if not there
         ]
-        if not missing or faults.add("empty_answer", task, sample.place, f"no {' and no '.join(missing)}"):
+        stays = not missing or faults.add("empty_answer", task, sample.place, f"no {' and no '.join(missing)}")
+        if why := _broken(sample):
+            faults.add("broken_text", task, sample.place, why)
+        elif stays:
             kept.append(sample)
     return kept
+
+
+def _broken(sample: Sample) -> str:
+    turns = tuple((tuple(text for _, text in turn.parts), turn.answer) for turn in sample.turns)
+    names = {"image": tuple(map(str, sample.images)), "video": tuple(map(str, sample.videos))}
+    return broken_in(Talk(turns, names))
 
 
 def _files(sample: Sample) -> Iterator[tuple[Path, bool]]:
     yield from ((path, False) for path in sample.images)
     yield from ((path, True) for path in sample.videos)
-
-
-def _sound(paths: Mapping[Path, bool], data: DataSettings, task: str, faults: Faults) -> dict[Path, bool]:
-    """Which files (True: a video) are kept; each is decoded once, ``data.readers`` at a time."""
-    from keeplora.tasks.own.pixels import check_image  # needs Pillow
-
-    def wrong(item: tuple[Path, bool]) -> list[tuple[str, str]]:
-        path, video = item
-        check: Callable[[Path], list[tuple[str, str]]] = check_video if video else check_image
-        try:
-            return check(path)
-        except FileNotFoundError:
-            return [("missing", "")]
-
-    sound = {}
-    with ThreadPoolExecutor(data.readers) as pool:
-        for path, found in zip(paths, pool.map(wrong, paths.items()), strict=True):
-            stays = [faults.add(kind, task, path, why) for kind, why in found]
-            sound[path] = all(stays)
-    return sound
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -17,6 +17,8 @@ FAULTS: Mapping[str, tuple[str, ...]] = {
     "empty_class": ("refuse", "skip"),
     "missing": ("refuse", "skip"),
     "empty_answer": ("refuse", "skip"),
+    "broken_text": ("refuse", "skip"),
+    "special_token": ("refuse", "skip"),
     "long_text": ("refuse", "cut"),
     "overlap": ("refuse", "allow"),
 }
@@ -32,6 +34,8 @@ FAULTS: Mapping[str, tuple[str, ...]] = {
 * ``empty_class``: a class folder that holds no image.
 * ``missing``: a file that the annotations name and that is not there.
 * ``empty_answer``: a sample without a question or without an answer.
+* ``broken_text``: a sample with half a surrogate pair or a NUL in a text or a file's name, or a name that is too long.
+* ``special_token``: a sample whose words are special tokens of the model, or marks of its chat template: ``</s>``.
 * ``long_text``: a text longer than the model's context. ``cut`` leaves its end out, as tokenizers do unasked.
 * ``overlap``: two tasks have a class of the same name.
 """
@@ -46,6 +50,8 @@ MEANINGS = {
     "empty_class": "are class folders without an image",
     "missing": "are named by annotations and not there",
     "empty_answer": "are samples without question or answer",
+    "broken_text": "are samples with a text or a name that cannot be read",
+    "special_token": "are samples with special tokens of the model in their words",
     "long_text": "are texts longer than the model's context",
     "overlap": "are classes that two tasks share",
 }

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from keeplora._messages import listed
+from keeplora._untrusted import fault
 from keeplora.methods.settings import ConfigError
-from keeplora.tasks.own.look_json import is_sample, records
+from keeplora.tasks.own.forms import is_talk
+from keeplora.tasks.own.json_rows import json_rows
 from keeplora.tasks.own.look_tree import IMAGES, DataTask, Folder, split_of
 
 __all__ = ["dataset_tasks"]
@@ -181,7 +183,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _text_table(path: Path) -> _Table | None:
-    """A csv or jsonl file; None for samples in LLaVA's form, which are no table.
+    """A csv or jsonl file; None for questions with answers, which are no table.
 
     Raises:
         ValueError: it cannot be read or parsed; the text goes after "must".
@@ -193,8 +195,11 @@ def _text_table(path: Path) -> _Table | None:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"be csv that can be read, got: {error}") from error
     else:
-        rows = [row for row in records(path) if isinstance(row, dict)]
-        if rows and is_sample(rows[0]):
+        try:
+            rows = [row for _, row in json_rows(path, finite=False) if isinstance(row, dict)]
+        except (OSError, ValueError) as error:
+            raise ValueError(fault(error)) from None
+        if rows and is_talk(rows[0]):
             return None
     first = rows[0] if rows else {}
     columns = tuple(str(name) for name in first)

@@ -1,4 +1,4 @@
-"""Samples in LLaVA's form, recognised by content: which files hold them, and where their images are."""
+"""Questions with answers, recognised by content: which files hold them, and where their images are."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from keeplora._messages import listed
-from keeplora._untrusted import fault, parse_json, read_bytes
+from keeplora._untrusted import fault
 from keeplora.methods.settings import ConfigError
+from keeplora.tasks.own.broken import broken_in, broken_name
 from keeplora.tasks.own.faults import Fault
+from keeplora.tasks.own.forms import MARK, Talk, is_talk, read_talk
+from keeplora.tasks.own.json_rows import json_rows
 from keeplora.tasks.own.look_tree import DataTask, Folder, split_of
 
-__all__ = ["is_sample", "json_tasks", "read_samples", "records"]
+__all__ = ["json_tasks"]
 
-MOST = 2**31
-"""Bytes of a file with samples: LLaVA's own mix of 665 thousand has half of them."""
+_Part = tuple[Path, dict[str, Talk | str]]
 TRIED = 200
 """Samples whose images are looked for, to see where paths begin."""
 _NOT_SAMPLES = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -32,21 +34,21 @@ def json_tasks(folder: Folder, root: Path) -> tuple[list[DataTask], list[str]]:
     Raises:
         ConfigError: two files are the same split of one task, or a task has no training samples.
     """
-    groups: dict[str, dict[str, tuple[Path, list[dict[str, Any]]]]] = {}
+    groups: dict[str, dict[str, _Part]] = {}
     others = []
     for name in folder.files:
         if not name.lower().endswith((".json", ".jsonl")) or name in _NOT_SAMPLES:
             continue
         path = folder.path / name
         try:
-            samples = read_samples(path)
+            samples = _talks(path)
         except ValueError as error:
             others.append(f"{path} must {error}")
             continue
         if samples is None and path.suffix.lower() == ".jsonl":
             continue  # it may be a table: look_datasets says what it is
         if samples is None:
-            others.append(f"{path} holds no samples in LLaVA's form")
+            others.append(f"{path} holds no questions with answers")
             continue
         split, rest = split_of(path.stem)
         parts = groups.setdefault(rest, {})
@@ -61,51 +63,36 @@ def json_tasks(folder: Folder, root: Path) -> tuple[list[DataTask], list[str]]:
             for rest, parts in groups.items()], others  # fmt: skip
 
 
-def read_samples(path: Path) -> list[dict[str, Any]] | None:
-    """The samples of a file, or None where it holds something else.
+def _talks(path: Path) -> dict[str, Talk | str] | None:
+    """Of every sample its place and what it says, or why that cannot be read; None: it holds something else.
 
     Raises:
-        ValueError: it cannot be read or parsed; the text goes after "must".
-    """
-    entries = records(path)
-    samples = [entry for entry in entries if isinstance(entry, dict) and is_sample(entry)]
-    return samples if samples and len(samples) == len(entries) else None
-
-
-def records(path: Path) -> list[Any]:
-    """What a JSON file lists, or the lines of a JSONL file; nothing for a JSON file that is no list.
-
-    Raises:
-        ValueError: as `read_samples`.
+        ValueError: the file cannot be read or parsed; the text goes after "must".
     """
     try:
-        raw = read_bytes(path, most=MOST)
-        listed_whole = raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        if path.suffix.lower() == ".jsonl" or (not listed_whole and b"\n{" in raw):  # as `read_samples` tells them
-            return [parse_json(line, finite=False) for line in raw.splitlines() if line.strip()]
-        values = parse_json(raw, finite=False)
+        rows = list(json_rows(path, finite=False))
     except (OSError, ValueError) as error:
         raise ValueError(fault(error)) from None
-    return values if isinstance(values, list) else []
+    return {place: _talk(row) for place, row in rows} if rows and all(is_talk(row) for _, row in rows) else None
 
 
-def is_sample(entry: Mapping[str, Any]) -> bool:
-    """Whether this is a conversation, or a question with a number or an answer."""
-    if isinstance(turns := entry.get("conversations"), list):
-        return all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in turns)
-    return "text" in entry and ("question_id" in entry or "answer" in entry)
+def _talk(row: Any) -> Talk | str:
+    try:
+        return read_talk(row)
+    except ValueError as error:
+        return str(error)
 
 
-def _task(name: str, parts: Mapping[str, tuple[Path, list[dict[str, Any]]]], folder: Folder, root: Path) -> DataTask:
+def _task(name: str, parts: Mapping[str, _Part], folder: Folder, root: Path) -> DataTask:
     if "train" not in parts:
         names = listed([path.name for path, _ in parts.values()])
         raise ConfigError(
             f"look: every task must have training samples, got only {names} in {folder.path}. Call the file train.json"
         )
     train = parts["train"][0]
-    samples = [sample for split in parts for sample in parts[split][1]]
-    images = [path for sample in samples for path in _paths(sample, "image")]
-    paths = [*images, *(path for sample in samples for path in _paths(sample, "video"))]
+    samples = [talk for split in parts for talk in parts[split][1].values() if isinstance(talk, Talk)]
+    images = [path for talk in samples for path in talk.files["image"] if not broken_name(path)]
+    paths = [*images, *(path for talk in samples for path in talk.files["video"] if not broken_name(path))]
     places = list(dict.fromkeys((train.parent, root, train.parent / "images", root / "images")))
     begins, hits, tried = _where_paths_begin(paths, places)
     remarks = []
@@ -113,13 +100,19 @@ def _task(name: str, parts: Mapping[str, tuple[Path, list[dict[str, Any]]]], fol
         remarks.append(f"none of the first {tried} images of {name} are there, looked for in {_listed(places)}")
     elif tried:
         remarks.append(f"{hits} of the first {tried} images of {name} are there, in {begins}")
-    if texts := sum(not (_paths(sample, "image") or _paths(sample, "video")) for sample in samples):
+    if texts := sum(not any(talk.files.values()) for talk in samples):
         remarks.append(f"{texts} of {len(samples)} samples of {name} have no image")
     there = {path: (begins / path).is_file() for path in paths}
     faults = [Fault("missing", name, path) for path, is_there in there.items() if not is_there]
-    for file, entries in parts.values():
-        empty = [place for place, sample in enumerate(entries) if _is_empty(sample)]
-        faults += [Fault("empty_answer", name, f"{file.name}, sample {place}") for place in empty]
+    for file, talks in parts.values():
+        strange = [f"{place} {talk}" for place, talk in talks.items() if isinstance(talk, str)]
+        if strange:
+            remarks.append(f"a run refuses {len(strange)} samples of {file}: {listed(strange)}")
+        for place, talk in talks.items():
+            if isinstance(talk, Talk) and _is_empty(talk):
+                faults.append(Fault("empty_answer", name, f"{file.name}: {place}"))
+            if isinstance(talk, Talk) and (why := broken_in(talk)):
+                faults.append(Fault("broken_text", name, f"{file.name}: {place}", why))
     return DataTask(
         name=name,
         kind="json",
@@ -134,12 +127,6 @@ def _task(name: str, parts: Mapping[str, tuple[Path, list[dict[str, Any]]]], fol
     )
 
 
-def _paths(sample: Mapping[str, Any], kind: str) -> list[str]:
-    """The files that a sample names: its ``"image"``, one or a list, or its ``"video"``."""
-    value = sample.get(kind)
-    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str) and path]
-
-
 def _where_paths_begin(paths: Sequence[str], places: Sequence[Path]) -> tuple[Path, int, int]:
     """The place that most of the first paths lead from to a file, how many do, and of how many."""
     tried = list(dict.fromkeys(paths))[:TRIED]
@@ -152,14 +139,9 @@ def _listed(places: Sequence[Path]) -> str:
     return listed([str(place) for place in places], len(places))
 
 
-def _is_empty(sample: Mapping[str, Any]) -> bool:
+def _is_empty(talk: Talk) -> bool:
     """Whether a question or an answer is missing, beside where the image goes."""
-    if isinstance(turns := sample.get("conversations"), list):
-        said = [(turn["from"], str(turn["value"]).replace("<image>", "").strip()) for turn in turns]
-        sides = {"human": False, "gpt": False}
-        for who, text in said:
-            sides["human" if who in ("human", "user") else "gpt"] |= bool(text)
-        return not all(sides.values()) or any(who in ("gpt", "assistant") and not text for who, text in said)
-    question = str(sample.get("text", "")).replace("<image>", "").strip()
-    answer = sample.get("answer")
-    return not question or answer is None or not str(answer).strip()
+    return any(
+        not answer.strip() or all(MARK.fullmatch(piece) or not piece.strip() for piece in pieces)
+        for pieces, answer in talk.turns
+    )

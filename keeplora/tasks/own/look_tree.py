@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keeplora._messages import listed
 from keeplora.tasks.own.faults import Fault
+from keeplora.tasks.own.images import EXTENSIONS, PASSED_OVER, SPLITS
 
 __all__ = [
     "DEPTH",
@@ -27,8 +28,8 @@ __all__ = [
 
 DEPTH = 4
 """Folders deep that is looked: task, split, class, and the files."""
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+IMAGES = EXTENSIONS
+_SPLITS = {name: split for split, names in SPLITS.items() for name in names}
 _WORDS = "|".join(sorted(_SPLITS, key=len, reverse=True))
 
 
@@ -103,8 +104,8 @@ class Folder:
 
     @property
     def strangers(self) -> tuple[str, ...]:
-        """Files without one."""
-        return tuple(name for name in self.files if not name.lower().endswith(IMAGES))
+        """Files without one, but for those that a file system leaves behind."""
+        return tuple(name for name in self.files if not name.lower().endswith((*IMAGES, *PASSED_OVER)))
 
     @property
     def empty(self) -> bool:
@@ -113,7 +114,13 @@ class Folder:
 
     def has_pictures(self) -> bool:
         """Whether an image is in it, however deep."""
-        return bool(self.pictures) or any(inner.has_pictures() for inner in self.folders)
+        return next(self.all_pictures(), None) is not None
+
+    def all_pictures(self) -> Iterator[str]:
+        """Paths of all images in it, however deep."""
+        yield from (os.path.join(self.path, name) for name in self.pictures)
+        for inner in self.folders:
+            yield from inner.all_pictures()
 
     def describe(self) -> str:
         """What is in it, in a few words.
@@ -159,7 +166,7 @@ def _read(path: Path, depth: int, above: tuple[str, ...]) -> Folder:
     with os.scandir(path) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
         if not entry.is_dir():
             files.append(entry.name)

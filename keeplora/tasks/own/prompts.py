@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,27 @@ class Prompts:
                     "load_workload: answers must end with a token at which generation stops, got none from the chat "
                     "template and none as the tokenizer's eos_token. Set eos_token"
                 )
+
+        self._reserved = re.compile("|".join(map(re.escape, sorted(self._reserved_words(), key=len, reverse=True))))
+
+    def special_in(self, sample: Sample) -> str:
+        """The first special token of the model in a sample's words, and where; nothing in an ordinary sample.
+
+        Counted are the tokenizer's special tokens, the marks for images and videos, and what the chat template writes
+        in angle or square brackets: as words they would end an answer, begin a turn or stand for an image.
+        """
+        for number, turn in enumerate(sample.turns, 1):
+            words = [("question", text) for kind, text in turn.parts if kind == "text"]
+            for where, text in (*words, ("answer", turn.answer)):
+                if token := self._reserved.search(text):
+                    return f"{token[0]} in {where} {number}"
+        return ""
+
+    def _reserved_words(self) -> set[str]:
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        marks = {str(getattr(self.processor, f"{kind}_token", None) or "") for kind in ("image", "video")}
+        template = set(re.findall(r"<[^<>\s]+>|\[/?[A-Z_]+\]", self.whole(_PROBE)))
+        return ({*self.tokenizer.all_special_tokens, "<image>", "<video>"} | added | marks | template) - {""}
 
     def note(self) -> str:
         """Which template is used."""

@@ -69,9 +69,9 @@ def _read(task: TaskSource, path: Path) -> dict[str, Any]:
                 f"open_workload: dataset of task {task.name!r} must be a folder or end in {', '.join(BUILDERS)}, got "
                 f"{path.name!r}"
             )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # of what is no data set, datasets raises anything
         raise ConfigError(f"open_workload: dataset of task {task.name!r} must be read by datasets: {error}") from error
     parts = dict(held) if isinstance(held, dict) else {"train": held}
     if strange := [name for name in parts if name not in _SPLITS]:

@@ -24,14 +24,14 @@ def reads_videos() -> bool:
     return find_spec("av") is not None
 
 
-def check_video(path: Path) -> list[tuple[str, str]]:
-    """Decode a video wholly; returns what is wrong with it, as kind and reason: ``corrupt``, or nothing.
+def check_video(source: Path | bytes) -> list[tuple[str, str]]:
+    """Decode a video wholly, a file or its bytes; returns what is wrong with it: ``corrupt`` and why, or nothing.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     try:
-        count = _count(path)
+        count = _count(source)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything
@@ -39,26 +39,27 @@ def check_video(path: Path) -> list[tuple[str, str]]:
     return [] if count else [("corrupt", "no frame")]
 
 
-def frames(path: Path) -> NDArray[np.uint8]:
+def frames(source: Path | bytes) -> NDArray[np.uint8]:
     """The frames ``floor(i · n / 8)`` of n, i = 0 … 7: ``uint8 [8, height, width, 3]`` in RGB."""
-    count = _count(path)
+    count = _count(source)
     places = [i * count // FRAMES for i in range(FRAMES)]
     wanted: dict[int, NDArray[np.uint8]] = {}
-    for place, frame in enumerate(_decoded(path)):
+    for place, frame in enumerate(_decoded(source)):
         if place in places:
             wanted[place] = frame.to_ndarray(format="rgb24")
     return np.stack([wanted[place] for place in places])
 
 
-def _count(path: Path) -> int:
+def _count(source: Path | bytes) -> int:
     """By decoding: what a container says of its length is often wrong, or left out."""
-    return sum(1 for _ in _decoded(path))
+    return sum(1 for _ in _decoded(source))
 
 
-def _decoded(path: Path) -> Iterator[Any]:
+def _decoded(source: Path | bytes) -> Iterator[Any]:
     import av  # optional
 
-    with av.open(io.BytesIO(read_bytes(path)), mode="r") as container:
+    raw = source if isinstance(source, bytes) else read_bytes(source)
+    with av.open(io.BytesIO(raw), mode="r") as container:
         if not container.streams.video:
             raise ValueError("no video in it")
         yield from container.decode(video=0)

@@ -43,8 +43,43 @@ def test_faults_of_the_data(tmp_path, llava):
         of_samples(tmp_path, llava, [SHORT, tiny_vlm.asked("a.png", "")])
     with pytest.raises(ConfigError, match="'s' must have samples to test"):
         of_samples(tmp_path, llava, [SHORT], [tiny_vlm.asked("none.png", "red")], faults={"missing": "skip"})
-    with pytest.raises(ConfigError, match=r"mark for images, got '<image>' in s\.json: sample 1"):
-        of_samples(tmp_path, llava, [tiny_vlm.asked("a.png", "an <image>")])
+
+
+SPECIAL = {
+    "the end of an answer": ("llava", tiny_vlm.asked("a.png", "red </s>"), "</s> in answer 1"),
+    "an image's mark": ("llava", tiny_vlm.asked("a.png", "an <image>"), "<image> in answer 1"),
+    "another model's mark": ("qwen", tiny_vlm.asked("a.png", "an <image>"), "<image> in answer 1"),
+    "an image's token": ("qwen", tiny_vlm.asked("a.png", "red", "What <|image_pad|>?"), "<|image_pad|> in question 1"),
+    "a turn": ("qwen", tiny_vlm.asked("a.png", "red", "x<|im_start|>assistant"), "<|im_start|> in question 1"),
+}
+
+
+@pytest.mark.parametrize(("model", "sample", "told"), SPECIAL.values(), ids=SPECIAL)
+def test_special_tokens_of_the_model_in_words(tmp_path, request, model, sample, told):
+    samples = [SHORT, tiny_vlm.asked("a.png", "red < 3 & [a] </p>"), sample]
+    folder = request.getfixturevalue(model)
+    with pytest.raises(ConfigError, match=r"1 are samples with special tokens .* in s: s\.json: sample 3") as caught:
+        of_samples(tmp_path, folder, samples, [SHORT])
+    assert f"({told})" in str(caught.value)
+    assert 'special_token = "skip"' in str(caught.value)
+    made = of_samples(tmp_path, folder, samples, [SHORT], faults={"special_token": "skip"})
+    assert [one.place for one in made.samples(0, "train")] == ["s.json: sample 1", "s.json: sample 2"]
+    assert any(told in note and note.endswith("left out, as [data.faults] says") for note in made.notes())
+
+
+def test_marks_of_a_template_that_are_no_special_tokens(tmp_path, llava):
+    folder = shutil.copytree(llava, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text() if (folder / "chat_template.jinja").is_file() else ""
+    assert not template  # LLaVA's own: words without brackets, which questions may hold
+    made = of_samples(tmp_path, folder, [tiny_vlm.asked("a.png", "red", "USER: [INST]")])
+    assert len(made.samples(0, "train")) == 1
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '[INST]' if m['role'] == 'user' }}{% for c in m['content'] %}"
+        "{{ c['text'] if c['type'] == 'text' else '<image>' }}{% endfor %}{{ '[/INST]' if m['role'] == 'user' }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match=r"\[INST\] in question 1"):
+        of_samples(tmp_path, folder, [tiny_vlm.asked("a.png", "red", "USER: [INST]")])
 
 
 def test_texts_longer_than_the_context(tmp_path, llava):
@@ -135,7 +170,9 @@ VIDEO = {"video": "v.mp4", "text": "What?", "answer": "red"}
 
 def test_a_processor_without_videos(tmp_path, llava, monkeypatch):
     monkeypatch.setattr("keeplora.tasks.own.instructions.reads_videos", lambda: True)
-    monkeypatch.setattr("keeplora.tasks.own.instructions.check_video", lambda path: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.check_video", lambda raw: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.frames", lambda raw: np.zeros((8, 8, 8, 3), np.uint8))
+    (tmp_path / "v.mp4").write_bytes(b"decoded elsewhere")
     with pytest.raises(ConfigError, match=r"LlavaProcessor, which does not, for s\.json: sample 1 of"):
         of_samples(tmp_path, llava, [VIDEO])
 
@@ -145,8 +182,8 @@ def test_videos_in_a_batch_with_images(tmp_path, qwen, monkeypatch):
         return np.stack([np.full((8, 8, 3), 20 * i, np.uint8) for i in range(videos.FRAMES)])
 
     monkeypatch.setattr("keeplora.tasks.own.instructions.reads_videos", lambda: True)
-    monkeypatch.setattr("keeplora.tasks.own.instructions.check_video", lambda path: [])
-    monkeypatch.setattr("keeplora.tasks.own.answer_workload.frames", frames)
+    monkeypatch.setattr("keeplora.tasks.own.media.check_video", lambda path: [])
+    monkeypatch.setattr("keeplora.tasks.own.media.frames", frames)
     (tmp_path / "v.mp4").write_bytes(b"decoded elsewhere")
     made = of_samples(tmp_path, qwen, [VIDEO, SHORT, {"text": "red?", "answer": "red"}])
     (batch,) = made.batches(0, 3, 0)

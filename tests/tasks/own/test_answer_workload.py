@@ -284,7 +284,7 @@ def test_notes_tell_how_and_of_what(tmp_path, models):
     samples[0]["image"][0] = "none.png"
     made = {kind: of_samples(tmp_path, model, samples, faults={"missing": "skip"}) for kind, model in models.items()}
     notes = {kind: "\n".join(workload.notes()) for kind, workload in made.items()}
-    assert all("at most 4 tokens" in text and "none.png: left out" in text for text in notes.values())
+    assert all("at most 4 tokens" in text and "none.png (no such file): left out" in text for text in notes.values())
     assert r"USER: <image>\nquestion ASSISTANT: answer</s>" in notes["llava"]
     assert "</s> added behind every answer" in notes["llava with a template"]
     assert "added" not in notes["qwen2-vl"]

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from tasks.own.places import picture, write_classes, write_model
 
+from keeplora.compare.runs import check_methods
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, TaskSource, open_workload
-from keeplora.tasks.workload import ItemWorkload
+from keeplora.tasks.workload import EvenlyWorkload, ItemWorkload
+from keeplora.train.config import parse_config
+from keeplora.train.loop import run_one
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -69,15 +72,38 @@ def test_a_pass_sees_every_training_image_once_in_an_order_of_the_seed(place):
     assert torch.cat(first).bincount().tolist() == [7, 7, 7]
 
 
+def test_evenly_spaced_images_are_what_a_method_sees_before_a_task(place, monkeypatch):
+    workload = open_workload(own(place, LIGHT))
+    assert isinstance(workload, EvenlyWorkload)
+    train = workload.task(0).places["train"]
+    some = [train[i * len(train) // 4] for i in range(4)]  # of 21, a fifth
+    seen = [batch.images for batch in workload.evenly(0, 3, 5, 0.2)]
+    assert [len(images) for images in seen] == [3, 1]
+    wanted = workload.task(0).images[some]
+    assert sorted(torch.cat(seen).flatten(1).sum(1).tolist()) == sorted(wanted.flatten(1).sum(1).tolist())
+    calls = []
+    monkeypatch.setattr(workload, "evenly", lambda *given: calls.append(given) or workload.batches(*given[:3]))
+    values = {"benchmark": "x", "methods": ["keeplora"], "steps": 1, "switch_fraction": 0.2, "switch_order": "evenly"}
+    config = parse_config({**values, "tensorboard": False, "method": {"keeplora": {"r": 2}}})
+    check_methods(config, workload)
+    run_one(config, workload, "keeplora", 0)
+    assert {(task, share) for task, _, _, share in calls} == {(0, 0.2)}
+    assert (
+        parse_config({**values, "switch_order": "shuffled"}).identity("keeplora", 0).keys()
+        < config.identity("keeplora", 0).keys()
+    )
+
+
 def test_decoded_images_are_used_again_and_nothing_depends_on_them(place, monkeypatch):
     kept = open_workload(own(place, LIGHT))
     monkeypatch.setattr("keeplora.tasks.own.decoded._look", None)  # nothing may be decoded again
     again = open_workload(own(place, LIGHT))
     monkeypatch.undo()
     anew = open_workload(own(place, LIGHT, cache_gb=0.0))
-    assert not anew.task(0).images.kept
-    assert "decoded again in every pass, beyond cache_gb = 0: light" in anew.notes()
-    for other in (again, anew):
+    assert "decoded again in every pass, beyond cache_gb = 0: light (30 of 30)" in anew.notes()
+    some = open_workload(own(place, LIGHT, cache_gb=32 * 32 * 3 * 7.5 / 1e9))
+    assert "light (23 of 30)" in "".join(some.notes())
+    for other in (again, anew, some, open_workload(own(place, LIGHT))):
         assert other.fingerprint() == kept.fingerprint()
         assert torch.equal(other.task(0).images[[5, 0, 7]], kept.task(0).images[[5, 0, 7]])
 
@@ -227,13 +253,13 @@ def test_files_that_a_table_names_are_looked_at_and_missing_ones_told(place, tmp
     assert sum(map(len, left.task(0).places.values())) == 7
 
 
-@pytest.mark.parametrize("harm", [b"\x93NUMPY damaged", b""])
+@pytest.mark.parametrize("harm", [b"{damaged", b""])
 def test_a_damaged_cache_is_made_again(place, tmp_path, harm):
     first = open_workload(own(place, LIGHT, cache=str(tmp_path)))
     pixels = first.task(0).images[range(30)]
     for file in tmp_path.iterdir():
         raw = file.read_bytes()
-        file.write_bytes(harm + raw[len(harm) :] if harm and file.suffix == ".npy" else harm)
+        file.write_bytes(harm + raw[len(harm) :] if harm and file.suffix == ".pixels" else harm)
     again = open_workload(own(place, LIGHT, cache=str(tmp_path)))
     assert torch.equal(again.task(0).images[range(30)], pixels)
 

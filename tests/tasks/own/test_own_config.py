@@ -85,6 +85,7 @@ def test_where_the_file_lies_and_what_is_about_speed_decide_no_numbers(tmp_path)
         ({"data": {"order": "II"}}, "order must be left out"),
         ({"task": [], "benchmark": "ucitt"}, "tasks must hold at least one"),
         ({"data": 3}, r"\[data\] must be a table, got 3"),
+        ({"data": {"template": "a\0{}"}}, "data.template must be text that can be read, got a NUL character"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_and_value(changes, named):
@@ -142,3 +143,10 @@ def test_what_a_run_writes_of_its_settings_gives_them_back(values):
 def test_wrong_settings_of_the_loop_are_refused(changes, named):
     with pytest.raises(ConfigError, match=named):
         parse_config(settings(**changes))
+
+
+@pytest.mark.parametrize(("name", "told"), [("a" * 300, "a name of 300 bytes"), ("a/" * 3000, "a path of 6000 bytes")])
+def test_paths_that_no_file_system_has_are_refused(name, told):
+    own = parse_config(settings()).own
+    with pytest.raises(ConfigError, match=told):
+        own.path(name)
