@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
   keeplora compare --methods lora mine --plugins my_methods    a method of your own: my_methods.py registers it
   keeplora report runs/demo                       one HTML file about a run; of several runs, side by side
+  keeplora plan llava-1.5-7b                      does a model fit? bytes and seconds by phase, without its weights
   keeplora info                                   versions, kernels, methods, benchmarks
 
 Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
@@ -198,6 +199,36 @@ def _report(parsed: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
+def _plan(parsed: argparse.Namespace) -> int:
+    import json
+    import logging
+
+    from keeplora.plan import Setting, plan
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    setting = Setting(
+        rank=parsed.rank,
+        method=parsed.method,
+        weight_bytes={"bfloat16": 2, "float16": 2, "float32": 4}[parsed.dtype],
+        batch=parsed.batch,
+        length=parsed.length,
+        gpus=parsed.gpus,
+        budget=None if parsed.budget is None else parsed.budget * 10**9,
+    )
+    found = plan(
+        parsed.model,
+        setting,
+        targets=parsed.targets[0] if parsed.targets == ["all-linear"] else parsed.targets,
+        cards=parsed.card,
+        gpu=parsed.gpu,
+        batches=parsed.batches,
+        weight_share=parsed.weight_share,
+        checkpointing=parsed.checkpointing,
+    )
+    print(json.dumps(found.to_dict(), indent=1) if parsed.json else found)
+    return 0
+
+
 def _info(parsed: argparse.Namespace) -> int:
     from keeplora.report.info import describe
 
@@ -311,6 +342,40 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE.html", help="the file (default: report.html in RUN, or here for several)"
     )
     report.set_defaults(command=_report)
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict memory and time of a model, without its weights",
+        description="Bytes and seconds of every phase of a task, from a transformers config on the meta device: which "
+        "cards the model fits, with which batch, beside PEFT's LoRA. Predicted, not measured.",
+        epilog="examples:\n  keeplora plan llava-1.5-7b\n  keeplora plan qwen2.5-vl-72b --gpus 8 --card 80\n"
+        "  keeplora plan ./my-model --rank 64 --batch 4 --length 2048 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument(
+        "model", metavar="MODEL", help="a shipped config (llava-1.5-7b, …), config.json, folder or model id"
+    )
+    plan.add_argument("--rank", type=_positive, default=16, metavar="R", help="of the adapters (default: 16)")
+    plan.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME", help="target_modules")
+    plan.add_argument("--method", default="keeplora++", metavar="NAME", help="keeplora, keeplora++ or lora")
+    plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights")
+    plan.add_argument(
+        "--batch", type=_positive, default=1, metavar="N", help="sequences of a step on a GPU (default: 1)"
+    )
+    plan.add_argument(
+        "--length", type=_positive, default=1024, metavar="N", help="tokens of a sequence (default: 1024)"
+    )
+    plan.add_argument("--gpus", type=_positive, default=8, metavar="N", help="beside one card: so many (default: 8)")
+    plan.add_argument("--card", type=_positive, nargs="+", default=[24, 48, 80], metavar="GB", help="sizes of cards")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="whose rates: H200, H100 (default), A100, 4090")
+    plan.add_argument("--budget", type=_positive, metavar="GB", help="memory_budget of the settings (default: exact)")
+    plan.add_argument("--batches", type=_positive, default=100, metavar="N", help="of a pass (default: 100)")
+    plan.add_argument(
+        "--weight-share", type=float, nargs="+", metavar="X", help="k / width of weights' bases (default: 0.13 0.30)"
+    )
+    plan.add_argument("--checkpointing", action="store_true", help="activations with gradient checkpointing")
+    plan.add_argument("--json", action="store_true", help="everything as JSON")
+    plan.set_defaults(command=_plan)
 
     info = commands.add_parser(
         "info", help="show versions, compiled kernels, methods and benchmarks", description="What is installed here."

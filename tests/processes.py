@@ -2,11 +2,13 @@
 
 import copy
 import datetime
+import time
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from keeplora import KeepLora, KeepLoraConfig
@@ -173,6 +175,20 @@ def others(rank, share):
         )),
         "a budget of nothing on 1": [slot.adapter.A.detach().clone() for slot in chosen.slots],
     }  # fmt: skip
+
+
+def found_by(folder, function, count, *more):
+    """What each of some processes found."""
+    context = mp.spawn(function, args=(str(folder), *more), nprocs=count, join=False)
+    try:
+        deadline = time.monotonic() + 150
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "a process is waiting for another that will not come"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 def task_of_a_group(rank, folder):

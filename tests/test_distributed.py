@@ -1,27 +1,10 @@
 """Two processes over one task's data: the same as one process over all of it, and no process is left waiting."""
 
-import time
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from keeplora.statistics.passes import ALONE
-from tests.processes import SETTINGS, shares, statistics, task, task_of_a_group, work
-
-
-def found_by(folder, function, count):
-    """What each of some processes found."""
-    context = mp.spawn(function, args=(str(folder),), nprocs=count, join=False)
-    try:
-        deadline = time.monotonic() + 150
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "a process is waiting for another that will not come"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+from tests.processes import SETTINGS, found_by, shares, statistics, task, task_of_a_group, work
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ __all__ = ["LoraAdapter", "compute_dtype"]
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype a product with this weight or input is formed in: autocast's where that is on, else its own."""
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 

@@ -1,0 +1,151 @@
+"""What is predicted of a model, beside what a small real one of the same kind takes, byte by byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+import keeplora.plan
+from keeplora import KeepLora, KeepLoraConfig, find_targets
+from keeplora.cli import main
+from keeplora.methods.settings import ConfigError
+from keeplora.plan import MODELS, Setting, memory, plan, shapes_of
+from keeplora.plan.activations import kept_by_block
+from keeplora.plan.shapes import shapes_of_model
+from keeplora.statistics import feature_statistics, mean_gradients
+
+RANK = 4
+TEXT = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def close(found, expected):
+    assert abs(found - expected) <= 0.1 * expected, (found, expected)
+
+
+def size(tensors):
+    return sum({t.untyped_storage()._cdata: t.numel() * t.element_size() for t in tensors if t is not None}.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_configs_have_as_many_parameters_as_was_published(name):
+    file = Path(keeplora.plan.__file__).parent / "models" / f"{name}.json"
+    told = json.loads(file.read_text())
+    assert told["_source"].startswith("https://huggingface.co/")
+    assert shapes_of(name).parameters == told["_parameters"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_a_small_model_at_every_moment(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).to(dtype)
+    ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": ids, "labels": ids}]
+
+    def loss_fn(model, batch):
+        return model(**batch).loss
+
+    shapes = shapes_of_model("small", model, find_targets(model), model.config)
+    keeper = KeepLora(model, KeepLoraConfig(r=RANK, target_modules="all-linear", weight_energy=0.6, feature_energy=0.9))
+    bytes_of = {torch.bfloat16: 2, torch.float32: 4}[dtype]
+    assert size(model.parameters()) == bytes_of * shapes.parameters
+    keeper.before_task(data, loss_fn)
+    optimizer = keeper.optimizer(lr=1e-3)
+    for _ in range(2):
+        loss_fn(model, data[0]).backward()
+        optimizer.step()
+    trained = keeper.trainable_parameters()
+    opened = bases(keeper)
+    moments = {m.name: m.device for m in memory(shapes, setting(bytes_of, keeper))}
+    close(size(p.basis for p in keeper._protected), moments["training"]["bases"])
+    close(size(t for slot in keeper.slots for t in slot.adapter.state_dict().values()), moments["training"]["adapters"])
+    states = [value for p in trained for key, value in optimizer.state[p].items() if key != "step"]
+    close(size([*states, *(p.grad for p in trained)]), moments["training"]["optimizer"])
+    matrices = mean_gradients(model, keeper.slots, data, loss_fn)
+    close(size(matrices), moments["before_task"]["gradients"])
+    features = feature_statistics(model, keeper.slots, data, loss_fn)
+    close(size(feature.moment for feature in features), moments["after_task"]["moments"])
+    keeper.after_task(data)
+    assert bases(keeper) != opened
+    for parameter in trained:
+        assert parameter.grad is None
+    moments = {m.name: m for m in memory(shapes, setting(bytes_of, keeper))}
+    close(size(p.basis for p in keeper._protected), moments["between tasks"].device["bases"])
+    close(size(slot.master for slot in keeper.slots) or 1, moments["between tasks"].device["masters"] or 1)
+    close(
+        size(t for slot in keeper.slots for pair in slot.learned for t in pair), moments["save"].disk["merged updates"]
+    )
+    keeper.save(tmp_path)
+    written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    close(written, sum(moments["save"].disk.values()))
+
+
+def bases(keeper):
+    return {slot.name: p.basis.shape[1] for slot, p in zip(keeper.slots, keeper._protected, strict=True)}
+
+
+def setting(weight_bytes, keeper):
+    return Setting(rank=RANK, weight_bytes=weight_bytes, ranks=bases(keeper))
+
+
+@pytest.mark.parametrize("kind", ["keeplora", "peft"])
+def test_activations_counted_on_the_meta_device_are_those_on_the_cpu(kind):
+    config = tf.LlamaConfig(**TEXT)
+    counted = [kept_by_block(config, torch.float32, RANK, kind, 64, device=device) for device in ("meta", "cpu")]
+    close(*counted)
+
+
+def test_a_frozen_a_keeps_less_than_stock_layers():
+    for name in MODELS:
+        config, tokens = shapes_of(name).config, 8192
+        own, peft = (kept_by_block(config, torch.bfloat16, 16, kind, tokens) for kind in ("keeplora", "peft"))
+        assert own <= 0.85 * peft, name
+
+
+def test_the_plan_says_what_a_7b_model_takes():
+    found = plan("llava-1.5-7b", Setting(gpus=8))
+    low, high = found.moments[1][1]
+    totals = {moment.name: moment.total for moment in high}
+    assert 45e9 < totals["between tasks"] < 52e9  # SCALE: 49 GB resident after a task
+    assert found.fits[1][24] is not None
+    assert all(a.total <= b.total for a, b in zip(low, high, strict=True))
+    text = str(found)
+    assert "Predicted, not measured" in text
+    assert "24 GB: does not fit" in text
+    sharded = {moment.name: moment.total for moment in found.moments[8][1][1]}
+    assert sharded["training"] < totals["training"] / 2
+
+
+def test_a_method_without_bases_and_checkpointing_take_less():
+    base = plan("llava-1.5-7b", Setting(gpus=1), cards=[24])
+    lora = plan("llava-1.5-7b", Setting(gpus=1, method="lora"), cards=[24])
+    spared = plan("llava-1.5-7b", Setting(gpus=1, batch=8), cards=[80], checkpointing=True)
+    whole = plan("llava-1.5-7b", Setting(gpus=1, batch=8), cards=[80])
+    assert "before_task" not in {moment.name for moment in lora.moments[1][0][0]}
+    assert training(lora) < training(base)
+    assert training(spared) < training(whole)
+
+
+def training(found):
+    return next(m.total for m in found.moments[1][0][1] if m.name == "training")
+
+
+def test_the_command_line(capsys, tmp_path):
+    tf.LlamaConfig(**TEXT).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--gpus", "2", "--json", "--rank", "4", "--length", "32"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["predicted"] is True
+    assert {row["gpus"] for row in told["moments"]} == {1, 2}
+    assert main(["plan", "lava-1.5-7b"]) == 2
+    assert "Did you mean 'llava-1.5-7b'?" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path), "--method", "gpm"]) == 2
+    assert "method must be one of" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path), "--gpu", "H10"]) == 2
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    assert main(["plan", str(tmp_path)]) == 2
+    with pytest.raises(ConfigError, match="weight_share must lie in"):
+        Setting(weight_share=2)
