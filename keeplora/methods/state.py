@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeplora._files import flush, is_abandoned, one_writer, staged, write_json
+from keeplora._files import flush, is_abandoned, one_writer, sha256, staged, write_json
 from keeplora._untrusted import MOST_JSON, check_tensor_file, fault, parse_json, read_bytes
 
 FORMAT = "keeplora-state"
@@ -78,8 +78,7 @@ def write_state(path: str | os.PathLike[str], state: State) -> None:
         before = _named(folder)
         with staged(folder / "tensors.safetensors") as temporary:
             save_file(tensors, temporary)
-            with temporary.open("rb") as written:
-                digest = hashlib.file_digest(written, "sha256").hexdigest()
+            digest = sha256(temporary)
             name = f"tensors-{digest[:16]}.safetensors"
             flush(temporary)
             os.replace(temporary, folder / name)
