@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def test_the_source_distribution_has_all_that_a_build_needs_and_no_tests(made):
 
 def changed(wheel, folder, name=None, files=(), record=None):
     """A copy of a wheel under another name, with other files besides or other content."""
-    path = folder / (name or wheel.name)
+    path = Path(tempfile.mkdtemp(dir=folder), name or wheel.name)
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.namelist():
             new.writestr(entry, (record or {}).get(entry, old.read(entry)))
