@@ -1,4 +1,4 @@
-# make demo and make test work from a bare Python 3.11 with g++, make and git: everything else goes into .venv.
+# make demo and make test work from a bare Python 3.11 or later with g++, make and git: everything else goes into .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # make reliability MINUTES=1, or HOURS=3 ARGUMENTS="--page docs/reliability.md"
 MINUTES ?= 5
 
-.PHONY: help setup demo test test-kernels reliability lint format bench docs clean
+.PHONY: help setup demo test test-kernels reliability lint format bench docs wheels clean
 help:
 	@echo "make demo    set up, then compare KeepLoRA with its baselines on the embedded benchmark (runs/demo)"
 	@echo "make test    set up, then run all tests but the full proof of the kernels"
@@ -17,13 +17,14 @@ help:
 	@echo "make reliability    kills, full disks, hostile files, several writers: a table of what was lost"
 	@echo "make lint    formatting, types, import law        make docs   build the documentation"
 	@echo "make bench   the CPU microbenchmarks              make clean  remove what was built"
+	@echo "make wheels  the source distribution and wheels, checked, in dist"
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc wheels -type f -not -name '*.pyc') setup.py pyproject.toml
 
 $(BIN)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet $(TORCH) pybind11 ninja
+	$(BIN)/python -m pip install --quiet $(TORCH) ninja
 	touch $@
 
 # Two stamps: the demo needs less than the tests do. Both build the extension against the torch of the venv.
@@ -74,5 +75,10 @@ bench: $(BIN)/.dev
 docs: $(BIN)/.dev
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+# With CUDA kernels where nvcc fits torch (the dev environment brings one), a GPU or not; KEEPLORA_CUDA=0 leaves them out.
+wheels: $(BIN)/.dev
+	rm -rf dist
+	$(BIN)/python -m wheels.make dist
+
 clean:
-	rm -rf build dist *.egg-info keeplora/*.so $(VENV)
+	rm -rf build dist *.egg-info keeplora/*.so keeplora/_built.json $(VENV)

@@ -1,7 +1,7 @@
 """Builds keeplora for this machine's GPU in the checkout: python -m bench.gpu_build ARCH
 
 The kernels come from build/gpu-kit where they were compiled from these sources for this GPU and load here; else they
-are compiled. The rest, which depends on the Python version, takes half a minute.
+are compiled. The rest takes half a minute.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def build(folder: Path, arch: str, run: Callable[..., int] = subprocess.call, ro
 
     reason = why_not(kit.read(folder), arch, kit.sources_hash())
     if not reason:
-        shutil.copy(folder / kit.LIBRARY, root / "keeplora" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+        shutil.copy(folder / kit.LIBRARY, root / "keeplora" / kit.LIBRARY)
         if built(KEEPLORA_CUDA_COMPILED="1") == 0:
             print("the kernels are the kit's", flush=True)
             return 0

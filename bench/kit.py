@@ -93,13 +93,10 @@ def make(
 def main() -> None:
     from bench.gpu import tool
     from bench.run import commit
-    from keeplora import _C
-    from keeplora.ops import build_info
+    from keeplora.ops.compiled import build_info, library
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    extension = Path(_C.__file__)
-    library = extension.with_name(extension.name.replace("_C", "_cuda", 1))
-    kit = make(folder, nvcc=tool("nvcc"), arch="90a", commit=commit(ROOT), library=library, info=build_info())
+    kit = make(folder, nvcc=tool("nvcc"), arch="90a", commit=commit(ROOT), library=library("cuda"), info=build_info())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB for {', '.join(kit.archs)}, of commit {kit.commit}")
 

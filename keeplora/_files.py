@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ __all__ = [
     "flush",
     "is_abandoned",
     "one_writer",
+    "sha256",
     "staged",
     "told",
     "write_atomic",
@@ -140,6 +142,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as strict JSON (no NaN), atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal, read in pieces. (hashlib.file_digest is newer than Python 3.10.)"""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 18):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

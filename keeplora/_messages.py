@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["listed", "nearest", "suggest", "warn"]
+__all__ = ["add_note", "listed", "nearest", "suggest", "warn"]
 
 _PACKAGE = os.fspath(Path(__file__).parent) + os.sep
+_IMPORTING = "<frozen importlib."
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
@@ -25,19 +26,29 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     level, frame = 1, sys._getframe()
     between = _between()
     while frame.f_back is not None and (frame.f_code.co_filename.startswith(between) or _is_generated(frame)):
-        level, frame = level + 1, frame.f_back
+        frame = frame.f_back
+        if not frame.f_code.co_filename.startswith(_IMPORTING):  # warnings does not count these
+            level += 1
     warnings.warn(message, category, stacklevel=level)
 
 
 def _between() -> tuple[str, ...]:
     torch = sys.modules.get("torch")  # if it is there: not everything that speaks to users needs it
     folder = () if torch is None or torch.__file__ is None else (os.path.dirname(torch.__file__) + os.sep,)
-    return (_PACKAGE, contextlib.__file__, *folder)
+    return (_PACKAGE, _IMPORTING, contextlib.__file__, *folder)
 
 
 def _is_generated(frame: FrameType) -> bool:
     """Whether this is the ``__init__`` that dataclasses write for a class of ours."""
     return frame.f_code.co_filename == "<string>" and str(frame.f_globals.get("__name__")).startswith("keeplora.")
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a line to an error that goes on its way. Python 3.10 shows no notes, so it becomes a part of the message."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        error.args = ("\n".join([*map(str, error.args[:1]), note]), *error.args[1:])
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

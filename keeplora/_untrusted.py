@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tomllib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NoReturn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = [
     "MOST_JSON",

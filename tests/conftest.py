@@ -1,9 +1,15 @@
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+if sys.version_info < (3, 11):
+    import tomli
+
+    sys.modules["tomllib"] = tomli
 
 # They take longest, so they begin first; else one worker of `make test` ends with them while the other is idle.
 LONGEST = ("test_packaging.py", "test_defects.py")

@@ -10,7 +10,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOOLKIT = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")  # where NVIDIA's wheels on PyPI put it
-SHIPPED = ["keeplora", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+SHIPPED = [
+    "keeplora",
+    "csrc",
+    "wheels",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+]
 
 
 def shipped_files():
@@ -20,11 +30,17 @@ def shipped_files():
     return [name for name in listed if (ROOT / name).exists()]
 
 
-def build_wheel(folder, **environment):
-    """The wheel of a copy of the tree, because setuptools builds in place."""
+def copied(folder):
+    """A copy of what git would ship, because setuptools builds in place."""
     for name in shipped_files():
         (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
+    return folder / "src"
+
+
+def build_wheel(folder, **environment):
+    """The wheel of a copy of the tree."""
+    copied(folder)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(folder), str(folder / "src")],

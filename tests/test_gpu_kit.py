@@ -19,7 +19,7 @@ INFO = {"cuda": "13.0", "archs": ["80", "90a"]}
 
 @pytest.fixture
 def library(tmp_path):
-    path = tmp_path / "_cuda.cpython-311-x86_64-linux-gnu.so"
+    path = tmp_path / "_cuda.so"
     path.write_bytes(b"kernels")
     return path
 
@@ -87,8 +87,7 @@ def test_kernels_that_do_not_load_are_compiled(tmp_path, library, capsys, status
     assert status == statuses[-1]
     [taken] = (tmp_path / "keeplora").iterdir()
     assert taken.read_bytes() == b"kernels"
-    assert taken.name.startswith("_cuda.")
-    assert taken.suffix == ".so"
+    assert taken.name == "_cuda.so"
     assert says in capsys.readouterr().out
     assert [environment["KEEPLORA_CUDA_COMPILED"] == "1" for environment in environments] == libraries
     assert all(environment["KEEPLORA_CUDA_ARCHS"] == "90a" for environment in environments)

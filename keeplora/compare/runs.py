@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
@@ -47,7 +47,7 @@ def run_benchmark(
     """
     if workload is None:
         workload = configured_workload(config, "cpu" if config.workers else config.device)
-    check_methods(config, workload)
+    check_methods(config, workload, [label for label, _ in unfinished(config)])  # what has run suits the model
     with one_writer(config.out, patience=0):
         claim_folder(config, workload.fingerprint(), accept_versions=accept_versions)
         _run_all(config, workload, console)
@@ -144,8 +144,11 @@ def _unsuited(config: RunConfig, label: str) -> str:
     return ""
 
 
-def check_methods(config: RunConfig, workload: Workload) -> None:
-    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
+def check_methods(config: RunConfig, workload: Workload, labels: Collection[str] | None = None) -> None:
+    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained.
+
+    Of ``labels`` alone the methods are tried on the model; None: of all. Without any, no model is loaded.
+    """
     check_settings(config)
     for name in ("epochs", "steps", "rate_factors"):
         given, tasks = getattr(config, name), len(workload.tasks)
@@ -165,7 +168,11 @@ def check_methods(config: RunConfig, workload: Workload) -> None:
             f"{config.benchmark!r}, which does not: paired tests need that. Add the function to it, or compare without "
             "fronts"
         )
-    alike = {repr((config.of(label).method, config.of(label).settings)): label for label in config.labels()}
+    alike = {
+        repr((config.of(label).method, config.of(label).settings)): label
+        for label in config.labels()
+        if labels is None or label in labels
+    }
     _refuse_all(
         f"{label} must suit the benchmark's model and settings: {why}"
         for label in alike.values()  # a learning rate is nothing to refuse

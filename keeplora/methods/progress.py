@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from keeplora._messages import add_note
 from keeplora.distributed import processes
 from keeplora.lora import LoraSlot
 from keeplora.math.batch import same_kind
@@ -50,7 +51,7 @@ def for_all_layers(
             try:
                 results.update(zip(group, compute(group), strict=True))
             except Exception as error:
-                error.add_note(f"in {', '.join(slots[i].name for i in group)}")
+                add_note(error, f"in {', '.join(slots[i].name for i in group)}")
                 raise
             bar.update(len(group))
     return [results[i] for i in range(len(slots))]

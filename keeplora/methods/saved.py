@@ -7,10 +7,11 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from keeplora._version import __version__
 from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap

@@ -11,7 +11,7 @@ import torch
 
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
-from keeplora.statistics.gradients import FREE_SHARE
+from keeplora.statistics.budget import FREE_SHARE
 
 from .activations import kept_by_block
 from .memory import WEIGHT_SHARE, WORDS, Moment, Setting, memory, parts

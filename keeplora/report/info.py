@@ -61,7 +61,7 @@ def describe() -> str:
         "packages    " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
         f"CPU         {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         f"CUDA        {_cuda()}",
-        f"extension   built with torch {built['torch']} for torch >= {built['torch_target']}, {_cuda_kernels(built)}",
+        *_compiled(built),
         "ops         " + ", ".join(f"{name} ({_kernels(kernels, name)})" for name in OPS),
         "",
         "methods",
@@ -92,7 +92,11 @@ def _cuda() -> str:
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), torch has CUDA {torch.version.cuda}"
 
 
-def _cuda_kernels(built: dict[str, str | list[str] | None]) -> str:
-    if built["cuda"] is None:
-        return "no CUDA kernels: every op runs its reference"
-    return f"CUDA {built['cuda']} kernels for {', '.join(built['archs'] or ())}"
+def _compiled(built: Mapping[str, str | list[str] | None]) -> list[str]:
+    """What is compiled, and why the rest is not."""
+    if built["without_cpu"]:
+        return [f"kernels     none: pure Python, every op runs its reference; {built['without_cpu']}"]
+    lines = [f"kernels     for the CPU, compiled with torch {built['torch']} for torch >= {built['torch_target']}"]
+    if built["without_cuda"]:
+        return [*lines, f"            none for CUDA, ops on a GPU run their references: {built['without_cuda']}"]
+    return [*lines, f"            for CUDA {built['cuda']}, {', '.join(f'sm_{arch}' for arch in built['archs'] or ())}"]

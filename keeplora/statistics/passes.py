@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from keeplora._messages import warn
+from keeplora._messages import add_note, warn
 from keeplora.lora.host import LoraHost, Observer, Tap
 from keeplora.lora.slot import LoraSlot, TokenMask
 
@@ -168,7 +168,7 @@ def naming_batch(function: str, index: int, batch: Any) -> Iterator[None]:
         misread = isinstance(error, TypeError | LookupError | AttributeError | ValueError)
         if misread and not _is_ours(error):
             note += " Let loss_fn read batches as the loader yields them, or let the loader yield what loss_fn reads."
-        error.add_note(note)
+        add_note(error, note)
         raise
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from keeplora._messages import add_note
 from keeplora.methods import METHODS, create
 from keeplora.methods.method import Method
 from keeplora.statistics.passes import evaluating, first_batches
@@ -117,7 +118,7 @@ class _Run:
             try:
                 self.learn(task)
             except Exception as error:
-                error.add_note(f"in {self.label}, seed {self.seed}, task {task + 1} ({self.names[task]})")
+                add_note(error, f"in {self.label}, seed {self.seed}, task {task + 1} ({self.names[task]})")
                 raise
             if self.folder is not None and self.method.trains:
                 save_progress(self.folder, self.record, self.method.live_state(), identity)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from keeplora._C import limit_cpu_level
+from keeplora.ops.compiled import build_info, limit_cpu_level
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "kernels"
@@ -52,8 +52,14 @@ def emulated():
     kernels.set_schedule("sequential")
 
 
+def has_cpu_kernel(op):
+    """Whether ``op`` has a compiled kernel here: it must, unless nothing was to be compiled (KEEPLORA_CPU=0)."""
+    facts = build_info()
+    return op in facts["cpu_kernels"] or bool(facts["without_cpu"])
+
+
 def cpu_levels():
-    """The levels of vector instructions (csrc/bind/cpu/levels.h) that this CPU has."""
+    """The levels of vector instructions (csrc/bind/cpu/levels.h) that this CPU has; without kernels, 0 alone."""
     most = limit_cpu_level(99)
     return range(most + 1)
 

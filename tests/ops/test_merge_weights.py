@@ -2,7 +2,7 @@ import pytest
 import torch
 from close import assert_rounded
 from guarded import at_the_end_of_memory
-from ops.conftest import at_level, cpu_levels
+from ops.conftest import at_level, cpu_levels, has_cpu_kernel
 
 from keeplora.ops import build_info, merge_weights
 from keeplora.ops.declare import OPS
@@ -21,7 +21,7 @@ def backend(request):
         assert "merge_weights" in build_info()["kernels"]
         yield merge_weights, "cuda"
     else:
-        assert "merge_weights" in build_info()["cpu_kernels"]
+        assert has_cpu_kernel("merge_weights")
         with at_level(request.param):
             yield merge_weights, "cpu"
 

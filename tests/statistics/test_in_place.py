@@ -196,7 +196,7 @@ FUNCTIONS = {
 
 def test_no_custom_function_returns_its_input_or_a_view_of_it():
     for module in pkgutil.walk_packages(keeplora.__path__, "keeplora."):
-        if not module.name.rpartition(".")[2].startswith(("_C", "_cuda", "__main__")):
+        if module.name.rpartition(".")[2] != "__main__":
             importlib.import_module(module.name)
     ours = {c for c in torch.autograd.Function.__subclasses__() if c.__module__.startswith("keeplora.")}
     assert ours == set(FUNCTIONS), "name arguments for a new Function above"

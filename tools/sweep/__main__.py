@@ -19,13 +19,13 @@ import argparse
 import json
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from keeplora._untrusted import parse_toml
 from keeplora.compare.comparison import comparison
 from keeplora.compare.console import Console
 from keeplora.compare.runs import run_benchmark
@@ -204,8 +204,8 @@ def grid_of_rates(base: RunConfig, rates: dict[str, list[float]]) -> dict[str, A
 
 
 def main() -> None:
-    grid = tomllib.loads((HERE / "grid.toml").read_text(encoding="utf-8"))
-    rates = tomllib.loads((HERE / "rates.toml").read_text(encoding="utf-8"))
+    grid = parse_toml((HERE / "grid.toml").read_bytes())
+    rates = parse_toml((HERE / "rates.toml").read_bytes())
     known = sorted({*(name for name, entry in grid.items() if isinstance(entry, dict)), *rates["embedded"]})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=known, metavar="NAME")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
+
+from keeplora._files import sha256
 
 __all__ = ["content", "forget", "relative"]
 
@@ -17,8 +18,7 @@ def content(path: Path) -> str:
 
 @lru_cache(maxsize=1 << 20)
 def _hash(path: Path, size: int, written: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def forget() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from keeplora._files import write_atomic
 from keeplora._messages import listed, suggest
+from keeplora._untrusted import parse_toml
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own.config import FAULTS, DataSettings, ModelSource, parse_own
 from keeplora.tasks.own.draft_text import Lines, printable, quoted
@@ -91,7 +91,7 @@ def draft(seen: DataFolder, out: Path, *, model: str = "", device: str = "cpu", 
     for place, task in enumerate(seen.tasks):
         _task(lines, task, place, seen, base)
     text = lines.text()
-    tables = {name: table for name, table in tomllib.loads(text).items() if name in ("model", "data", "task")}
+    tables = {name: table for name, table in parse_toml(text.encode()).items() if name in ("model", "data", "task")}
     parse_own(tables, base=str(base), where=out.name)  # nothing is handed out that a run would not read
     return text
 

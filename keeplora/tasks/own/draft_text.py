@@ -1,7 +1,7 @@
 """TOML as a draft needs it: values that are escaped, and comments of any text, in lines of a readable length.
 
 Plain text rather than a TOML library: nothing is read and changed again, and a basic string has three things to escape.
-`draft` reads what it has written with ``tomllib``.
+`draft` reads what it has written with ``parse_toml``.
 """
 
 from __future__ import annotations

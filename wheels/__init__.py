@@ -1,0 +1,1 @@
+"""What builds, makes and checks the distributions. None of it is in a wheel."""
