@@ -29,7 +29,8 @@ def read_bytes(path: str | os.PathLike[str], *, size: int | None = None, most: i
     """The bytes of a regular file. Pipes, devices and sockets are not waited for, and nothing is read that is too long.
 
     Args:
-        size: How many there must be. most: How many there may be.
+        size: How many there must be.
+        most: How many there may be.
 
     Raises:
         OSError: there is none, or we may not.
@@ -66,7 +67,7 @@ def check_tensor_file(path: str | os.PathLike[str]) -> int:
     Looks at the table of tensors alone: a file of 40 GB that holds nothing is refused before it is read.
 
     Raises:
-        OSError: as :func:`read_bytes`.
+        OSError: as ``read_bytes``.
         ValueError: too; or it is none, or longer or shorter than its tensors.
     """
     with _opened(path) as (file, size):

@@ -27,8 +27,8 @@ class PeerError(RuntimeError):
 class Processes:
     """The processes of torch.distributed's default group, or this one alone where there is no group.
 
-    Every process makes the same calls in the same order. What one gives to :meth:`gather` or :meth:`add` takes a
-    failure of another into account: whoever fails inside :meth:`together` says so where the others wait next.
+    Every process makes the same calls in the same order. What one gives to [`gather`][] or [`add`][] takes a
+    failure of another into account: whoever fails inside [`together`][] says so where the others wait next.
 
     Attributes:
         rank: This process. size: How many there are.
@@ -125,7 +125,7 @@ def _in_step() -> Iterator[None]:
 def processes() -> Processes:
     """Those that share a task now.
 
-    Example:
+    Examples:
         >>> processes().gather("alone")
         ['alone']
     """
@@ -133,9 +133,9 @@ def processes() -> Processes:
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, whose error in one process is an error in all of them: :meth:`Processes.together` around a call.
+    """``function``, whose error in one process is an error in all of them: [`Processes.together`][] around a call.
 
-    Example:
+    Examples:
         >>> together(len)("ab")
         2
     """

@@ -32,7 +32,7 @@ def run_benchmark(
 ) -> list[RunRecord]:
     """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
 
-    Results land in ``config.out`` (see :mod:`keeplora.train.record`). Finished pairs are read back, pairs
+    Results land in ``config.out`` (see ``keeplora.train.record``). Finished pairs are read back, pairs
     that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
     loaded already need not be loaded again. A folder that was begun with another keeplora or torch is gone on with if
     ``accept_versions``.
@@ -113,7 +113,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def check_methods(config: RunConfig, workload: Workload) -> None:
-    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained."""
+    """As ``check_settings``, and for a method that cannot handle the benchmark's model. Nothing is trained."""
     check_settings(config)
     for name in ("epochs", "rate_factors"):
         given, tasks = getattr(config, name), len(workload.tasks)

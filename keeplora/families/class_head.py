@@ -56,7 +56,7 @@ class ClassHead(nn.Module):
 
 
 def is_image_text_model(model: nn.Module) -> bool:
-    """Whether ``model`` has both towers and a temperature: an :class:`ImageTextModel`."""
+    """Whether ``model`` has both towers and a temperature: an [`ImageTextModel`][]."""
     return all(hasattr(model, name) for name in ("encode_image", "encode_text", "logit_scale"))
 
 
@@ -93,9 +93,10 @@ def adjusted_logits(model: nn.Module, logits: Tensor, images: Tensor, tokens: Te
     take part.
 
     Args:
-        images: ``[n, d]``, the normalised image features. tokens: ``[classes, context]``, the scored classes' prompts.
+        images: ``[n, d]``, the normalised image features.
+        tokens: ``[classes, context]``, the scored classes' prompts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> adjusted_logits(nn.Identity(), torch.ones(1, 2), torch.ones(1, 4), torch.zeros(2, 3, dtype=torch.int64))
         tensor([[1., 1.]])

@@ -28,7 +28,7 @@ FOLDER = "keeplora"
 class KeepLoraCallback(TrainerCallback):
     r"""Lets a ``transformers.Trainer`` train the task that a method has open, and puts the method into its checkpoints.
 
-    The three calls of every loop stay where they are::
+    The three calls of every loop stay where they are:
 
         trainer = Trainer(model, args, train_dataset=task, callbacks=[KeepLoraCallback(keeper)])
         loader = trainer.get_train_dataloader()
@@ -43,28 +43,28 @@ class KeepLoraCallback(TrainerCallback):
 
     A method's penalty Ω counts once in every optimizer step, however many batches are accumulated:
 
-    .. math:: g = \nabla \Omega + \nabla \ell
+    $$ g = \nabla \Omega + \nabla \ell $$
 
     before gradients are clipped. Its gradient is added when the model's forward has run on the step's first batch.
     The loss that Trainer logs is ℓ alone.
 
-    Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process :meth:`resume` reads it,
+    Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process [`resume`][] reads it,
     before ``train(resume_from_checkpoint=…)`` reads the rest. What a task has learned is in the model's own weights
     after ``after_task`` alone: ``trainer.save_model()`` before it writes a file that behaves like the model before the
     task, and a warning says so. Optimizers that split parameters up (DeepSpeed ZeRO,
     FSDP) are refused.
 
     Args:
-        method: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
+        method: A [`keeplora.KeepLora`][], or another method, of the model that is trained or of a part of it.
 
     Raises:
         ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint); at ``train()``, the method
             cannot be trained with this optimizer.
         RuntimeError: ``train()`` begins while no task is open, or with an optimizer made for an earlier task, or goes
-            on from a checkpoint that :meth:`resume` has not read; or Trainer took a step without calling the model's
+            on from a checkpoint that [`resume`][] has not read; or Trainer took a step without calling the model's
             forward, which leaves the penalty out.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from keeplora import KeepLora, KeepLoraConfig
         >>> from torch import nn

@@ -41,7 +41,7 @@ class OneTask(lightning.LightningModule):
         RuntimeError: in ``fit``: no task is open, or the optimizer does not hold its parameters, or checkpoints are
             asked for of a method that cannot be saved in an open task.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from keeplora import KeepLora, KeepLoraConfig
         >>> from torch import nn

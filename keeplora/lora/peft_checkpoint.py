@@ -290,7 +290,7 @@ def _check_settings(settings: Any) -> None:
 
 
 def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, Update]:
-    """A checkpoint's layers as updates of targets, by name: the reverse of :func:`layers_of`.
+    """A checkpoint's layers as updates of targets, by name: the reverse of ``layers_of``.
 
     Directions of a fused weight that do nothing in a target's rows are left out there.
 

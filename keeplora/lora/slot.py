@@ -101,7 +101,7 @@ class LoraSlot(nn.Module):
         self.adapter = None
 
     def merge(self) -> None:
-        """:func:`merge_adapters` of this slot alone."""
+        """[`merge_adapters`][] of this slot alone."""
         merge_adapters([self])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -124,7 +124,7 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
 
     An adapter of another kind is merged as its ``plain()`` writes it. A layer in half precision keeps the float32
     result too, so that roundings do not pile up over tasks. One call of the op for as many weights as their merged
-    copies may take memory at a time (:func:`keeplora.math.batch.portions`).
+    copies may take memory at a time (``keeplora.math.batch.portions``).
     """
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
     for group in portions([slot.weight for slot, _ in held]):

@@ -48,7 +48,7 @@ def padded(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
 def portions(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield positions in their order, as many at a time as lie on one device and have a float64 copy within bounds.
 
-    Example:
+    Examples:
         >>> [*portions([torch.zeros(2, 2)] * 3)]
         [[0, 1, 2]]
     """

@@ -13,7 +13,8 @@ def warn_of_unreached(function: str, names: Sequence[str], count: int, *, closin
     """Name the layers, of ``count`` that are adapted, that no token of the task's batches has come to.
 
     Args:
-        function: What the user called. closing: Whether it closes a task.
+        function: What the user called.
+        closing: Whether it closes a task.
     """
     if not names:
         return
@@ -41,7 +42,8 @@ def warn_of_ranks(
     Args:
         function: What speaks.
         none: What layers without an adapter have not.
-        full: Those that have no free direction at all. silent: Those that get no gradient.
+        full: Those that have no free direction at all.
+        silent: Those that get no gradient.
         unreached: Those that have been named already.
         remedy: For layers that lack room.
     """

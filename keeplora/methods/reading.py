@@ -52,7 +52,7 @@ def stored_basis(state: State, name: str, width: int, *, dtype: torch.dtype | No
     """The state's orthonormal columns ``name [width, k]``: what else they were, nothing would be protected by them.
 
     Raises:
-        StateError: as :func:`stored`, or they are not orthonormal (by one random combination: it costs one product).
+        StateError: as ``stored``, or they are not orthonormal (by one random combination: it costs one product).
     """
     basis = stored(state, name, (width, None), dtype=dtype)
     drawn = torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)

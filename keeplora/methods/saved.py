@@ -26,10 +26,10 @@ MOST_TASKS = 2**20
 
 
 class Saved(ABC):
-    """The part of :class:`~keeplora.methods.method.Method` that saves it, at any moment of a task's life, and loads it.
+    """The part of [`Method`][] that saves it, at any moment of a task's life, and loads it.
 
-    A method gives :meth:`weights_state`, :meth:`recall_weights` and :meth:`set_weights` for what has changed in the
-    model, and :meth:`memory_state`, :meth:`recall` and :meth:`remember` for the rest.
+    A method gives [`weights_state`][], [`recall_weights`][] and [`set_weights`][] for what has changed in the
+    model, and [`memory_state`][], [`recall`][] and [`remember`][] for the rest.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Saved(ABC):
 
     @abstractmethod
     def recall_weights(self, state: State) -> Any:
-        """What :meth:`weights_state` gave, checked and ready for :meth:`set_weights`; nothing is changed here.
+        """What [`weights_state`][] gave, checked and ready for [`set_weights`][]; nothing is changed here.
 
         Raises:
             StateError: it does not fit.
@@ -69,23 +69,23 @@ class Saved(ABC):
 
     @abstractmethod
     def set_weights(self, weights: Any, *, open_task: bool) -> None:
-        """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
+        """Go on with what [`recall_weights`][] returned; where a task is open, ready to be trained on."""
 
     def memory_state(self) -> State:
         """What is remembered between tasks: tensors by name, and JSON values."""
         return State()
 
     def recall(self, state: State) -> Any:  # noqa: B027 (most remember nothing)
-        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
+        """The memory in ``state``, checked and ready for [`remember`][]; [`StateError`][] where it does not fit.
 
         Nothing is changed here.
         """
 
     def remember(self, memory: Any) -> None:  # noqa: B027
-        """Go on with a memory from :meth:`recall`. Called before :meth:`set_weights`."""
+        """Go on with a memory from [`recall`][]. Called before [`set_weights`][]."""
 
     def state(self) -> State:
-        """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
+        """What [`load_state`][] needs to continue, changed weights and an open task included; a copy on the CPU."""
         state = self._live_state("state")
         return State({k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}, state.meta)
 
@@ -106,7 +106,7 @@ class Saved(ABC):
         return State(weights.tensors | memory.tensors, meta)
 
     def load_state(self, state: State) -> None:
-        """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
+        """Continue from [`state`][], on a model with the pretrained weights. All is checked before anything changes.
 
         A task that is open here is abandoned. One that was open there is open again: make its optimizer anew.
 
@@ -180,7 +180,7 @@ class Saved(ABC):
         token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ) -> Self:
-        """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
+        """The method as [`save`][] found it, around the pretrained ``model`` it was made with.
 
         Raises:
             StateError: nothing there, damaged, of another version, or made with another model.

@@ -1,4 +1,4 @@
-"""Saving and loading a :class:`~keeplora.methods.method.State`: atomic, hashed, without pickle.
+"""Saving and loading a ``State``: atomic, hashed, without pickle.
 
 A saved state is a folder with one ``state.json`` and the tensor file it names, ``tensors-<hash>.safetensors``.
 The tensor file is complete on disk before ``state.json`` is replaced, and the previous tensor file is deleted
@@ -106,9 +106,9 @@ def has_state(path: str | os.PathLike[str]) -> bool:
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
-    """Load what :func:`write_state` saved in the folder ``path``.
+    """Load what ``write_state`` saved in the folder ``path``.
 
-    Raises :class:`StateError` (a ``ValueError``) naming the file when something is missing or is no regular file, a
+    Raises ``StateError`` (a ``ValueError``) naming the file when something is missing or is no regular file, a
     value of ``state.json`` or a byte of the tensor file is not what was written (one hash covers both), or the schema
     is unknown or newer than this version's. Whatever the files are, this is said quickly.
     """

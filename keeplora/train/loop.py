@@ -55,8 +55,8 @@ def run_one(
     task, an interrupted run continues after its last finished task, and a finished run is read, not repeated.
     All draws follow from ``(seed, task)``: a resumed run gives the numbers of an uninterrupted one, exactly.
 
-    Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
-    "both", which is for looking where rates lead, such a run ends with :attr:`RunRecord.failed`, and the others go on.
+    Raises ``NonFiniteLossError``, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
+    "both", which is for looking where rates lead, such a run ends with ``RunRecord.failed``, and the others go on.
     """
     load_plugins(config.plugins)
     identity = config.identity(label, seed)
@@ -80,7 +80,7 @@ def run_one(
 
 
 class _Run:
-    """The moving parts of :func:`run_one`."""
+    """The moving parts of ``run_one``."""
 
     def __init__(
         self, config: RunConfig, workload: Workload, label: str, seed: int, folder: Path | None, listener: Listener

@@ -36,8 +36,8 @@ METHOD = "keeplora-peft"
 class SubspaceState:
     """Protected bases and merged updates of a stock ``PeftModel``, from one task to the next.
 
-    :func:`keeplora.initialize` makes it, :func:`keeplora.update_subspace` extends it. Save it beside the adapter; all
-    of a run is then in one folder::
+    [`keeplora.initialize`][] makes it, [`keeplora.update_subspace`][] extends it. Save it beside the adapter; all
+    of a run is then in one folder:
 
         peft_model.save_pretrained(folder)      # adapter_model.safetensors, adapter_config.json
         state.save(folder)                      # state.json, tensors-*.safetensors
@@ -50,7 +50,7 @@ class SubspaceState:
         config: Settings, without those that ``LoraConfig`` makes (r, alpha, dropout).
         bases: Layer name → protected orthonormal basis ``[in, k]``.
         added: Layer name → directions that each task added.
-        tasks_learned: Tasks closed by :func:`keeplora.update_subspace`.
+        tasks_learned: Tasks closed by [`keeplora.update_subspace`][].
         open_adapter: The adapter that is being trained, or None between tasks.
         kept: Adapters of earlier tasks that were not merged and must stay active.
     """
@@ -74,13 +74,13 @@ class SubspaceState:
     frozen: str = ""
     """Of everything in the base model that is not adapted."""
     masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
+    """Merged weights of half-precision layers before rounding; made again by [`restore`][]."""
     loss_fn: LossFn | None = field(default=None, repr=False)
     token_mask: TokenMask | None = field(default=None, repr=False)
     """What the open task was initialised with; not saved, like its ``loss_fn``."""
 
     def capacity(self) -> Capacity:
-        """Room that is left, as :meth:`keeplora.KeepLora.capacity`."""
+        """Room that is left, as [`keeplora.KeepLora.capacity`][]."""
         layers = (
             layer_capacity(
                 target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
@@ -118,7 +118,7 @@ class SubspaceState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceState:
-        """Read what :meth:`save` wrote.
+        """Read what [`save`][] wrote.
 
         Raises:
             StateError: nothing there, damaged, incomplete, of a newer version, or of another method.
@@ -211,7 +211,7 @@ class SubspaceState:
         Raises:
             StateError: the base weights are neither the pretrained ones nor those after the last merge, or something
                 else in the base model is different.
-            RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
+            RuntimeError, TypeError, ValueError: as [`keeplora.initialize`][], of the model's adapters.
         """
         adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
         held = fingerprint(adapter.layers)
@@ -245,7 +245,7 @@ class SubspaceState:
     def export_peft(self, path: str | os.PathLike[str], model: Any) -> None:
         """Write everything that was merged as one adapter for the pretrained model, of the tasks' ranks together.
 
-        As :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task, and those that were kept, are PEFT's own
+        As [`keeplora.KeepLora.export_peft`][]. The adapter of an open task, and those that were kept, are PEFT's own
         to save.
 
         Args:

@@ -35,10 +35,11 @@ class KnownTask(nn.Module):
 class TaskCalibration(ClassHead):
     r"""Lowers the logits of classes whose task an image does not seem to belong to.
 
-    .. math::
-        d_\tau(f) = \frac{\lVert f - f\, U_\tau U_\tau^\top \rVert^2}{r_\tau\, \lVert f \rVert^2}, \quad
-        p = \mathrm{softmax}(-d), \quad \kappa = 1 - \frac{H(p)}{\log T}, \quad
-        z_c \leftarrow z_c - \beta\, \kappa\, \bigl(d_{\tau(c)} - \min_\sigma d_\sigma\bigr)
+    $$
+    d_\tau(f) = \frac{\lVert f - f\, U_\tau U_\tau^\top \rVert^2}{r_\tau\, \lVert f \rVert^2}, \quad
+    p = \mathrm{softmax}(-d), \quad \kappa = 1 - \frac{H(p)}{\log T}, \quad
+    z_c \leftarrow z_c - \beta\, \kappa\, \bigl(d_{\tau(c)} - \min_\sigma d_\sigma\bigr)
+    $$
 
     d is the distance of the image feature f to the space that the features of each of T tasks fill, with the mean of
     the task's own images as the unit: r is the share of their energy outside of U. The classes of the likeliest task,

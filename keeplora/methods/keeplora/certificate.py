@@ -25,7 +25,7 @@ class LayerCertificate:
 
     Attributes:
         name: The target.
-        leak: :math:`\|\Delta W Q\|_F / \|\Delta W\|_F` of the update ``ΔW = c B A`` against the basis Q that was
+        leak: $\|\Delta W Q\|_F / \|\Delta W\|_F$ of the update ``ΔW = c B A`` against the basis Q that was
             protected during the task; 0 if nothing moved.
         leak_after_rounding: The same of the change that the stored weight really made, which includes rounding
             to the layer's dtype.
@@ -102,7 +102,8 @@ def certified(
     """Merge the slots' adapters and measure what that did, or measure it only: then nothing is rounded.
 
     Args:
-        bases: What was protected while the adapters were trained. new: What is protected from now on.
+        bases: What was protected while the adapters were trained.
+        new: What is protected from now on.
     """
 
     def compute(group: list[int]) -> list[LayerCertificate]:

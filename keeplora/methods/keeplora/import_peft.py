@@ -27,7 +27,7 @@ def imported_adapters(
     *,
     project: bool,
 ) -> list[dict[str, Tensor] | None]:
-    """A and B of every slot that the checkpoint adapts, with the slot's scaling; see :meth:`KeepLora.import_peft`."""
+    """A and B of every slot that the checkpoint adapts, with the slot's scaling; see ``KeepLora.import_peft``."""
     try:
         updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
     except (OSError, *UNREADABLE) as error:

@@ -71,7 +71,7 @@ def extended_bases(
         The bases, and for each slot whether any feature came to it: without one its basis stays as it is.
 
     Warns:
-        UserWarning: less was captured than that (:func:`keeplora.methods.shortfall.warn_of_shortfall`).
+        UserWarning: less was captured than that (``keeplora.methods.shortfall.warn_of_shortfall``).
     """
     energies = [config.feature_energy_of(slot.target.tower) for slot in slots]
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs

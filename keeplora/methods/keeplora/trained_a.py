@@ -25,7 +25,8 @@ def confined_again(function: str, factors: Mapping[str, tuple[nn.Parameter, Tens
     fails, every A is what it was.
 
     Args:
-        factors: A ``[r, in]`` and its protected basis ``[in, k]``, by layer. remedy: How to train it next time.
+        factors: A ``[r, in]`` and its protected basis ``[in, k]``, by layer.
+        remedy: How to train it next time.
     """
     leaks = {name: leak_of_rows(a.detach(), q) for name, (a, q) in factors.items()}
     astray = [(a, q.to(a)) for name, (a, q) in factors.items() if leaks[name] > LEAK]

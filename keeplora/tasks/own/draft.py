@@ -44,8 +44,10 @@ def init(
     """Look at a folder of data, write the settings file ``out`` for ``keeplora run``, and return a summary to print.
 
     Args:
-        model: As `draft` has it. force: Whether a file that is there is written anew.
-        device: What the draft trains on. threads: torch threads of a run.
+        model: As `draft` has it.
+        force: Whether a file that is there is written anew.
+        device: What the draft trains on.
+        threads: torch threads of a run.
 
     Raises:
         ConfigError: ``out`` is there (nothing is looked at then) or no TOML file; or the folder is not recognised.
@@ -69,7 +71,7 @@ def draft(seen: DataFolder, out: Path, *, model: str = "", device: str = "cpu", 
         model: ``"ViT-B-16/openai"``, a name and weights of open_clip; ``"hf-hub:…"``, ``"local-dir:…"``; or
             ``"transformers:…"``, an id or a folder. For tasks of answers the id or folder alone. Empty: a usual one.
 
-    Example:
+    Examples:
         >>> task = DataTask("birds", "folder", Path("/data/birds"), {"train": 40}, {"owl": {"train": 40}})
         >>> text = draft(DataFolder(Path("/data"), (task,), (), 40, 40), Path("/work/tasks.toml"))
         >>> print(text[text.index("[[task]]"):].splitlines()[-1])

@@ -39,7 +39,7 @@ def look(folder: str | os.PathLike[str], *, most: int = MOST) -> DataFolder:
         ConfigError: the folder holds something else, or several kinds of data; the message names both.
         OSError: a folder in it cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("cats", "dogs"):
