@@ -27,9 +27,13 @@ class ImageTextModel(Protocol):
 
     logit_scale: Tensor
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Features ``[n, d]`` of images."""
+        ...
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Features ``[n, d]`` of tokenised texts ``[n, context]``."""
+        ...
 
 
 class ClassHead(nn.Module):

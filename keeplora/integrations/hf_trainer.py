@@ -118,6 +118,7 @@ class KeepLoraCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **_: Any,
     ) -> None:
+        """Refuse where no task is open or the optimizer is an earlier task's; honour what the method asks for."""
         assert model is not None
         self._penalty_due = False
         self._hooks = TaskHooks(
@@ -143,6 +144,7 @@ class KeepLoraCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next forward adds the penalty."""
         self._penalty_due = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -153,6 +155,7 @@ class KeepLoraCallback(TrainerCallback):
             self._hooks.add_penalty_gradient()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the method's state beside Trainer's checkpoint."""
         if not state.is_world_process_zero:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -171,6 +174,7 @@ class KeepLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
+        """Take the hooks away."""
         if self._hooks is None or model is None:
             return
         self._hooks.close()

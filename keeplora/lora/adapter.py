@@ -58,6 +58,7 @@ class LoraAdapter(nn.Module):
 
     @property
     def rank(self) -> int:
+        """r, the number of rows of A."""
         return self.A.shape[0]
 
     def update(self) -> Tensor:
@@ -94,6 +95,7 @@ class LoraAdapter(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
+        """Sizes and scale, for ``print(model)``."""
         return f"in={self.A.shape[1]}, out={self.B.shape[0]}, rank={self.rank}, scaling={self.scaling:.4g}"
 
 

@@ -46,6 +46,7 @@ class LoraLinear(LoraHost, nn.Linear):
         self._init_host()
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[…, in]`` to ``[…, out]``, by the formula above."""
         if self.observer is not None:
             self.observer(self, dict.fromkeys(self.slots, x))
         return own_linear(self, x, "weight", self.bias)

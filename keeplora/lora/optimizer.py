@@ -34,10 +34,10 @@ class ProjectedAdamW(Optimizer):
 
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimizer.
-        lr: As in ``torch.optim.AdamW``. ``lr`` is a number, and stays in a captured CUDA graph what it was.
-        betas: As in ``torch.optim.AdamW``. ``lr`` is a number, and stays in a captured CUDA graph what it was.
-        eps: As in ``torch.optim.AdamW``. ``lr`` is a number, and stays in a captured CUDA graph what it was.
-        weight_decay: As in ``torch.optim.AdamW``. ``lr`` is a number, and stays in a captured CUDA graph what it was.
+        lr: As in ``torch.optim.AdamW``, but a number. A captured CUDA graph keeps what it was.
+        betas: As in ``torch.optim.AdamW``.
+        eps: As in ``torch.optim.AdamW``.
+        weight_decay: As in ``torch.optim.AdamW``.
         bases: ``Q [in, k]`` with orthonormal columns by parameter ``A [r, in]``, with its dtype (float32 or float64)
             and device. They are no part of ``state_dict()``: whoever makes the optimizer gives them.
         capturable: Count steps on the device, so that a captured CUDA graph advances.
@@ -194,6 +194,7 @@ class Confinement:
         self._handles = list(handles)
 
     def remove(self) -> None:
+        """Take the hooks off the optimizer. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
 

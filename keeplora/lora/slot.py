@@ -31,7 +31,10 @@ class LoraSlot(nn.Module):
 
     Attributes:
         target: The weight as it was chosen: name, depth, tower.
-        host: The layer. slot: The name of this place in it. parameter, rows: Which of its weights, and which rows.
+        host: The layer.
+        slot: The name of this place in it.
+        parameter: Which of its weights.
+        rows: Which rows of that, or None for all.
         adapter: Attached or None.
         learned: A and ``c (B − B₀)`` of every adapter that was merged here, on the CPU; None where some are unknown.
         master: The weight before it was rounded to the layer's dtype, since the first merge into one in half precision.
@@ -51,6 +54,7 @@ class LoraSlot(nn.Module):
 
     @property
     def name(self) -> str:
+        """The target's name."""
         return self.target.name
 
     @property
@@ -87,6 +91,7 @@ class LoraSlot(nn.Module):
         self.master = exact.detach().to(weight.device, torch.float32).clone() if narrow else None
 
     def attach(self, adapter: LoraAdapter) -> None:
+        """Put an adapter here. One that is there already is a ``RuntimeError``, wrong shapes are a ``ValueError``."""
         weight = self.weight
         if self.adapter is not None:
             raise RuntimeError(f"attach: slot {self.slot!r} already holds an adapter. Merge or detach it first.")
@@ -98,6 +103,7 @@ class LoraSlot(nn.Module):
         self.adapter = adapter.to(weight.device).train(self.host.training)
 
     def detach(self) -> None:
+        """Take the adapter away, without merging it."""
         self.adapter = None
 
     def merge(self) -> None:
@@ -111,6 +117,7 @@ class LoraSlot(nn.Module):
         return result
 
     def extra_repr(self) -> str:
+        """Weight and rows, for ``print(model)``."""
         return self.parameter if self.rows is None else f"{self.parameter}[{self.rows[0]}:{self.rows[1]}]"
 
 

@@ -48,14 +48,14 @@ def top_directions(
 
     $$ G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0 $$
 
-    Randomized block Krylov SVD (``keeplora.math.sketch.row_space``, width ``r``, 4 steps, on a CPU fewer where
-    they would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction
-    may still gain a tenth after those); where its space would be about as large as the matrix, the exact
-    factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall
-    faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction holds nearly all of it. In
-    float32 less (0.88) of directions that are 1e-4 as long as most of the r. Singular values at the rounding level
-    of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of
-    any size: it is scaled by a power of two first.
+    Randomized block Krylov SVD (``keeplora.math.sketch.row_space``, width ``r``, 4 steps, on a CPU fewer where they
+    would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction may still
+    gain a tenth after those); where its space would be about as large as the matrix, the exact factorisation. Measured
+    energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of
+    directions ``i … r`` for every i, also where one direction holds nearly all of it. In float32 less (0.88) of
+    directions that are 1e-4 as long as most of the r. Singular values at the rounding level of ``G`` are not
+    directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is
+    scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
@@ -197,23 +197,21 @@ def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *,
     k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
     $$
 
-    From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and
-    rank and energy are float64's up to ``weight_energy = 1``. Large sides (``keeplora.math.factorise.Plan``) first
-    try blocked subspace iteration, which wins where the rank is small.
+    From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and rank and
+    energy are float64's up to ``weight_energy = 1``. Large sides (``keeplora.math.factorise.Plan``) first try blocked
+    subspace iteration, which wins where the rank is small.
 
     Args:
         w: ``[out_i, in_i]`` each, any float dtype, finite.
         weight_energy: ``ε_w`` in [0, 1]; one number or one per layer. 0 protects nothing.
-        side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place:
-            only to repeat the public CLIP code of KeepLoRA, which does so by mistake, and only for square
-            matrices.
+        side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place, for square
+            matrices: only to repeat the public CLIP code of KeepLoRA, which does so by mistake.
 
     Returns:
         ``[in_i, k_i]`` with orthonormal columns each; float64 for float64 weights, else float32.
 
     Raises:
-        ValueError: ``weight_energy``, ``side`` or values break the rules above; a matrix is not square with
-        side="output".
+        ValueError: an argument breaks the rules above; a matrix is not square with ``side="output"``.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
     Source: KeepLoRA, arXiv:2601.19659, sec. 3.1; KeepLoRA++, arXiv:2606.16256.
@@ -291,8 +289,7 @@ def extend_basis(
     *,
     check_basis: bool = False,
 ) -> list[Extension]:
-    r"""Extend every basis by the fewest directions that bring the captured share of the feature energy to
-    ``feature_energy``.
+    r"""Extend every basis by the fewest directions with which it captures the share ``feature_energy``.
 
     $$
     \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
@@ -316,8 +313,7 @@ def extend_basis(
         One [`Extension`][] per layer. ``added = 0`` where the basis captures enough already or ``C = 0``.
 
     Raises:
-        ValueError: shapes, lengths, ``feature_energy`` or values break the rules above, or ``c`` is not symmetric
-            positive semidefinite up to rounding.
+        ValueError: an argument breaks the rules above; ``c`` is not symmetric positive semidefinite up to rounding.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
     Source: KeepLoRA, arXiv:2601.19659, sec. 3.4; Gradient Projection Memory, Saha et al., ICLR 2021, sec. 5.

@@ -27,8 +27,8 @@ def project(x: Tensor, q: Tensor) -> Tensor:
 
     Args:
         x: ``[…, d]``.
-        q: ``[d, k]`` (or ``[n, d, k]`` for ``x [n, rows, d]``), orthonormal columns, ``k``
-        may be 0.
+        q: ``[d, k]`` (or ``[n, d, k]`` for ``x [n, rows, d]``), orthonormal columns;
+            ``k`` may be 0.
 
     Returns:
         A new tensor shaped like ``x``.

@@ -72,8 +72,8 @@ class ModulatedAdapter(LoraAdapter):
         b: As of [`LoraAdapter`][]; both are trained.
         scaling: As of [`LoraAdapter`][]; both are trained.
         basis: V ``[in, k]``, the general subspace.
-        general: γ_g and γ_t.
-        task: γ_g and γ_t.
+        general: γ_g, the factor of the general directions.
+        task: γ_t, that of all others.
     """
 
     basis: Tensor

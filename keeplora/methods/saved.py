@@ -224,6 +224,7 @@ class Reading(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The entry, remembered as one that must be there."""
         self.names.add(name)
         return super().get(name, default)
 

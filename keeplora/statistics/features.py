@@ -24,6 +24,7 @@ from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing,
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics"]
 
 FeatureKind = Literal["second_moment", "slot_mean", "sketch"]
+"""What is gathered of a layer's inputs: see [`feature_statistics`][]."""
 Forward = Callable[[nn.Module, Any], Any]
 
 

@@ -65,6 +65,7 @@ class _Alone:
 
 
 ALONE: Peers = _Alone()
+"""A single process, whose sums are its own."""
 
 
 def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Tensor) -> Tensor | None:

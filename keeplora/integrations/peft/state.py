@@ -275,6 +275,7 @@ class SubspaceState:
         return adapter
 
     def require_base(self, function: str, layers: Sequence[PeftLayer]) -> None:
+        """Refuse a base model whose weights are not those that the last task left."""
         held = fingerprint(layers)
         if held == self.current:
             return

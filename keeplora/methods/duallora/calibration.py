@@ -56,6 +56,7 @@ class TaskCalibration(ClassHead):
         self.tasks = nn.ModuleList()
 
     def known(self) -> list[KnownTask]:
+        """The tasks learned so far, in order."""
         return [task for task in self.tasks if isinstance(task, KnownTask)]
 
     def distances(self, images: Tensor) -> Tensor:
@@ -122,6 +123,7 @@ class ImageFeatures:
 
     @torch.no_grad()
     def observe(self, images: Tensor, tokens: Tensor) -> None:
+        """Add image features ``[n, d]`` and their classes' prompts ``[classes, context]``."""
         rows = images.double()
         part = rows.T @ rows
         self.moment = part if self.moment is None else self.moment + part

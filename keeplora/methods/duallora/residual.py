@@ -124,6 +124,7 @@ class DualAdapter(LoraAdapter):
         self.tokens, self.tower = tokens, tower
 
     def tasks(self) -> list[ResidualAdapter]:
+        """The residual adapters, in order of tasks."""
         return [task for task in self.residuals if isinstance(task, ResidualAdapter)]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -64,21 +64,26 @@ class RetentionCertificate:
 
     @property
     def leak(self) -> float:
+        """The largest of the layers."""
         return max(layer.leak for layer in self.layers)
 
     @property
     def leak_after_rounding(self) -> float:
+        """The largest of the layers."""
         return max(layer.leak_after_rounding for layer in self.layers)
 
     @property
     def orthogonality(self) -> float:
+        """The largest of the layers."""
         return max(layer.orthogonality for layer in self.layers)
 
     @property
     def captured(self) -> float:
+        """The smallest of the layers."""
         return min(layer.captured for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
         return {
             "task": self.task, "leak": self.leak, "leak_after_rounding": self.leak_after_rounding,
             "orthogonality": self.orthogonality, "captured": self.captured,

@@ -64,21 +64,12 @@ class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers, buffers
-            frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning rates:
-            see [`preset`][].
-        alpha: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
-            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
-            rates: see [`preset`][].
-        rslora: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
-            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
-            rates: see [`preset`][].
-        target_modules: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
-            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
-            learning rates: see [`preset`][].
-        frozen_buffers: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
-            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
-            learning rates: see [`preset`][].
+        r: Rank of every adapter, 16.
+        alpha: LoRA's alpha; r if None, a scale of 1. The paper's CLIP has alpha 1, a scale of 1/16, at which little is
+            learned at usual learning rates: see [`preset`][].
+        rslora: As of [`AdapterConfig`][].
+        target_modules: As of [`AdapterConfig`][]; by default the attention's layers.
+        frozen_buffers: As of [`AdapterConfig`][].
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
@@ -204,7 +195,8 @@ class KeepLoraConfig(AdapterConfig):
             changes: Settings to have otherwise.
 
         Source: github.com/MaolinLuo/KeepLoRA, the CLIP folders at 7abf7ec (KeepLoRA++; ``parity`` at a17f9c2), the
-        LLaVA folders at f12b4dd and 536498e. What belongs to the loop (rates, epochs, batches) is in docs/settings.md.
+        LLaVA folders at f12b4dd and 536498e. What belongs to the loop (rates, epochs, batches) is in
+        docs/which-settings.md.
 
         Examples:
             >>> ucit = KeepLoraConfig.preset("ucit")
@@ -238,12 +230,15 @@ class KeepLoraConfig(AdapterConfig):
                 )
 
     def depth_scale_of(self, tower: str) -> float:
+        """γ of a tower; 1 where it is not named."""
         return _of(self.depth_scale, tower, 1.0)
 
     def weight_energy_of(self, tower: str) -> float:
+        """ε_w of a tower; 0 where it is not named."""
         return _of(self.weight_energy, tower, 0.0)
 
     def feature_energy_of(self, tower: str) -> float:
+        """ε_f of a tower; 0 where it is not named."""
         return _of(self.feature_energy, tower, 0.0)
 
 

@@ -50,6 +50,7 @@ class CosineClassifiers(ClassHead):
         return classifier
 
     def classifiers(self) -> list[CosineClassifier]:
+        """Those of the tasks that have one, in order."""
         return [task for task in self.tasks if isinstance(task, CosineClassifier)]
 
     def rows(self, tokens: Tensor) -> Tensor | None:

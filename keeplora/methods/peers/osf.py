@@ -59,10 +59,10 @@ class MinorFactors(StartedAdapter):
         a: V ``[q, in]``.
         b: U ``[out, q]``.
         s: S ``[q]``.
-        start: V₀ and U₀ S₀.
-        origin: V₀ and U₀ S₀.
-        high_u: the leading directions ``[out, k]`` and ``[k, in]``, which stay.
-        high_v: the leading directions ``[out, k]`` and ``[k, in]``, which stay.
+        start: V₀, from which a counts.
+        origin: U₀ S₀, from which the product of b and s counts.
+        high_u: the leading directions ``[out, k]``, which stay.
+        high_v: the leading directions ``[k, in]``, which stay.
     """
 
     high_u: Tensor
