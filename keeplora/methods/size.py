@@ -55,7 +55,7 @@ def warn_of_size(function: str, size: float) -> None:
         warn(
             f"{function}: the task's update must be {LEAST:.0e} of the weights or more to teach them anything, got "
             f"{size:.1e} (‖ΔW‖ / ‖W‖ of the adapted layers). It is merged all the same. Raise the learning rate or "
-            "alpha (docs/settings.md says where to start), or train for more steps."
+            "alpha (docs/which-settings.md says where to start), or train for more steps."
         )
     elif size > MOST:
         warn(

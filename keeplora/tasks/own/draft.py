@@ -25,9 +25,9 @@ __all__ = ["draft", "init", "split_sizes"]
 _DATA = DataSettings()
 _DOES = {"skip": "leaves them out", "convert": "takes them as RGB", "cut": "cuts them", "allow": "keeps them"}
 _RATE_CLASSES = 1e-3
-"""Of CLIP ViT-B/16 in docs/settings.md, for LoRA and KeepLoRA."""
+"""Of CLIP ViT-B/16 in docs/which-settings.md, for LoRA and KeepLoRA."""
 _RATE_ANSWERS = 1e-4
-"""Between the published rates of a 7B model, 2e-5 to 2e-4 (docs/settings.md)."""
+"""Between the published rates of a 7B model, 2e-5 to 2e-4 (docs/which-settings.md)."""
 _STEPS = 40
 """Of the smallest task: what keeplora/compare/settings/embedded.toml trains a task for; clip-b16.toml has half."""
 
@@ -156,7 +156,7 @@ def _methods(lines: Lines, source: ModelSource, answers: bool) -> None:
     rate = _RATE_ANSWERS if answers else _RATE_CLASSES
     where = (
         "between the published rates of 7B models, 2e-5 to 2e-4" if answers
-        else "what a CLIP ViT-B/16 learned at in a few hundred steps (docs/settings.md)"
+        else "what a CLIP ViT-B/16 learned at in a few hundred steps (docs/which-settings.md)"
     )  # fmt: skip
     # layers of open_clip's own towers; those of timm, as SigLIP's, have names of their own
     vit = re.fullmatch(r"ViT-\w+-\d+(-\d+|-plus|-quickgelu)*", source.open_clip)
