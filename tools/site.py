@@ -7,6 +7,8 @@ for a public member of the API reference without a docstring.
 import logging
 import re
 import runpy
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
-RAW = re.compile(r":[a-z]+:`|(?<!:)::\s*$|\.\. [a-z-]+::|^\s*(?:&gt;){3}", re.M)
+RAW = re.compile(r":[a-z]+:`|(?<!:)::\s*$|\.\. [a-z-]+::|>\s*>\s*>", re.M)
 """Roles, directives, literal blocks and doctests that were not understood."""
 log = logging.getLogger("mkdocs.hooks.site")
 
@@ -47,38 +49,39 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """A link to a notebook, which GitHub shows, leads to its page here."""
     for path in re.findall(r"^::: (\S+)$", markdown, re.M):
-        for member in undocumented(path):
+        for member in undocumented(path, Path(config.config_file_path).parent):
             log.warning("%s: %s has no docstring", page.file.src_uri, member)
-    return markdown
+    return re.sub(r"(\]\([^)\s]+)\.ipynb\b", r"\1.md", markdown)
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Code aside, none of the text may look like reStructuredText."""
-    text = re.sub(r"<(pre|code)\b.*?</\1>", "", html, flags=re.S)
-    text = re.sub(r"<[^>]*>", "", re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.S))
+    """Code aside, none of the text may look like reStructuredText; doctests outside of code are quotations."""
+    text = re.sub(r"<(pre|script|style)\b.*?</\1>", "", html, flags=re.S)
+    text = re.sub(r"<code\b.*?</code>", "`", text, flags=re.S).replace("<blockquote>", "\0")
+    text = re.sub(r"<[^>]*>", "", text).replace("\0", ">")
     for match in RAW.finditer(text):
         where = " ".join(text[max(0, match.start() - 40) : match.end() + 40].split())
         log.warning("%s: markup is shown as it is: %s", page.file.src_uri, where)
     return html
 
 
-def undocumented(path: str) -> list[str]:
+def undocumented(path: str, folder: Path) -> list[str]:
     """Public classes, functions and methods at or below ``path`` that no docstring explains, be it a base's."""
-    package = griffe.load(path.split(".")[0], search_paths=[ROOT]) if path.split(".")[0] not in _loaded else None
-    if package is not None:
-        _loaded[package.path] = package
-    found = _loaded[path.split(".")[0]][path.partition(".")[2]]
-    if isinstance(found, griffe.Alias):
-        found = found.final_target
-    return list(_undocumented(found))
+    name, _, rest = path.partition(".")
+    package = _package(name, folder)
+    found = package[rest] if rest else package
+    return list(_undocumented(found.final_target if found.is_alias else found))
 
 
-_loaded: dict[str, Any] = {}
+@cache
+def _package(name: str, folder: Path) -> Any:
+    return griffe.load(name, search_paths=[folder])
 
 
-def _undocumented(found: Any) -> Any:
+def _undocumented(found: Any) -> Iterator[str]:
     if found.docstring is None and not _explained_by_a_base(found):
         yield found.path
     if not (found.is_module or found.is_class):
