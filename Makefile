@@ -72,8 +72,9 @@ format: $(BIN)/.dev
 bench: $(BIN)/.dev
 	$(BIN)/python -m bench.run --device cpu --json build/bench.json
 
+# A warning fails: mkdocs' own, and those of tools/site.py, which also sees to it that --quiet does not hide them.
 docs: $(BIN)/.dev
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # With CUDA kernels where nvcc fits torch (the dev environment brings one), a GPU or not; KEEPLORA_CUDA=0 leaves them out.
 wheels: $(BIN)/.dev

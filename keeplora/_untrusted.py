@@ -35,7 +35,8 @@ def read_bytes(path: str | os.PathLike[str], *, size: int | None = None, most: i
     """The bytes of a regular file. Pipes, devices and sockets are not waited for, and nothing is read that is too long.
 
     Args:
-        size: How many there must be. most: How many there may be.
+        size: How many there must be.
+        most: How many there may be.
 
     Raises:
         OSError: there is none, or we may not.
@@ -74,7 +75,7 @@ def tensor_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bytes,
     every tensor the table has a dtype, a shape and two offsets, all of the right kind.
 
     Raises:
-        OSError: as :func:`read_bytes`.
+        OSError: as ``read_bytes``.
         ValueError: too; or it is none, or longer or shorter than its tensors.
     """
     with _opened(path) as (file, size):
@@ -111,7 +112,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def check_tensor_file(path: str | os.PathLike[str]) -> int:
-    """The size of a safetensors file, which must be what its first bytes say it is: :func:`tensor_file`."""
+    """The size of a safetensors file, which must be what its first bytes say it is: ``tensor_file``."""
     with tensor_file(path) as (file, *_):
         return os.fstat(file.fileno()).st_size
 

@@ -34,8 +34,8 @@ _SHARING: ContextVar[Group | None] = ContextVar("the group of the block of toget
 class Processes:
     """The processes of a group of torch.distributed, or this one alone where there is no group.
 
-    Every process makes the same calls in the same order. What one gives to :meth:`gather` or :meth:`add` takes a
-    failure of another into account: whoever fails inside :meth:`together` says so where the others wait next.
+    Every process makes the same calls in the same order. What one gives to [`gather`][] or [`add`][] takes a
+    failure of another into account: whoever fails inside [`together`][] says so where the others wait next.
 
     Args:
         group: The group; torch.distributed's default one if None.
@@ -62,7 +62,7 @@ class Processes:
     def together(self) -> Iterator[None]:
         """A block that all processes get through, or in which all raise: the one that failed its own error.
 
-        Inside it, :func:`processes` gives those of this group.
+        Inside it, [`processes`][] gives those of this group.
 
         Raises:
             PeerError: another process failed, or was stopped.
@@ -150,10 +150,10 @@ def processes(group: Group | None = None) -> Processes:
     """Those that share a task now.
 
     Args:
-        group: Their group. If None, that of the block of :meth:`Processes.together` that is running; outside of any,
+        group: Their group. If None, that of the block of [`Processes.together`][] that is running; outside of any,
             torch.distributed's default group.
 
-    Example:
+    Examples:
         >>> processes().gather("alone")
         ['alone']
     """
@@ -161,11 +161,11 @@ def processes(group: Group | None = None) -> Processes:
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, whose error in one process is an error in all of them: :meth:`Processes.together` around a call.
+    """``function``, whose error in one process is an error in all of them: [`Processes.together`][] around a call.
 
     An argument ``group`` of the call names the processes.
 
-    Example:
+    Examples:
         >>> together(len)("ab")
         2
     """

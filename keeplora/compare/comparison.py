@@ -69,7 +69,7 @@ def comparison(
 
     Args:
         benchmark: ``embedded``, ``minilm``, ``clip-b16``, or a TOML file of one's own like those in
-            ``keeplora/compare/settings``: what :func:`~keeplora.train.config.load_config` takes without ``methods``,
+            ``keeplora/compare/settings``: what [`load_config`][] takes without ``methods``,
             plus ``[budget.small]`` and ``[budget.full]`` with what differs between them, ``[groups]`` with lists of
             names, and ``like = "name"`` in a ``[method.…]`` for one that shares its settings, and its method, with
             another.
@@ -80,7 +80,7 @@ def comparison(
         workers: Runs at the same time.
         plugins: Modules to import first, besides those of the file, for the methods they register.
         fronts: Run every method at each of these multiples of its learning rate, as ``METHOD@RATE``, evaluated on both
-            splits; for :func:`~keeplora.report.fronts_table.report_fronts`.
+            splits; for ``report_fronts``.
         reference: With ``fronts``, the method that the others are to be tested against; checked here.
 
     Raises:

@@ -36,7 +36,7 @@ def run_benchmark(
 ) -> list[RunRecord]:
     """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
 
-    Results land in ``config.out`` (see :mod:`keeplora.train.record`). Finished pairs are read back, pairs
+    Results land in ``config.out`` (see ``keeplora.train.record``). Finished pairs are read back, pairs
     that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
     loaded already need not be loaded again. A folder that was begun with another keeplora or torch is gone on with if
     ``accept_versions``.
@@ -145,7 +145,7 @@ def _unsuited(config: RunConfig, label: str) -> str:
 
 
 def check_methods(config: RunConfig, workload: Workload, labels: Collection[str] | None = None) -> None:
-    """As :func:`check_settings`, and for a method that cannot handle the benchmark's model. Nothing is trained.
+    """As ``check_settings``, and for a method that cannot handle the benchmark's model. Nothing is trained.
 
     Of ``labels`` alone the methods are tried on the model; None: of all. Without any, no model is loaded.
     """

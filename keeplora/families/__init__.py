@@ -1,6 +1,6 @@
 """Model families: each turns a model into one flat list of targets. Optional libraries are imported inside.
 
-A family is one file of this package that has what :class:`~keeplora.families.family.Family` asks for; it is found.
+A family is one file of this package that has what ``Family`` asks for; it is found.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class _Given:
         return self.other_masks if self.is_other(x) else self.masks
 
     def match(self, x: Tensor, sequence_first: bool | None, past: int | None) -> Matched | None:
-        """:func:`match`, once for all layers whose inputs have the same axes."""
+        """``match``, once for all layers whose inputs have the same axes."""
         masks = self.masks_of(x)
         key = (masks is self.other_masks, x.shape[:-1], x.device, sequence_first)
         if key not in self.matches:

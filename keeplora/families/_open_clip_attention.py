@@ -34,7 +34,7 @@ def attention_host() -> type[LoraHost]:
     from open_clip.transformer import Attention
 
     class LoraOpenClipAttention(LoraHost, Attention):  # type: ignore[misc]
-        """:class:`open_clip.transformer.Attention` around the same parameters, with adapters.
+        """``open_clip.transformer.Attention`` around the same parameters, with adapters.
 
         ``softmax(q kᵀ)`` with whatever the block has of normalised queries and keys, cosine logits, head scales and
         inner normalisation.
@@ -78,7 +78,7 @@ def attention_host() -> type[LoraHost]:
             return dropped
 
         def plain(self) -> Attention:
-            """An :class:`open_clip.transformer.Attention` around the same parameters, without adapters."""
+            """An ``open_clip.transformer.Attention`` around the same parameters, without adapters."""
             layer = Attention.__new__(Attention)
             nn.Module.__init__(layer)
             take_over(layer, self)

@@ -27,9 +27,13 @@ class ImageTextModel(Protocol):
 
     logit_scale: Tensor
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Features ``[n, d]`` of images."""
+        ...
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Features ``[n, d]`` of tokenised texts ``[n, context]``."""
+        ...
 
 
 class ClassHead(nn.Module):
@@ -56,7 +60,7 @@ class ClassHead(nn.Module):
 
 
 def is_image_text_model(model: nn.Module) -> bool:
-    """Whether ``model`` has both towers and a temperature: an :class:`ImageTextModel`."""
+    """Whether ``model`` has both towers and a temperature: an [`ImageTextModel`][]."""
     return all(hasattr(model, name) for name in ("encode_image", "encode_text", "logit_scale"))
 
 
@@ -93,9 +97,10 @@ def adjusted_logits(model: nn.Module, logits: Tensor, images: Tensor, tokens: Te
     take part.
 
     Args:
-        images: ``[n, d]``, the normalised image features. tokens: ``[classes, context]``, the scored classes' prompts.
+        images: ``[n, d]``, the normalised image features.
+        tokens: ``[classes, context]``, the scored classes' prompts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> adjusted_logits(nn.Identity(), torch.ones(1, 2), torch.ones(1, 4), torch.zeros(2, 3, dtype=torch.int64))
         tensor([[1., 1.]])

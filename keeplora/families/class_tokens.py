@@ -51,7 +51,10 @@ class ClassTokens:
         return x[:, 0 if place == "first" else -1]
 
     def mask(self, slot: LoraSlot, x: Tensor) -> Tensor | None:
-        """The same tokens as a mask for :func:`~keeplora.statistics.feature_statistics`; None where all count."""
+        """The same tokens as a mask for [`feature_statistics`][keeplora.statistics.feature_statistics].
+
+        None where all count.
+        """
         place = self.places.get(slot.target.tower, "first")
         if x.dim() < 3 or place == "mean":
             return None
@@ -87,7 +90,7 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
             at another token than its first.
         ValueError: an attention layer takes ``[tokens, samples, width]``: samples could not be told from tokens.
 
-    Example:
+    Examples:
         >>> tokens, _ = class_tokens(nn.Sequential(nn.Linear(2, 2)))
         >>> tokens.of("model", torch.arange(8.0).view(2, 2, 2))
         tensor([[0., 1.],
@@ -121,7 +124,7 @@ def class_tokens(model: nn.Module) -> tuple[ClassTokens, list[RemovableHandle]]:
 
 @contextmanager
 def class_tokens_of(model: nn.Module) -> Iterator[tuple[ClassTokens, list[RemovableHandle]]]:
-    """:func:`class_tokens`, whose hooks stay if the block gets through; an error in it takes them away."""
+    """[`class_tokens`][], whose hooks stay if the block gets through; an error in it takes them away."""
     tokens, hooks = class_tokens(model)
     try:
         yield tokens, hooks

@@ -49,7 +49,7 @@ class WeightKind:
 class Targets(list[Target]):
     """A list of targets that prints as a table of what is adapted and what is not.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import keeplora
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Linear(4, 2))
@@ -142,7 +142,9 @@ def warn_of_left_out(
     """Say what share of the weights ``target_modules`` means and does not reach, or which blocks it passes over.
 
     Args:
-        among: What ``targets`` were chosen of. names: By which names. towers: Those that were asked for, if any were.
+        among: What ``targets`` were chosen of.
+        names: By which names.
+        towers: Those that were asked for, if any were.
     """
     names = [names] if isinstance(names, str) else list(names)
     if towers is None:

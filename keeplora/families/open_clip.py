@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
         ValueError: no block of a known kind was found.
         TypeError: blocks use an attention of their own that reads its weights without calling a layer.
 
-    Example:
+    Examples:
         >>> import open_clip
         >>> model = open_clip.create_model("ViT-S-32", device="meta")
         >>> targets = find_targets(model)

@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
         ValueError: the model has other towers than these (encoder-decoder models, audio), no such tower as asked for,
             or no ``nn.Linear`` in its blocks.
 
-    Example:
+    Examples:
         >>> import transformers
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2

@@ -30,7 +30,7 @@ def refuse_untrainable(caller: str, method: Method) -> None:
 
     Raises:
         ValueError: it never trains, or it trains on the data of all tasks.
-        TypeError: its model is sharded or offloaded (:mod:`keeplora.lora.engines`).
+        TypeError: its model is sharded or offloaded (``keeplora.lora.engines``).
     """
     require_whole(caller, method.model)
     if not method.trains:

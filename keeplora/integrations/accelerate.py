@@ -26,9 +26,9 @@ class OneTask:
     """The task that a method has open, prepared for a loop under Accelerate.
 
     Make it after ``before_task``, for every task anew: the parameters that are trained are new ones. The loop stays as
-    it is, but for one call: :meth:`backward` in place of the accelerator's. It adds the method's penalty; forgetting it
+    it is, but for one call: [`backward`][] in place of the accelerator's. It adds the method's penalty; forgetting it
     raises, where there is a penalty. ``after_step`` runs after every step the optimizer takes. ``save_state`` puts the
-    method's state beside the accelerator's, until another task is made; :func:`resume` reads it.
+    method's state beside the accelerator's, until another task is made; [`resume`][] reads it.
 
     Args:
         accelerator: As ever; mixed precision and accumulated gradients are its business.
@@ -45,7 +45,7 @@ class OneTask:
             this optimizer.
         RuntimeError: no task is open, or the optimizer does not hold its parameters.
 
-    Example:
+    Examples:
         >>> from keeplora import KeepLora, KeepLoraConfig
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -93,7 +93,7 @@ def resume(method: Method, checkpoint: str | os.PathLike[str]) -> None:
     """Bring a method and its model to where they were when ``accelerator.save_state`` wrote ``checkpoint``.
 
     In a new process, with the method around the pretrained model: call it in place of ``before_task``, make the
-    :class:`OneTask`, then let ``accelerator.load_state(checkpoint)`` read the rest.
+    [`OneTask`][], then let ``accelerator.load_state(checkpoint)`` read the rest.
 
     Raises:
         StateError: no state in the checkpoint, a damaged one, or one of another model.

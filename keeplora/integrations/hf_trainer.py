@@ -31,7 +31,7 @@ STORE = "_keeplora-files"
 class KeepLoraCallback(TrainerCallback):
     r"""Lets a ``transformers.Trainer`` train the task that a method has open, and puts the method into its checkpoints.
 
-    The three calls of every loop stay where they are::
+    The three calls of every loop stay where they are:
 
         trainer = Trainer(model, args, train_dataset=task, callbacks=[KeepLoraCallback(keeper)])
         loader = trainer.get_train_dataloader()
@@ -46,12 +46,12 @@ class KeepLoraCallback(TrainerCallback):
 
     A method's penalty Ω counts once in every optimizer step, however many batches are accumulated:
 
-    .. math:: g = \nabla \Omega + \nabla \ell
+    $$ g = \nabla \Omega + \nabla \ell $$
 
     before gradients are clipped. Its gradient is added when the model's forward has run on the step's first batch.
     The loss that Trainer logs is ℓ alone.
 
-    Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process :meth:`resume` reads it,
+    Every checkpoint gets a folder ``keeplora`` with the method's state; in a new process [`resume`][] reads it,
     before ``train(resume_from_checkpoint=…)`` reads the rest. Checkpoints share what earlier tasks left by hard links
     to ``_keeplora-files`` beside them, which keeps what any of them needs, whichever Trainer deletes.
 
@@ -60,17 +60,17 @@ class KeepLoraCallback(TrainerCallback):
     them away (DeepSpeed, FSDP, offloading), and several GPUs in one process, are refused.
 
     Args:
-        method: A :class:`keeplora.KeepLora`, or another method, of the model that is trained or of a part of it.
+        method: A [`keeplora.KeepLora`][], or another method, of the model that is trained or of a part of it.
 
     Raises:
         ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint); at ``train()``, the method
             cannot be trained with this optimizer.
         TypeError: the model is sharded or offloaded.
         RuntimeError: ``train()`` begins while no task is open, or with an optimizer made for an earlier task, or goes
-            on from a checkpoint that :meth:`resume` has not read; or Trainer took a step without calling the model's
+            on from a checkpoint that [`resume`][] has not read; or Trainer took a step without calling the model's
             forward, which leaves the penalty out.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from keeplora import KeepLora, KeepLoraConfig
         >>> from torch import nn
@@ -124,6 +124,7 @@ class KeepLoraCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **_: Any,
     ) -> None:
+        """Refuse where no task is open or the optimizer is an earlier task's; honour what the method asks for."""
         assert model is not None
         require_whole("KeepLoraCallback", self.method.model)
         require_whole("KeepLoraCallback", model, around=True)
@@ -153,6 +154,7 @@ class KeepLoraCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next forward adds the penalty."""
         self._penalty_due = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -163,6 +165,7 @@ class KeepLoraCallback(TrainerCallback):
             self._hooks.add_penalty_gradient()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the method's state beside Trainer's checkpoint."""
         if not state.is_world_process_zero:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -181,6 +184,7 @@ class KeepLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
+        """Take the hooks away."""
         if self._hooks is None or model is None:
             return
         self._hooks.close()

@@ -41,7 +41,7 @@ class OneTask(lightning.LightningModule):
         RuntimeError: in ``fit``: no task is open, or the optimizer does not hold its parameters, or checkpoints are
             asked for of a method that cannot be saved in an open task.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from keeplora import KeepLora, KeepLoraConfig
         >>> from torch import nn
@@ -75,12 +75,15 @@ class OneTask(lightning.LightningModule):
         return self._hooks.with_penalty(loss)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
+        """``loss_fn(model, batch)`` plus the penalty."""
         return self.with_penalty(self.loss_fn(self.model, batch))
 
     def configure_optimizers(self) -> Any:
+        """The method's own optimizer with the options given."""
         return self.method.optimizer(**self._options)
 
     def on_train_start(self) -> None:
+        """Refuse an optimizer that would break the promise of the method, or make it keep it."""
         optimizers = self.trainer.optimizers
         if len(optimizers) != 1:
             raise ValueError(f"OneTask: configure_optimizers must return one optimizer, got {len(optimizers)}.")
@@ -88,10 +91,12 @@ class OneTask(lightning.LightningModule):
         self._hooks = TaskHooks("OneTask", self.method, optimizers[0], remedy)
 
     def on_train_end(self) -> None:
+        """Take the hooks away."""
         if self._hooks is not None:
             self._hooks.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the method's state into Lightning's checkpoint."""
         state = self.method.state()
         checkpoint["keeplora"] = {"tensors": state.tensors, "meta": state.meta}
 

@@ -23,7 +23,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 class LoraAdapter(nn.Module):
     r"""A low-rank update of one weight matrix (Hu et al. 2022, arXiv:2106.09685).
 
-    .. math:: \Delta W = c\,(B - B_0)\,A, \qquad c = s\,\lambda_l
+    $$ \Delta W = c\,(B - B_0)\,A, \qquad c = s\,\lambda_l $$
 
     Args:
         a: ``[r, in]``. Frozen unless ``train_a``.
@@ -31,7 +31,7 @@ class LoraAdapter(nn.Module):
         scaling: c, the product of ``alpha / r`` (or ``alpha / sqrt(r)``) and the depth scale.
         train_a: Whether A is trained too.
         dropout: Probability of dropping an input of A during training.
-        origin: :math:`B_0` ``[out, r]``: a start B that must not change the function. The update counts from
+        origin: $B_0$ ``[out, r]``: a start B that must not change the function. The update counts from
             it, so the frozen weight is never touched (KeepLoRA's ``W ← W − s B_0 A``, without its rounding).
     """
 
@@ -58,6 +58,7 @@ class LoraAdapter(nn.Module):
 
     @property
     def rank(self) -> int:
+        """r, the number of rows of A."""
         return self.A.shape[0]
 
     def update(self) -> Tensor:
@@ -94,6 +95,7 @@ class LoraAdapter(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
+        """Sizes and scale, for ``print(model)``."""
         return f"in={self.A.shape[1]}, out={self.B.shape[0]}, rank={self.rank}, scaling={self.scaling:.4g}"
 
 

@@ -31,18 +31,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 class LoraAttention(LoraHost, nn.MultiheadAttention):
     r"""Multi-head attention whose q, k, v weights carry adapters, in one fused projection where it is fused.
 
-    .. math:: \mathrm{out}\Bigl(\mathrm{softmax}\bigl(Q K^\top / \sqrt d\bigr) V\Bigr), \quad
-              Q = x (W_q + c_q B_q A_q)^\top + b_q, \ldots
+    $$
+    \mathrm{out}\Bigl(\mathrm{softmax}\bigl(Q K^\top / \sqrt d\bigr) V\Bigr), \quad
+    Q = x (W_q + c_q B_q A_q)^\top + b_q, \ldots
+    $$
 
     It takes over the parameters of ``base`` (the same objects, the same state-dict keys), and is an
     ``nn.MultiheadAttention``: ``batch_first`` or not, masks, key/value of other width, attention weights on
-    request. ``out_proj`` becomes a :class:`~keeplora.lora.LoraLinear`, so its adapter is applied once.
+    request. ``out_proj`` becomes a [`LoraLinear`][], so its adapter is applied once.
 
     Raises:
         TypeError: ``base`` is not an ``nn.MultiheadAttention``.
         ValueError: ``base`` adds bias_k/bias_v or a zero attention row.
 
-    Example:
+    Examples:
         >>> from keeplora.lora import LoraAttention
         >>> x = torch.randn(2, 5, 16)
         >>> layer = LoraAttention(nn.MultiheadAttention(16, 4, batch_first=True))
@@ -87,7 +89,7 @@ class LoraAttention(LoraHost, nn.MultiheadAttention):
         self._init_host()
 
     def add_slot(self, slot: str, parameter: str, rows: Rows, target: Target | None = None) -> LoraSlot:
-        """As :meth:`LoraHost.add_slot`, for ``q_proj``, ``k_proj`` and ``v_proj`` with the weights they stand for."""
+        """As [`LoraHost.add_slot`][], for ``q_proj``, ``k_proj`` and ``v_proj`` with the weights they stand for."""
         known = {t.name[2:]: (t.parameter, t.rows) for t in attention_targets("x", self, 0, "")[:3]}
         if known.get(slot) != (parameter, rows):
             raise ValueError(

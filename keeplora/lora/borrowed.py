@@ -50,6 +50,7 @@ class BorrowedLinear(LoraHost):
         return kind(target, self, slot, parameter, rows)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The borrowed layer's output, and the adapter's added to it."""
         if self.observer is not None:
             self.observer(self, {"weight": x})
         y: Tensor = self.base(x, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Engines that keep a model's weights elsewhere: cut up, on the host, on disk; how each is recognised, and what to do.
 
-A method reads and writes whole weights. Every public call looks for what is in :data:`ENGINES` before it does anything.
+A method reads and writes whole weights. Every public call looks for what is in ``ENGINES`` before it does anything.
 Classes are known by name: nothing is imported, and what is not installed needs no import.
 """
 
@@ -61,7 +61,7 @@ def require_whole(
         structure: Whether a model that is on the meta device as a whole will do, to look at its targets.
 
     Raises:
-        TypeError: an engine of :data:`ENGINES` is there; the module and its class are named.
+        TypeError: an engine of ``ENGINES`` is there; the module and its class are named.
     """
     wanted = set(adapted)
     bare = structure and all(parameter.is_meta for parameter in model.parameters())

@@ -1,6 +1,6 @@
 r"""What a weight is before it is rounded to its layer's dtype: from the pretrained one and all that was merged.
 
-.. math:: W = W_0 + \sum_t c_t B_t A_t
+$$ W = W_0 + \sum_t c_t B_t A_t $$
 
 in float32, added up in the order of the tasks. A weight in float32 is that sum itself. Of one in half precision the
 pretrained weight is kept in main memory, in its own dtype, with the factors: half of the bytes of a float32 copy, none

@@ -58,8 +58,10 @@ class _Routing:
 class LoraExperts(LoraHost):
     r"""The experts of one layer, each with an adapter of its own for each of its weights.
 
-    .. math:: y_t = \sum_{e\ \text{of}\ t} w_{t,e}\, D_e\, \phi(U_e x_t), \qquad
-              U_e = W_e + c_e (B_e - B_{0,e}) A_e, \quad D_e \text{ likewise}
+    $$
+    y_t = \sum_{e\ \text{of}\ t} w_{t,e}\, D_e\, \phi(U_e x_t), \qquad
+    U_e = W_e + c_e (B_e - B_{0,e}) A_e, \quad D_e \text{ likewise}
+    $$
 
     It stands in for the module it is made of: the same parameters under the same names, its activation, its routing.
     Without adapters, and while nobody looks, the module's own forward runs. Else tokens are sorted by expert; products
@@ -194,7 +196,7 @@ class LoraExperts(LoraHost):
 
     @contextmanager
     def _routed(self, hidden_states: Tensor, *routing: Tensor) -> Iterator[_Routing]:
-        """Which tokens go where; observers may ask for :meth:`source` while it is open."""
+        """Which tokens go where; observers may ask for ``source`` while it is open."""
         base: Any = self.__dict__["base"]
         self.check(base)  # it may have been set since
         loops = _implementation(base) == "eager"

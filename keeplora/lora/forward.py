@@ -1,7 +1,7 @@
 """How a layer with adapters computes its output: one product with the merged weight, or the frozen one's plus theirs.
 
 Both give ``y = x (W + Σ c_i E_i (B_i − B_{0,i}) A_i)ᵀ + b``, where ``E_i`` places adapter i in its rows of the weight.
-Merged: the weight in the brackets is formed anew in every forward (:mod:`.merge_ahead` does it for all layers
+Merged: the weight in the brackets is formed anew in every forward (``merge_ahead`` does it for all layers
 at once), so it cannot be out of date, and is multiplied with like any frozen weight. Training needs ``t = x Aᵀ
 [tokens, r]`` besides, and keeps that instead of x; the A's are stacked and cast where the weight is formed. Factored:
 ``x Aᵀ`` and its product with B, added to the frozen layer's output; no second copy of the weight.

@@ -26,7 +26,7 @@ class LoraHost(nn.Module):
     """A layer whose weights carry adapters in named slots, each a row range of one of the layer's own frozen weights.
 
     ``LoraLinear`` has the slots its targets name (usually one), ``LoraAttention`` q, k and v. How an output is computed
-    is told in :mod:`keeplora.lora.forward`, from top to bottom.
+    is told in ``keeplora.lora.forward``, from top to bottom.
     """
 
     slots: nn.ModuleDict

@@ -13,7 +13,7 @@ __all__ = ["LoraLinear"]
 class LoraLinear(LoraHost, nn.Linear):
     r"""A linear layer with low-rank adapters on all of its rows, or on row ranges of a fused weight.
 
-    .. math:: y = x W^\top + b + c\,(x A^\top)(B - B_0)^\top
+    $$ y = x W^\top + b + c\,(x A^\top)(B - B_0)^\top $$
 
     It takes over ``base.weight`` and ``base.bias`` (the same ``Parameter`` objects, the same state-dict keys), and
     is an ``nn.Linear``. Without an adapter it computes what ``base`` does, bit for bit.
@@ -26,7 +26,7 @@ class LoraLinear(LoraHost, nn.Linear):
     Raises:
         TypeError: ``base`` is not an ``nn.Linear``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from keeplora.lora import LoraAdapter, LoraLinear
         >>> layer = LoraLinear(nn.Linear(8, 4))
@@ -46,6 +46,7 @@ class LoraLinear(LoraHost, nn.Linear):
         self._init_host()
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[…, in]`` to ``[…, out]``, by the formula above."""
         if self.observer is not None:
             self.observer(self, dict.fromkeys(self.slots, x))
         return own_linear(self, x, "weight", self.bias)

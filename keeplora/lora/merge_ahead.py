@@ -60,7 +60,7 @@ def merge_ahead(model: nn.Module) -> list[RemovableHandle]:
     between the start of a forward and a layer's turn in it is noticed by torch's version counters; one through
     ``.data`` that happens just there leaves no trace and counts from the next forward on.
 
-    Example:
+    Examples:
         >>> from keeplora.lora import linear_targets, merge_ahead, wrap
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
         >>> slots = wrap(model, linear_targets(model))

@@ -27,15 +27,17 @@ Bases = Mapping[nn.Parameter, Tensor]
 class ProjectedAdamW(Optimizer):
     r"""AdamW, and parameters with a basis stay orthogonal to it.
 
-    .. math:: g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad P = I - QQ^T
+    $$ g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad P = I - QQ^T $$
 
     Projecting the gradient alone would not do: Adam rescales element by element and leaves the subspace. On a GPU all
     parameters with a basis are stepped in one launch. Parameters without one are stepped by torch's own AdamW.
 
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimizer.
-        lr, betas, eps, weight_decay: As in :class:`torch.optim.AdamW`. ``lr`` is a number, and stays in a captured
-            CUDA graph what it was.
+        lr: As in ``torch.optim.AdamW``, but a number. A captured CUDA graph keeps what it was.
+        betas: As in ``torch.optim.AdamW``.
+        eps: As in ``torch.optim.AdamW``.
+        weight_decay: As in ``torch.optim.AdamW``.
         bases: ``Q [in, k]`` with orthonormal columns by parameter ``A [r, in]``, with its dtype (float32 or float64)
             and device. They are no part of ``state_dict()``: whoever makes the optimizer gives them.
         capturable: Count steps on the device, so that a captured CUDA graph advances.
@@ -47,7 +49,7 @@ class ProjectedAdamW(Optimizer):
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, alg. 2, with the projections of
     Saha et al., "Gradient Projection Memory", ICLR 2021.
 
-    Example:
+    Examples:
         >>> a, q = nn.Parameter(torch.tensor([[0.0, 1.0]])), torch.tensor([[1.0], [0.0]])
         >>> optimizer = ProjectedAdamW([a], lr=0.1, weight_decay=0.0, bases={a: q})
         >>> a.sum().backward()
@@ -186,12 +188,13 @@ class ProjectedAdamW(Optimizer):
 
 
 class Confinement:
-    """What :func:`confine` returns; :meth:`remove` (or the end of a ``with`` block) takes the hooks away."""
+    """What [`confine`][] returns; ``remove`` (or the end of a ``with`` block) takes the hooks away."""
 
     def __init__(self, handles: Sequence[torch.utils.hooks.RemovableHandle]):
         self._handles = list(handles)
 
     def remove(self) -> None:
+        """Take the hooks off the optimizer. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
 
@@ -205,11 +208,11 @@ class Confinement:
 def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
     r"""Keep parameters of any optimizer orthogonal to bases, by projections before and after each of its steps.
 
-    .. math:: g \leftarrow gP, \quad \text{the optimizer's step}, \quad A \leftarrow AP, \qquad P = I - QQ^T
+    $$ g \leftarrow gP, \quad \text{the optimizer's step}, \quad A \leftarrow AP, \qquad P = I - QQ^T $$
 
     In place and without a record for autograd; on a GPU each of the two is one launch for all parameters. What the
     optimizer remembers is left alone: momentum from before the call may lie inside, and only its effect on the
-    parameters is taken out. For AdamW there is :class:`ProjectedAdamW`, which does all of it in one launch.
+    parameters is taken out. For AdamW there is [`ProjectedAdamW`][], which does all of it in one launch.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, or a wrapper that holds one as ``optimizer`` (Accelerate's,
@@ -223,7 +226,7 @@ def confine(optimizer: Optimizer, bases: Bases) -> Confinement:
     Raises:
         TypeError, ValueError: a basis does not fit its parameter, or the parameter is not the optimizer's.
 
-    Example:
+    Examples:
         >>> a, q = nn.Parameter(torch.tensor([[0.0, 1.0]])), torch.tensor([[1.0], [0.0]])
         >>> optimizer = torch.optim.SGD([a], lr=0.1)
         >>> with confine(optimizer, {a: q}):

@@ -180,7 +180,7 @@ def _noted(note: Mapping[str, Any], tensors: Path) -> str:
 
 
 def read_note(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What :func:`write` noted of the checkpoint in a folder; None where it was made by others.
+    """What ``write`` noted of the checkpoint in a folder; None where it was made by others.
 
     Raises:
         ValueError: ``keeplora.json`` cannot be read.
@@ -272,7 +272,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def split(slots: Sequence[LoraSlot], layers: Mapping[str, Update]) -> dict[str, Update]:
-    """A checkpoint's layers as updates of targets, by name: the reverse of :func:`layers_of`.
+    """A checkpoint's layers as updates of targets, by name: the reverse of ``layers_of``.
 
     Directions of a fused weight that do nothing in a target's rows are left out there.
 

@@ -34,7 +34,10 @@ class LoraSlot(nn.Module):
 
     Attributes:
         target: The weight as it was chosen: name, depth, tower.
-        host: The layer. slot: The name of this place in it. parameter, rows: Which of its weights, and which rows.
+        host: The layer.
+        slot: The name of this place in it.
+        parameter: Which of its weights.
+        rows: Which rows of that, or None for all.
         adapter: Attached or None.
         exact: What the weight is before it is rounded to the layer's dtype.
     """
@@ -52,6 +55,7 @@ class LoraSlot(nn.Module):
 
     @property
     def name(self) -> str:
+        """The target's name."""
         return self.target.name
 
     @property
@@ -66,7 +70,7 @@ class LoraSlot(nn.Module):
         return self.part(self.whole)
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The slot's ``[out, in]`` of a tensor of the shape of :attr:`whole`: a view."""
+        """The slot's ``[out, in]`` of a tensor of the shape of [`whole`][]: a view."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     @property
@@ -96,6 +100,7 @@ class LoraSlot(nn.Module):
         self.exact.forget(self.weight)
 
     def attach(self, adapter: LoraAdapter) -> None:
+        """Put an adapter here. One that is there already is a ``RuntimeError``, wrong shapes are a ``ValueError``."""
         weight = self.weight
         if self.adapter is not None:
             raise RuntimeError(f"attach: slot {self.slot!r} already holds an adapter. Merge or detach it first.")
@@ -107,6 +112,7 @@ class LoraSlot(nn.Module):
         self.adapter = adapter.to(weight.device).train(self.host.training)
 
     def detach(self) -> None:
+        """Take the adapter away, without merging it."""
         self.adapter = None
 
     def begin_merge(self) -> None:
@@ -114,7 +120,7 @@ class LoraSlot(nn.Module):
         self.exact.begin(self.weight)
 
     def merge(self) -> None:
-        """:func:`merge_adapters` of this slot alone."""
+        """[`merge_adapters`][] of this slot alone."""
         merge_adapters([self])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -123,6 +129,7 @@ class LoraSlot(nn.Module):
         return result
 
     def extra_repr(self) -> str:
+        """Weight and rows, for ``print(model)``."""
         return self.parameter if self.rows is None else f"{self.parameter}[{self.rows[0]}:{self.rows[1]}]"
 
 
@@ -135,8 +142,8 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     """``W ← W + c (B − B₀) A`` of every slot with an adapter, exact to float32 rounding, rounded once to its dtype.
 
     An adapter of another kind is merged as its ``plain()`` writes it. Roundings do not pile up over tasks
-    (:mod:`keeplora.lora.exact`). One call of the op for as many weights as their merged copies may take memory at a
-    time (:func:`keeplora.math.batch.portions`).
+    (``keeplora.lora.exact``). One call of the op for as many weights as their merged copies may take memory at a
+    time (``keeplora.math.batch.portions``).
     """
     turned = []
     held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]

@@ -49,9 +49,9 @@ def linear_targets(model: nn.Module) -> list[Target]:
     """Every ``nn.Linear`` of ``model``, in order of definition: tower ``model``, depth = position in the list.
 
     The finder for models no integration knows. ``nn.MultiheadAttention`` gives q, k, v and out_proj, and experts in
-    weights of three dimensions one target each (:func:`expert_targets`), all of a module at one depth.
+    weights of three dimensions one target each (``expert_targets``), all of a module at one depth.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> [t.name for t in linear_targets(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
         ['0', '2']
@@ -165,7 +165,7 @@ def _suffixes(name: str) -> list[str]:
 def depth_positions(targets: Sequence[Target]) -> dict[str, tuple[int, int]]:
     """``{target name: (l, L)}``: the position l = 0 … L − 1 of its block among the adapted blocks of its tower.
 
-    Example:
+    Examples:
         >>> blocks = [Target(f"b{i}.fc", f"b{i}.fc", "weight", None, i, "vision") for i in (2, 5, 9)]
         >>> depth_positions(blocks)
         {'b2.fc': (0, 3), 'b5.fc': (1, 3), 'b9.fc': (2, 3)}
@@ -180,7 +180,7 @@ def depth_positions(targets: Sequence[Target]) -> dict[str, tuple[int, int]]:
 def depth_factor(gamma: float, position: int, count: int) -> float:
     """λ_l = γ + (1 − γ) l/(L − 1) for l = ``position`` of L = ``count`` blocks; 1 for a single block.
 
-    Example:
+    Examples:
         >>> [round(depth_factor(0.2, l, 5), 3) for l in (0, 2, 4)]
         [0.2, 0.6, 1.0]
     """

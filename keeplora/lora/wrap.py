@@ -27,18 +27,18 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
     Nothing is computed differently until an adapter is attached. Parameters stay the same objects under the
     same state-dict names. A layer that stands in several places of the model is one layer, with one adapter, in all of
     them; targets name one of the places. Either all layers are replaced or, on an error, none. Frozen 4-bit layers of
-    bitsandbytes keep the layout that has a gradient (:func:`~keeplora.lora.four_bit.keep_differentiable`).
+    bitsandbytes keep the layout that has a gradient (``keep_differentiable``).
 
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
             an adapted weight is shared with another layer (tied weights: one update would change both).
         TypeError: a target's layer is of another kind, or has a forward or a parametrization of its own, or its weight
-            is sharded, offloaded or quantised (:mod:`keeplora.lora.engines`).
+            is sharded, offloaded or quantised (``keeplora.lora.engines``).
         RuntimeError: the model is wrapped already, a layer carries hooks or a forward set on it (they would be lost),
             or torch's encoder layers would bypass the adapters in inference. What accelerate's ``device_map`` set on a
             layer to bring inputs to its device goes over to its replacement.
 
-    Example:
+    Examples:
         >>> from keeplora.lora import linear_targets, unwrap, wrap
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [slot.name for slot in wrap(model, linear_targets(model))]
@@ -77,7 +77,7 @@ _READ_BY: dict[str, type[nn.Module]] = {"out_proj": nn.MultiheadAttention}
 
 
 def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | None = None) -> None:
-    """Let :func:`wrap` replace modules of type ``plain`` by ``host(module)``, and ``unwrap`` by its ``plain()``.
+    """Let [`wrap`][] replace modules of type ``plain`` by ``host(module)``, and ``unwrap`` by its ``plain()``.
 
     Args:
         reads: The name of a child whose weight ``plain`` reads without calling it: to adapt the child, ``plain`` is

@@ -25,7 +25,7 @@ _most: ContextVar[int] = ContextVar("most", default=BATCH_BYTES)
 def within(budget: int) -> Iterator[None]:
     """Work on no more layers together than ``budget`` bytes have room for; a single one always is.
 
-    Example:
+    Examples:
         >>> with within(4 * 8 * 4):
         ...     [*portions([torch.zeros(2, 2)] * 3)]
         [[0], [1], [2]]
@@ -74,7 +74,7 @@ def padded(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
 def portions(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield positions in their order, as many at a time as lie on one device and have a float64 copy within bounds.
 
-    Example:
+    Examples:
         >>> [*portions([torch.zeros(2, 2)] * 3)]
         [[0, 1, 2]]
     """

@@ -23,10 +23,10 @@ _hashed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def digest(weights: Iterable[tuple[str, Tensor]], *, remembered: bool = False) -> str:
     r"""Of names, dtypes, shapes and every value of tensors, the same on every device.
 
-    .. math:: h_j = \sum_{i < 2^{15}} m_i\, v_{j, i} \bmod 2^{64}
+    $$ h_j = \sum_{i < 2^{15}} m_i\, v_{j, i} \bmod 2^{64} $$
 
     of every block j of a tensor's bytes, read as words v of 32 bits, with odd multipliers m; then SHA-256 of all h. A
-    single word that differs is always seen, several with a probability of at least :math:`1 - 2^{-32}`.
+    single word that differs is always seen, several with a probability of at least $1 - 2^{-32}$.
 
     Args:
         remembered: Whether a tensor in main memory that was hashed before need not be again while the plain sum of its
@@ -43,7 +43,7 @@ def digest(weights: Iterable[tuple[str, Tensor]], *, remembered: bool = False) -
 
 
 def _remembered(weight: Tensor) -> bytes:
-    """:func:`_sums`, of a tensor that may have been hashed before."""
+    """``_sums``, of a tensor that may have been hashed before."""
     raw = _bytes(weight)
     whole = len(raw) // 8 * 8
     if raw.storage_offset() % 8:
@@ -59,7 +59,7 @@ def _remembered(weight: Tensor) -> bytes:
 
 @torch.no_grad()
 def sums(weight: Tensor, *, remembered: bool = False) -> bytes:
-    """Of one tensor the sums of its blocks, int64; ``remembered`` as of :func:`digest`."""
+    """Of one tensor the sums of its blocks, int64; ``remembered`` as of ``digest``."""
     return _remembered(weight) if remembered and weight.device.type == "cpu" else _sums(weight)
 
 

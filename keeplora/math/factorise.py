@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         iterative_from: leading eigenvectors of matrices with at least so many rows are first tried by subspace
-            iteration (:func:`keeplora.math.sketch.leading_eigenvectors`), which gives up where the rank is not small.
+            iteration (``keeplora.math.sketch.leading_eigenvectors``), which gives up where the rank is not small.
         qr_from: a basis of what is free is formed by a complete QR where there are at least so many inputs; below, an
             eigendecomposition gives it, of many layers at once.
         qr: whether columns that are nearly orthonormal are made so by QR, else by products alone.
@@ -56,7 +56,7 @@ CUDA_LOOPS = Plan(iterative_from=768, qr_from=0, qr=False, host_up_to=128)  # to
 def plan_for(device: str, version: str = torch.__version__) -> Plan:
     """The plan for a type of device, and a version of torch.
 
-    Example:
+    Examples:
         >>> plan_for("cpu") is CPU, plan_for("cuda", "2.11.0+cu130") is CUDA_LOOPS, plan_for("cuda", "2.12.0") is CUDA
         (True, True, True)
     """
@@ -75,7 +75,7 @@ def symmetric_eigh(c: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(values […, d], vectors […, d, d])`` on the device of ``c``, ascending.
 
-    Example:
+    Examples:
         >>> symmetric_eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
         tensor([1., 2.])
     """

@@ -11,7 +11,7 @@ __all__ = ["first_not_finite"]
 def first_not_finite(tensors: Sequence[Tensor]) -> int | None:
     """The position of the first tensor with a NaN or an infinity; None where all are finite. One transfer for all.
 
-    Example:
+    Examples:
         >>> first_not_finite([torch.ones(2), torch.tensor([0.0, float("nan")])])
         1
     """

@@ -46,16 +46,16 @@ def top_directions(
 ) -> list[TopDirections]:
     r"""The leading singular triples of every ``G P``, ``P = I − QQᵀ``, without forming ``P``.
 
-    .. math:: G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0
+    $$ G P \approx U_r\, \mathrm{diag}(s)\, A, \qquad A A^T = I, \qquad A Q = 0 $$
 
-    Randomized block Krylov SVD (:func:`keeplora.math.sketch.row_space`, width ``r``, 4 steps, on a CPU fewer where
-    they would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction
-    may still gain a tenth after those); where its space would be about as large as the matrix, the exact
-    factorisation. Measured energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall
-    faster, and ≥ 0.98 of directions ``i … r`` for every i, also where one direction holds nearly all of it. In
-    float32 less (0.88) of directions that are 1e-4 as long as most of the r. Singular values at the rounding level
-    of ``G`` are not directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of
-    any size: it is scaled by a power of two first.
+    Randomized block Krylov SVD (``keeplora.math.sketch.row_space``, width ``r``, 4 steps, on a CPU fewer where they
+    would add nothing, neither to all directions together nor to the worst; 8 for layers whose worst direction may still
+    gain a tenth after those); where its space would be about as large as the matrix, the exact factorisation. Measured
+    energy, as a fraction of the optimal: ≥ 0.9995 for ``σ_i ~ i^-0.3`` and all that fall faster, and ≥ 0.98 of
+    directions ``i … r`` for every i, also where one direction holds nearly all of it. In float32 less (0.88) of
+    directions that are 1e-4 as long as most of the r. Singular values at the rounding level of ``G`` are not
+    directions: ``r`` shrinks, to 0 if ``G`` lies inside ``Q`` or nothing is left. ``g`` may be of any size: it is
+    scaled by a power of two first.
 
     Args:
         g: ``[out_i, in_i]`` each, all float32 or all float64, finite.
@@ -66,7 +66,7 @@ def top_directions(
         check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
 
     Returns:
-        One :class:`TopDirections` per layer, in the dtype of ``g``.
+        One [`TopDirections`][] per layer, in the dtype of ``g``.
 
     Raises:
         ValueError: shapes, lengths, ``rank`` or values (NaN, infinite) break the rules above.
@@ -75,7 +75,7 @@ def top_directions(
     Source: KeepLoRA's initialisation, arXiv:2601.19659, sec. 3.3; Halko, Martinsson & Tropp, "Finding structure
     with randomness", 2011; Musco & Musco, "Randomized block Krylov methods", 2015.
 
-    Example:
+    Examples:
         >>> g = torch.tensor([[5.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
         >>> (top,) = top_directions([g], [torch.tensor([[1.0], [0.0], [0.0]])], 1)
         >>> top.a.abs(), top.s
@@ -107,18 +107,19 @@ def directions_within(
     Where the rows of ``G`` lie nearly in the span of ``V``, those are nearly the triples of ``G``: Rayleigh-Ritz.
 
     Args:
-        images: ``G V [out_i, w_i]`` each. frames: ``V [in_i, w_i]`` with orthonormal columns each; all float32 or all
-            float64. rank: wanted directions, one number or one per layer; fewer where there are fewer.
+        images: ``G V [out_i, w_i]`` each.
+        frames: ``V [in_i, w_i]`` with orthonormal columns each; all float32 or all float64.
+        rank: wanted directions, one number or one per layer; fewer where there are fewer.
 
     Returns:
-        One :class:`TopDirections` per layer.
+        One [`TopDirections`][] per layer.
 
     Raises:
-        ValueError, TypeError: as :func:`top_directions`.
+        ValueError, TypeError: as [`top_directions`][].
 
     Source: the second stage of Halko, Martinsson & Tropp, 2011, sec. 5.1.
 
-    Example:
+    Examples:
         >>> frame = torch.tensor([[0.0], [1.0], [0.0]])
         >>> (top,) = directions_within([torch.tensor([[3.0], [4.0]])], [frame], 2)
         >>> top.a.abs(), top.s
@@ -191,31 +192,31 @@ def weight_basis(w: Sequence[Tensor], weight_energy: float | Sequence[float], *,
     r"""What a pretrained weight knows: its fewest leading singular vectors that hold ``weight_energy``
     of ``‖W‖_F²``.
 
-    .. math:: W = U \Sigma V^T, \qquad Q = V_{:, :k}, \qquad
-              k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
+    $$
+    W = U \Sigma V^T, \qquad Q = V_{:, :k}, \qquad
+    k = \min\,\{ j : \textstyle\sum_{i \le j} \sigma_i^2 \ge \varepsilon \sum_i \sigma_i^2 \}
+    $$
 
-    From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and
-    rank and energy are float64's up to ``weight_energy = 1``. Large sides (:attr:`keeplora.math.factorise.Plan`) first
-    try blocked subspace iteration, which wins where the rank is small.
+    From the Gram matrix of the smaller side in float64: squaring a float32 matrix loses nothing there, and rank and
+    energy are float64's up to ``weight_energy = 1``. Large sides (``keeplora.math.factorise.Plan``) first try blocked
+    subspace iteration, which wins where the rank is small.
 
     Args:
         w: ``[out_i, in_i]`` each, any float dtype, finite.
         weight_energy: ``ε_w`` in [0, 1]; one number or one per layer. 0 protects nothing.
-        side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place:
-            only to repeat the public CLIP code of KeepLoRA, which does so by mistake, and only for square
-            matrices.
+        side: "input" protects input directions, as the method needs. "output" takes ``U`` in their place, for square
+            matrices: only to repeat the public CLIP code of KeepLoRA, which does so by mistake.
 
     Returns:
         ``[in_i, k_i]`` with orthonormal columns each; float64 for float64 weights, else float32.
 
     Raises:
-        ValueError: ``weight_energy``, ``side`` or values break the rules above; a matrix is not square with
-        side="output".
+        ValueError: an argument breaks the rules above; a matrix is not square with ``side="output"``.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
     Source: KeepLoRA, arXiv:2601.19659, sec. 3.1; KeepLoRA++, arXiv:2606.16256.
 
-    Example:
+    Examples:
         >>> (q,) = weight_basis([torch.diag(torch.tensor([1.0, 3.0, 2.0]))], 0.9)
         >>> q.abs()
         tensor([[0., 0.],
@@ -288,36 +289,36 @@ def extend_basis(
     *,
     check_basis: bool = False,
 ) -> list[Extension]:
-    r"""Extend every basis by the fewest directions that bring the captured share of the feature energy to
-    ``feature_energy``.
+    r"""Extend every basis by the fewest directions with which it captures the share ``feature_energy``.
 
-    .. math:: \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
-              V = \text{leading eigenvectors of } P C P
+    $$
+    \frac{\mathrm{tr}([Q, V]^T C\, [Q, V])}{\mathrm{tr}\, C} \ge \varepsilon, \qquad
+    V = \text{leading eigenvectors of } P C P
+    $$
 
     The eigenproblem is solved in float64 inside the complement of ``Q`` (``in − k`` rows: it gets cheaper with every
     task, and eigenvectors cannot lean into ``Q``). On a GPU layers of one width are solved together whatever their k,
     with ``Q`` moved to negative eigenvalues; many inputs, from 1536 on, by blocked subspace iteration where its rank is
-    certain, every block orthonormalised against ``Q`` (:attr:`keeplora.math.factorise.Plan`). The old columns are kept
+    certain, every block orthonormalised against ``Q`` (``keeplora.math.factorise.Plan``). The old columns are kept
     bit for bit. Eigenvalues at the rounding level ``eps ‖C‖_F`` are not directions.
 
     Args:
-        q: ``[in_i, k_i]`` each, orthonormal columns. c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's
-            inputs, symmetric positive semidefinite, same dtype: all float32 or all float64. Or a sketch of it each:
-            then as :func:`keeplora.math.moment.extend_sketched`.
+        q: ``[in_i, k_i]`` each, orthonormal columns.
+        c: ``[in_i, in_i]`` each, ``Σ xᵀx`` of the layer's inputs, symmetric positive semidefinite, same dtype: all
+            float32 or all float64. Or a sketch of it each: then as [`keeplora.math.moment.extend_sketched`][].
         feature_energy: ``ε_f`` in [0, 1]; one number or one per layer.
         check_basis: also verify that ``q`` is orthonormal (costs a product per layer).
 
     Returns:
-        One :class:`Extension` per layer. ``added = 0`` where the basis captures enough already or ``C = 0``.
+        One [`Extension`][] per layer. ``added = 0`` where the basis captures enough already or ``C = 0``.
 
     Raises:
-        ValueError: shapes, lengths, ``feature_energy`` or values break the rules above, or ``c`` is not symmetric
-            positive semidefinite up to rounding.
+        ValueError: an argument breaks the rules above; ``c`` is not symmetric positive semidefinite up to rounding.
         TypeError: wrong dtype, or a single tensor in place of a list.
 
     Source: KeepLoRA, arXiv:2601.19659, sec. 3.4; Gradient Projection Memory, Saha et al., ICLR 2021, sec. 5.
 
-    Example:
+    Examples:
         >>> c = torch.diag(torch.tensor([5.0, 1.0, 4.0]))
         >>> (new,) = extend_basis([torch.tensor([[1.0], [0.0], [0.0]])], [c], 0.9)
         >>> new.q.abs(), new.added, new.fraction

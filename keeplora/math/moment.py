@@ -51,14 +51,15 @@ class SketchedMoment:
 def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
     r"""The best approximation of ``C`` that its image ``Y = C Ω`` alone allows.
 
-    .. math:: F F^T = Y (\Omega^T Y)^{+} Y^T \preceq C
+    $$ F F^T = Y (\Omega^T Y)^{+} Y^T \preceq C $$
 
     Energies found in ``F Fᵀ`` are therefore never more than those of ``C``: what a basis captures of it, it captures
     of the features. A shift ``C + ν I`` with ``ν = eps ‖Y‖₂`` keeps the pseudo-inverse stable and is taken out again;
     the bound holds up to ν.
 
     Args:
-        y: ``[in, w]``, the accumulated ``Σ xᵀ(x Ω)``. omega: ``[in, w]``, the random test matrix. Float32 or float64.
+        y: ``[in, w]``, the accumulated ``Σ xᵀ(x Ω)``.
+        omega: ``[in, w]``, the random test matrix. Float32 or float64.
         total: ``tr C``, summed on its own.
 
     Returns:
@@ -71,7 +72,7 @@ def nystrom(y: Tensor, omega: Tensor, total: float) -> SketchedMoment:
     Source: Tropp, Yurtsever, Udell & Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
     streaming data", 2017, algorithm 3, arXiv:1706.05736.
 
-    Example:
+    Examples:
         >>> c = torch.diag(torch.tensor([3.0, 1.0, 0.0]).double())
         >>> omega = torch.eye(3).double()[:, :2]
         >>> torch.allclose(nystrom(c @ omega, omega, 4.0).factor.square().sum(1), c.diagonal())
@@ -104,22 +105,23 @@ def _check_total(argument: str, total: float) -> None:
 def extend_sketched(
     q: Sequence[Tensor], moments: Sequence[SketchedMoment], feature_energy: float | Sequence[float]
 ) -> list[Extension]:
-    r"""As :func:`keeplora.math.lowrank.extend_basis`, from sketched moments.
+    r"""As [`keeplora.math.lowrank.extend_basis`][], from sketched moments.
 
     New directions are the leading left singular vectors of ``P F``. ``captured`` counts only energy that the sketch
     has seen, so it is a lower bound; where the sketch is too narrow to reach ``feature_energy``, all of it is taken.
 
     Args:
-        q: ``[in_i, k_i]`` each, orthonormal columns. moments: one per layer.
+        q: ``[in_i, k_i]`` each, orthonormal columns.
+        moments: one per layer.
         feature_energy: as there.
 
     Returns:
-        One :class:`Extension` per layer.
+        One [`Extension`][] per layer.
 
     Raises:
         ValueError: lengths or shapes do not fit, ``feature_energy`` is outside [0, 1], or a number is NaN or infinite.
 
-    Example:
+    Examples:
         >>> c = SketchedMoment(torch.diag(torch.tensor([5.0, 4.0, 1.0]).double().sqrt()), 10.0)
         >>> (new,) = extend_sketched([torch.tensor([[1.0], [0.0], [0.0]])], [c], 0.9)
         >>> new.added, new.fraction

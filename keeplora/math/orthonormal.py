@@ -15,7 +15,7 @@ __all__ = ["complement", "nearest_orthonormal", "reorthogonalize"]
 def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> list[Tensor]:
     r"""The columns that ``y[i]`` adds to ``q[i]``, made orthonormal, dropped columns cut off.
 
-    .. math:: Z^T Z = I, \quad Q^T Z = 0, \quad \mathrm{span}[Q, Z] = \mathrm{span}[Q, Y]
+    $$ Z^T Z = I, \quad Q^T Z = 0, \quad \mathrm{span}[Q, Z] = \mathrm{span}[Q, Y] $$
 
     Eigenvectors computed in float32 leak 1e-4 … 5e-3 into the space they were meant to avoid; after this
     1e-7.
@@ -28,9 +28,9 @@ def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> l
         ``[d_i, l'_i]`` each, ``l'_i <= min(l_i, d_i - k_i)``. One transfer of the counts for all layers.
 
     Raises:
-        ValueError, TypeError: as :func:`keeplora.ops.orthonormalize`, and where a value is NaN or infinite.
+        ValueError, TypeError: as ``keeplora.ops.orthonormalize``, and where a value is NaN or infinite.
 
-    Example:
+    Examples:
         >>> (z,) = reorthogonalize([torch.tensor([[1.0, 2.0], [1.0, 2.0]])], [torch.tensor([[1.0], [0.0]])])
         >>> z.abs()
         tensor([[0.],
@@ -45,7 +45,7 @@ def reorthogonalize(y: Sequence[Tensor], q: Sequence[Tensor] | None = None) -> l
 def complement(q: Tensor) -> Tensor:
     r"""An orthonormal basis ``N`` of what the columns of ``q`` leave free.
 
-    .. math:: N^T N = I, \qquad Q^T N = 0, \qquad Q Q^T + N N^T = I
+    $$ N^T N = I, \qquad Q^T N = 0, \qquad Q Q^T + N N^T = I $$
 
     The trailing columns of the complete Householder QR of ``Q``; where that would loop over a batch, the eigenvectors
     of ``QQᵀ`` for its eigenvalue 0, in float64.
@@ -56,7 +56,7 @@ def complement(q: Tensor) -> Tensor:
     Returns:
         ``[…, d, d - k]`` in the dtype of ``q``.
 
-    Example:
+    Examples:
         >>> complement(torch.tensor([[1.0], [0.0]])).abs()
         tensor([[0.],
                 [1.]])
@@ -74,7 +74,7 @@ def complement(q: Tensor) -> Tensor:
 def nearest_orthonormal(y: Tensor) -> Tensor:
     r"""The orthonormal columns nearest to columns that are nearly so, by products alone.
 
-    .. math:: Y \leftarrow Y\, (3 I - Y^T Y) / 2, \qquad \lVert Y^T Y - I \rVert = e \; \to \; \tfrac34 e^2
+    $$ Y \leftarrow Y\, (3 I - Y^T Y) / 2, \qquad \lVert Y^T Y - I \rVert = e \; \to \; \tfrac34 e^2 $$
 
     Two steps: 1e-3 becomes 4e-13. A column of zeros stays one, so bases of different width can be filled up with them.
 
@@ -83,7 +83,7 @@ def nearest_orthonormal(y: Tensor) -> Tensor:
 
     Source: Newton-Schulz iteration for the polar factor, Higham, "Functions of Matrices", 2008, sec. 8.3.
 
-    Example:
+    Examples:
         >>> nearest_orthonormal(torch.tensor([[1.0001, 0.0], [0.0, 0.0]]).double()).float()
         tensor([[1., 0.],
                 [0., 0.]])

@@ -18,7 +18,7 @@ def fewest_directions(
 ) -> int:
     r"""The fewest leading directions that bring the captured energy to ``share`` of the total.
 
-    .. math:: \min\,\bigl\{ j \ge 0 :\; c + \textstyle\sum_{i \le j} e_i \;\ge\; \varepsilon\,T - f \bigr\}
+    $$ \min\,\bigl\{ j \ge 0 :\; c + \textstyle\sum_{i \le j} e_i \;\ge\; \varepsilon\,T - f \bigr\} $$
 
     with energies ``e``, already captured energy ``c``, total ``T``, share ``ε`` and rounding level ``f``.
     An energy that does not exceed the rounding level is noise and is never counted: the answer is at most the
@@ -46,7 +46,7 @@ def fewest_directions(
     KeepLoRA, arXiv:2601.19659. The public codes use "first count below" and "first to reach" side by side;
     this is the only one here.
 
-    Example:
+    Examples:
         >>> energies = torch.tensor([4.0, 3.0, 2.0, 1.0])
         >>> [fewest_directions(energies, 10.0, t) for t in (0.0, 0.4, 0.41, 0.7, 1.0)]
         [0, 1, 2, 2, 4]
@@ -81,9 +81,10 @@ def fewest_directions_each(
     Args:
         energies: ``[layers, n]``, descending along ``n``; shorter lists are filled up with zeros, which never
             count.
-        total: ``[layers]`` float64. ``shares``: one fraction per layer. ``captured``: ``[layers]`` float64
-            or None.
-        floor: ``[layers]`` float64 or None, as in :func:`fewest_directions`.
+        total: ``[layers]`` float64.
+        shares: one fraction per layer.
+        captured: ``[layers]`` float64 or None.
+        floor: ``[layers]`` float64 or None, as in [`fewest_directions`][].
 
     Returns:
         ``(count [layers] int64, reached [layers] bool)`` on the device of ``energies``. ``reached`` is False
@@ -91,7 +92,7 @@ def fewest_directions_each(
 
     Values are not checked here, for that would need a transfer.
 
-    Example:
+    Examples:
         >>> energies = torch.tensor([[3.0, 1.0], [1.0, 1.0]])
         >>> fewest_directions_each(energies, torch.tensor([4.0, 10.0]), [0.75, 0.5])
         (tensor([1, 2]), tensor([ True, False]))
@@ -115,7 +116,7 @@ def rounding_level(c: Tensor) -> Tensor:
     Args:
         c: ``[…, d, d]``. Its squares are summed in float64: those of float32 end at 1.8e19, which energies may pass.
 
-    Example:
+    Examples:
         >>> rounding_level(torch.tensor([[3e30, 0.0], [0.0, 4e30]]))
         tensor(5.9605e+23, dtype=torch.float64)
     """

@@ -23,7 +23,7 @@ def powers(name: str, argument: str, values: Sequence[Tensor]) -> list[float]:
     Raises:
         ValueError: a value is NaN or infinite.
 
-    Example:
+    Examples:
         >>> powers("f", "x", [torch.ones(2, 2), torch.full((1, 1), 2.0**39)]) == [1.0, 4.0**-20]
         True
     """
@@ -46,7 +46,7 @@ def _power(size: float, most: int) -> float:
 def largest(values: Sequence[Tensor]) -> list[float]:
     """The size of every matrix's largest entry; NaN where one is. One transfer to the host for all.
 
-    Example:
+    Examples:
         >>> largest([torch.tensor([[1.0, -3.0]]), torch.zeros(0, 2)])
         [3.0, 0.0]
     """

@@ -32,7 +32,7 @@ def gaussian(rows: int, cols: int, seed: int, like: Tensor) -> Tensor:
 
     Own generator: the global one is neither read nor moved. The bits differ between kinds of devices.
 
-    Example:
+    Examples:
         >>> torch.equal(gaussian(2, 3, 7, torch.empty(0)), gaussian(2, 3, 7, torch.empty(0)))
         True
     """
@@ -55,17 +55,22 @@ def row_space(
 ) -> tuple[Tensor, Tensor, RightSpectrum]:
     r"""Orthonormal columns whose span holds the leading right singular vectors of ``G P``, ``P = I − QQᵀ``.
 
-    .. math:: \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
-              Z_{j+1} = P\,G^T G Z_j, \qquad \Omega \sim N(0, 1)^{out \times width}
+    $$
+    \mathrm{span}\,V = \mathrm{span}[Z_0, \dots, Z_s], \qquad Z_0 = P\,G^T \Omega, \quad
+    Z_{j+1} = P\,G^T G Z_j, \qquad \Omega \sim N(0, 1)^{out \times width}
+    $$
 
     Block Krylov iteration: every block is orthonormalised against ``Q`` and the blocks before it. Keeping the
     blocks costs no product with ``G`` and makes slowly falling spectra (``σ_i ~ i^-0.3``) as accurate with width
     ``r`` and 4 steps as subspace iteration is with width ``3 r`` and 4 steps. ``P`` is never formed.
 
     Args:
-        g: ``[n, out, in]``. q: ``n`` bases ``[in, k_i]``.
-        width: columns of a block. steps: ``s`` at most. seed: of ``Ω``, one for all layers of the batch, so that a
-            layer's result does not depend on which layers are worked on together.
+        g: ``[n, out, in]``.
+        q: ``n`` bases ``[in, k_i]``.
+        width: columns of a block.
+        steps: ``s`` at most.
+        seed: of ``Ω``, one for all layers of the batch, so that a layer's result does not depend on which layers are
+            worked on together.
         enough: stops as soon as no more is expected to be gained. It looks at numbers after every step: for single
             layers on a CPU.
 
@@ -191,10 +196,13 @@ def _expected_gain(energies: list[float]) -> float:
 def worst_gains(
     g: Tensor, q: Tensor, v: Tensor, image: Tensor, spectrum: RightSpectrum, width: int, count: int
 ) -> Tensor:
-    """What the worst of ``count`` directions of every layer can still gain, after :func:`row_space`; one product.
+    """What the worst of ``count`` directions of every layer can still gain, after ``row_space``; one product.
 
     Args:
-        q: ``[n, in, k]``, filled up with zeros. v, image, spectrum: what it returned for ``g`` and these bases.
+        q: ``[n, in, k]``, filled up with zeros.
+        v: what it returned for ``g`` and these bases.
+        image: what it returned for ``g`` and these bases.
+        spectrum: what it returned for ``g`` and these bases.
 
     Returns:
         ``[n]`` in float64, shares of a direction's energy.
@@ -207,7 +215,7 @@ def worst_gains(
 def _worst_gains(spectrum: RightSpectrum, left: Tensor, count: int) -> Tensor:
     r"""What the direction that has most to gain can still gain, as a share of its energy, to second order.
 
-    .. math:: \lVert r_i \rVert^2 / (\theta_i (\theta_i - \theta_{count + 1})), \qquad r_i = P G^T G v_i - \theta_i v_i
+    $$ \lVert r_i \rVert^2 / (\theta_i (\theta_i - \theta_{count + 1})), \qquad r_i = P G^T G v_i - \theta_i v_i $$
 
     The worst counts, not the sum: an optimizer that rescales gradients learns along the last direction as fast as along
     the first, whose energy may hide all others'. ``left [n, in, width]`` is what ``P Gᵀ G`` of the last block has
@@ -245,14 +253,17 @@ def leading_eigenvectors(
     energies ``vᵀCv`` of the returned columns. The rank is taken as certain when the energy of one direction
     fewer falls short by more than what its Ritz values can still gain,
 
-    .. math:: \sum_{i < j} \lVert r_i \rVert^2 / (\theta_i - \mu), \qquad r_i = P C v_i - \theta_i v_i,
+    $$ \sum_{i < j} \lVert r_i \rVert^2 / (\theta_i - \mu), \qquad r_i = P C v_i - \theta_i v_i, $$
 
     the second-order perturbation of the eigenvalues with ``μ`` the first Ritz value outside the part that is
     used.
 
     Args:
-        c: ``[d, d]`` symmetric, positive semidefinite. q: ``[d, k]``. total, captured, floor: energies as in
-            ``keeplora.math.rank.fewest_directions``, ``share`` as there.
+        c: ``[d, d]`` symmetric, positive semidefinite.
+        q: ``[d, k]``.
+        total: energies as in ``keeplora.math.rank.fewest_directions``, ``share`` as there.
+        captured: energies as in ``keeplora.math.rank.fewest_directions``, ``share`` as there.
+        floor: energies as in ``keeplora.math.rank.fewest_directions``, ``share`` as there.
 
     Returns:
         ``(v [d, j], theta [j] float64)``, or None: then use the exact path.

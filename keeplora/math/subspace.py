@@ -20,14 +20,15 @@ __all__ = ["Certificate", "certificate", "certificates", "orthogonality", "proje
 def project(x: Tensor, q: Tensor) -> Tensor:
     r"""What is left of the rows of ``x`` outside the span of the columns of ``q``.
 
-    .. math:: x P = x - (x Q) Q^T
+    $$ x P = x - (x Q) Q^T $$
 
     One pass; its leak ``‖xPQ‖ / ‖xP‖`` is 1e-6 in float32 and 1e-7 when applied twice, that of its gradient, too. The
     projector is never formed.
 
     Args:
-        x: ``[…, d]``. ``q``: ``[d, k]`` (or ``[n, d, k]`` for ``x [n, rows, d]``), orthonormal columns, ``k``
-        may be 0.
+        x: ``[…, d]``.
+        q: ``[d, k]`` (or ``[n, d, k]`` for ``x [n, rows, d]``), orthonormal columns;
+            ``k`` may be 0.
 
     Returns:
         A new tensor shaped like ``x``.
@@ -35,7 +36,7 @@ def project(x: Tensor, q: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimension of ``x`` is not ``d``.
 
-    Example:
+    Examples:
         >>> project(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
         tensor([[0., 4.]])
     """
@@ -51,7 +52,7 @@ def project(x: Tensor, q: Tensor) -> Tensor:
 
 
 def shifts(q: Tensor) -> bool:
-    """Whether :func:`spectrum_outside` moves the directions of such a basis out of the way, so that bases of different
+    """Whether [`spectrum_outside`][] moves the directions of such a basis out of the way, so that bases of different
     width, filled up with zeros, can be worked on together."""
     # The shift is rounded to the eps of float64, which for float64 is no longer below what counts as nothing.
     return q.dtype == torch.float32 and q.shape[-2] < factorise.plan_for(q.device.type).qr_from
@@ -62,19 +63,20 @@ def spectrum_outside(c: Tensor, q: Tensor, norm: Tensor) -> tuple[Tensor, Tensor
 
     Those of ``Nᵀ C N`` inside the complement ``N`` of ``Q``. Or, where ``N`` would take a QR for every layer, those of
 
-    .. math:: P C P - \lVert C \rVert\, Q Q^T
+    $$ P C P - \lVert C \rVert\, Q Q^T $$
 
     for eigenvalues from 0 on, which are apart from those of ``Q`` by ``‖C‖`` at least. Both are orthogonal to ``Q`` to
     1e-15.
 
     Args:
-        c: ``[n, d, d]``, symmetric positive semidefinite. norm: ``[n]`` float64, the size of each.
-        q: ``[n, d, k]``, orthonormal columns, in the dtype of ``c``; or zeros, where :func:`shifts`.
+        c: ``[n, d, d]``, symmetric positive semidefinite.
+        norm: ``[n]`` float64, the size of each.
+        q: ``[n, d, k]``, orthonormal columns, in the dtype of ``c``; or zeros, where [`shifts`][].
 
     Returns:
         ``(values [n, m], vectors [n, d, m])`` in float64, ``m = d`` or ``d − k``, falling; no value is below 0.
 
-    Example:
+    Examples:
         >>> c, q = torch.diag(torch.tensor([5.0, 2.0]))[None], torch.eye(2)[None, :, :1]
         >>> values, vectors = spectrum_outside(c, q, torch.tensor([5.4]).double())
         >>> float(values[0, 0]), vectors[0, :, 0].abs().tolist()
@@ -96,7 +98,7 @@ def spectrum_outside(c: Tensor, q: Tensor, norm: Tensor) -> tuple[Tensor, Tensor
 def orthogonality(q: Tensor) -> float:
     r"""``max|QᵀQ − I|`` of ``q [d, k]``, summed in float64; 0 for ``k = 0``.
 
-    Example:
+    Examples:
         >>> orthogonality(torch.eye(3)[:, :2])
         0.0
     """
@@ -137,9 +139,9 @@ def certificate(
     captured: float | None = None,
     delta: Tensor | None = None,
 ) -> Certificate:
-    """:func:`certificates` for a single layer; the arguments are that layer's.
+    """[`certificates`][] for a single layer; the arguments are that layer's.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([[1.0], [0.0], [0.0]])
         >>> one = certificate(torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(2, 1), q, captured=0.99)
         >>> one.leak, one.captured, one.rank, one.free
@@ -166,23 +168,26 @@ def certificates(
 ) -> list[Certificate]:
     r"""The retention certificate of every layer.
 
-    .. math:: \mathrm{leak} = \frac{\lVert B\,(A Q) \rVert_F}{\lVert B A \rVert_F}
-              = \frac{\lVert \Delta W\, Q \rVert_F}{\lVert \Delta W \rVert_F}
+    $$
+    \mathrm{leak} = \frac{\lVert B\,(A Q) \rVert_F}{\lVert B A \rVert_F}
+    = \frac{\lVert \Delta W\, Q \rVert_F}{\lVert \Delta W \rVert_F}
+    $$
 
     from the factors, in float64: forming ``ΔW`` in float32 first would hide a leak below 1e-7 under its own
     rounding. A constant factor (``alpha / r``, the depth scale) cancels.
 
     Args:
-        a: ``[r_i, in_i]`` each. ``b``: ``[out_i, r_i]`` each. All float32 or all float64.
+        a: ``[r_i, in_i]`` each.
+        b: ``[out_i, r_i]`` each. All float32 or all float64.
         q: ``[in_i, k_i]`` each: what was protected while ``a`` and ``b`` were trained.
         basis: the basis as it is now (after its extension), ``[in_i, k'_i]`` each, for ``orthogonality``,
             ``rank`` and ``free``. Default ``q``.
-        captured: fraction of the feature energy inside the basis, as :attr:`Extension.fraction` gives it.
+        captured: fraction of the feature energy inside the basis, as [`Extension.fraction`][] gives it.
         delta: the change ``[out_i, in_i]`` that the stored weights really made, any float dtype: subtract in
             float64.
 
     Returns:
-        One :class:`Certificate` per layer, all numbers brought over in one transfer.
+        One [`Certificate`][] per layer, all numbers brought over in one transfer.
 
     Raises:
         ValueError: lengths or shapes do not fit. TypeError: dtypes do not fit.
@@ -190,7 +195,7 @@ def certificates(
     Source: the guarantee of KeepLoRA, arXiv:2601.19659, sec. 3.2; stated there for exact arithmetic, measured
     here.
 
-    Example:
+    Examples:
         >>> q = [torch.tensor([[1.0], [0.0]])]
         >>> round(certificates([torch.tensor([[3.0, 4.0]])], [torch.ones(2, 1)], q)[0].leak, 9)
         0.6

@@ -1,4 +1,4 @@
-"""Continual-learning methods behind one protocol (:class:`~keeplora.methods.method.Method`)."""
+"""Continual-learning methods behind one protocol (``Method``)."""
 
 from .capacity import Capacity, LayerCapacity
 from .full import FullFineTuning

@@ -34,7 +34,7 @@ _DIGITS = 16
 def hash_weights(weights: Mapping[str, Tensor]) -> Hashes:
     """Hashes by which these weights are known again, also by somebody who has loaded them in a narrower dtype.
 
-    Example:
+    Examples:
         >>> w = {"w": torch.tensor([0.1, 0.25])}
         >>> sorted(hash_weights(w)["w"])
         ['bfloat16', 'float16', 'float32']
@@ -64,7 +64,7 @@ def inner_product(weights: Sequence[Tensor], updates: Sequence[Update]) -> float
     r"""``Σ ⟨W, ΔW⟩`` of low-rank updates of weights, in float64.
 
     By this an update is found in weights that hold it already, however it was merged and rounded:
-    :math:`\langle W + t\,\Delta W, \Delta W \rangle - \langle W, \Delta W \rangle = t\,\lVert \Delta W \rVert^2`.
+    $\langle W + t\,\Delta W, \Delta W \rangle - \langle W, \Delta W \rangle = t\,\lVert \Delta W \rVert^2$.
     """
     total = 0.0
     for weight, update in zip(weights, updates, strict=True):
@@ -91,7 +91,8 @@ def base_fault(
     Args:
         note: What ``keeplora.json`` tells; it may come from anywhere.
         whole: All weights that are adapted, as they are now, and ``original`` hashes of what they were once.
-        weights, updates: Of every slot that the adapter changes, as they are now, and its update.
+        weights: Of every slot that the adapter changes, as they are now, and its update.
+        updates: Of every slot that the adapter changes, as they are now, and its update.
     """
     known, inner = note.get("weights", {}), note.get("inner_product")
     if not is_hashes(known) or not (inner is None or (type(inner) in (int, float) and math.isfinite(inner))):

@@ -17,9 +17,10 @@ class Bases(Sequence[Tensor]):
     """The basis ``[in, k]`` of every slot, joined of its parts on the slot's device whenever it is asked for.
 
     Args:
-        parts: Of every slot the columns in their order, ``[in, k_t]`` each, wherever they lie. devices: Of every slot.
+        parts: Of every slot the columns in their order, ``[in, k_t]`` each, wherever they lie.
+        devices: Of every slot.
 
-    Example:
+    Examples:
         >>> Bases([[torch.eye(3)[:, :1], torch.eye(3)[:, 1:]]], [torch.device("cpu")])[0].shape
         torch.Size([3, 3])
     """

@@ -26,15 +26,15 @@ __all__ = ["Buffers", "model_buffers", "set_buffers"]
 class Buffers:
     """The buffers of a model as they were when this was made, and how to keep them so in training.
 
-    Running statistics and power iterations move in ``train()`` alone: :meth:`hold` keeps the modules that have them in
+    Running statistics and power iterations move in ``train()`` alone: ``hold`` keeps the modules that have them in
     ``eval()``, where they compute as the frozen model does; ``model.train()`` still reaches everything else. Of other
     modules nobody can tell what their forward does to their buffers (averages of weights, codebooks, queues, counters):
     in ``train()`` they run on copies, which are thrown away, until a first forward has moved none. What is written to
-    from elsewhere, or inside a compiled graph, :meth:`put_back` puts back and names.
+    from elsewhere, or inside a compiled graph, ``put_back`` puts back and names.
 
     Buffers that are no part of the model's ``state_dict`` are caches, such as tables of positions that grow with the
     longest text: they are compared, and left as they are. So are frozen parameters that somebody moves, as momentum
-    encoders are moved by hand: no copy is kept of them, but a hash of all values, and :meth:`settle` says which have
+    encoders are moved by hand: no copy is kept of them, but a hash of all values, and ``settle`` says which have
     others. (Of what was written past torch's counter of versions, through ``.data``, the same values in another order
     are not seen.)
 
@@ -54,7 +54,7 @@ class Buffers:
         self._frozen: dict[str, _Seen] = {}
 
     def hold(self) -> None:
-        """Keep every buffer as it is, until :meth:`release`."""
+        """Keep every buffer as it is, until ``release``."""
         self.release()
         self._frozen = self._frozen or self._glance()
         if not self.frozen:

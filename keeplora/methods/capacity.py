@@ -18,11 +18,13 @@ LEAST = 0.0025
 def forecast(free: int, r: int, added: int, share: float | None = None) -> int | None:
     r"""How many more tasks like the last one find at least r free directions in a layer, and their gradient in them.
 
-    .. math:: n = \begin{cases} 0 & f < q \\ \lfloor (f - q) / m \rfloor + 1 & \text{otherwise} \end{cases}, \qquad
-              q = \max\Bigl(r, \frac{1}{400\,\sigma}\,(f + m)\Bigr)
+    $$
+    n = \begin{cases} 0 & f < q \\ \lfloor (f - q) / m \rfloor + 1 & \text{otherwise} \end{cases}, \qquad
+    q = \max\Bigl(r, \frac{1}{400\,\sigma}\,(f + m)\Bigr)
+    $$
 
     Assumes that every task to come adds m directions, as the last one did, and that the share of its gradient's energy
-    in free space is proportional to the free directions: the last task had :math:`f + m` of them and found σ there, so
+    in free space is proportional to the free directions: the last task had $f + m$ of them and found σ there, so
     with q it finds 1/400, a twentieth of the gradient's length: eight layers that learn tasks in random subspaces learn
     next to nothing once all of them find less. Tasks that resemble those before add fewer directions, other
     kinds of inputs add more; a layer that is not counted as having room still uses what it has.
@@ -36,7 +38,7 @@ def forecast(free: int, r: int, added: int, share: float | None = None) -> int |
     Returns:
         None where there is room and the last task added nothing: then nothing suggests a limit.
 
-    Example:
+    Examples:
         >>> forecast(20, 4, 5), forecast(3, 4, 5), forecast(20, 4, 0)
         (4, 0, None)
         >>> forecast(20, 4, 5, share=0.005), forecast(20, 4, 0, share=0.001)
@@ -59,7 +61,7 @@ class LayerCapacity:
         name: The target, in ``tower`` at ``depth``.
         in_features: Directions in all: ``protected + free``.
         added: Directions the last task added.
-        forecast: How many more tasks like the last one fit (:func:`forecast`); None where nothing suggests a limit.
+        forecast: How many more tasks like the last one fit (``forecast``); None where nothing suggests a limit.
         added_by_task: Directions each task added.
         share: Of the last task's gradient energy, what lay in free space when it began; of GPM's first gradient in a
             task, and of the inputs' energy for InfLoRA, which looks at no gradient. None where nobody looked, or there
@@ -85,7 +87,7 @@ class LayerCapacity:
 
 @dataclass(frozen=True)
 class Capacity(Sequence[LayerCapacity]):
-    """Every layer's :class:`LayerCapacity`, and what they say together. Prints as a table.
+    """Every layer's [`LayerCapacity`][], and what they say together. Prints as a table.
 
     Attributes:
         layers: One entry per adapted weight.
@@ -138,7 +140,7 @@ class Capacity(Sequence[LayerCapacity]):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], tasks: int) -> Capacity:
-        """From the ``layers`` of :meth:`to_dict`; ``ValueError`` where a row has other names."""
+        """From the ``layers`` of [`to_dict`][]; ``ValueError`` where a row has other names."""
         names = {entry.name for entry in fields(LayerCapacity)}
         for row in rows:
             if set(row) != names:
@@ -180,7 +182,7 @@ class Capacity(Sequence[LayerCapacity]):
         return rows
 
     def __str__(self) -> str:
-        """The summary, :meth:`rows`, and which layers fill first."""
+        """The summary, [`rows`][], and which layers fill first."""
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [

@@ -19,7 +19,7 @@ def fingerprint(model: nn.Module, slots: Sequence[LoraSlot], *, buffers: bool = 
 
     Args:
         buffers: Whether those of the ``state_dict`` count.
-        remembered: As of :func:`digest`.
+        remembered: As of ``digest``.
     """
     changing = {id(slot.whole) for slot in slots}
     changing |= {id(p) for slot in slots if slot.adapter is not None for p in slot.adapter.parameters()}

@@ -22,7 +22,7 @@ class FullFineTuning(Method):
     """Every parameter is trained, one task after the other.
 
     The layers are replaced as for the other methods, without adapters, so that all run the same attention code. While a
-    task is open, a copy of the model as it was is kept on the CPU, for :meth:`abandon_task`.
+    task is open, a copy of the model as it was is kept on the CPU, for ``abandon_task``.
     """
 
     name: ClassVar[str] = "full"

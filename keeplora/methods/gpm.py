@@ -35,7 +35,7 @@ _project_rows = OPS["project_rows"].call  # in every step, so without the checks
 
 @dataclass(frozen=True)
 class GpmConfig:
-    """Settings of :class:`Gpm`.
+    """Settings of [`Gpm`][].
 
     Args:
         feature_energy: Share of the first task's feature energy that is protected.
@@ -62,9 +62,12 @@ class GpmConfig:
 class Gpm(LoraMethod):
     r"""Gradient projection memory: every gradient loses its part in the span of earlier tasks' features.
 
-    .. math::
-        G &\leftarrow G - G M M^\top \\
-        M &\leftarrow [M, \text{top of } C], \text{ energy } 0.97 + 0.003\,t
+    $$
+    \begin{aligned}
+    G &\leftarrow G - G M M^\top \\
+    M &\leftarrow [M, \text{top of } C], \text{ energy } 0.97 + 0.003\,t
+    \end{aligned}
+    $$
 
     with C the second moment of a layer's inputs after task t = 0, 1, … and M ``[in, k]`` orthonormal, empty at first:
     nothing of the pretrained knowledge is protected. The whole weights of the chosen layers are trained, with SGD: an
@@ -77,7 +80,7 @@ class Gpm(LoraMethod):
     task; the gradient is projected as soon as autograd has it, so that any training loop keeps the promise; a schedule
     may add momentum (``keeplora.train``'s ``OneCycleLR`` does, 0.95 to 0.85), which stays in free space.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
@@ -164,7 +167,7 @@ class Gpm(LoraMethod):
         return [(self.slots[members[0]].name, parameter) for parameter, members in self._weights().items()]
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
-        """An SGD over :meth:`trainable_parameters`; weight decay is left out, because it would not stay outside M."""
+        """An SGD over ``trainable_parameters``; weight decay is left out, because it would not stay outside M."""
         return torch.optim.SGD(self._trained("optimizer"), **{**options, "weight_decay": 0.0})
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:

@@ -26,7 +26,7 @@ __all__ = ["Directions", "Hdsd", "HdsdConfig", "ModulatedAdapter", "update_direc
 
 @dataclass(frozen=True)
 class HdsdConfig(LoraConfig):
-    """Settings of :class:`Hdsd`; no numbers of the paper are known to us.
+    """Settings of [`Hdsd`][]; no numbers of the paper are known to us.
 
     Args:
         general_energy: Share of a weight's energy that its general subspace holds.
@@ -34,12 +34,16 @@ class HdsdConfig(LoraConfig):
         task_scale: Scale of updates outside of it.
         threshold: How many standard deviations above the mean a relative change may be before it is scaled down to
             that.
-        r, alpha, rslora, target_modules, seed: As for plain LoRA.
+        r: As for plain LoRA.
+        alpha: As for plain LoRA.
+        rslora: As for plain LoRA.
+        target_modules: As for plain LoRA.
+        seed: As for plain LoRA.
 
     Raises:
         ValueError: a setting is out of range.
 
-    Example:
+    Examples:
         >>> HdsdConfig(r=4).general_scale
         0.5
     """
@@ -61,11 +65,15 @@ class HdsdConfig(LoraConfig):
 class ModulatedAdapter(LoraAdapter):
     r"""An adapter on modulated features: general directions of the input count less than the others.
 
-    .. math:: \Delta W = c\, B A S, \qquad S = \gamma_t (I - V V^\top) + \gamma_g V V^\top
+    $$ \Delta W = c\, B A S, \qquad S = \gamma_t (I - V V^\top) + \gamma_g V V^\top $$
 
     Args:
-        a, b, scaling: As of :class:`keeplora.lora.LoraAdapter`; both are trained.
-        basis: V ``[in, k]``, the general subspace. general, task: γ_g and γ_t.
+        a: As of [`LoraAdapter`][]; both are trained.
+        b: As of [`LoraAdapter`][]; both are trained.
+        scaling: As of [`LoraAdapter`][]; both are trained.
+        basis: V ``[in, k]``, the general subspace.
+        general: γ_g, the factor of the general directions.
+        task: γ_t, that of all others.
     """
 
     basis: Tensor
@@ -99,14 +107,18 @@ class Directions(NamedTuple):
 def update_directions(weight: Tensor, a: Tensor, b: Tensor) -> Directions:
     r"""The singular directions of an update ``B A`` and how much each changes the weight.
 
-    .. math:: B A = \sum_i \sigma_i u_i v_i^\top, \qquad
-              \rho_i = \frac{\sigma_i}{\lVert W v_i \rVert + \lVert W \rVert_F / \sqrt{in}}
+    $$
+    B A = \sum_i \sigma_i u_i v_i^\top, \qquad
+    \rho_i = \frac{\sigma_i}{\lVert W v_i \rVert + \lVert W \rVert_F / \sqrt{in}}
+    $$
 
     The second term of the denominator is the weight's response to an average direction: a direction W does not respond
     to at all is not an infinite change.
 
     Args:
-        weight: W ``[out, in]``. a: ``[r, in]``. b: ``[out, r]``.
+        weight: W ``[out, in]``.
+        a: ``[r, in]``.
+        b: ``[out, r]``.
 
     Returns:
         At most r directions, in float64; those at the rounding level of the update are left out.
@@ -124,22 +136,25 @@ def update_directions(weight: Tensor, a: Tensor, b: Tensor) -> Directions:
 class Hdsd(SequentialLora):
     r"""Hierarchical dual-subspace decoupling, as far as its abstract tells: a reconstruction.
 
-    .. math::
-        V &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_g, \qquad
-        \Delta W = s\, B A\, \bigl(\gamma_t (I - V V^\top) + \gamma_g V V^\top\bigr) \\
-        \Delta W &= \sum_i \sigma_i u_i v_i^\top, \qquad \theta = \mathrm{mean}(\rho) + z\, \mathrm{std}(\rho), \qquad
-        W \leftarrow W + \sum_i \min\Bigl(1, \frac{\theta}{\rho_i}\Bigr)\, \sigma_i u_i v_i^\top
+    $$
+    \begin{aligned}
+    V &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_g, \qquad
+    \Delta W = s\, B A\, \bigl(\gamma_t (I - V V^\top) + \gamma_g V V^\top\bigr) \\
+    \Delta W &= \sum_i \sigma_i u_i v_i^\top, \qquad \theta = \mathrm{mean}(\rho) + z\, \mathrm{std}(\rho), \qquad
+    W \leftarrow W + \sum_i \min\Bigl(1, \frac{\theta}{\rho_i}\Bigr)\, \sigma_i u_i v_i^\top
+    \end{aligned}
+    $$
 
     V is split off anew before each task, from the weight with all earlier tasks merged: the general subspace is what
     pretraining and they share. Updates inside of it are scaled by γ_g, outside by γ_t, in the forward, since under Adam
     a factor on a gradient does nothing. After the task the update is decomposed once more; ρ_i is the relative change
-    that its i-th direction means (:func:`update_directions`), and θ adapts to the changes of this weight in all tasks
+    that its i-th direction means ([`update_directions`][]), and θ adapts to the changes of this weight in all tasks
     so far. What does not exceed it is stable and is fused as learned; what does is drift and is scaled down to θ. The
     result is merged: evaluation costs nothing.
 
     Args:
         model: Any model with linear layers.
-        config: :class:`HdsdConfig`.
+        config: [`HdsdConfig`][].
 
     Raises:
         ValueError: ``target_modules`` matches nothing; r is larger than a weight's width.
@@ -148,7 +163,7 @@ class Hdsd(SequentialLora):
     relative parameter changes across tasks, a scale per subspace. Its feature modulation module, general fusion module
     and hierarchical learning module are read as S, θ and the decomposition above. All formulas and numbers are ours.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> method = Hdsd(model, HdsdConfig(r=2, target_modules="all-linear"))
         >>> method.before_task([], lambda model, batch: model(batch).sum())

@@ -30,7 +30,7 @@ __all__ = ["DualBasis", "InfLora", "InfLoraConfig", "extended"]
 
 @dataclass(frozen=True)
 class InfLoraConfig(AdapterConfig):
-    """Settings of :class:`InfLora`, those of the public code on ImageNet-R.
+    """Settings of [`InfLora`][], those of the public code on ImageNet-R.
 
     Args:
         feature_energy: Share of the feature energy that is protected after the first task.
@@ -62,7 +62,7 @@ class InfLoraConfig(AdapterConfig):
     def energy_after(self, task: int) -> float:
         """The share that is protected after task 0, 1, …
 
-        Example:
+        Examples:
             >>> [round(InfLoraConfig(tasks=4).energy_after(t), 3) for t in (0, 1, 4, 9)]
             [0.98, 0.985, 1.0, 1.0]
         """
@@ -120,7 +120,7 @@ class DualBasis:
 def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: float) -> list[DualBasis]:
     r"""With the fewest more directions of every moment protected that bring its captured share to ``energy``.
 
-    .. math:: \frac{\mathrm{tr}\,S - \mathrm{tr}(F^\top S F)}{\mathrm{tr}\,S} \ge \varepsilon
+    $$ \frac{\mathrm{tr}\,S - \mathrm{tr}(F^\top S F)}{\mathrm{tr}\,S} \ge \varepsilon $$
 
     for F the basis of what stays free: the leading eigenvectors of ``FᵀSF`` leave it. Where more than half of all
     directions are protected, the complement is kept from then on.
@@ -128,7 +128,7 @@ def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: floa
     Args:
         moments: S ``[in, in]`` for each basis, symmetric positive semidefinite, all float32 or all float64.
 
-    Example:
+    Examples:
         >>> s = torch.diag(torch.tensor([6.0, 3.0, 1.0, 0.0]))
         >>> (one,) = extended([DualBasis(torch.zeros(4, 0))], [s], 0.6)
         >>> (two,) = extended([one], [s], 0.95)
@@ -139,7 +139,7 @@ def extended(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: floa
 
 
 def _grown(bases: Sequence[DualBasis], moments: Sequence[Tensor], energy: float) -> list[tuple[DualBasis, Extension]]:
-    """:func:`extended`, and what each holds of its moment."""
+    """``extended``, and what each holds of its moment."""
     held = [i for i, basis in enumerate(bases) if not basis.free]
     grown = extend_basis([bases[i].columns.to(moments[i].dtype) for i in held], [moments[i] for i in held], energy)
     new = {i: (_smaller(extension.q), extension) for i, extension in zip(held, grown, strict=True)}
@@ -154,15 +154,18 @@ def _smaller(q: Tensor) -> DualBasis:
 class InfLora(LoraMethod):
     r"""LoRA whose A is designed before each task, so that it cannot disturb earlier ones; B is trained.
 
-    .. math::
-        A &= \tfrac{1}{\sqrt 3}\, \text{top-}r \text{ eigenvectors of } P S P, \quad P = I - M M^\top, \quad B = 0 \\
-        y &= x W^\top + s\,(x A^\top) B^\top, \qquad W \leftarrow W + s\,B A \\
-        M &\leftarrow [M, \text{top of } S], \text{ energy } \varepsilon_t = \varepsilon_0 + (\varepsilon_T -
-              \varepsilon_0)\, t / T
+    $$
+    \begin{aligned}
+    A &= \tfrac{1}{\sqrt 3}\, \text{top-}r \text{ eigenvectors of } P S P, \quad P = I - M M^\top, \quad B = 0 \\
+    y &= x W^\top + s\,(x A^\top) B^\top, \qquad W \leftarrow W + s\,B A \\
+    M &\leftarrow [M, \text{top of } S], \text{ energy } \varepsilon_t = \varepsilon_0 + (\varepsilon_T -
+          \varepsilon_0)\, t / T
+    \end{aligned}
+    $$
 
     S is the square of the second moment C of the layer's inputs (``statistic="moment"``: C itself), before the task for
     A and after it for M. M is kept as a basis of the protected space until that passes half of all directions, of its
-    complement from then on (:class:`DualBasis`).
+    complement from then on ([`DualBasis`][]).
 
     Source: Liang & Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", CVPR 2024,
     arXiv:2404.00228. From the paper: design of A, DualGPM. From its public code (liangyanshuo/InfLoRA): the factor

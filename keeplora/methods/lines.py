@@ -27,7 +27,7 @@ GRID = tuple(i / 10 for i in range(10, -1, -1))
 
 @dataclass(frozen=True)
 class LinesConfig:
-    """Settings of :class:`Lines`.
+    """Settings of [`Lines`][].
 
     Args:
         base: Name of the method that learns.
@@ -66,7 +66,7 @@ def layer_scales(names: Iterable[str], targets: Sequence[Target], alpha: float) 
 
     A parameter belongs to a block if it lies in the smallest module that holds all of the block's ``targets``.
 
-    Example:
+    Examples:
         >>> blocks = [Target(f"b.{i}.fc", f"b.{i}.fc", "weight", None, i, "model") for i in range(3)]
         >>> layer_scales(["b.0.fc.weight", "b.1.fc.bias", "b.2.fc.weight", "embedding"], blocks, 0.5)
         {'b.0.fc.weight': 0.5, 'b.1.fc.bias': 0.75, 'b.2.fc.weight': 1.0, 'embedding': 0.5}
@@ -140,11 +140,13 @@ class _Change:
 class Lines(Method):
     r"""Another method, and after each task its change of the weights is scaled by depth.
 
-    .. math:: W_l \leftarrow W_l^{before} + \lambda_l\,(W_l^{after} - W_l^{before}), \qquad
-              \lambda_l = \alpha + (1 - \alpha) \tfrac{l}{L - 1}
+    $$
+    W_l \leftarrow W_l^{before} + \lambda_l\,(W_l^{after} - W_l^{before}), \qquad
+    \lambda_l = \alpha + (1 - \alpha) \tfrac{l}{L - 1}
+    $$
 
     The deepest block keeps all of it, the shallowest, and what belongs to no block, the share α. ``alpha=None`` takes
-    the α of the grid with the best score on held-out data of all tasks so far (:attr:`Method.validate`, which the
+    the α of the grid with the best score on held-out data of all tasks so far ([`Method.validate`][], which the
     training loop sets): data that no other method here looks at. Memory: a copy of the model while a task is open, two
     while α is chosen, which takes one validation pass per entry of the grid.
 
@@ -155,7 +157,7 @@ class Lines(Method):
     own depths; the score is the mean accuracy over the tasks so far, where the code weighs the target twice against
     control tasks.
 
-    Example:
+    Examples:
         >>> from keeplora.methods import FullFineTuning
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))

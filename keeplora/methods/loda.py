@@ -24,7 +24,7 @@ NOISE = 1e-6  # of the largest: directions with less energy are what rounding le
 
 @dataclass(frozen=True)
 class LoDaConfig(AdapterConfig):
-    """Settings of :class:`LoDa`; the paper's own could not be found.
+    """Settings of [`LoDa`][]; the paper's own could not be found.
 
     Args:
         general_share: Share of the rank r that is general; the rest is isolated. In the first task all is general.
@@ -50,9 +50,10 @@ def general_directions(old: Tensor, new: Tensor, rank: int) -> Tensor:
     r"""The leading eigenvectors of ``S_old + S_new``, as rows ``[rank, in]`` in float64; fewer where energy ends.
 
     Args:
-        old, new: Second moments ``[in, in]``, symmetric positive semidefinite, of the same scale.
+        old: Second moments ``[in, in]``, symmetric positive semidefinite, of the same scale.
+        new: Second moments ``[in, in]``, symmetric positive semidefinite, of the same scale.
 
-    Example:
+    Examples:
         >>> old, new = torch.diag(torch.tensor([2.0, 0.0, 1.0])), torch.diag(torch.tensor([2.0, 1.0, 0.0]))
         >>> general_directions(old, new, 1).abs()
         tensor([[1., 0., 0.]], dtype=torch.float64)
@@ -66,18 +67,21 @@ def general_directions(old: Tensor, new: Tensor, rank: int) -> Tensor:
 def isolated_directions(old: Tensor, new: Tensor, rank: int, ridge: float) -> Tensor:
     r"""Directions of large ``S_new`` and small ``S_old``: of the leading generalised Rayleigh quotients.
 
-    .. math:: \max_v \frac{v^\top S_{new} v}{v^\top (S_{old} + \varepsilon I) v}, \qquad
-              L L^\top = S_{old} + \varepsilon I, \quad v = L^{-\top} u, \quad u \text{ of } L^{-1} S_{new} L^{-\top}
+    $$
+    \max_v \frac{v^\top S_{new} v}{v^\top (S_{old} + \varepsilon I) v}, \qquad
+    L L^\top = S_{old} + \varepsilon I, \quad v = L^{-\top} u, \quad u \text{ of } L^{-1} S_{new} L^{-\top}
+    $$
 
     Args:
-        old, new: Second moments ``[in, in]``, symmetric positive semidefinite.
+        old: Second moments ``[in, in]``, symmetric positive semidefinite.
+        new: Second moments ``[in, in]``, symmetric positive semidefinite.
         ridge: ε as a share of the mean eigenvalue of ``old`` (of ``new`` where ``old`` is 0), above 0.
 
     Returns:
         Orthonormal rows ``[rank, in]`` in float64 that span the leading ``rank`` directions, and the leading j of them
         the leading j; fewer where the quotients end.
 
-    Example:
+    Examples:
         >>> old, new = torch.diag(torch.tensor([4.0, 0.0, 1.0])), torch.diag(torch.tensor([9.0, 1.0, 1.0]))
         >>> isolated_directions(old, new, 1, ridge=0.01).abs().round()
         tensor([[0., 1., 0.]], dtype=torch.float64)
@@ -98,19 +102,24 @@ def isolated_directions(old: Tensor, new: Tensor, rank: int, ridge: float) -> Te
 def recalibrated(b: Tensor, a: Tensor, old: Tensor, new: Tensor) -> Tensor:
     r"""The update of the general directions that old and new tasks together would choose.
 
-    .. math:: B' = \arg\min_{B'}\; \mathrm{tr}\bigl(B' A S_{old} A^\top B'^\top\bigr)
-              + \mathrm{tr}\bigl((B' - B) A S_{new} A^\top (B' - B)^\top\bigr)
-              = B\, (A S_{new} A^\top)\, \bigl(A (S_{old} + S_{new}) A^\top\bigr)^{-1}
+    $$
+    B' = \arg\min_{B'}\; \mathrm{tr}\bigl(B' A S_{old} A^\top B'^\top\bigr)
+    + \mathrm{tr}\bigl((B' - B) A S_{new} A^\top (B' - B)^\top\bigr)
+    = B\, (A S_{new} A^\top)\, \bigl(A (S_{old} + S_{new}) A^\top\bigr)^{-1}
+    $$
 
     Outputs on old features are to stay, those on new ones to be what was trained.
 
     Args:
-        b: ``[out, r]``. a: ``[r, in]``. old, new: second moments ``[in, in]`` of the same scale.
+        b: ``[out, r]``.
+        a: ``[r, in]``.
+        old: second moments ``[in, in]`` of the same scale.
+        new: second moments ``[in, in]`` of the same scale.
 
     Returns:
         B' in the dtype of ``b``; b itself where ``old`` is 0.
 
-    Example:
+    Examples:
         >>> a, eye = torch.tensor([[1.0, 0.0]]), torch.eye(2)
         >>> recalibrated(torch.tensor([[4.0]]), a, 3 * eye, eye)
         tensor([[1.]])
@@ -125,18 +134,21 @@ def recalibrated(b: Tensor, a: Tensor, old: Tensor, new: Tensor) -> Tensor:
 class LoDa(LoraMethod):
     r"""LoRA along two fixed sets of directions: shared with earlier tasks, and the new task's own.
 
-    .. math::
-        A &= [\,\text{general}(S_{old} + S_{new});\ \text{isolated}(S_{new}, S_{old})\,], \quad B = 0 \\
-        W &\leftarrow W + s\,(B'_G A_G + B_I A_I), \qquad S_{old} \leftarrow S_{old} + S_{new}
+    $$
+    \begin{aligned}
+    A &= [\,\text{general}(S_{old} + S_{new});\ \text{isolated}(S_{new}, S_{old})\,], \quad B = 0 \\
+    W &\leftarrow W + s\,(B'_G A_G + B_I A_I), \qquad S_{old} \leftarrow S_{old} + S_{new}
+    \end{aligned}
+    $$
 
-    with :func:`general_directions`, :func:`isolated_directions`, and B' of :func:`recalibrated`. B is trained, A is
+    with [`general_directions`][], [`isolated_directions`][], and B' of [`recalibrated`][]. B is trained, A is
     frozen. S are mean second moments of a layer's inputs: before the task for A, after it for the memory and for B'.
     Memory: ``4 in²`` bytes for each distinct input.
 
     Source: He et al., "Task-Driven Subspace Decomposition for Knowledge Sharing and Isolation in LoRA-based Continual
     Learning", ICML 2026, arXiv:2603.00191. From the paper: general and isolated subspaces by energy and by a
     generalised Rayleigh quotient, fixed down-projections, a closed-form recalibration of the general update. A
-    reconstruction: the objective of :func:`recalibrated`, ε, the split of r, orthonormal rows, equal weight of every
+    reconstruction: the objective of [`recalibrated`][], ε, the split of r, orthonormal rows, equal weight of every
     task in S_old. Left out: the paper's gradient-aligned optimisation of B, of which no formula was found.
 
     Warns:

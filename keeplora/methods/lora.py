@@ -19,7 +19,7 @@ __all__ = ["LoraConfig", "SequentialLora", "kaiming"]
 
 @dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
-    """Settings of :class:`SequentialLora`: those of every adapter, dropout of its inputs, and the seed of A."""
+    """Settings of [`SequentialLora`][]: those of every adapter, dropout of its inputs, and the seed of A."""
 
     dropout: float = 0.0
     seed: int = 0
@@ -33,7 +33,7 @@ class LoraConfig(AdapterConfig):
 class SequentialLora(LoraMethod):
     r"""Plain LoRA on one task after the other: a new adapter per task, merged after it.
 
-    .. math:: y = x W^\top + \tfrac{\alpha}{r}\,(x A^\top) B^\top
+    $$ y = x W^\top + \tfrac{\alpha}{r}\,(x A^\top) B^\top $$
 
     A starts Kaiming-uniform, B at zero; both are trained (Hu et al. 2022, arXiv:2106.09685; PEFT's defaults).
     """

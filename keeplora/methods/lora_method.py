@@ -42,16 +42,16 @@ T = TypeVar("T")
 class LoraMethod(Published):
     """A method that adapts the weights its config names in ``target_modules``.
 
-    A subclass gives :meth:`open_task` and :meth:`close_task`; if its adapters are not made by its config's ``scaling``
-    alone, :meth:`adapter_of`; and if it remembers anything between tasks but the merged weights, :meth:`memory_state`,
-    :meth:`recall` and :meth:`remember`. All of them are called only when a task may be opened, closed or dropped.
+    A subclass gives ``open_task`` and ``close_task``; if its adapters are not made by its config's ``scaling``
+    alone, [`adapter_of`][]; and if it remembers anything between tasks but the merged weights, ``memory_state``,
+    ``recall`` and ``remember``. All of them are called only when a task may be opened, closed or dropped.
 
     Args:
         model: Any model with linear layers. Those that are adapted are replaced in place by ones that can hold
-            adapters, until :meth:`merge`; it stays the same object.
+            adapters, until ``merge``; it stays the same object.
         config: Settings, ``target_modules`` among them.
-        targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
-        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
+        targets: The weights to choose from, instead of what [`find_targets`][] finds.
+        token_mask: Which inputs count as features, instead of what ``keeplora.families.token_mask`` tells.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
@@ -60,7 +60,7 @@ class LoraMethod(Published):
     """
 
     train_a: bool = False
-    """Whether A is trained along with B, of adapters that :meth:`adapter_of` makes."""
+    """Whether A is trained along with B, of adapters that [`adapter_of`][] makes."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class LoraMethod(Published):
         """The adapter of slot i with these tensors, as a task starts with it and as a saved one comes back.
 
         Args:
-            tensors: What :meth:`keeplora.lora.LoraAdapter.tensors` gives: A, B, and whatever else its kind has.
+            tensors: What ``keeplora.lora.LoraAdapter.tensors`` gives: A, B, and whatever else its kind has.
 
         Raises:
             KeyError, ValueError: one is missing, or of another shape.
@@ -134,11 +134,11 @@ class LoraMethod(Published):
             slot.detach()
 
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
-        """As :meth:`Method.after_task`.
+        """As [`Method.after_task`][].
 
         Warns:
             UserWarning: also where what was merged is next to nothing, or about as large as the weights
-                (:mod:`.size`); not of methods that train whole weights, which keep no update.
+                (``size``); not of methods that train whole weights, which keep no update.
         """
         for slot in self.slots:
             slot.exact.fresh.clear()
@@ -240,7 +240,7 @@ class LoraMethod(Published):
         return names
 
     def warn_of_ranks(self, ranks: Sequence[int], *, none: str, **causes: Any) -> None:
-        """Name the layers whose adapters are smaller than r, or missing: :func:`.ranks.warn_of_ranks`."""
+        """Name the layers whose adapters are smaller than r, or missing: ``ranks.warn_of_ranks``."""
         names = [slot.name for slot in self.slots]
         warn_of_ranks(type(self).__name__, names, ranks, [self.config.r] * len(names), none=none, **causes)
 
@@ -251,7 +251,7 @@ class LoraMethod(Published):
         r: int,
         shares: Sequence[Shares] | None = None,
     ) -> Capacity:
-        """The table of :meth:`capacity`, from every slot's protected directions and those each task added.
+        """The table of ``capacity``, from every slot's protected directions and those each task added.
 
         Args:
             shares: Of every slot what lay in free space, where it is known.

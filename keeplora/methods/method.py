@@ -1,7 +1,7 @@
 """The one life of a task, of every method: opened, trained, closed or abandoned; saved and loaded at any moment.
 
-A method gives what is its own: :meth:`Method.open_task`, :meth:`Method.close_task`, :meth:`Method.drop_task`,
-:meth:`Method.named_trained`, and what a state holds of it (:mod:`.saved`). The order of calls and the guards are
+A method gives what is its own: [`Method.open_task`][], [`Method.close_task`][], [`Method.drop_task`][],
+[`Method.named_trained`][], and what a state holds of it (``saved``). The order of calls and the guards are
 here, once.
 """
 
@@ -34,15 +34,15 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class Method(Saved):
     """One way to learn a sequence of tasks.
 
-    The life of a task: :meth:`before_task`, then any number of optimizer steps on :meth:`trainable_parameters` (add
-    :meth:`penalty` to the loss, call :meth:`after_step` after each step), then :meth:`after_task`; or
-    :meth:`abandon_task`, and it never was. Between tasks the model is ready for evaluation.
+    The life of a task: [`before_task`][], then any number of optimizer steps on [`trainable_parameters`][] (add
+    [`penalty`][] to the loss, call [`after_step`][] after each step), then [`after_task`][]; or
+    [`abandon_task`][], and it never was. Between tasks the model is ready for evaluation.
 
     A method changes nothing but ``self.model`` and itself, and ``self.model`` stays the object it was given.
 
     Args:
         model: The model; it stays the same object.
-        config: Settings, of :attr:`config_type`; its defaults if None.
+        config: Settings, of ``config_type``; its defaults if None.
         targets: The weights to choose from, where the method adapts chosen weights.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
     """
@@ -53,7 +53,7 @@ class Method(Saved):
     """Whether all that was learned is in the model's own weights after each task, so that inference costs nothing."""
 
     freezes: ClassVar[bool] = True
-    """Whether all but the trained parameters stays as it is while a task is open; see :attr:`frozen_buffers`."""
+    """Whether all but the trained parameters stays as it is while a task is open; see [`frozen_buffers`][]."""
 
     model: nn.Module
     progress: bool | None = None
@@ -64,12 +64,12 @@ class Method(Saved):
 
     group: Group | None = None
     """The ``torch.distributed.ProcessGroup`` of those that share a task's data, each with a model of its own: all that
-    is exchanged in :meth:`before_task` and :meth:`after_task` stays among them. None: the default group."""
+    is exchanged in [`before_task`][] and [`after_task`][] stays among them. None: the default group."""
 
     validate: Callable[[], float] | None = None
     """``validate() -> score`` of the model as it is, higher is better, on held-out data of the tasks so far.
 
-    Set by the training loop before :meth:`before_task`, for methods that choose something in :meth:`after_task`.
+    Set by the training loop before [`before_task`][], for methods that choose something in [`after_task`][].
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Method(Saved):
 
     @abstractmethod
     def drop_task(self) -> None:
-        """Undo :meth:`open_task` and all training since: the model's function is as it was, to the last bit."""
+        """Undo [`open_task`][] and all training since: the model's function is as it was, to the last bit."""
 
     @abstractmethod
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -133,14 +133,14 @@ class Method(Saved):
 
         Args:
             loader: The task's training batches; can be iterated again later.
-            loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :meth:`after_task`.
+            loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for [`after_task`][].
             batch_size: ``batch_size(batch) -> int``: what the batch's loss is a mean over, by which its gradient is
                 weighted. By default its samples, read off the leading dimension of the first tensor in it
-                (:func:`keeplora.statistics.batch_size_of`). Methods that look at no gradient do not ask.
-            group: The processes that share the task; kept as :attr:`group`. None leaves that as it is.
+                (``keeplora.statistics.batch_size_of``). Methods that look at no gradient do not ask.
+            group: The processes that share the task; kept as [`group`][]. None leaves that as it is.
 
         Raises:
-            RuntimeError: a task is open already, or the model was given back by :meth:`merge`.
+            RuntimeError: a task is open already, or the model was given back by [`merge`][].
             TypeError: ``loss_fn`` is no function.
             ValueError: of several processes some hold other weights.
         """
@@ -166,7 +166,7 @@ class Method(Saved):
         return self._trained("trainable_parameters")
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
-        """An AdamW over :meth:`trainable_parameters` with these options: what the method is best trained with."""
+        """An AdamW over [`trainable_parameters`][] with these options: what the method is best trained with."""
         return torch.optim.AdamW(self._trained("optimizer"), **options)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -197,7 +197,7 @@ class Method(Saved):
 
         Args:
             loader: The task's training batches.
-            loss_fn: Runs the model on a batch; by default the one :meth:`before_task` was given.
+            loss_fn: Runs the model on a batch; by default the one [`before_task`][] was given.
 
         Raises:
             RuntimeError: no task is open, or no ``loss_fn`` is known (after loading a state).
@@ -225,7 +225,7 @@ class Method(Saved):
         return report
 
     def abandon_task(self) -> None:
-        """Close the open task without learning or protecting anything: all is as it was before :meth:`before_task`.
+        """Close the open task without learning or protecting anything: all is as it was before [`before_task`][].
 
         The model's outputs are to the last bit, and so are its buffers and gradient flags; the next task can be opened.
 
@@ -253,7 +253,7 @@ class Method(Saved):
         if more tasks are to come.
 
         Raises:
-            RuntimeError: a task is open, or the method computes what ordinary layers cannot (:attr:`merges`).
+            RuntimeError: a task is open, or the method computes what ordinary layers cannot ([`merges`][]).
         """
         self._require("merge", task=False)
         if not self.merges:
@@ -326,7 +326,7 @@ class Method(Saved):
         require_whole(function, self.model)
 
     def _require_moment(self, function: str, *, task: bool | None) -> None:
-        """Refuse a call after :meth:`merge`, one without an open task, one during a task."""
+        """Refuse a call after ``merge``, one without an open task, one during a task."""
         if self._given_back:
             raise RuntimeError(f"{function}: {self.name} has given its model back by merge(). Make a new one.")
         if task is True and not self.training_task:

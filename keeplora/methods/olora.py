@@ -20,7 +20,7 @@ __all__ = ["OLora", "OLoraConfig", "overlap"]
 
 @dataclass(frozen=True)
 class OLoraConfig(LoraConfig):
-    """Settings of :class:`OLora`, those of the public code.
+    """Settings of [`OLora`][], those of the public code.
 
     Args:
         orthogonality: λ₁, the weight of the overlap with earlier tasks' A.
@@ -45,7 +45,7 @@ class OLoraConfig(LoraConfig):
 def overlap(past: Tensor, a: Tensor) -> Tensor:
     r"""``Σ |A_past Aᵀ|`` over all elements: how far the rows of ``a [r, in]`` lean on those of ``past [R, in]``.
 
-    Example:
+    Examples:
         >>> overlap(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor(3.)
     """
@@ -55,8 +55,10 @@ def overlap(past: Tensor, a: Tensor) -> Tensor:
 class OLora(SequentialLora):
     r"""Sequential LoRA with a loss that keeps the rows of a new A orthogonal to those of every earlier A.
 
-    .. math:: \ell + \lambda_1 \sum_{l} \sum_{i < t} \lVert A_i^{(l)} A_t^{(l)\top} \rVert_{1}
-              + \lambda_2 \sum_{l} (\lVert A_t^{(l)} \rVert_F + \lVert B_t^{(l)} \rVert_F)
+    $$
+    \ell + \lambda_1 \sum_{l} \sum_{i < t} \lVert A_i^{(l)} A_t^{(l)\top} \rVert_{1}
+    + \lambda_2 \sum_{l} (\lVert A_t^{(l)} \rVert_F + \lVert B_t^{(l)} \rVert_F)
+    $$
 
     over all adapted layers l, with the sum of absolute elements as norm of the overlap. Earlier adapters are merged;
     their A are kept for the loss: ``4 r in`` bytes for each task and layer.

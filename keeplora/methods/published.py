@@ -46,8 +46,10 @@ class Published(SlotStates):
     ) -> None:
         r"""Write what was learned as an adapter that stock ``PeftModel.from_pretrained(pretrained_model, path)`` reads.
 
-        .. math:: \Delta W = \sum_{\text{tasks}} c\, B A \quad\text{of rank } \Sigma r
-                  \text{ (at most } \min(\text{out}, \text{in})\text{)}
+        $$
+        \Delta W = \sum_{\text{tasks}} c\, B A \quad\text{of rank } \Sigma r
+        \text{ (at most } \min(\text{out}, \text{in})\text{)}
+        $$
 
         of all tasks and the open one, relative to the weights the method was made with; exact, nothing is truncated. An
         open task alone keeps its A, B and ``alpha_pattern``, so PEFT can go on training its B. q, k and v of an
@@ -56,7 +58,7 @@ class Published(SlotStates):
 
         For transformers' models ``AutoPeftModelForCausalLM.from_pretrained(path)``, or ``AutoPeftModel`` for others,
         loads base model and adapter. Beside the adapter lie a model card (``README.md``) and ``keeplora.json``, which
-        tells :meth:`keeplora.KeepLora.import_peft` what weights it belongs to. PEFT reads neither.
+        tells `KeepLora.import_peft` what weights it belongs to. PEFT reads neither.
 
         Args:
             path: A folder; an adapter and a card of keeplora's in it are replaced, other files stay.
@@ -125,16 +127,16 @@ class Published(SlotStates):
     def save_pretrained(self, path: str | os.PathLike[str], *, state: bool = True, **export: Any) -> None:
         """Write the adapter with its card, and what keeplora needs to go on, into one folder.
 
-        :meth:`export_peft` and :meth:`save` in this order: ``PeftModel.from_pretrained`` reads the folder, and so does
-        :meth:`from_pretrained`.
+        [`export_peft`][] and ``save`` in this order: ``PeftModel.from_pretrained`` reads the folder, and so does
+        [`from_pretrained`][].
 
         Args:
             path: A folder.
             state: Whether the state is saved too.
-            export: Of :meth:`export_peft`.
+            export: Of [`export_peft`][].
 
         Raises:
-            ValueError, TypeError, RuntimeError: as :meth:`export_peft`; nothing was written then.
+            ValueError, TypeError, RuntimeError: as [`export_peft`][]; nothing was written then.
         """
         self.export_peft(path, **export)
         if state:
@@ -152,16 +154,16 @@ class Published(SlotStates):
         token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ) -> Self:
-        """Go on from what :meth:`save_pretrained` wrote, or :meth:`push_to_hub` with ``state=True``.
+        """Go on from what [`save_pretrained`][] wrote, or [`push_to_hub`][] with ``state=True``.
 
         Args:
             path: A local folder, or the id of a repository on the Hub.
             model: The pretrained model the method was made with.
             revision: Branch, tag or commit on the Hub.
             token: Of the Hub.
-            targets: As of :meth:`load`.
-            token_mask: As of :meth:`load`.
-            progress: As of :meth:`load`.
+            targets: As of [`load`][].
+            token_mask: As of [`load`][].
+            progress: As of [`load`][].
 
         Raises:
             StateError: no state is there, or it does not fit the model.
@@ -188,7 +190,7 @@ class Published(SlotStates):
         create_pr: bool = False,
         **export: Any,
     ) -> CommitInfo:
-        """Upload what :meth:`save_pretrained` writes to a repository of the Hub, which is made where there is none.
+        """Upload what [`save_pretrained`][] writes to a repository of the Hub, which is made where there is none.
 
         Args:
             repo_id: ``"name"`` or ``"organisation/name"``.
@@ -199,14 +201,14 @@ class Published(SlotStates):
             branch: Where to; it is made where there is none.
             commit_message: Of the commit.
             create_pr: Whether to open a pull request instead.
-            export: Of :meth:`export_peft`. ``base_model`` must be an id on the Hub for others to load the adapter.
+            export: Of [`export_peft`][]. ``base_model`` must be an id on the Hub for others to load the adapter.
 
         Returns:
             What ``huggingface_hub.HfApi.upload_folder`` returns.
 
         Raises:
             huggingface_hub.errors.HfHubHTTPError: the Hub's own errors, as they are.
-            ValueError, TypeError, RuntimeError: as :meth:`export_peft`; nothing was uploaded then.
+            ValueError, TypeError, RuntimeError: as [`export_peft`][]; nothing was uploaded then.
 
         Warns:
             UserWarning: the base model has no id on the Hub.
@@ -243,7 +245,8 @@ def base_note(
     """What ``keeplora.json`` tells of the base model.
 
     Args:
-        known: Hashes of the weights the adapter belongs on. held: Tasks that those weights hold already.
+        known: Hashes of the weights the adapter belongs on.
+        held: Tasks that those weights hold already.
         weights: As they are now, with the updates ``merged`` in them, which are part of ``updates``.
     """
     inner = inner_product(weights, updates) - sum(map(inner_of_updates, merged, updates))

@@ -15,7 +15,8 @@ def warn_of_unreached(
     """Name the layers, of ``count`` that are adapted, that no token of the task's batches has come to.
 
     Args:
-        function: What the user called. closing: Whether it closes a task.
+        function: What the user called.
+        closing: Whether it closes a task.
         experts: Of all layers those to which tokens are routed: that none came to some is no fault of a loss function.
     """
     idle = [name for name in names if name in experts]
@@ -50,7 +51,8 @@ def warn_of_ranks(
     Args:
         function: What speaks.
         none: What layers without an adapter have not.
-        full: Those that have no free direction at all. silent: Those that get no gradient.
+        full: Those that have no free direction at all.
+        silent: Those that get no gradient.
         unreached: Those that have been named already.
         remedy: For layers that lack room.
     """

@@ -55,7 +55,7 @@ def stored_basis(state: State, name: str, width: int, *, dtype: torch.dtype | No
     """The state's orthonormal columns ``name [width, k]``: what else they were, nothing would be protected by them.
 
     Raises:
-        StateError: as :func:`stored`, or they are not orthonormal (by one random combination: it costs one product).
+        StateError: as ``stored``, or they are not orthonormal (by one random combination: it costs one product).
     """
     basis = stored(state, name, (width, None), dtype=dtype)
     _require_orthonormal(name, basis)
@@ -66,7 +66,7 @@ def stored_parts(state: State, name: str, width: int, counts: Sequence[int]) -> 
     """The state's orthonormal columns that are saved as ``name.0 [width, counts[0]]``, ``name.1`` and so on.
 
     Raises:
-        StateError: as :func:`stored_basis`.
+        StateError: as ``stored_basis``.
     """
     parts: list[Tensor] = []
     for i, count in enumerate(counts):

@@ -96,7 +96,7 @@ METHODS: dict[str, Registered] = {
     "lora-ga": Registered(LoraGa, LoraGaConfig, {}, "started along the task's gradient, by PEFT (arXiv:2407.05000)"),
     "eva": Registered(Eva, EvaConfig, {}, "started along the task's inputs, by PEFT (arXiv:2410.07170)"),
 }
-"""Every method that :func:`create` knows, by name; more may be added."""
+"""Every method that [`create`][] knows, by name; more may be added."""
 
 
 def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
@@ -109,7 +109,7 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
             out of range.
         TypeError: a value is of another type.
 
-    Example:
+    Examples:
         >>> configure("keeplora", {"r": 2}).depth_scale
         1.0
         >>> configure("keeplora++", {"preset": "mtil"}).depth_scale["vision"]
@@ -143,16 +143,16 @@ def create(
 
     Args:
         settings: Of the method's configuration; its defaults where they say nothing.
-        targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
-        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
+        targets: The weights to choose from, instead of what [`find_targets`][] finds.
+        token_mask: Which inputs count as features, instead of what ``keeplora.families.token_mask`` tells.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
     Raises:
-        ValueError: as :func:`configure`, or the settings do not suit the model (a rank that no layer can hold), or the
+        ValueError: as [`configure`][], or the settings do not suit the model (a rank that no layer can hold), or the
             method adapts no chosen weights and was given ``targets``.
         TypeError: the model is not of a kind the method can handle.
 
-    Example:
+    Examples:
         >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
         2
     """
@@ -176,7 +176,7 @@ def load(
         StateError: nothing there, damaged, of another version, of a method that is not registered, or made with
             another model.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> make = lambda: nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
         >>> method = create("lora", make(), {"r": 2, "target_modules": "all-linear"})

@@ -30,10 +30,10 @@ MOST_TASKS = 2**20
 
 
 class Saved(ABC):
-    """The part of :class:`~keeplora.methods.method.Method` that saves it, at any moment of a task's life, and loads it.
+    """The part of [`Method`][] that saves it, at any moment of a task's life, and loads it.
 
-    A method gives :meth:`weights_state`, :meth:`recall_weights` and :meth:`set_weights` for what has changed in the
-    model, and :meth:`memory_state`, :meth:`recall` and :meth:`remember` for the rest.
+    A method gives [`weights_state`][], [`recall_weights`][] and [`set_weights`][] for what has changed in the
+    model, and [`memory_state`][], [`recall`][] and [`remember`][] for the rest.
     """
 
     name: ClassVar[str]
@@ -66,7 +66,7 @@ class Saved(ABC):
 
     @abstractmethod
     def recall_weights(self, state: State) -> Any:
-        """What :meth:`weights_state` gave, checked and ready for :meth:`set_weights`; nothing is changed here.
+        """What [`weights_state`][] gave, checked and ready for [`set_weights`][]; nothing is changed here.
 
         Raises:
             StateError: it does not fit.
@@ -74,10 +74,10 @@ class Saved(ABC):
 
     @abstractmethod
     def set_weights(self, weights: Any, *, open_task: bool) -> None:
-        """Go on with what :meth:`recall_weights` returned; where a task is open, ready to be trained on."""
+        """Go on with what [`recall_weights`][] returned; where a task is open, ready to be trained on."""
 
     def whole_weights_state(self) -> State:
-        """:meth:`weights_state` of a copy in memory, which may be gone back to from anywhere."""
+        """[`weights_state`][] of a copy in memory, which may be gone back to from anywhere."""
         return self.weights_state()
 
     def memory_state(self) -> State:
@@ -85,22 +85,22 @@ class Saved(ABC):
         return State()
 
     def recall(self, state: State) -> Any:  # noqa: B027 (most remember nothing)
-        """The memory in ``state``, checked and ready for :meth:`remember`; :class:`StateError` where it does not fit.
+        """The memory in ``state``, checked and ready for [`remember`][]; [`StateError`][] where it does not fit.
 
         Nothing is changed here.
         """
 
     def remember(self, memory: Any) -> None:  # noqa: B027
-        """Go on with a memory from :meth:`recall`. Called before :meth:`set_weights`."""
+        """Go on with a memory from [`recall`][]. Called before [`set_weights`][]."""
 
     def state(self) -> State:
-        """What :meth:`load_state` needs to continue, changed weights and an open task included; a copy on the CPU."""
+        """What [`load_state`][] needs to continue, changed weights and an open task included; a copy on the CPU."""
         state = self._live_state("state", whole=True)
         copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
         return State(copies, state.meta, state.lasting)
 
     def live_state(self) -> State:
-        """What :meth:`save` writes: :meth:`state` of the tensors themselves, not of copies, to be written at once."""
+        """What [`save`][] writes: [`state`][] of the tensors themselves, not of copies, to be written at once."""
         return self._live_state("state")
 
     def _live_state(self, function: str, *, whole: bool = False) -> State:
@@ -122,7 +122,7 @@ class Saved(ABC):
     def digest(self) -> str:
         """A hash of all that decides what the model computes: its weights and buffers, and the method's state.
 
-        Every value counts, as in :func:`.digest.digest`; two models of one kind with one hash give the same outputs.
+        Every value counts, as in ``digest.digest``; two models of one kind with one hash give the same outputs.
         """
         state = self._live_state("digest")
         held = {
@@ -134,7 +134,7 @@ class Saved(ABC):
         return hashlib.sha256(f"{digest(held.items())}\n{meta}".encode()).hexdigest()
 
     def load_state(self, state: State) -> None:
-        """Continue from :meth:`state`, on a model with the pretrained weights. All is checked before anything changes.
+        """Continue from [`state`][], on a model with the pretrained weights. All is checked before anything changes.
 
         A task that is open here is abandoned. One that was open there is open again: make its optimizer anew.
 
@@ -195,7 +195,7 @@ class Saved(ABC):
         into one folder: they take turns, and the last one's state stays.
 
         Args:
-            store: A folder that several states share files in, by hard links: :func:`.state.write_state`.
+            store: A folder that several states share files in, by hard links: ``state.write_state``.
 
         Raises:
             OSError: the folder cannot be written to, or another process does not get through. What was there stays.
@@ -212,7 +212,7 @@ class Saved(ABC):
         token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ) -> Self:
-        """The method as :meth:`save` found it, around the pretrained ``model`` it was made with.
+        """The method as [`save`][] found it, around the pretrained ``model`` it was made with.
 
         Raises:
             StateError: nothing there, damaged, of another version, or made with another model.
@@ -257,6 +257,7 @@ class Reading(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The entry, remembered as one that must be there."""
         self.names.add(name)
         return super().get(name, default)
 

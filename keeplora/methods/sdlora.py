@@ -23,7 +23,7 @@ __all__ = ["Directions", "SdLora", "SdLoraConfig"]
 
 @dataclass(frozen=True)
 class SdLoraConfig(LoraConfig):
-    """Settings of :class:`SdLora`, those of the public code: rank 10, scale 1.
+    """Settings of [`SdLora`][], those of the public code: rank 10, scale 1.
 
     Args:
         magnitude: What the magnitude of a new task's update starts at.
@@ -67,9 +67,12 @@ class ScaledDirections(LoraAdapter):
     """A new update and its magnitude, and how the magnitudes of earlier ones have changed since the task began.
 
     Args:
-        a, b, scaling, dropout: As of :class:`keeplora.lora.LoraAdapter`; both are trained.
-        before: What was known when the task began. magnitudes: ``[tasks + 1]``, those of the earlier updates and the
-            new one's; trained.
+        a: As of [`LoraAdapter`][]; both are trained.
+        b: As of [`LoraAdapter`][]; both are trained.
+        scaling: As of [`LoraAdapter`][]; both are trained.
+        dropout: As of [`LoraAdapter`][]; both are trained.
+        before: What was known when the task began.
+        magnitudes: ``[tasks + 1]``, those of the earlier updates and the new one's; trained.
     """
 
     before_a: Tensor
@@ -105,10 +108,12 @@ class ScaledDirections(LoraAdapter):
 class SdLora(SequentialLora):
     r"""Sequential LoRA in which a task may also rescale what earlier tasks learned, but not turn it.
 
-    .. math:: W_t = W_0 + s \sum_{i < t} \alpha_i \frac{B_i A_i}{\lVert B_i \rVert_F \lVert A_i \rVert_F}
-              + s\, \alpha_t B_t A_t
+    $$
+    W_t = W_0 + s \sum_{i < t} \alpha_i \frac{B_i A_i}{\lVert B_i \rVert_F \lVert A_i \rVert_F}
+    + s\, \alpha_t B_t A_t
+    $$
 
-    Trained are :math:`A_t`, :math:`B_t` and all magnitudes :math:`\alpha_1 \ldots \alpha_t` of every layer. Updates are
+    Trained are $A_t$, $B_t$ and all magnitudes $\alpha_1 \ldots \alpha_t$ of every layer. Updates are
     merged after each task; the change of an old magnitude is learned as a change from where it was, so that a task
     starts with the function the last one left. All directions are kept: ``4 r (in + out)`` bytes for each task and
     layer, and ``r (in + out)`` more multiplications per token and task in training. After it there is none of that.

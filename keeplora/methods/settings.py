@@ -121,7 +121,7 @@ def check_range(
         ConfigError: the number lies outside; NaN lies in no interval.
         ConfigTypeError: it is no number. Booleans and strings are none.
 
-    Example:
+    Examples:
         >>> check_range("LoraConfig", "dropout", "[0, 1)", value=1.0)
         Traceback (most recent call last):
         keeplora.methods.settings.ConfigError: LoraConfig: dropout must lie in [0, 1), got 1.0
@@ -147,7 +147,7 @@ def check_whole(
 ) -> None:
     """A whole number in ``interval``; the rest as ``check_range``. 2.0 is none.
 
-    Example:
+    Examples:
         >>> check_whole("LoraConfig", "r", "[1, inf)", value=2.0)
         Traceback (most recent call last):
         keeplora.methods.settings.ConfigTypeError: LoraConfig: r must be an int, got 2.0
@@ -180,7 +180,7 @@ def check_by_tower(config: Any, name: str, interval: str) -> None:
 def check_choice(config: Any, name: str, choices: Sequence[str], *, value: Any = _OWN) -> None:
     """One of a few words.
 
-    Example:
+    Examples:
         >>> check_choice("LoraConfig", "forward", ("merged", "factored"), value="merge")
         Traceback (most recent call last):
         keeplora.methods.settings.ConfigError: LoraConfig: forward must be one of merged, factored, got 'merge'. Did you
@@ -258,7 +258,7 @@ def _refuse(
 def plain(config: Any) -> dict[str, Any]:
     """A settings dataclass as plain JSON values; its class makes it again of them.
 
-    Example:
+    Examples:
         >>> plain(AdapterConfig(target_modules=("q_proj", "v_proj")))["target_modules"]
         ['q_proj', 'v_proj']
     """

@@ -1,4 +1,4 @@
-"""Which share of a task lay in free space when it began: what :mod:`.capacity` forecasts from, of every method."""
+"""Which share of a task lay in free space when it began: what ``capacity`` forecasts from, of every method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNKNOWN = Shares()
 
 
 def recalled_shares(state: State, count: int) -> list[Shares]:
-    """Those of ``count`` layers in a state, under ``free_shares``; :class:`StateError` where they are none."""
+    """Those of ``count`` layers in a state, under ``free_shares``; ``StateError`` where they are none."""
     rows = state.meta.get("free_shares")
     if not is_shares(rows, count, 2):
         raise StateError(

@@ -20,16 +20,19 @@ LEAST, MOST = 5e-4, 0.5
 def update_size(updates: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Sequence[Tensor]) -> float:
     r"""The length of all updates together, relative to that of the weights they are added to.
 
-    .. math:: \sqrt{\frac{\sum_l \lVert B_l A_l \rVert_F^2}{\sum_l \lVert W_l \rVert_F^2}}, \qquad
-              \lVert B A \rVert_F^2 = \langle B^\top B,\, A A^\top \rangle
+    $$
+    \sqrt{\frac{\sum_l \lVert B_l A_l \rVert_F^2}{\sum_l \lVert W_l \rVert_F^2}}, \qquad
+    \lVert B A \rVert_F^2 = \langle B^\top B,\, A A^\top \rangle
+    $$
 
     Args:
-        updates: A ``[r, in]`` and B ``[out, r]`` of each update of each weight. weights: ``[out, in]`` each.
+        updates: A ``[r, in]`` and B ``[out, r]`` of each update of each weight.
+        weights: ``[out, in]`` each.
 
     Returns:
         0 where nothing was learned; in float64.
 
-    Example:
+    Examples:
         >>> a, b, w = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), 10 * torch.eye(2)
         >>> round(update_size([[(a, b)]], [w]), 4)
         0.3536
@@ -52,7 +55,7 @@ def warn_of_size(function: str, size: float) -> None:
         warn(
             f"{function}: the task's update must be {LEAST:.0e} of the weights or more to teach them anything, got "
             f"{size:.1e} (‖ΔW‖ / ‖W‖ of the adapted layers). It is merged all the same. Raise the learning rate or "
-            "alpha (docs/settings.md says where to start), or train for more steps."
+            "alpha (docs/which-settings.md says where to start), or train for more steps."
         )
     elif size > MOST:
         warn(

@@ -93,7 +93,7 @@ class SlotStates(Method):
         return State(tensors | self._moving_buffers(), meta, frozenset(lasting))
 
     def whole_weights_state(self) -> State:
-        """:meth:`weights_state`, with every weight that could not be had again from this object."""
+        """[`weights_state`][], with every weight that could not be had again from this object."""
         return self._weights_state(whole=True)
 
     def _moving_buffers(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Saving and loading a :class:`~keeplora.methods.method.State`: atomic, hashed, incremental, without pickle.
+"""Saving and loading a ``State``: atomic, hashed, incremental, without pickle.
 
 A saved state is a folder with one ``state.json`` and the tensor files it names, ``tensors-<hash>.safetensors``. A
 tensor file never changes. What earlier saves wrote of a state's lasting tensors is named again, not written again. All
@@ -245,9 +245,9 @@ def has_state(path: str | os.PathLike[str]) -> bool:
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
-    """Load what :func:`write_state` saved in the folder ``path``.
+    """Load what ``write_state`` saved in the folder ``path``.
 
-    Raises :class:`StateError` (a ``ValueError``) naming the file when something is missing or is no regular file, a
+    Raises ``StateError`` (a ``ValueError``) naming the file when something is missing or is no regular file, a
     value of ``state.json`` or a byte of a tensor file is not what was written (hashes cover both), or the schema
     is unknown or not this version's. Whatever the files are, this is said quickly. Memory: the tensors and 4 MiB.
     """

@@ -40,7 +40,7 @@ def declare(
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
-    """Declare ``schema`` in ``torch.ops.keeplora`` and list it in :data:`OPS`.
+    """Declare ``schema`` in ``torch.ops.keeplora`` and list it in ``OPS``.
 
     ``reference`` is the kernel of every device for which the compiled libraries bring none, so callers
     never ask which kernels exist. It runs in full precision there, as the compiled ones do. ``fake``

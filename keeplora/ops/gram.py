@@ -14,7 +14,7 @@ __all__ = ["energy_of", "gram", "quick_energy"]
 def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Accumulate the uncentred second moment of the rows of ``x`` and their total energy.
 
-    .. math:: C \leftarrow C + x^T x, \qquad e \leftarrow e + \sum_t \lVert x_t \rVert^2
+    $$ C \leftarrow C + x^T x, \qquad e \leftarrow e + \sum_t \lVert x_t \rVert^2 $$
 
     Args:
         x: ``[tokens, d]``, any floating dtype; ``tokens`` may be 0.
@@ -28,7 +28,7 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
         widened at a time.
 
         Numbers below 1e-19 or above 1e19 have squares that float32 does not hold: in ``C`` they vanish or are
-        infinite. ``e`` is right then on a CPU, and as :func:`energy_of` gives it elsewhere. Where ``tr C`` is not
+        infinite. ``e`` is right then on a CPU, and as ``energy_of`` gives it elsewhere. Where ``tr C`` is not
         ``e``, multiply ``x`` by a power of two, or pass it in float64.
 
     Raises:
@@ -39,7 +39,7 @@ def gram(x: Tensor, *, out: Tensor | None = None, energy: Tensor | None = None) 
 
     Source: the feature second moment of KeepLoRA, ICLR 2026, arXiv:2601.19659.
 
-    Example:
+    Examples:
         >>> c, energy = gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
         >>> c, energy
         (tensor([[1., 2.],
@@ -104,7 +104,7 @@ def quick_energy(rows: Tensor) -> Tensor:
 def energy_of(rows: Tensor) -> Tensor:
     r"""``Σ ‖x_t‖²`` of ``rows [tokens, d]``, squares and sums in float64: right whatever the size of float32 numbers.
 
-    Example:
+    Examples:
         >>> energy_of(torch.full((2, 2), 2.0**-100)) == 4 * 2.0**-200
         tensor(True)
     """

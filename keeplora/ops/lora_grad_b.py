@@ -24,7 +24,7 @@ def lora_grad_b(
 ) -> list[Tensor]:
     r"""Gradients of the ``B`` factors of all adapters of a layer.
 
-    .. math:: dB_i = c_i\, dy_{:,\,[s_i, e_i)}^T\, t_{:,\,[p_i, q_i)}, \qquad t = x\,[A_1; \dots; A_n]^T
+    $$ dB_i = c_i\, dy_{:,\,[s_i, e_i)}^T\, t_{:,\,[p_i, q_i)}, \qquad t = x\,[A_1; \dots; A_n]^T $$
 
     ``dy`` is read once, in its own dtype, for all adapters together. Sums are formed in float32 also where ``dy`` and
     ``t`` are in 16 bits, and handed out so.
@@ -48,7 +48,7 @@ def lora_grad_b(
 
     Source: the gradient of Hu et al., "LoRA", 2021, eq. 3, arXiv:2106.09685, with ``A`` frozen.
 
-    Example:
+    Examples:
         >>> dy, t = torch.ones(3, 4), torch.tensor([[1.0], [2.0], [3.0]])
         >>> (db,) = lora_grad_b(dy, t, columns=[(0, 1)], rows=[(0, 2)], scale=0.5)
         >>> db.T

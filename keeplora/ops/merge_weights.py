@@ -29,7 +29,7 @@ def merge_weights(
 ) -> list[Tensor]:
     r"""Add the low-rank updates to every weight and round once.
 
-    .. math:: W^{\mathrm{eff}}_k = \mathrm{cast}\Bigl(W_k + \sum_{j\ \text{of}\ k} c_j\,E_j (B_j - B_{0,j}) A_j\Bigr)
+    $$ W^{\mathrm{eff}}_k = \mathrm{cast}\Bigl(W_k + \sum_{j\ \text{of}\ k} c_j\,E_j (B_j - B_{0,j}) A_j\Bigr) $$
 
     ``E_j`` places an adapter in its rows of the weight; no row has two. One call merges any mixture of fused and plain
     weights, and on a GPU is one launch for up to 339 row ranges and A's.
@@ -58,7 +58,7 @@ def merge_weights(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, sec. 4.1, arXiv:2106.09685.
 
-    Example:
+    Examples:
         >>> w, a, b = torch.eye(2), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [0.0]])
         >>> merge_weights([w], [a], [b], scale=0.5)
         [tensor([[1.0000, 0.5000],

@@ -25,8 +25,10 @@ def orthonormalize(
 ) -> tuple[list[Tensor], Tensor]:
     r"""Orthonormal columns spanning what the columns of ``y[i]`` add to those of ``q[i]``.
 
-    .. math:: Z_i^T Z_i = I, \qquad Q_i^T Z_i = 0, \qquad
-              \mathrm{span}[Q_i, Z_i] = \mathrm{span}[Q_i, Y_i]
+    $$
+    Z_i^T Z_i = I, \qquad Q_i^T Z_i = 0, \qquad
+    \mathrm{span}[Q_i, Z_i] = \mathrm{span}[Q_i, Y_i]
+    $$
 
     Columns are taken from left to right. One is dropped when the part of it outside ``q[i]`` and the columns
     kept before is at most ``32 eps`` of its length: zero columns, repeated columns and columns inside
@@ -54,7 +56,7 @@ def orthonormalize(
     Source: projection "twice is enough", Giraud, Langou & Rozloznik, 2005; CholeskyQR as the second
     orthonormalisation, Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
 
-    Example:
+    Examples:
         >>> y = torch.tensor([[2.0, 4.0, 1.0], [0.0, 0.0, 1.0]])
         >>> (z,), rank = orthonormalize([y])
         >>> rank, z.abs()

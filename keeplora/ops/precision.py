@@ -48,7 +48,7 @@ class full_precision:
     Args:
         of: Devices, or tensors on them.
 
-    Example:
+    Examples:
         >>> x = torch.eye(2)
         >>> with torch.autocast("cpu", torch.bfloat16), full_precision(x):
         ...     print((x @ x).dtype)

@@ -17,7 +17,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     What autograd forms of a guarded product is computed in ``backward()``, where the guard is no longer open.
 
-    Example:
+    Examples:
         >>> left = torch.ones(1, 2, requires_grad=True)
         >>> with torch.autocast("cpu", torch.bfloat16):
         ...     product(left, torch.full((2, 1), 1.001)).backward()

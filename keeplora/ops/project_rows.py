@@ -23,8 +23,10 @@ def project_rows(
 ) -> tuple[list[Tensor], Tensor]:
     r"""Remove from the rows of every ``g[i]`` what lies in the span of the columns of ``q[i]``.
 
-    .. math:: R_i = \lambda_i\,(G_i - (G_i Q_i) Q_i^T), \qquad
-              \mathrm{leak}_i = \lVert R_i Q_i \rVert_F / \lVert R_i \rVert_F
+    $$
+    R_i = \lambda_i\,(G_i - (G_i Q_i) Q_i^T), \qquad
+    \mathrm{leak}_i = \lVert R_i Q_i \rVert_F / \lVert R_i \rVert_F
+    $$
 
     All problems, of any mixture of shapes, run in one launch on a GPU.
 
@@ -49,7 +51,7 @@ def project_rows(
     Source: the gradient projection of Saha et al., "Gradient Projection Memory", ICLR 2021, eq. 6, with the
     depth scale of KeepLoRA++, arXiv:2606.16256.
 
-    Example:
+    Examples:
         >>> g, q = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])
         >>> rows, leak = project_rows([g], [q], scale=0.5)
         >>> rows, leak

@@ -30,21 +30,26 @@ def projected_adamw(
 ) -> Tensor:
     r"""One AdamW step on every ``a[i]``, in place, that keeps its rows orthogonal to ``q[i]``.
 
-    .. math:: g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad
-              P = I - QQ^T
+    $$
+    g \leftarrow gP, \quad A \leftarrow \mathrm{AdamW}(A, g), \quad A \leftarrow AP, \qquad
+    P = I - QQ^T
+    $$
 
     Projecting the gradient alone is not enough: Adam rescales element by element and leaves the subspace.
 
     Args:
         a: ``n`` parameters ``[r_i, d_i]``, contiguous, all float32 or all float64; overwritten.
         grad: ``n`` gradients ``[r_i, d_i]``, any floating dtype.
-        exp_avg, exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
+        exp_avg: ``n`` moments each, like ``a``; overwritten. Start at zero.
+        exp_avg_sq: ``n`` moments each, like ``a``; overwritten. Start at zero.
         q: ``n`` bases ``[d_i, k_i]`` with orthonormal columns, dtype of ``a``; ``k_i`` may be 0.
         step: number of this step, from 1 (bias correction): one for all, or one tensor per parameter. Tensors are
             float32 without dimensions, on the CPU or on the device of ``a``; there only the device reads them, so that
             a captured CUDA graph follows their values.
         lr: learning rate, one number or one per parameter.
-        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+        betas: as in ``torch.optim.AdamW``.
+        eps: as in ``torch.optim.AdamW``.
+        weight_decay: as in ``torch.optim.AdamW``.
         check_basis: also check that the columns of every ``q[i]`` are orthonormal. Waits for the device.
 
     Returns:
@@ -61,7 +66,7 @@ def projected_adamw(
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, alg. 2, arXiv:1711.05101, with
     the projections of Saha et al., ICLR 2021.
 
-    Example:
+    Examples:
         >>> a, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [0.0]])
         >>> leak = projected_adamw([a], [torch.ones(1, 2)], [torch.zeros(1, 2)], [torch.zeros(1, 2)], [q],
         ...                        step=1, lr=0.1, weight_decay=0.0)
@@ -87,7 +92,7 @@ def checked_arguments(
     eps: float,
     weight_decay: float,
 ) -> tuple[Any, ...]:
-    """The arguments of the op, or what :func:`projected_adamw` raises of them."""
+    """The arguments of the op, or what ``projected_adamw`` raises of them."""
     state = {"a": a, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "q": q}
     lists = {name: matrices("projected_adamw", name, values, MASTER) for name, values in state.items()}
     lists["grad"] = matrices("projected_adamw", "grad", grad, uniform=False)

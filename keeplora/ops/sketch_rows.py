@@ -16,9 +16,9 @@ _MASK = 0xFFFFFFFF
 def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor | None = None) -> Tensor:
     r"""Accumulate ``Ψ`` times the weight gradient ``δᵀ x`` of a linear layer.
 
-    .. math:: Z \leftarrow Z + \Psi\,\delta^T x, \qquad \Psi_{ij} = \pm 1/\sqrt{\mathrm{width}}
+    $$ Z \leftarrow Z + \Psi\,\delta^T x, \qquad \Psi_{ij} = \pm 1/\sqrt{\mathrm{width}} $$
 
-    ``Ψ`` is never stored: its signs are those of :func:`random_signs`, the same on every device and rank, so
+    ``Ψ`` is never stored: its signs are those of [`random_signs`][], the same on every device and rank, so
     sketches of several batches or processes made with one seed may be added. ``E[ZᵀZ] = GᵀG``: the top right
     singular vectors of ``Z`` approximate those of the gradient.
 
@@ -44,7 +44,7 @@ def sketch_rows(x: Tensor, delta: Tensor, *, width: int, seed: int, out: Tensor 
     Source: sign sketches of Achlioptas, "Database-friendly random projections", 2003; randomized range
     finding of Halko, Martinsson & Tropp, 2011, arXiv:0909.4061.
 
-    Example:
+    Examples:
         >>> x, delta = torch.randn(10, 4), torch.randn(10, 6)
         >>> z = sketch_rows(x, delta, width=3, seed=7)
         >>> psi = random_signs(3, 6, seed=7) / 3**0.5
@@ -84,7 +84,7 @@ def random_signs(
 
     Source: the 32-bit finalizer of MurmurHash3 (Appleby, 2011), chained over seed, row and word.
 
-    Example:
+    Examples:
         >>> random_signs(2, 5, seed=1).abs().sum().item()
         10.0
     """

@@ -15,7 +15,7 @@ __all__ = ["thin_matmul"]
 def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
     r"""Product of a long matrix with the transpose of one of few rows.
 
-    .. math:: y = c\, x\, a^T
+    $$ y = c\, x\, a^T $$
 
     LoRA's ``t = x Aᵀ`` is ``thin_matmul(x, A)``; for the gradient of B there is ``lora_grad_b``. On a CPU ``x`` is read
     once, from where it lies, if its rows are contiguous (else it is copied); on a GPU, and where gradients are wanted,
@@ -35,7 +35,7 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
 
     Source: the first product of a LoRA layer with frozen weight, Hu et al., "LoRA", 2021, eq. 3, arXiv:2106.09685.
 
-    Example:
+    Examples:
         >>> x, a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1.0, -1.0]])
         >>> thin_matmul(x, a, scale=2.0).T
         tensor([[-2., -2., -2.]])

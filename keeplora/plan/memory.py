@@ -44,10 +44,10 @@ class Setting:
     """What decides about memory besides the model.
 
     Attributes:
-        rank: r. method: One of :data:`METHODS`. weight_bytes: Bytes of a weight: 2 or 4. batch, length: Of a step, per
+        rank: r. method: One of ``METHODS``. weight_bytes: Bytes of a weight: 2 or 4. batch, length: Of a step, per
             GPU. gpus: With more than one, weights are sharded among them (FSDP2). tasks: That were learned before.
         budget: ``memory_budget`` of the settings, in bytes; None: gradients are kept exactly.
-            (:func:`keeplora.plan.plan` takes 20 % of what the model leaves free, as the method does.)
+            (``keeplora.plan.plan`` takes 20 % of what the model leaves free, as the method does.)
         weight_share: k / in that weights protect. feature_share: that every task adds. ranks: k by name, where known.
     """
 
@@ -122,7 +122,7 @@ def memory(shapes: Shapes, setting: Setting, activations: int = 0) -> list[Momen
     Adapters, bases and statistics are on all of them.
 
     Args:
-        activations: What a training step keeps for backward, in bytes (:mod:`.activations`).
+        activations: What a training step keeps for backward, in bytes (``activations``).
     """
     of, n = parts(shapes, setting), setting.gpus
     gathered = 0 if n == 1 else 2 * of["model"] // max(1, shapes.blocks)

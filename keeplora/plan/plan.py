@@ -143,9 +143,10 @@ def plan(
     """What a model will take: bytes and seconds of every phase, from its config.
 
     Args:
-        name: Of :data:`keeplora.plan.MODELS`, a ``config.json``, a folder, or a model id.
+        name: Of ``keeplora.plan.MODELS``, a ``config.json``, a folder, or a model id.
         setting: ``gpus`` of it is shown beside one GPU.
-        cards: Sizes in GB. gpu: Whose rates: a key of :data:`keeplora.plan.seconds.GPUS`.
+        cards: Sizes in GB.
+        gpu: Whose rates: a key of ``keeplora.plan.seconds.GPUS``.
         batches: Of a pass over a task's data.
         weight_share: One share of a weight's width that its basis has, or the least and the most.
 

@@ -88,7 +88,7 @@ def shapes_of(name: str | os.PathLike[str], targets: Sequence[str] | str = "all-
     Raises:
         ConfigError: none of these, or a model that transformers or keeplora does not know; ``targets`` match nothing.
 
-    Example:
+    Examples:
         >>> llava = shapes_of("llava-1.5-7b")
         >>> llava.parameters, len(llava.adapted)
         (7063427072, 224)

@@ -11,9 +11,11 @@ __all__ = ["ring_bytes", "wire_bytes"]
 def wire_bytes(shapes: Shapes, setting: Setting, *, balance: bool = False) -> dict[str, int]:
     r"""Bytes of the tensors that are summed over all processes, by phase; small Python objects come on top.
 
-    .. math:: \text{before} = 4 \sum \text{out} \cdot \text{in}, \quad
-              \text{or sketched } 4 \sum (w \cdot \text{in} + \text{out} \cdot w),\; w = 8 r; \qquad
-              \text{after} = 4 \sum_{\text{inputs}} \text{in}^2
+    $$
+    \text{before} = 4 \sum \text{out} \cdot \text{in}, \quad
+    \text{or sketched } 4 \sum (w \cdot \text{in} + \text{out} \cdot w),\; w = 8 r; \qquad
+    \text{after} = 4 \sum_{\text{inputs}} \text{in}^2
+    $$
 
     Args:
         balance: Whether ``balance`` is on in the settings: ``8 (r + 1)`` bytes of energies for every weight.

@@ -21,7 +21,7 @@ _ORDER = {part: place for place, part in enumerate("qkvo")}
 
 
 def plot_last_against_transfer(path: Path, summary: Mapping[str, Any]) -> None:
-    """Draw :func:`last_against_transfer` into a file."""
+    """Draw ``last_against_transfer`` into a file."""
     save(last_against_transfer(summary), path)
 
 

@@ -17,7 +17,7 @@ from keeplora.train.config import RunConfig
 
 
 def plot_fronts(path: Path, config: RunConfig, fronts: Fronts) -> None:
-    """Draw :func:`fronts_figure` into a file."""
+    """Draw ``fronts_figure`` into a file."""
     save(fronts_figure(config, fronts), path)
 
 

@@ -28,7 +28,7 @@ def check_machine(config: RunConfig) -> None:
 
     What the benchmark needs is asked where it is loaded.
 
-    Raises :class:`~keeplora.methods.settings.ConfigError` with what to install or change.
+    Raises ``ConfigError`` with what to install or change.
     """
     needed = {"matplotlib": "matplotlib"}
     if config.tensorboard:

@@ -33,8 +33,6 @@ class InstructionMetrics:
 def instruction_metrics(accuracy: ArrayLike | Sequence[Sequence[float]]) -> InstructionMetrics:
     """Summarise the lower triangle of ``accuracy``: ``a[t, j]`` is the accuracy on task j after learning task t ≥ j.
 
-    ::
-
         MFT = mean over j of a[j, j]
         MFN = mean over j of a[T-1, j]
         MAA = mean over t of (mean over j <= t of a[t, j])

@@ -26,8 +26,6 @@ class Metrics:
 def continual_metrics(accuracy: ArrayLike) -> Metrics:
     """Summarise ``accuracy [T, T]``, where ``acc[i, j]`` is the accuracy on task j after learning task i.
 
-    ::
-
         Transfer   = mean over j >= 1 of (mean over i < j of acc[i, j])     zero-shot ability that is left
         Avg        = mean over all i, j of acc[i, j]
         Last       = mean over j of acc[T-1, j]
@@ -56,13 +54,13 @@ def continual_metrics(accuracy: ArrayLike) -> Metrics:
 
 
 def task_metrics(accuracy: ArrayLike) -> dict[str, list[float]]:
-    """What the papers print for every task, whose means are the headline figures of :func:`continual_metrics`.
+    """What the papers print for every task, whose means are the headline figures of ``continual_metrics``.
 
     Returns:
         ``transfer`` of tasks 1 to T - 1, since nothing comes before task 0; ``avg`` and ``last`` of all.
 
     Raises:
-        ValueError: as :func:`continual_metrics`.
+        ValueError: as ``continual_metrics``.
 
     Examples:
         >>> task_metrics([[80.0, 40.0], [60.0, 90.0]])

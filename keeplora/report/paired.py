@@ -2,7 +2,7 @@
 
 Transfer, Avg and Last are means over tasks of means over a task's items of what a run gives each item: the share of
 the evaluations in question in which the item was right. With ``v[s, j, k]`` for seed s, task j, item k, and V_s the
-figure of one seed::
+figure of one seed:
 
     figure = mean over s of V_s                V_s = mean over j of (mean over k of v[s, j, k])
     error² = var over s of V_s / seeds  +  1/tasks² · Σ_j var over k of (mean over s of v[s, j, k]) / items_j

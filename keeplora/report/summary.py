@@ -26,7 +26,7 @@ METRICS = ("transfer", "avg", "last", "forgetting", "learn")
 """In percent."""
 COSTS = ("train_seconds", "switch_seconds", "evaluate_seconds", "peak_bytes", "trainable_parameters")
 ROOM = ("free_share", "forecast", "median_forecast")
-"""Of the seed with the least room; see :class:`keeplora.Capacity`."""
+"""Of the seed with the least room; see ``keeplora.Capacity``."""
 _PACKAGES = ("keeplora", "torch", "open_clip_torch", "numpy", "safetensors")
 
 

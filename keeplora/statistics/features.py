@@ -24,6 +24,7 @@ from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing,
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics", "require_seen"]
 
 FeatureKind = Literal["second_moment", "slot_mean", "sketch"]
+"""What is gathered of a layer's inputs: see [`feature_statistics`][]."""
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -57,7 +58,7 @@ def feature_statistics(
 ) -> list[FeatureStatistic]:
     r"""Second moment of each slot's inputs over one pass of the data, adapters included, without gradients.
 
-    .. math:: C = \sum_{\text{tokens}} x^\top x \quad [\text{in}, \text{in}]
+    $$ C = \sum_{\text{tokens}} x^\top x \quad [\text{in}, \text{in}] $$
 
     Slots that read the same tensor one after the other (q, k and v of self-attention, whether one layer or three) share
     one statistic: the same object. Memory: ``4 in²`` bytes per distinct input, whatever the number of tokens, and one
@@ -65,7 +66,7 @@ def feature_statistics(
     before taking the second moment, as the public code of KeepLoRA does: a position is a sample's place in the batch
     and a token's in the sample, and its mean is over the batches in which it counts. The rank then depends on the
     number of batches, and it takes ``4 tokens in`` bytes of the longest batch. ``kind="sketch"`` keeps ``C Ω`` for a
-    random ``Ω [in, w]`` in ``4 in w`` bytes (:func:`keeplora.math.moment.nystrom`): for layers so wide that ``in²`` is
+    random ``Ω [in, w]`` in ``4 in w`` bytes ([`keeplora.math.moment.nystrom`][]): for layers so wide that ``in²`` is
     too much.
 
     Args:
@@ -73,10 +74,10 @@ def feature_statistics(
         token_mask: Which tokens count (padding should not).
         sketch_share: ``w`` as a fraction of ``in``, in (0, 1]; it must exceed the share of directions to be protected.
         seed: Of Ω.
-        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+        peers: The processes among which the data are shared out ([`keeplora.distributed.processes`][]): all get the
             statistics of all data. A process may have no batch.
         some_unseen: Whether it is fine that no token counts in any of these layers, since there are others
-            (:func:`require_seen`).
+            (``require_seen``).
 
     Raises:
         ValueError: the loader is empty, or no token counted in any of the layers; an input is NaN or Inf, or its width

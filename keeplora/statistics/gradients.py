@@ -82,11 +82,13 @@ def mean_gradients(
 ) -> list[Tensor]:
     r"""Mean gradient of the loss with respect to each slot's weight over one pass of the data, or part of it.
 
-    .. math:: G = \frac{\sum_i n_i \nabla_W\, \ell(\text{batch}_i)}{\sum_i n_i} = \frac{\sum_i n_i\, \delta_i^\top x_i}
-              {\sum_i n_i} \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad
-              G V \quad [\text{out}, w]
+    $$
+    G = \frac{\sum_i n_i \nabla_W\, \ell(\text{batch}_i)}{\sum_i n_i} = \frac{\sum_i n_i\, \delta_i^\top x_i}
+    {\sum_i n_i} \quad [\text{out}, \text{in}], \qquad Z = \Psi G \quad [w, \text{in}], \qquad
+    G V \quad [\text{out}, w]
+    $$
 
-    for batches of :math:`n_i` samples, each with its mean loss: the mean over samples, whatever the batches. Computed
+    for batches of $n_i$ samples, each with its mean loss: the mean over samples, whatever the batches. Computed
     from the layers' inputs x and the gradients δ of their outputs: no gradient of any other parameter is formed, and
     for Z and G V none of the weight either. Sums are float32 (float64 for float64 weights) on the weight's device;
     products of 16-bit numbers are formed in their dtype, but in float32 for G V. The model runs in ``eval()`` and is
@@ -94,12 +96,12 @@ def mean_gradients(
     checkpointing.
 
     Args:
-        keep: For each slot None for G, w for the row sketch Z (:func:`sketch_widths`), or V ``[in, w]`` for G V; a V
+        keep: For each slot None for G, w for the row sketch Z ([`sketch_widths`][]), or V ``[in, w]`` for G V; a V
             with no columns leaves the slot out. None for G everywhere.
-        seed: Of Ψ (:func:`keeplora.ops.sketch_rows`).
+        seed: Of Ψ (``keeplora.ops.sketch_rows``).
         batch_size: ``n_i`` of a batch, where it is not the leading dimension of the first tensor in it
-            (:func:`keeplora.statistics.batch_size_of`): the labelled tokens of a batch whose loss is their mean.
-        peers: The processes among which the data are shared out (:func:`keeplora.distributed.processes`): all get the
+            ([`keeplora.statistics.batch_size_of`][]): the labelled tokens of a batch whose loss is their mean.
+        peers: The processes among which the data are shared out ([`keeplora.distributed.processes`][]): all get the
             mean over the samples of all. A process may have no batch.
         reached: Gets the names of the slots that a token of some batch, of any process, has come to; the gradient of
             the others is zero.

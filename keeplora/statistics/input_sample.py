@@ -38,7 +38,7 @@ def evenly_spaced_on_device(rows: Tensor, keep: Tensor, most: int) -> Tensor:
 
 
 class InputSample:
-    """An observer of hosts (:func:`keeplora.statistics.passes.observing`) that keeps ``rows`` rows of every input.
+    """An observer of hosts (``keeplora.statistics.passes.observing``) that keeps ``rows`` rows of every input.
 
     Rows are evenly spaced among the tokens that count; layers that are given one tensor keep them once. The mask is
     asked of every input, also when no more rows are kept: what it cannot tell is told in the first pass of a task.
@@ -70,10 +70,11 @@ class InputSample:
     def energies(self, a: Sequence[Tensor], peers: Peers = ALONE) -> list[Tensor]:
         r"""The energy of every slot's inputs along the rows of its A, relative to that along a direction on average.
 
-        .. math:: e_i = \frac{a_i C a_i^\top}{\lVert a_i \rVert^2 \, \mathrm{tr}\,C / d}
+        $$ e_i = \frac{a_i C a_i^\top}{\lVert a_i \rVert^2 \, \mathrm{tr}\,C / d} $$
 
         Args:
-            a: A ``[r, in]`` for each slot. peers: The processes that have sampled, too.
+            a: A ``[r, in]`` for each slot.
+            peers: The processes that have sampled, too.
 
         Returns:
             ``[r]`` in float64 for each slot; ones where no row was kept.

@@ -65,6 +65,7 @@ class _Alone:
 
 
 ALONE: Peers = _Alone()
+"""A single process, whose sums are its own."""
 
 
 def counting(function: str, token_mask: TokenMask | None, slot: LoraSlot, x: Tensor) -> Tensor | None:
@@ -211,7 +212,7 @@ def batch_size_of(batch: Any) -> int | None:
     Tensors are looked for in tuples, lists, mappings (a ``BatchEncoding``, for one) and dataclasses, in their order and
     however deep; those without a dimension are passed over. None where there is no tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> batch_size_of({"scale": torch.tensor(2.0), "inputs": (torch.zeros(8, 3), torch.zeros(9))})
         8
@@ -299,7 +300,7 @@ def first_batches(loader: Iterable[Any], fraction: float) -> Iterable[Any]:
     Warns:
         UserWarning: a ``DataLoader`` takes its data in order, so its first batches are no sample of them.
 
-    Example:
+    Examples:
         >>> part = first_batches(["a", "b", "c", "d"], 0.5)
         >>> len(part), list(part)
         (2, ['a', 'b'])

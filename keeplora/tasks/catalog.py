@@ -2,7 +2,7 @@
 
 A folder is a benchmark, called as the folder with - for _, when its file ``workload.py`` has
 
-* ``workload(device, *, small=False)``, which returns a :class:`~keeplora.tasks.workload.Workload`; with ``small`` a
+* ``workload(device, *, small=False)``, which returns a ``Workload``; with ``small`` a
   part of it, for a look within minutes;
 * ``NEEDS``, where it needs more than the package does: modules it imports, and the command that installs each.
 
@@ -44,9 +44,9 @@ def benchmarks() -> tuple[str, ...]:
 
 
 def load_workload(name: str, device: str = "cpu") -> Workload:
-    """The benchmark called ``name``: one of :func:`benchmarks`, or ``"package.module:function"``.
+    """The benchmark called ``name``: one of [`benchmarks`][], or ``"package.module:function"``.
 
-    A function outside the package is called with the device and returns a :class:`Workload`.
+    A function outside the package is called with the device and returns a [`Workload`][].
 
     Raises:
         ConfigError: the name leads nowhere, what it leads to returns no workload, or the benchmark needs a package that

@@ -190,7 +190,7 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def accuracy(model: nn.Module, task: Task, split: SplitName = "test", *, batch_size: int = 256) -> float:
-    """Percentage of a split's images whose nearest class text is their own: the share of :func:`correct`.
+    """Percentage of a split's images whose nearest class text is their own: the share of [`correct`][].
 
     Raises:
         ValueError: unknown split, empty split, or batch size below 1.
@@ -237,7 +237,7 @@ def correct(model: nn.Module, task: Task, split: SplitName = "test", *, batch_si
 
 
 class ClassificationWorkload(TaskSequence[Task]):
-    """A sequence of :class:`Task` and the model that learns it.
+    """A sequence of [`Task`][] and the model that learns it.
 
     ``make_model`` returns a fresh model; the images of all tasks are kept on ``device``.
     """

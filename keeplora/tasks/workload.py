@@ -75,5 +75,5 @@ class ItemWorkload(Workload, Protocol):
     def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
         """Which items of ``split`` are answered right: bool [n], always in the order of the split.
 
-        Their share is :meth:`accuracy`.
+        Their share is [`accuracy`][].
         """

@@ -45,7 +45,7 @@ class MethodConfig:
     """One column of the result table: a method, its learning rate and its own settings.
 
     ``method`` is the registered name (``keeplora.methods.METHODS``). It defaults to the label, the key
-    under which this entry stands in :attr:`RunConfig.method`, so that one method can appear several times
+    under which this entry stands in ``RunConfig.method``, so that one method can appear several times
     under different labels.
     """
 
@@ -71,7 +71,7 @@ class RunConfig:
     weights on the same data. ``plugins`` are modules that are imported first, for the methods and families they
     register. ``precision`` "auto" is bf16 where the device multiplies it natively, else fp32: on a CPU without such
     instructions a step in bf16 was measured ten times as long. What is recorded of a run is what it computed in.
-    ``every_method`` are settings of methods without a table of their own (:mod:`.siblings`); it must give LoRA's
+    ``every_method`` are settings of methods without a table of their own (``siblings``); it must give LoRA's
     ``learning_rate``. ``own`` are tasks of the user's own; ``benchmark`` is then only what they are called.
     """
 
@@ -167,7 +167,7 @@ class RunConfig:
         return result
 
     def changed(self, other: Mapping[str, Any]) -> list[str]:
-        """What differs from the settings in ``other`` (from :meth:`as_dict`) among those that decide numbers.
+        """What differs from the settings in ``other`` (from [`as_dict`][]) among those that decide numbers.
 
         A different choice of methods or seeds is no difference: their runs stand beside the others.
         """
@@ -212,7 +212,7 @@ def fingerprint(value: Mapping[str, Any]) -> str:
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a TOML or YAML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
 
-    Raises :class:`ConfigError` when the file is missing, cannot be read, is neither, or has unknown or wrong settings.
+    Raises [`ConfigError`][] when the file is missing, cannot be read, is neither, or has unknown or wrong settings.
     """
     shipped = shipped_configs()
     if str(path) in shipped and not os.path.isfile(path):
@@ -230,7 +230,7 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
 def read_toml(function: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The values of a settings file, whoever wrote it, TOML, or YAML where its name ends so.
 
-    :class:`ConfigError` where it cannot be read or is neither.
+    ``ConfigError`` where it cannot be read or is neither.
     """
     parse = parse_yaml if os.fspath(path).endswith((".yaml", ".yml")) else parse_toml
     try:
@@ -246,7 +246,7 @@ def shipped_configs() -> list[str]:
 
 
 def parse_config(values: Mapping[str, Any], *, where: str = "config", base: str = ".") -> RunConfig:
-    """Build a :class:`RunConfig` from plain values as TOML gives them.
+    """Build a ``RunConfig`` from plain values as TOML gives them.
 
     Where they have tables ``[model]`` and ``[[task]]``, they are a user's own tasks, with paths from ``base`` on; they
     are then called as ``where`` unless ``benchmark`` says otherwise.
@@ -294,7 +294,7 @@ def override(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def restored(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that :meth:`RunConfig.as_dict` gave; where its own tasks lie is not known any more.
+    """The configuration that ``RunConfig.as_dict`` gave; where its own tasks lie is not known any more.
 
     >>> config = parse_config({"benchmark": "embedded", "methods": ["lora"], "epochs": [1, 2]})
     >>> restored(config.as_dict()).epochs

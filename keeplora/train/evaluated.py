@@ -40,7 +40,8 @@ class Evaluations:
     be used is told and written anew.
 
     Args:
-        folder: Where evaluations are kept; None: nowhere. tell: Is told of files that cannot be used.
+        folder: Where evaluations are kept; None: nowhere.
+        tell: Is told of files that cannot be used.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Evaluations:
     ) -> None:
         self.config, self.workload, self._folder, self._tell = config, workload, folder, tell
         self.reused = 0
-        """How many were looked up since :meth:`begin`."""
+        """How many were looked up since ``begin``."""
         self._method: Method
         self._known: dict[str, Any] = {}
 
@@ -69,7 +70,7 @@ class Evaluations:
             }
 
     def accuracy(self, task: int | None, split: str) -> float:
-        """As :meth:`Workload.accuracy` of the model."""
+        """As ``Workload.accuracy`` of the model."""
         size = self.config.evaluation_batch_size
         found = self._found(
             "accuracy", task, split, lambda: self.workload.accuracy(self._method.model, task, split, size), _share
@@ -77,7 +78,7 @@ class Evaluations:
         return float(found)
 
     def correct(self, task: int | None, split: str) -> Tensor:
-        """As :meth:`ItemWorkload.correct` of the model, on the CPU."""
+        """As ``ItemWorkload.correct`` of the model, on the CPU."""
         workload, size = self.workload, self.config.evaluation_batch_size
         assert isinstance(workload, ItemWorkload)  # checked before anything runs
 

@@ -19,7 +19,7 @@ def packed(correct: ArrayLike) -> str:
 
 
 def unpacked(text: str, items: int) -> NDArray[np.bool_]:
-    """The booleans [items] in what :func:`packed` gave; ``ValueError`` where it holds another number of them.
+    """The booleans [items] in what ``packed`` gave; ``ValueError`` where it holds another number of them.
 
     >>> unpacked("oA==", 3)
     array([ True, False,  True])

@@ -56,11 +56,11 @@ def run_one(
     For each task: ``before_task``; the method's AdamW with a one-cycle schedule on its trainable parameters;
     ``after_task``; accuracy on every task and on the witness. With a ``folder``, the state is saved after every
     task, an interrupted run continues after its last finished task, and a finished run is read, not repeated.
-    ``evaluations`` is a folder of evaluations that several runs share (:mod:`.evaluated`).
+    ``evaluations`` is a folder of evaluations that several runs share (``evaluated``).
     All draws follow from ``(seed, task)``: a resumed run gives the numbers of an uninterrupted one, exactly.
 
-    Raises :class:`NonFiniteLossError`, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
-    "both", which is for looking where rates lead, such a run ends with :attr:`RunRecord.failed`, and the others go on.
+    Raises ``NonFiniteLossError``, naming the batch, as soon as a loss is NaN or infinite. Where ``evaluate_on`` is
+    "both", which is for looking where rates lead, such a run ends with ``RunRecord.failed``, and the others go on.
     """
     load_plugins(config.plugins)
     identity = config.identity(label, seed)
@@ -84,7 +84,7 @@ def run_one(
 
 
 class _Run:
-    """The moving parts of :func:`run_one`."""
+    """The moving parts of ``run_one``."""
 
     def __init__(
         self,

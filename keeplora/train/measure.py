@@ -16,7 +16,7 @@ KINDS = {
     "cpu": "largest resident set of the process (Python, torch, data and model included)",
     "cuda": "largest memory allocated by torch on the GPU",
 }
-"""What :func:`peak_bytes` measures on each device."""
+"""What ``peak_bytes`` measures on each device."""
 
 
 ROUNDS = 9
@@ -59,7 +59,7 @@ def _give_back() -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """The largest memory in use since :func:`reset_peak`, see :data:`KINDS`."""
+    """The largest memory in use since ``reset_peak``, see ``KINDS``."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

@@ -40,10 +40,10 @@ class RunRecord:
     those of one evaluation at the end of the run and of the same by the untouched pretrained model. ``earlier_data``
     names what the method looked at again of earlier tasks: "training" data, "validation" data.
 
-    ``reused[i]`` counts the evaluations after task i that were looked up (:mod:`.evaluated`): their time is not in
+    ``reused[i]`` counts the evaluations after task i that were looked up (``evaluated``): their time is not in
     ``evaluate_seconds``. Where a run is evaluated on both splits, ``validation[i][j]`` is the accuracy there (None
     where neither Transfer nor Last needs it), ``correct[i][j]`` tells which of the ``items[j]`` test items were
-    right (:mod:`.items`). ``failed`` says what went wrong where it ended before its time because its numbers were
+    right (``items``). ``failed`` says what went wrong where it ended before its time because its numbers were
     no longer finite.
     """
 
@@ -113,7 +113,7 @@ class RunRecord:
         return self._items_problem() if self.correct or self.validation else ""
 
     def _items_problem(self) -> str:
-        """As :meth:`problem`, of a run that is evaluated on both splits."""
+        """As ``problem``, of a run that is evaluated on both splits."""
         tasks, finished = len(self.tasks), self.finished_tasks
         if len(self.items) != tasks or not all(isinstance(n, int) and n > 1 for n in self.items):
             return f"items must tell of at least two test items in each of {tasks} tasks, got {self.items}"
@@ -268,7 +268,7 @@ def _written(record: RunRecord, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(function: str, saved: Any, identity: Mapping[str, Any], where: Path) -> RunRecord:
-    """The record in what :func:`_written` gave, if it is of a run with these settings."""
+    """The record in what ``_written`` gave, if it is of a run with these settings."""
     schema = saved.get("schema") if isinstance(saved, Mapping) else None
     if schema != SCHEMA:
         raise StateError(f"{function}: {where} must have schema {SCHEMA}, got {schema!r}. {AGAIN}")

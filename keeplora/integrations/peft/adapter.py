@@ -235,7 +235,7 @@ def held_buffers(adapter: PeftAdapter) -> Buffers | None:
 
 
 def hold_buffers(function: str, adapter: PeftAdapter, buffers: Buffers) -> None:
-    """Keep the base model's buffers as ``buffers`` found them, until :func:`forget_buffers`."""
+    """Keep the base model's buffers as ``buffers`` found them, until ``forget_buffers``."""
     forget_buffers(adapter)
     buffers.settle(function)
     buffers.hold()

@@ -40,15 +40,17 @@ def keep_adapter(
 ) -> SubspaceState:
     r"""Keep a trained LoRA adapter as it is, and protect what it reads from the tasks to come.
 
-    .. math:: Q \leftarrow [Q,\; \text{the rows of } A_{\text{old}} \text{ that } B_{\text{old}} \text{ uses}],
-              \qquad \text{so that later } A\, A_{\text{old}}^\top = 0
+    $$
+    Q \leftarrow [Q,\; \text{the rows of } A_{\text{old}} \text{ that } B_{\text{old}} \text{ uses}],
+    \qquad \text{so that later } A\, A_{\text{old}}^\top = 0
+    $$
 
     with Q of the base weights before. The adapter is not merged and its factors do not change. Inputs in the span of
-    its A are mapped as before by every adapter that :func:`keeplora.initialize` starts from now on. With ``loader``,
-    batches of the old task, Q also grows by what its inputs look like, as :func:`keeplora.update_subspace` lets it:
+    its A are mapped as before by every adapter that [`keeplora.initialize`][] starts from now on. With ``loader``,
+    batches of the old task, Q also grows by what its inputs look like, as [`keeplora.update_subspace`][] lets it:
     without them the protection ends with the span. It counts as a task.
 
-    Add an adapter for the next task on the same layers and activate both::
+    Add an adapter for the next task on the same layers and activate both:
 
         state = keeplora.keep_adapter(model)            # the active adapter, "default"
         model.add_adapter("new", LoraConfig(...))
@@ -62,12 +64,12 @@ def keep_adapter(
         model: A ``PeftModel`` with plain LoRA on linear layers; ``adapter_name`` is active.
         state: Of earlier tasks; changed when everything has succeeded. A new one is made if None.
         adapter_name: The adapter; the active one if None.
-        config: Settings for a new state, as of :func:`keeplora.initialize`.
+        config: Settings for a new state, as of [`keeplora.initialize`][].
         loader: Batches of the old task.
         loss_fn: What runs the model on one; together with ``loader``.
-        targets: As of :func:`keeplora.initialize`.
-        token_mask: As of :func:`keeplora.initialize`.
-        progress: As of :func:`keeplora.initialize`.
+        targets: As of [`keeplora.initialize`][].
+        token_mask: As of [`keeplora.initialize`][].
+        progress: As of [`keeplora.initialize`][].
 
     Returns:
         ``state``, or the new one.
@@ -78,7 +80,7 @@ def keep_adapter(
             ``loss_fn`` or the reverse.
         RuntimeError: a task is open; several adapters are active, one is merged; the base weights are not the state's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from torch import nn

@@ -45,8 +45,8 @@ METHOD = "keeplora-peft"
 class SubspaceState:
     """Protected bases and merged updates of a stock ``PeftModel``, from one task to the next.
 
-    :func:`keeplora.initialize` makes it, :func:`keeplora.update_subspace` extends it. Save it beside the adapter; all
-    of a run is then in one folder::
+    [`keeplora.initialize`][] makes it, [`keeplora.update_subspace`][] extends it. Save it beside the adapter; all
+    of a run is then in one folder:
 
         peft_model.save_pretrained(folder)      # adapter_model.safetensors, adapter_config.json
         state.save(folder)                      # state.json, tensors-*.safetensors
@@ -59,7 +59,7 @@ class SubspaceState:
         config: Settings, without those that ``LoraConfig`` makes (r, alpha, dropout).
         bases: Layer name → protected orthonormal basis ``[in, k]``.
         added: Layer name → directions that each task added.
-        tasks_learned: Tasks closed by :func:`keeplora.update_subspace`.
+        tasks_learned: Tasks closed by [`keeplora.update_subspace`][].
         open_adapter: The adapter that is being trained, or None between tasks.
         kept: Adapters of earlier tasks that were not merged and must stay active.
     """
@@ -87,13 +87,13 @@ class SubspaceState:
     certificates: list[dict[str, float] | None] = field(default_factory=list)
     """The worst figures of every closed task; None of an adapter that was trained before."""
     masters: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Merged weights of half-precision layers before rounding; made again by :meth:`restore`."""
+    """Merged weights of half-precision layers before rounding; made again by [`restore`][]."""
     loss_fn: LossFn | None = field(default=None, repr=False)
     token_mask: TokenMask | None = field(default=None, repr=False)
     """What the open task was initialised with; not saved, like its ``loss_fn``."""
 
     def capacity(self) -> Capacity:
-        """Room that is left, as :meth:`keeplora.KeepLora.capacity`."""
+        """Room that is left, as [`keeplora.KeepLora.capacity`][]."""
         layers = (
             layer_capacity(
                 target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
@@ -133,7 +133,7 @@ class SubspaceState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceState:
-        """Read what :meth:`save` wrote.
+        """Read what [`save`][] wrote.
 
         Raises:
             StateError: nothing there, damaged, incomplete, of a newer version, or of another method.
@@ -232,7 +232,7 @@ class SubspaceState:
         Raises:
             StateError: the base weights are neither the pretrained ones nor those after the last merge, or something
                 else in the base model is different.
-            RuntimeError, TypeError, ValueError: as :func:`keeplora.initialize`, of the model's adapters.
+            RuntimeError, TypeError, ValueError: as [`keeplora.initialize`][], of the model's adapters.
         """
         adapter = self.adapter_of("restore", model, self.open_adapter or (self.kept[-1] if self.kept else None))
         held = fingerprint(adapter.layers)
@@ -277,12 +277,12 @@ class SubspaceState:
         """Write everything learned as one adapter for the pretrained model, of the tasks' ranks together.
 
         What was merged, and the adapters that were kept beside it, with a model card: as
-        :meth:`keeplora.KeepLora.export_peft`. The adapter of an open task is PEFT's own to save.
+        [`keeplora.KeepLora.export_peft`][]. The adapter of an open task is PEFT's own to save.
 
         Args:
             path: A folder; an adapter and a card of keeplora's in it are replaced, other files stay.
             model: The ``PeftModel``; or, where no adapter was kept, the model it was made of.
-            base_model: As of :meth:`keeplora.KeepLora.export_peft`, as are all that follow.
+            base_model: As of [`keeplora.KeepLora.export_peft`][], as are all that follow.
             revision: Of the base model.
             task_type: PEFT's.
             training: For the card.
@@ -325,6 +325,7 @@ class SubspaceState:
         return adapter
 
     def require_base(self, function: str, layers: Sequence[PeftLayer]) -> None:
+        """Refuse a base model whose weights are not those that the last task left."""
         held = fingerprint(layers)
         if held == self.current:
             return

@@ -59,11 +59,13 @@ def initialize(
 ) -> SubspaceState:
     r"""Point a fresh LoRA adapter of a stock ``PeftModel`` into free space: A frozen, B zero, the depth in its scaling.
 
-    .. math:: A = \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0, \quad
-              c = \lambda_l\, \alpha / r
+    $$
+    A = \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0, \quad
+    c = \lambda_l\, \alpha / r
+    $$
 
     with Q the protected basis of the base weight (of the state, or before the first task of the weight itself) and G
-    the mean gradient with respect to it. Train as you like afterwards, then call :func:`update_subspace`. Where there
+    the mean gradient with respect to it. Train as you like afterwards, then call [`update_subspace`][]. Where there
     are fewer than r free directions, the rest of A is zero. ``λ_l`` goes into the adapter's ``alpha_pattern``, so
     ``save_pretrained`` keeps it.
 
@@ -71,17 +73,17 @@ def initialize(
         model: A ``PeftModel`` with LoRA on linear layers, its adapter fresh (B zero). Other adapters may be in the
             model while they are not active.
         loader: The task's training batches; can be iterated again later.
-        loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for :func:`update_subspace`.
+        loss_fn: ``loss_fn(model, batch) -> scalar``. Remembered for [`update_subspace`][].
         state: Of the earlier tasks; changed when everything has succeeded. A new one is made if None.
         config: Settings for a new state. r, alpha, rslora and dropout are ``LoraConfig``'s.
         adapter_name: The adapter; the active one if None.
         targets: Tower and depth of the base model's layers; found if None.
         also_train: Names of modules that may be trained beside the adapter, such as a new classifier head, and whose
             buffers may move. Nothing protects what they do. All other buffers of the model stay as they are until
-            :func:`update_subspace`, running statistics in ``train()`` too.
-        batch_size: What a batch's loss is a mean over, as of :meth:`keeplora.KeepLora.before_task`.
-        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells.
-            Remembered for :func:`update_subspace`.
+            [`update_subspace`][], running statistics in ``train()`` too.
+        batch_size: What a batch's loss is a mean over, as of [`keeplora.KeepLora.before_task`][].
+        token_mask: Which inputs count as features, instead of what [`keeplora.families.token_mask`][] tells.
+            Remembered for [`update_subspace`][].
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
         group: The ``torch.distributed.ProcessGroup`` of those that share the task's data; the default group if None.
 
@@ -101,7 +103,7 @@ def initialize(
 
     Source: KeepLoRA, arXiv:2601.19659; KeepLoRA++, arXiv:2606.16256.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from torch import nn
@@ -198,7 +200,7 @@ def update_subspace(
     One pass over ``loader`` without gradients collects ``C = Σ xᵀx`` of every adapted layer; Q grows until it captures
     ``feature_energy`` of it. Then, with ``merge=True``, ``W ← W + c B A`` (in float32, rounded once; layers in half
     precision remember the unrounded result) and ``B ← 0``: the same adapter is fresh for the next
-    :func:`initialize`, or ``model.unload()`` gives the base model with what was learned. The update itself stays in
+    [`initialize`][], or ``model.unload()`` gives the base model with what was learned. The update itself stays in
     the state. Save the adapter before this call if you want it as a file of its own.
 
     With ``merge=False`` nothing is merged: the adapter stays, and must stay active. Add another one for the next task
@@ -206,15 +208,15 @@ def update_subspace(
     cannot be merged into without rounding in the protected directions too.
 
     Args:
-        model: The model :func:`initialize` was given, or one brought back by :meth:`SubspaceState.restore`.
+        model: The model [`initialize`][] was given, or one brought back by [`SubspaceState.restore`][].
         loader: The task's training batches.
         state: Changed when everything has succeeded.
-        loss_fn: Runs the model on a batch; by default the one :func:`initialize` was given.
+        loss_fn: Runs the model on a batch; by default the one [`initialize`][] was given.
         merge: Whether the update goes into the base weights.
-        token_mask: Which inputs count as features; by default what :func:`initialize` was given, or what
-            :func:`keeplora.families.token_mask` tells.
+        token_mask: Which inputs count as features; by default what [`initialize`][] was given, or what
+            [`keeplora.families.token_mask`][] tells.
         progress: Whether passes draw bars on stderr; None: if that is a terminal.
-        group: As of :func:`initialize`.
+        group: As of [`initialize`][].
 
     Returns:
         The retention certificate: leak, orthogonality, captured energy and room, per layer and the worst.
@@ -301,14 +303,15 @@ def freeze_a(model: Any, adapter_name: str | None = None) -> None:
     """Freeze the A of an adapter and let its B be trained.
 
     PEFT unfreezes A whenever it activates an adapter: in ``set_adapter``, at the end of ``with
-    model.disable_adapter()``, and with ``from_pretrained(..., is_trainable=True)``. :meth:`SubspaceState.restore` calls
+    model.disable_adapter()``, and with ``from_pretrained(..., is_trainable=True)``. [`SubspaceState.restore`][] calls
     this; after the others, call it yourself.
 
     Args:
-        model: A ``PeftModel``. adapter_name: The adapter; the active one if None.
+        model: A ``PeftModel``.
+        adapter_name: The adapter; the active one if None.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`initialize`.
+        TypeError, ValueError, RuntimeError: as [`initialize`][].
     """
     find_adapter("freeze_a", model, adapter_name).freeze()
 

@@ -16,21 +16,26 @@ __all__ = ["ExpertPool", "ago_loss", "most_used", "votes"]
 
 
 class ExpertPool(LoraAdapter):
-    r"""Rank-1 experts :math:`b_i a_i^\top` of one weight; the router reads the samples' class tokens.
+    r"""Rank-1 experts $b_i a_i^\top$ of one weight; the router reads the samples' class tokens.
 
-    .. math::
-        \Delta W = c \sum_i g_i\, b_i a_i^\top, \quad p(x) = \mathrm{softmax}(R\, x_{cls} + r), \quad
-        g_i = m_i + \bar p_i - \mathrm{sg}(\bar p_i)
+    $$
+    \Delta W = c \sum_i g_i\, b_i a_i^\top, \quad p(x) = \mathrm{softmax}(R\, x_{cls} + r), \quad
+    g_i = m_i + \bar p_i - \mathrm{sg}(\bar p_i)
+    $$
 
     m marks the experts that get the most votes of the batch, where each sample votes for the k it finds likeliest;
-    :math:`\bar p` is the mean of p over the batch, sg stops gradients. So g is 0 or 1, and its gradient reaches the
+    $\bar p$ is the mean of p over the batch, sg stops gradients. So g is 0 or 1, and its gradient reaches the
     router of every expert (a straight-through estimator). ``counts`` adds up the votes while the layer is trained.
 
     Args:
-        a: ``[experts, in]``. b: ``[out, experts]``. Both trained.
+        a: ``[experts, in]``.
+        b: ``[out, experts]``. Both trained.
         router: ``[experts, in]``, the router's first weight; its bias starts at 0.
-        scaling: c. active: k, at most the number of experts. dropout: Of the experts' inputs in training.
-        tokens: Where the class tokens are. tower: Which of its towers the layer belongs to.
+        scaling: c.
+        active: k, at most the number of experts.
+        dropout: Of the experts' inputs in training.
+        tokens: Where the class tokens are.
+        tower: Which of its towers the layer belongs to.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class ExpertPool(LoraAdapter):
 def votes(likely: Tensor, k: int) -> Tensor:
     """How many samples have each expert among their ``k`` likeliest: ``[samples, experts]`` → int64 ``[experts]``.
 
-    Example:
+    Examples:
         >>> votes(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]), 2)
         tensor([1, 2, 1])
     """
@@ -120,7 +125,7 @@ def votes(likely: Tensor, k: int) -> Tensor:
 def most_used(counts: Tensor, k: int) -> Tensor:
     """The ``k`` experts with the largest counts, in their own order; of equals the first.
 
-    Example:
+    Examples:
         >>> most_used(torch.tensor([3, 5, 3, 0]), 2)
         tensor([0, 1])
     """
@@ -130,10 +135,11 @@ def most_used(counts: Tensor, k: int) -> Tensor:
 def ago_loss(past: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     r"""Activation-guided orthogonality: how much new experts of a weight write where critical past ones do.
 
-    .. math:: \frac1L \sum_{l=1}^{L} \sum_{i=1}^{m} \sum_{j=1}^{n} | b_{past,i}^\top b_{new,j} |
+    $$ \frac1L \sum_{l=1}^{L} \sum_{i=1}^{m} \sum_{j=1}^{n} | b_{past,i}^\top b_{new,j} | $$
 
     Args:
-        past: ``[out_l, m_l]`` each, the past experts' B; no gradient. new: ``[out_l, n_l]`` each.
+        past: ``[out_l, m_l]`` each, the past experts' B; no gradient.
+        new: ``[out_l, n_l]`` each.
 
     Returns:
         A scalar; the mean over the L weights that have past experts.
@@ -144,7 +150,7 @@ def ago_loss(past: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     Source: DAC, arXiv:2601.22828; the sum over pairs, which makes past tasks count more the more there are, is that of
     its public code.
 
-    Example:
+    Examples:
         >>> past, new = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [-1.0]])
         >>> ago_loss([past], [new])
         tensor(5.)

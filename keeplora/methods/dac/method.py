@@ -27,7 +27,7 @@ __all__ = ["Dac", "DacConfig"]
 
 @dataclass(frozen=True)
 class DacConfig(LoraConfig):
-    """Settings of :class:`Dac`: those of its public code, as far as the methods are compared on equal terms.
+    """Settings of [`Dac`][]: those of its public code, as far as the methods are compared on equal terms.
 
     Args:
         r: Rank-1 experts per adapted weight.
@@ -42,7 +42,7 @@ class DacConfig(LoraConfig):
     Raises:
         ValueError: a setting is out of range.
 
-    Example:
+    Examples:
         >>> DacConfig().counts, DacConfig(r=1).counts
         ((8, 4), (1, 1))
     """
@@ -68,9 +68,10 @@ class DacConfig(LoraConfig):
 class Dac(LoraMethod):
     r"""Decomposing and composing: a sparse choice of rank-1 experts for every batch, the most used of them kept.
 
-    .. math::
-        y = x W^\top + \tfrac{\alpha}{r} \sum_{i \in S} (x a_i)\, b_i^\top, \qquad
-        \mathcal L + \mu \sum_{i, j} | b_{past,i}^\top b_{new,j} |
+    $$
+    y = x W^\top + \tfrac{\alpha}{r} \sum_{i \in S} (x a_i)\, b_i^\top, \qquad
+    \mathcal L + \mu \sum_{i, j} | b_{past,i}^\top b_{new,j} |
+    $$
 
     Every adapted weight has r experts and a router on the class token x_cls of its input. A sample votes for its
     ``active`` likeliest experts, softmax(R x_cls); S are the ``active`` experts with the most votes of the batch. After
@@ -82,7 +83,7 @@ class Dac(LoraMethod):
 
     Args:
         model: Any model with linear layers and samples along the first dimension of their inputs.
-        config: :class:`DacConfig`.
+        config: [`DacConfig`][].
 
     Raises:
         ValueError: ``target_modules`` matches nothing; an attention layer is not batch first.
@@ -95,7 +96,7 @@ class Dac(LoraMethod):
     estimator (the paper gives no formula). A text's class token is its end: the code reads the first one, which in a
     causal tower is the same for every text.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> method = Dac(model, DacConfig(r=6, target_modules="all-linear"))
         >>> method.before_task([], lambda model, batch: model(batch).sum())

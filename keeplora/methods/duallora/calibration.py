@@ -35,10 +35,11 @@ class KnownTask(nn.Module):
 class TaskCalibration(ClassHead):
     r"""Lowers the logits of classes whose task an image does not seem to belong to.
 
-    .. math::
-        d_\tau(f) = \frac{\lVert f - f\, U_\tau U_\tau^\top \rVert^2}{r_\tau\, \lVert f \rVert^2}, \quad
-        p = \mathrm{softmax}(-d), \quad \kappa = 1 - \frac{H(p)}{\log T}, \quad
-        z_c \leftarrow z_c - \beta\, \kappa\, \bigl(d_{\tau(c)} - \min_\sigma d_\sigma\bigr)
+    $$
+    d_\tau(f) = \frac{\lVert f - f\, U_\tau U_\tau^\top \rVert^2}{r_\tau\, \lVert f \rVert^2}, \quad
+    p = \mathrm{softmax}(-d), \quad \kappa = 1 - \frac{H(p)}{\log T}, \quad
+    z_c \leftarrow z_c - \beta\, \kappa\, \bigl(d_{\tau(c)} - \min_\sigma d_\sigma\bigr)
+    $$
 
     d is the distance of the image feature f to the space that the features of each of T tasks fill, with the mean of
     the task's own images as the unit: r is the share of their energy outside of U. The classes of the likeliest task,
@@ -55,6 +56,7 @@ class TaskCalibration(ClassHead):
         self.tasks = nn.ModuleList()
 
     def known(self) -> list[KnownTask]:
+        """The tasks learned so far, in order."""
         return [task for task in self.tasks if isinstance(task, KnownTask)]
 
     def distances(self, images: Tensor) -> Tensor:
@@ -121,6 +123,7 @@ class ImageFeatures:
 
     @torch.no_grad()
     def observe(self, images: Tensor, tokens: Tensor) -> None:
+        """Add image features ``[n, d]`` and their classes' prompts ``[classes, context]``."""
         rows = images.double()
         part = rows.T @ rows
         self.moment = part if self.moment is None else self.moment + part

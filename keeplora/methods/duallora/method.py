@@ -38,7 +38,7 @@ __all__ = ["DualLora", "DualLoraConfig"]
 
 @dataclass(frozen=True)
 class DualLoraConfig(LoraConfig):
-    """Settings of :class:`DualLora`.
+    """Settings of [`DualLora`][].
 
     Args:
         r: Rank of the orthogonal adapter, and of each task's residual adapter; less where there is less room.
@@ -46,12 +46,13 @@ class DualLoraConfig(LoraConfig):
         feature_energy: Share of the class tokens' energy that the bases hold; and of the image features', by which
             tasks are told apart.
         calibration: Strength of the calibration of logits by task identity; 0 switches it off.
-        target_modules, seed: As for every method.
+        target_modules: As for every method.
+        seed: As for every method.
 
     Raises:
         ValueError: a setting is out of range.
 
-    Example:
+    Examples:
         >>> DualLoraConfig(r=4).scaling
         1.0
     """
@@ -68,14 +69,17 @@ class DualLoraConfig(LoraConfig):
 class DualLora(LoraMethod):
     r"""Two adapters per weight: one outside of what earlier tasks use, one inside what is the task's own.
 
-    .. math::
-        \Psi_t &= \text{top of } (I - \Phi\Phi^\top)\, C_t\, (I - \Phi\Phi^\top), \text{ energy } \varepsilon,
-                  \text{ at most } r \\
-        y &= x W^\top + s\,(x A_o^\top) B_o^\top + s \sum_{\tau \le t} w_\tau(x_{cls})\,(x A_\tau^\top) B_\tau^\top \\
-        A_o &\leftarrow A_o (I - \Phi\Phi^\top), \qquad A_\tau \leftarrow A_\tau \Psi_\tau \Psi_\tau^\top, \qquad
-        w_\tau(x) = \min\Bigl(1, \frac{\lVert x \Psi_\tau \rVert^2}{\rho_\tau \lVert x \rVert^2}\Bigr)
+    $$
+    \begin{aligned}
+    \Psi_t &= \text{top of } (I - \Phi\Phi^\top)\, C_t\, (I - \Phi\Phi^\top), \text{ energy } \varepsilon,
+              \text{ at most } r \\
+    y &= x W^\top + s\,(x A_o^\top) B_o^\top + s \sum_{\tau \le t} w_\tau(x_{cls})\,(x A_\tau^\top) B_\tau^\top \\
+    A_o &\leftarrow A_o (I - \Phi\Phi^\top), \qquad A_\tau \leftarrow A_\tau \Psi_\tau \Psi_\tau^\top, \qquad
+    w_\tau(x) = \min\Bigl(1, \frac{\lVert x \Psi_\tau \rVert^2}{\rho_\tau \lVert x \rVert^2}\Bigr)
+    \end{aligned}
+    $$
 
-    Before a task, one pass gives the second moment :math:`C_t` of the class tokens that reach each adapted weight.
+    Before a task, one pass gives the second moment $C_t$ of the class tokens that reach each adapted weight.
     The task's residual bases Ψ are the leading directions of what the basis Φ of earlier tasks leaves of it. The
     orthogonal adapter is merged after the task; then Φ grows by Ψ and by what the class tokens of the learned model
     need to have a share ε of their energy in it (a second pass). Residual adapters stay beside the weight, since
@@ -83,12 +87,12 @@ class DualLora(LoraMethod):
     identity is asked for.
 
     On image–text models the image features tell tasks apart, and calibrate the logits where classes of several tasks
-    are scored together: :class:`keeplora.methods.duallora.calibration.TaskCalibration`.
+    are scored together: [`TaskCalibration`][].
 
     Args:
         model: Any model with linear layers and samples along the first dimension of their inputs. An image–text model
             gets a module ``keeplora_head``.
-        config: :class:`DualLoraConfig`.
+        config: [`DualLoraConfig`][].
 
     Raises:
         ValueError: ``target_modules`` matches nothing; an attention layer is not batch first.
@@ -100,7 +104,7 @@ class DualLora(LoraMethod):
     training and in evaluation; that the orthogonal adapter is merged; the first A (Kaiming-uniform outside Φ; Ψ
     itself); energy 0.95; all of the calibration.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> data = [torch.randn(4, 8) for _ in range(3)]

@@ -18,17 +18,20 @@ __all__ = ["DualAdapter", "ResidualAdapter", "relevance"]
 def relevance(x: Tensor, basis: Tensor, share: float) -> Tensor:
     r"""How much the rows of ``x`` look like a task's features: 1 as much as those do on average, 0 not at all.
 
-    .. math:: w(x) = \min\Bigl(1,\; \frac{\lVert x \Psi \rVert^2}{\rho\, \lVert x \rVert^2}\Bigr), \qquad
-              \rho = \frac{\mathrm{tr}\, \Psi^\top C\, \Psi}{\mathrm{tr}\, C}
+    $$
+    w(x) = \min\Bigl(1,\; \frac{\lVert x \Psi \rVert^2}{\rho\, \lVert x \rVert^2}\Bigr), \qquad
+    \rho = \frac{\mathrm{tr}\, \Psi^\top C\, \Psi}{\mathrm{tr}\, C}
+    $$
 
     Args:
-        x: ``[samples, d]``. basis: ``Ψ [d, k]``, orthonormal columns. share: ρ > 0, the same share of the task's own
-            features, whose second moment is C.
+        x: ``[samples, d]``.
+        basis: ``Ψ [d, k]``, orthonormal columns.
+        share: ρ > 0, the same share of the task's own features, whose second moment is C.
 
     Returns:
         ``[samples]``; 0 for a row of zeros.
 
-    Example:
+    Examples:
         >>> relevance(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[1.0], [0.0]]), 0.72)
         tensor([0.5000, 0.0000])
     """
@@ -37,11 +40,14 @@ def relevance(x: Tensor, basis: Tensor, share: float) -> Tensor:
 
 
 class ResidualAdapter(nn.Module):
-    r"""One task's residual adapter :math:`B\, (R \Psi^\top)`: its A lies in the span of Ψ whatever R is trained to.
+    r"""One task's residual adapter $B\, (R \Psi^\top)$: its A lies in the span of Ψ whatever R is trained to.
 
     Args:
-        r: R ``[q, k]``. b: B ``[out, q]``. basis: Ψ ``[in, k]``, the task's residual bases. share: As in
-            :func:`relevance`. new: Whether it is the open task's.
+        r: R ``[q, k]``.
+        b: B ``[out, q]``.
+        basis: Ψ ``[in, k]``, the task's residual bases.
+        share: As in [`relevance`][].
+        new: Whether it is the open task's.
     """
 
     basis: Tensor
@@ -60,7 +66,7 @@ class ResidualAdapter(nn.Module):
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> ResidualAdapter:
-        """The adapter with these :meth:`tensors`.
+        """The adapter with these [`tensors`][].
 
         Raises:
             KeyError, ValueError: one is missing, or of another shape.
@@ -81,16 +87,22 @@ class ResidualAdapter(nn.Module):
 class DualAdapter(LoraAdapter):
     r"""What DualLoRA adds to one weight: an orthogonal adapter, and a residual adapter for each task, scaled by sample.
 
-    .. math:: y = c\,(x A_o^\top) B_o^\top + c \sum_\tau w_\tau(x_{cls})\,(x A_\tau^\top) B_\tau^\top, \qquad
-              A_o = A (I - \Phi \Phi^\top), \quad A_\tau = R_\tau \Psi_\tau^\top
+    $$
+    y = c\,(x A_o^\top) B_o^\top + c \sum_\tau w_\tau(x_{cls})\,(x A_\tau^\top) B_\tau^\top, \qquad
+    A_o = A (I - \Phi \Phi^\top), \quad A_\tau = R_\tau \Psi_\tau^\top
+    $$
 
     A and R are trained as they are, so gradients arrive projected, ``G_o (I − ΦΦᵀ)`` and ``G_τ Ψ_τ``, and whatever the
     optimizer makes of them, nothing leaves its subspace. The weights w take no gradient.
 
     Args:
-        a: A ``[r, in]``; no rows between tasks. b: B_o ``[out, r]``. scaling: c.
-        basis: Φ ``[in, k]``, what earlier tasks' features span. residuals: By task; the last one may be trained.
-        tokens: Where the class tokens are. tower: Which of its towers the layer belongs to.
+        a: A ``[r, in]``; no rows between tasks.
+        b: B_o ``[out, r]``.
+        scaling: c.
+        basis: Φ ``[in, k]``, what earlier tasks' features span.
+        residuals: By task; the last one may be trained.
+        tokens: Where the class tokens are.
+        tower: Which of its towers the layer belongs to.
     """
 
     basis: Tensor
@@ -112,6 +124,7 @@ class DualAdapter(LoraAdapter):
         self.tokens, self.tower = tokens, tower
 
     def tasks(self) -> list[ResidualAdapter]:
+        """The residual adapters, in order of tasks."""
         return [task for task in self.residuals if isinstance(task, ResidualAdapter)]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class LayerCertificate:
 
     Attributes:
         name: The target.
-        leak_after_rounding: :math:`\|\Delta W Q\|_F / \|\Delta W\|_F` of the change ΔW that the stored weight really
+        leak_after_rounding: $\|\Delta W Q\|_F / \|\Delta W\|_F$ of the change ΔW that the stored weight really
             made, rounding to its dtype included, against the basis Q that was protected during the task: what is
             deployed. 0 if nothing moved. Where nothing was merged the factors are deployed, and it is ``leak``.
         leak: The same of the update ``c B A`` of the factors, before it was merged.
@@ -70,18 +70,22 @@ class RetentionCertificate:
 
     @property
     def leak_after_rounding(self) -> float:
+        """The largest of the layers."""
         return max(layer.leak_after_rounding for layer in self.layers)
 
     @property
     def leak(self) -> float:
+        """The largest of the layers."""
         return max(layer.leak for layer in self.layers)
 
     @property
     def orthogonality(self) -> float:
+        """The largest of the layers."""
         return max(layer.orthogonality for layer in self.layers)
 
     @property
     def captured(self) -> float:
+        """The smallest of the layers."""
         return min(layer.captured for layer in self.layers)
 
     @property
@@ -104,6 +108,7 @@ class RetentionCertificate:
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
         layers = [asdict(layer) for layer in self.layers]
         return {"task": self.task, **self.worst(), "layers": layers, "buffers": list(self.buffers)}
 
@@ -127,7 +132,8 @@ def certified(
     """Merge the slots' adapters and measure what that did, or measure it only: then nothing is rounded.
 
     Args:
-        bases: What was protected while the adapters were trained. new: The columns that are from now on, too.
+        bases: What was protected while the adapters were trained.
+        new: The columns that are from now on, too.
         budget: Bytes of the device that may be used.
     """
     extended = bases.joined([extension.q for extension in new])

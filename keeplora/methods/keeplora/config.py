@@ -67,10 +67,24 @@ class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r, alpha, rslora, target_modules, frozen_buffers, exact_weights: As
-            :class:`~keeplora.methods.settings.AdapterConfig` has them: rank 16, scale 1 (``alpha=None`` means r), the
-            attention's layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is
-            learned at usual learning rates: see :meth:`preset`.
+        r: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers, buffers
+            frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning rates:
+            see [`preset`][].
+        alpha: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
+            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
+            rates: see [`preset`][].
+        rslora: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
+            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
+            rates: see [`preset`][].
+        target_modules: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
+            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
+            learning rates: see [`preset`][].
+        frozen_buffers: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
+            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
+            learning rates: see [`preset`][].
+        exact_weights: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
+            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
+            learning rates: see [`preset`][].
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:
@@ -95,7 +109,7 @@ class KeepLoraConfig(AdapterConfig):
             free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
             what the gradient is worth.
         balance: Whether rows of A are shortened where the task's inputs are strong, so that the rate is as hot in every
-            task and layer (:func:`~keeplora.methods.keeplora.directions.balanced`). Not with ``directions="random"``.
+            task and layer (``balanced``). Not with ``directions="random"``.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
         forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
@@ -103,9 +117,9 @@ class KeepLoraConfig(AdapterConfig):
             for the number of tokens. The numbers differ by rounding.
         dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
         train_a: Whether A is trained along with B. It must then be kept outside of what is protected in every step:
-            train with :meth:`KeepLora.optimizer`, or with any optimizer after :meth:`KeepLora.confine`. The forward is
+            train with [`KeepLora.optimizer`][], or with any optimizer after [`KeepLora.confine`][]. The forward is
             factored.
-        data_fraction: Share of the loader's batches that :meth:`KeepLora.before_task` sees, its first ones. Below 1 the
+        data_fraction: Share of the loader's batches that [`KeepLora.before_task`][] sees, its first ones. Below 1 the
             loader must have a length, and shuffle.
         gradient_statistic: ``"exact"`` sums gradients of the adapted weights; ``"sketch"`` keeps ``8 r`` random
             combinations of each one's rows and takes a second pass to look at the gradients in their span; ``"auto"``
@@ -120,7 +134,7 @@ class KeepLoraConfig(AdapterConfig):
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
 
-    Example:
+    Examples:
         >>> KeepLoraConfig(r=8, depth_scale={"vision": 0.2}).depth_scale_of("text")
         1.0
     """
@@ -201,9 +215,10 @@ class KeepLoraConfig(AdapterConfig):
             changes: Settings to have otherwise.
 
         Source: github.com/MaolinLuo/KeepLoRA, the CLIP folders at 7abf7ec (KeepLoRA++; ``parity`` at a17f9c2), the
-        LLaVA folders at f12b4dd and 536498e. What belongs to the loop (rates, epochs, batches) is in docs/settings.md.
+        LLaVA folders at f12b4dd and 536498e. What belongs to the loop (rates, epochs, batches) is in
+        docs/which-settings.md.
 
-        Example:
+        Examples:
             >>> ucit = KeepLoraConfig.preset("ucit")
             >>> ucit.r, ucit.scaling, ucit.feature_source
             (32, 0.25, 'gradients')
@@ -235,12 +250,15 @@ class KeepLoraConfig(AdapterConfig):
                 )
 
     def depth_scale_of(self, tower: str) -> float:
+        """γ of a tower; 1 where it is not named."""
         return _of(self.depth_scale, tower, 1.0)
 
     def weight_energy_of(self, tower: str) -> float:
+        """ε_w of a tower; 0 where it is not named."""
         return _of(self.weight_energy, tower, 0.0)
 
     def feature_energy_of(self, tower: str) -> float:
+        """ε_f of a tower; 0 where it is not named."""
         return _of(self.feature_energy, tower, 0.0)
 
 

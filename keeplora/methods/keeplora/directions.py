@@ -47,7 +47,7 @@ def direction_finder(
 class RandomDirections:
     r"""Directions of free space that know nothing of the task: the control of gradient initialisation.
 
-    .. math:: A = \mathrm{orth}\big((I - Q Q^\top)\,Z\big)^\top, \quad Z_{ij} \sim \mathcal N(0, 1)
+    $$ A = \mathrm{orth}\big((I - Q Q^\top)\,Z\big)^\top, \quad Z_{ij} \sim \mathcal N(0, 1) $$
 
     so that the span of A is uniformly distributed in the complement of Q; the same for the same seed and task.
     """
@@ -75,18 +75,19 @@ class RandomDirections:
 def balanced(a: Tensor, energy: Tensor) -> Tensor:
     r"""Rows of A that are no longer than what evens out the energy of the inputs along them.
 
-    .. math:: a_i \leftarrow a_i \min(1, e_i^{-1/2})
+    $$ a_i \leftarrow a_i \min(1, e_i^{-1/2}) $$
 
     Under Adam every column of B moves alike, whatever the size of ``x Aᵀ``, so an update is as strong as the inputs are
     along A: on pretrained encoders up to fifty times as strong in a first task as in the mean direction. ``A Q = 0``
     stays, and so does the certificate.
 
     Args:
-        a: A ``[r, in]``. energy: e ``[r]``, relative to the mean direction.
+        a: A ``[r, in]``.
+        energy: e ``[r]``, relative to the mean direction.
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> balanced(torch.eye(2), torch.tensor([4.0, 0.25]))
         tensor([[0.5000, 0.0000],
                 [0.0000, 1.0000]])
@@ -95,13 +96,13 @@ def balanced(a: Tensor, energy: Tensor) -> Tensor:
 
 
 class TaskGradients:
-    """What one pass over a task's data tells of the gradients of the adapted weights, and :meth:`directions` of it.
+    """What one pass over a task's data tells of the gradients of the adapted weights, and ``directions`` of it.
 
-    With ``config.balance`` rows of A are shortened where the task's inputs are strong (:func:`balanced`), as a sample
+    With ``config.balance`` rows of A are shortened where the task's inputs are strong (``balanced``), as a sample
     of inputs tells that is taken in the same pass. Where it is not known which tokens of the inputs will count as
     features, or a mask of the user's does not fit them, this first pass is where the user is told.
 
-    ``reached`` says of every slot whether a token has come to it; ``free_shares``, after :meth:`directions`, which
+    ``reached`` says of every slot whether a token has come to it; ``free_shares``, after ``directions``, which
     share of the gradient's energy lies outside of its basis, None where it has none.
 
     Exact gradients need no more. A row sketch knows the space a gradient's leading rows lie in far better than which

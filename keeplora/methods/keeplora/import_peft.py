@@ -32,7 +32,7 @@ def imported_adapters(
     original: Hashes | None = None,
     other_base: bool = False,
 ) -> list[dict[str, Tensor] | None]:
-    """A and B of every slot that the checkpoint adapts, with the slot's scaling; see :meth:`KeepLora.import_peft`."""
+    """A and B of every slot that the checkpoint adapts, with the slot's scaling; see ``KeepLora.import_peft``."""
     try:
         updates = peft_checkpoint.split(slots, peft_checkpoint.read(path))
         note = None if other_base else peft_checkpoint.read_note(path)

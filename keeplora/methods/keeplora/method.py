@@ -50,21 +50,24 @@ class KeepLora(LoraMethod):
 
     For every adapted weight W ``[out, in]`` with protected orthonormal basis Q ``[in, k]``:
 
-    .. math::
-        Q_0 &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_w \\
-        A &= \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0 \\
-        y &= x W^\top + s\,\lambda_l\,(x A^\top) B^\top, \quad \lambda_l = \gamma + (1 - \gamma)\tfrac{l}{L-1} \\
-        W &\leftarrow W + s\,\lambda_l B A, \quad Q \leftarrow [Q, \text{top of } C], \text{ energy } \varepsilon_f
+    $$
+    \begin{aligned}
+    Q_0 &= \text{top right singular vectors of } W, \text{ energy } \varepsilon_w \\
+    A &= \text{top-}r \text{ right singular vectors of } G (I - Q Q^\top), \quad B = 0 \\
+    y &= x W^\top + s\,\lambda_l\,(x A^\top) B^\top, \quad \lambda_l = \gamma + (1 - \gamma)\tfrac{l}{L-1} \\
+    W &\leftarrow W + s\,\lambda_l B A, \quad Q \leftarrow [Q, \text{top of } C], \text{ energy } \varepsilon_f
+    \end{aligned}
+    $$
 
     G is the task's mean gradient, C the second moment of the layer's inputs after the task. Since ``A Q = 0``,
-    inputs in span(Q) are mapped as before, up to rounding; :meth:`after_task` returns the proof in numbers.
+    inputs in span(Q) are mapped as before, up to rounding; ``after_task`` returns the proof in numbers.
 
     Args:
         model: Any model with linear layers; towers, blocks and padding of open_clip's and transformers' are known. Its
             layers are replaced in place by ones that can hold adapters; it stays the same object.
-        config: Settings; :class:`KeepLoraConfig` () is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
-        targets: The weights to choose from, instead of what :func:`keeplora.families.find_targets` finds.
-        token_mask: Which inputs count as features, instead of what :func:`keeplora.families.token_mask` tells:
+        config: Settings; ``KeepLoraConfig()`` is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
+        targets: The weights to choose from, instead of what [`find_targets`][] finds.
+        token_mask: Which inputs count as features, instead of what ``keeplora.families.token_mask`` tells:
             ``mask(slot, x)`` gives ``bool [x.shape[:-1]]``, True where a token counts, or None where all do.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
 
@@ -78,7 +81,7 @@ class KeepLora(LoraMethod):
     (``feature_statistic="slot_mean"``), with its own default for ε_f; one rank rule, the fewest directions that reach
     the share; one statistic for all layers that read one tensor; gradients of the adapted weights alone.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
@@ -191,23 +194,23 @@ class KeepLora(LoraMethod):
         )
 
     def optimizer(self, **options: Any) -> ProjectedAdamW:
-        """AdamW over :meth:`trainable_parameters` that keeps a trained A outside of what is protected.
+        """AdamW over ``trainable_parameters`` that keeps a trained A outside of what is protected.
 
         Args:
-            options: Of :class:`keeplora.lora.ProjectedAdamW`: lr, betas, eps, weight_decay, capturable, fused.
+            options: Of [`ProjectedAdamW`][]: lr, betas, eps, weight_decay, capturable, fused.
         """
         return ProjectedAdamW(self._trained("optimizer"), bases=self._bases_to_keep("optimizer"), **options)
 
     def confine(self, optimizer: torch.optim.Optimizer) -> Confinement:
         """Let every step of an optimizer of one's own keep a trained A outside of what is protected.
 
-        Returns a handle with ``remove()``; see :func:`keeplora.lora.confine`. Raises ``ValueError`` where the optimizer
+        Returns a handle with ``remove()``; see ``keeplora.lora.confine``. Raises ``ValueError`` where the optimizer
         does not hold the adapters' A.
         """
         return confine(optimizer, self._bases_to_keep("confine"))
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> Confinement | None:
-        """:meth:`confine` where A is trained."""
+        """[`confine`][] where A is trained."""
         return self.confine(optimizer) if self.config.train_a else None
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> RetentionCertificate:
@@ -249,8 +252,8 @@ class KeepLora(LoraMethod):
     def capacity(self) -> Capacity:
         """What is protected, free and was added in every adapted weight, and for how many more tasks that is enough.
 
-        A sequence of :class:`keeplora.LayerCapacity` that prints as a table. What ``weight_energy`` protects is known
-        once :meth:`before_task` ran; until then everything counts as free.
+        A sequence of [`LayerCapacity`][] that prints as a table. What ``weight_energy`` protects is known
+        once ``before_task`` ran; until then everything counts as free.
         """
         protected = self._protected or [Protected(()) for _ in self.slots]
         return self.capacity_of(
@@ -313,7 +316,7 @@ class KeepLora(LoraMethod):
     # ------------------------------------------------------------------ from PEFT
 
     def import_peft(self, path: str | os.PathLike[str], *, project: bool = False, other_base: bool = False) -> None:
-        """Open a task with the adapter of a stock PEFT checkpoint, instead of :meth:`before_task`.
+        """Open a task with the adapter of a stock PEFT checkpoint, instead of ``before_task``.
 
         Train it further or not, then close the task with ``after_task(loader, loss_fn)``. Weights it does not name get
         no adapter. On an error nothing has changed.
@@ -322,7 +325,7 @@ class KeepLora(LoraMethod):
             path: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             project: Take what is protected out of the adapter, ``A ← A (I − Q Qᵀ)``. Otherwise an adapter that
                 reaches into it is refused, as one trained without KeepLoRA does.
-            other_base: Take an adapter that :meth:`export_peft` wrote for other weights than this model has now or had
+            other_base: Take an adapter that ``export_peft`` wrote for other weights than this model has now or had
                 before its first task. Adapters of others do not say what they were made for.
 
         Raises:

@@ -94,7 +94,7 @@ def extended_bases(
         came to it: without one its basis stays as it is.
 
     Warns:
-        UserWarning: less was captured than that (:func:`keeplora.methods.shortfall.warn_of_shortfall`).
+        UserWarning: less was captured than that (``keeplora.methods.shortfall.warn_of_shortfall``).
     """
     energies, kept = [config.feature_energy_of(slot.target.tower) for slot in slots], keeper_of(config.bases)
     source = _of_gradients if config.feature_source == "gradients" else _of_inputs

@@ -27,8 +27,8 @@ def confined_again(
     fails, every A is what it was.
 
     Args:
-        factors: A ``[r, in]`` and what gives its protected basis ``[in, k]``, by layer. remedy: How to train it next
-            time.
+        factors: A ``[r, in]`` and what gives its protected basis ``[in, k]``, by layer.
+        remedy: How to train it next time.
     """
     leaks = {name: leak_of_rows(a.detach(), basis()) for name, (a, basis) in factors.items()}
     astray = [(a, basis().to(a)) for name, (a, basis) in factors.items() if leaks[name] > LEAK]

@@ -28,9 +28,9 @@ class CosineClassifier(nn.Module):
 class CosineClassifiers(ClassHead):
     r"""Adds to the logits of every scored class what the classifiers say of it.
 
-    .. math:: z_c = e^{\tau} \langle f, t_c \rangle + s\, \langle f, w_c / \lVert w_c \rVert \rangle
+    $$ z_c = e^{\tau} \langle f, t_c \rangle + s\, \langle f, w_c / \lVert w_c \rVert \rangle $$
 
-    for a normalised image feature f, the text feature :math:`t_c` and the classifier's row :math:`w_c`. Rows are found
+    for a normalised image feature f, the text feature $t_c$ and the classifier's row $w_c$. Rows are found
     by the prompts of the scored classes. Where one of them has no row, nothing is added to any: with and without a
     classifier classes cannot be compared.
 
@@ -50,6 +50,7 @@ class CosineClassifiers(ClassHead):
         return classifier
 
     def classifiers(self) -> list[CosineClassifier]:
+        """Those of the tasks that have one, in order."""
         return [task for task in self.tasks if isinstance(task, CosineClassifier)]
 
     def rows(self, tokens: Tensor) -> Tensor | None:

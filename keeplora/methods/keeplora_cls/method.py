@@ -27,12 +27,12 @@ __all__ = ["KeepLoraCls", "KeepLoraClsConfig"]
 
 @dataclass(frozen=True)
 class KeepLoraClsConfig(KeepLoraConfig):
-    """As :class:`~keeplora.KeepLoraConfig`, and the classifiers' temperature.
+    """As [`KeepLoraConfig`][], and the classifiers' temperature.
 
     Args:
         classifier_scale: s in ``s ⟨f, w/‖w‖⟩``; 30 as in the public code, where the text logits have CLIP's 100.
 
-    Example:
+    Examples:
         >>> KeepLoraClsConfig(r=8).classifier_scale
         30.0
     """
@@ -52,10 +52,12 @@ class KeepLoraClsConfig(KeepLoraConfig):
 class KeepLoraCls(KeepLora):
     r"""KeepLoRA++ and, for the classes of each task, a classifier on image features that adds to their logits.
 
-    .. math:: z_c = e^{\tau} \langle f, t_c \rangle + s\, \langle f, w_c / \lVert w_c \rVert \rangle, \qquad
-              w_c \leftarrow \overline{f}_c / \lVert \overline{f}_c \rVert \text{ at first}
+    $$
+    z_c = e^{\tau} \langle f, t_c \rangle + s\, \langle f, w_c / \lVert w_c \rVert \rangle, \qquad
+    w_c \leftarrow \overline{f}_c / \lVert \overline{f}_c \rVert \text{ at first}
+    $$
 
-    for the normalised image feature f and text feature :math:`t_c`; :math:`\overline{f}_c` is the mean of f over the
+    for the normalised image feature f and text feature $t_c$; $\overline{f}_c$ is the mean of f over the
     class's images before the task. The rows are trained with the adapters and frozen afterwards.
 
     A classifier takes part where the classes that are scored, told by their prompts, all belong to learned tasks. As in
@@ -100,7 +102,7 @@ class KeepLoraCls(KeepLora):
         put_class_head(model, self.head)
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        """As :meth:`KeepLora.open_task`; the same pass gives the classifier's start.
+        """As [`KeepLora.open_task`][]; the same pass gives the classifier's start.
 
         Raises:
             RuntimeError: there are several processes; each would start at the means of its own images.
@@ -133,7 +135,7 @@ class KeepLoraCls(KeepLora):
         return [*super().named_trained(), ("classifier", self.head.classifiers()[-1].weight)]
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> RetentionCertificate:
-        """As :meth:`KeepLora.close_task`; the task's classifier is frozen."""
+        """As [`KeepLora.close_task`][]; the task's classifier is frozen."""
         result = super().close_task(loader, loss_fn)
         self.head.classifiers()[-1].weight.requires_grad_(False)
         return result

@@ -23,14 +23,16 @@ __all__ = ["Corda", "CordaConfig"]
 
 @dataclass(frozen=True)
 class CordaConfig(LoraConfig):
-    """Settings of :class:`Corda`, those of plain LoRA."""
+    """Settings of [`Corda`][], those of plain LoRA."""
 
 
 class Corda(SubtractedStart):
     r"""Context-oriented decomposition in its knowledge-preserved mode, anew in every task.
 
-    .. math:: W C = U \Sigma V^\top, \qquad B_0 A_0 = \tfrac{1}{s} \sum_{i > n - r} \sigma_i u_i v_i^\top C^{-1}, \qquad
-              W \leftarrow W + s\,(B A - B_0 A_0)
+    $$
+    W C = U \Sigma V^\top, \qquad B_0 A_0 = \tfrac{1}{s} \sum_{i > n - r} \sigma_i u_i v_i^\top C^{-1}, \qquad
+    W \leftarrow W + s\,(B A - B_0 A_0)
+    $$
 
     with C the second moment of a layer's inputs in all tasks so far, each weighing the same: of earlier tasks as they
     were after learning it, of the new one before. The components that these inputs use least are taken out of the
@@ -39,14 +41,14 @@ class Corda(SubtractedStart):
 
     Raises:
         ImportError: PEFT is not installed, or too old.
-        ValueError: r is larger than the smaller side of a weight; what :meth:`LoraMethod.features` raises.
+        ValueError: r is larger than the smaller side of a weight; what [`LoraMethod.features`][] raises.
 
     Source: Yang et al., "CorDA", NeurIPS 2024, arXiv:2406.05223, as PEFT has it (``preprocess_corda``,
     ``corda_method="kpm"``; C is damped by 0.01 of its mean diagonal). There C is of data whose knowledge is to be kept,
     which the user collects once. Ours: which data that is, in a sequence of tasks; A₀ and B₀ of one norm, where PEFT's
     share of each depends on the number of tokens in a batch.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model, data = nn.Sequential(nn.Linear(8, 6)), [torch.randn(16, 8)]
         >>> method = Corda(model, CordaConfig(r=2, target_modules="all-linear"))

@@ -27,7 +27,7 @@ __all__ = ["Eva", "EvaConfig", "ranks_by_variance"]
 
 @dataclass(frozen=True)
 class EvaConfig(LoraConfig):
-    """Settings of :class:`Eva`, PEFT's.
+    """Settings of [`Eva`][], PEFT's.
 
     Args:
         r: The mean rank over layers.
@@ -50,8 +50,10 @@ class EvaConfig(LoraConfig):
 class Eva(Peer):
     r"""Explained variance adaptation, anew in every task.
 
-    .. math:: X - \bar X = U \Sigma V^\top, \qquad A = V_{[:,\,:r_l]}^\top, \quad B = 0, \qquad
-              \sum_l r_l = r L \text{ of the largest } \sigma_i^2 / \lVert X - \bar X \rVert_F^2
+    $$
+    X - \bar X = U \Sigma V^\top, \qquad A = V_{[:,\,:r_l]}^\top, \quad B = 0, \qquad
+    \sum_l r_l = r L \text{ of the largest } \sigma_i^2 / \lVert X - \bar X \rVert_F^2
+    $$
 
     with X the inputs of a layer in one pass over the task's data, by incremental principal components; L layers share
     the ranks. Both factors are trained. A layer with no rank gets no adapter. Nothing is kept between tasks, nothing of
@@ -67,7 +69,7 @@ class Eva(Peer):
     settle, which small data never do; padding does not count where the model's family tells it; s stays what it is
     whatever a layer's rank.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model, data = nn.Sequential(nn.Linear(8, 6)), [torch.randn(16, 8)]
         >>> method = Eva(model, EvaConfig(r=2, target_modules="all-linear"))
@@ -129,7 +131,7 @@ def ranks_by_variance(shares: Sequence[Sequence[float]], r: int) -> list[int]:
     Args:
         shares: By layer, those of its components, in falling order; those at rounding level get nothing.
 
-    Example:
+    Examples:
         >>> ranks_by_variance([[0.9, 0.05], [0.5, 0.4]], 1)
         [1, 1]
         >>> ranks_by_variance([[0.3, 0.2], [0.6, 0.4]], 1)

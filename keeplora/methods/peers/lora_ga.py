@@ -24,7 +24,7 @@ __all__ = ["LoraGa", "LoraGaConfig"]
 
 @dataclass(frozen=True)
 class LoraGaConfig(LoraConfig):
-    """Settings of :class:`LoraGa`, PEFT's.
+    """Settings of [`LoraGa`][], PEFT's.
 
     Args:
         direction: Which singular directions of the gradient A and B get: ``ArB2r``, ``A2rBr``, ``ArBr`` or ``random``.
@@ -49,9 +49,11 @@ class LoraGaConfig(LoraConfig):
 class LoraGa(SubtractedStart):
     r"""Low-rank adaptation with gradient approximation, anew in every task.
 
-    .. math:: G = U \Sigma V^\top, \qquad A_0 = V_{[:,\,:r]}^\top, \qquad
-              B_0 = \tfrac{out^{1/4}}{\sqrt\gamma}\, U_{[:,\,r:2r]}\, \Sigma_{r:2r}, \qquad
-              W \leftarrow W + s\,(B A - B_0 A_0)
+    $$
+    G = U \Sigma V^\top, \qquad A_0 = V_{[:,\,:r]}^\top, \qquad
+    B_0 = \tfrac{out^{1/4}}{\sqrt\gamma}\, U_{[:,\,r:2r]}\, \Sigma_{r:2r}, \qquad
+    W \leftarrow W + s\,(B A - B_0 A_0)
+    $$
 
     with G the mean gradient of the weight over the task's data, in one pass before the task. Both factors are trained.
     Nothing is kept between tasks, and nothing of earlier tasks is protected.
@@ -59,13 +61,13 @@ class LoraGa(SubtractedStart):
     Raises:
         ImportError: PEFT is not installed, or too old.
         ValueError: r is larger than half the smaller side of a weight; what
-            :func:`keeplora.statistics.mean_gradients` raises.
+            [`mean_gradients`][] raises.
 
     Source: Wang et al., "LoRA-GA", NeurIPS 2024, arXiv:2407.05000, as PEFT has it (``preprocess_loraga``): there B₀ is
     scaled by the gradient's singular values, and A₀ is not scaled, where the public code's ``stable`` scales both by
     ``out^¼/√γ`` and takes no singular values. Ours: the gradient of all batches of the pass; the paper takes some.
 
-    Example:
+    Examples:
         >>> model, data = nn.Sequential(nn.Linear(8, 6)), [torch.randn(16, 8)]
         >>> method = LoraGa(model, LoraGaConfig(r=2, target_modules="all-linear"))
         >>> before = model(data[0])

@@ -17,14 +17,16 @@ __all__ = ["Mica", "MicaConfig"]
 
 @dataclass(frozen=True)
 class MicaConfig(LoraConfig):
-    """Settings of :class:`Mica`, those of plain LoRA. Scale 1; no numbers of the paper are taken over."""
+    """Settings of [`Mica`][], those of plain LoRA. Scale 1; no numbers of the paper are taken over."""
 
 
 class Mica(Peer):
     r"""Minor component adaptation, anew in every task.
 
-    .. math:: W = U \Sigma V^\top, \qquad B = U_{[:,\,-r:]} \text{ (frozen)}, \qquad A = 0 \text{ (trained)}, \qquad
-              W \leftarrow W + s\, B A
+    $$
+    W = U \Sigma V^\top, \qquad B = U_{[:,\,-r:]} \text{ (frozen)}, \qquad A = 0 \text{ (trained)}, \qquad
+    W \leftarrow W + s\, B A
+    $$
 
     An update writes where the weight, with all earlier tasks merged, writes least. It needs no data and keeps nothing;
     one singular value decomposition per weight and task.
@@ -36,7 +38,7 @@ class Mica(Peer):
     Source: MiCA, arXiv:2604.01694, as PEFT has it (``init_lora_weights="mica"``). Here otherwise: a task is started
     from the weight the last one left; the paper adapts once.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> method = Mica(nn.Sequential(nn.Linear(8, 6)), MicaConfig(r=2, target_modules="all-linear"))
         >>> method.before_task([], lambda model, batch: model(batch).sum())

@@ -23,7 +23,7 @@ __all__ = ["MinorFactors", "Osf", "OsfConfig"]
 
 @dataclass(frozen=True)
 class OsfConfig:
-    """Settings of :class:`Osf`.
+    """Settings of [`Osf`][].
 
     Args:
         effective_rank: Share of a weight's singular directions that the first task leaves as they are.
@@ -50,12 +50,19 @@ class OsfConfig:
 class MinorFactors(StartedAdapter):
     r"""The minor singular triples of a weight, all three factors trained.
 
-    .. math:: \Delta W = U S V - U_0 S_0 V_0, \qquad \nabla_U \leftarrow (I - H_u H_u^\top) \nabla_U, \qquad
-              \nabla_V \leftarrow \nabla_V (I - H_v^\top H_v)
+    $$
+    \Delta W = U S V - U_0 S_0 V_0, \qquad \nabla_U \leftarrow (I - H_u H_u^\top) \nabla_U, \qquad
+    \nabla_V \leftarrow \nabla_V (I - H_v^\top H_v)
+    $$
 
     Args:
-        a: V ``[q, in]``. b: U ``[out, q]``. s: S ``[q]``.
-        start, origin: V₀ and U₀ S₀. high_u, high_v: the leading directions ``[out, k]`` and ``[k, in]``, which stay.
+        a: V ``[q, in]``.
+        b: U ``[out, q]``.
+        s: S ``[q]``.
+        start: V₀, from which a counts.
+        origin: U₀ S₀, from which the product of b and s counts.
+        high_u: the leading directions ``[out, k]``, which stay.
+        high_v: the leading directions ``[k, in]``, which stay.
     """
 
     high_u: Tensor
@@ -81,8 +88,10 @@ class MinorFactors(StartedAdapter):
 class Osf(LoraMethod):
     r"""Orthogonal subspace fine-tuning: a decomposition of every weight, anew in every task.
 
-    .. math:: W = U_H S_H V_H + U S V, \qquad k = \lfloor (\varepsilon + \delta t) \min(out, in) \rfloor \text{ leading
-              triples are frozen,} \qquad W \leftarrow U_H S_H V_H + U S V
+    $$
+    W = U_H S_H V_H + U S V, \qquad k = \lfloor (\varepsilon + \delta t) \min(out, in) \rfloor \text{ leading
+    triples are frozen,} \qquad W \leftarrow U_H S_H V_H + U S V
+    $$
 
     U, S and V of the minor triples are trained; gradients of U and V lose their part in the frozen directions. What was
     learned becomes part of the next task's decomposition: nothing is kept, no data is looked at. While a task is open,
@@ -97,7 +106,7 @@ class Osf(LoraMethod):
     decomposition, projected gradients, half of the directions frozen, a share that grows from task to task. The paper
     chooses a share per layer by how alike its inputs and outputs are, which PEFT leaves out. Ours: the step, 0.05.
 
-    Example:
+    Examples:
         >>> method = Osf(nn.Sequential(nn.Linear(8, 6)), OsfConfig(target_modules="all-linear"))
         >>> method.before_task([], lambda model, batch: model(batch).sum())
         >>> sorted(list(p.shape) for p in method.trainable_parameters())

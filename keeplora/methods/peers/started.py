@@ -15,14 +15,18 @@ __all__ = ["StartedAdapter"]
 class StartedAdapter(LoraAdapter):
     r"""An adapter whose A and B start away from zero, and whose update counts from there.
 
-    .. math:: \Delta W = c\,(B A - B_0 A_0) = c\,\bigl((B - B_0)\,A + B_0\,(A - A_0)\bigr)
+    $$ \Delta W = c\,(B A - B_0 A_0) = c\,\bigl((B - B_0)\,A + B_0\,(A - A_0)\bigr) $$
 
-    PEFT takes :math:`c B_0 A_0` out of the frozen weight, which rounds it. Here the weight stays as it is, and the
+    PEFT takes $c B_0 A_0$ out of the frozen weight, which rounds it. Here the weight stays as it is, and the
     second form is 0 to the last bit when the task begins.
 
     Args:
-        a, b, scaling, dropout: As of :class:`keeplora.lora.LoraAdapter`; both are trained.
-        start: A₀ ``[r, in]``. origin: B₀ ``[out, r]``.
+        a: As of ``keeplora.lora.LoraAdapter``; both are trained.
+        b: As of ``keeplora.lora.LoraAdapter``; both are trained.
+        scaling: As of ``keeplora.lora.LoraAdapter``; both are trained.
+        dropout: As of ``keeplora.lora.LoraAdapter``; both are trained.
+        start: A₀ ``[r, in]``.
+        origin: B₀ ``[out, r]``.
 
     Raises:
         ValueError: A₀ and B₀ are not of the shapes of A and B.

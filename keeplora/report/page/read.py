@@ -59,7 +59,7 @@ class Run:
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read a folder of ``keeplora run``, ``demo`` or ``compare``. Nothing in it is changed; plugins are not imported.
 
-    Results that cannot be read are told in :attr:`Run.damaged`; the others are there.
+    Results that cannot be read are told in ``Run.damaged``; the others are there.
 
     Raises:
         ConfigError: it is none.

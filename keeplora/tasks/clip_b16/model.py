@@ -91,7 +91,8 @@ class ImageTextEncoder(nn.Module):
     Args:
         vision: gives `image_embeds [n, d]` for `pixel_values`.
         text: an encoder that `keeplora.tasks.minilm.embed` takes, of width k.
-        text_projection: `[k, d]`. image_mean: `[d]`, the mean of image embeddings, which says nothing about a class.
+        text_projection: `[k, d]`.
+        image_mean: `[d]`, the mean of image embeddings, which says nothing about a class.
         logit_scale: the logarithm of what cosines are multiplied with.
     """
 

@@ -44,7 +44,7 @@ class InstructionSet:
     train: Sequence[Question]
     test: Sequence[Question]
     captions: Path | None = None
-    """The file of reference captions, for :func:`read_captions`."""
+    """The file of reference captions, for [`read_captions`][]."""
     notes: tuple[str, ...] = ()
 
 

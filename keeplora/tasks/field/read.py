@@ -26,7 +26,7 @@ def read_images(
     """The data sets of an image benchmark below ``root``, in ``order``. Images are opened later, one by one.
 
     Args:
-        benchmark: ``mtil``, ``mtil-coop``, ``x-tail``, or one from :func:`image_benchmark` that was changed.
+        benchmark: ``mtil``, ``mtil-coop``, ``x-tail``, or one from [`image_benchmark`][] that was changed.
         shots: Training images of each class, drawn with ``seed``; 0 for all. ``None`` for what the benchmark says.
 
     Raises:
@@ -43,7 +43,7 @@ def read_images(
 def read_image_set(
     root: str | Path, benchmark: str | ImageBenchmark, name: str, *, shots: int | None = None, seed: int = 42
 ) -> ImageSet:
-    """One data set of an image benchmark: see :func:`read_images`."""
+    """One data set of an image benchmark: see [`read_images`][]."""
     chosen = image_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     if name not in chosen.sets:
         raise ConfigError(f"read_image_set: name must be one of {', '.join(chosen.sets)}, got {name!r}")

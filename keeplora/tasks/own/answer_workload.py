@@ -44,7 +44,8 @@ class AnswerWorkload:
     batches padded on the left. Of several turns the last is asked, the earlier ones come with their answers.
 
     Args:
-        own: Settings with ``own.answers``. device: Where batches are put.
+        own: Settings with ``own.answers``.
+        device: Where batches are put.
 
     Raises:
         ConfigError: whatever is wrong with the settings, the data or the model; all before anything is trained.

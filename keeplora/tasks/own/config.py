@@ -89,7 +89,8 @@ class DataSettings:
         max_new_tokens: Most tokens of an answer; for models that generate. None: the benchmark's number, else 64.
         evaluate_at_most: How many samples of a split are evaluated, evenly spaced, for a quick look. 0: all.
         root: Folder that a benchmark of the field is unpacked in; with ``benchmark = "mtil"`` and the like.
-        order: Which of its orders. shots: Training images of each class; None for what the benchmark says, 0 for all.
+        order: Which of its orders.
+        shots: Training images of each class; None for what the benchmark says, 0 for all.
         shots_seed: Draws them.
         faults: What is done about data that is not as it should be: [`FAULTS`].
     """
@@ -153,9 +154,11 @@ class TaskSource:
         folder: Image folders: ``class/*.jpg``, or ``train/class/*.jpg`` and ``test/class/*.jpg`` (``val``, too).
         dataset: What `datasets` reads: a folder or file of parquet, jsonl, csv or arrow.
         json: Training samples in LLaVA's form, JSON or JSONL.
-        test: Test samples, beside ``json`` or ``dataset``. validation: those for choices.
+        test: Test samples, beside ``json`` or ``dataset``.
+        validation: those for choices.
         images: Folder that the image paths of ``json`` begin in; the file's own if empty.
-        image_column: Column of ``dataset`` that holds images. label_column: the one that holds classes.
+        image_column: Column of ``dataset`` that holds images.
+        label_column: the one that holds classes.
         template: The text of a class in this task; ``[data]``'s if empty.
     """
 
@@ -328,13 +331,15 @@ def parse_own(values: Mapping[str, Any], *, base: str, where: str, benchmark: st
     """The tables ``model``, ``data``, ``task`` and ``witness`` of a settings file.
 
     Args:
-        values: Those tables as TOML or YAML give them. base: Folder of the file. where: What messages call it.
+        values: Those tables as TOML or YAML give them.
+        base: Folder of the file.
+        where: What messages call it.
         benchmark: A benchmark of the field, whose tasks they are; there are no tables ``task`` then.
 
     Raises:
         ConfigError: a table or setting is missing, unknown or wrong.
 
-    Example:
+    Examples:
         >>> own = parse_own({"model": {"transformers": "models/vlm"}, "task": [{"name": "a", "json": "a.json"}]},
         ...                 base=".", where="tasks.toml")
         >>> own.answers, own.tasks[0].kind

@@ -25,9 +25,9 @@ __all__ = ["draft", "init", "split_sizes"]
 _DATA = DataSettings()
 _DOES = {"skip": "leaves them out", "convert": "takes them as RGB", "cut": "cuts them", "allow": "keeps them"}
 _RATE_CLASSES = 1e-3
-"""Of CLIP ViT-B/16 in docs/settings.md, for LoRA and KeepLoRA."""
+"""Of CLIP ViT-B/16 in docs/which-settings.md, for LoRA and KeepLoRA."""
 _RATE_ANSWERS = 1e-4
-"""Between the published rates of a 7B model, 2e-5 to 2e-4 (docs/settings.md)."""
+"""Between the published rates of a 7B model, 2e-5 to 2e-4 (docs/which-settings.md)."""
 _STEPS = 40
 """Of the smallest task: what keeplora/compare/settings/embedded.toml trains a task for; clip-b16.toml has half."""
 
@@ -44,8 +44,10 @@ def init(
     """Look at a folder of data, write the settings file ``out`` for ``keeplora run``, and return a summary to print.
 
     Args:
-        model: As `draft` has it. force: Whether a file that is there is written anew.
-        device: What the draft trains on. threads: torch threads of a run.
+        model: As `draft` has it.
+        force: Whether a file that is there is written anew.
+        device: What the draft trains on.
+        threads: torch threads of a run.
 
     Raises:
         ConfigError: ``out`` is there (nothing is looked at then) or no TOML file; or the folder is not recognised.
@@ -69,7 +71,7 @@ def draft(seen: DataFolder, out: Path, *, model: str = "", device: str = "cpu", 
         model: ``"ViT-B-16/openai"``, a name and weights of open_clip; ``"hf-hub:…"``, ``"local-dir:…"``; or
             ``"transformers:…"``, an id or a folder. For tasks of answers the id or folder alone. Empty: a usual one.
 
-    Example:
+    Examples:
         >>> task = DataTask("birds", "folder", Path("/data/birds"), {"train": 40}, {"owl": {"train": 40}})
         >>> text = draft(DataFolder(Path("/data"), (task,), (), 40, 40), Path("/work/tasks.toml"))
         >>> print(text[text.index("[[task]]"):].splitlines()[-1])
@@ -154,7 +156,7 @@ def _methods(lines: Lines, source: ModelSource, answers: bool) -> None:
     rate = _RATE_ANSWERS if answers else _RATE_CLASSES
     where = (
         "between the published rates of 7B models, 2e-5 to 2e-4" if answers
-        else "what a CLIP ViT-B/16 learned at in a few hundred steps (docs/settings.md)"
+        else "what a CLIP ViT-B/16 learned at in a few hundred steps (docs/which-settings.md)"
     )  # fmt: skip
     # layers of open_clip's own towers; those of timm, as SigLIP's, have names of their own
     vit = re.fullmatch(r"ViT-\w+-\d+(-\d+|-plus|-quickgelu)*", source.open_clip)

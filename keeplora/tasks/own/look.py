@@ -35,7 +35,7 @@ def look(folder: str | os.PathLike[str], *, most: int = MOST) -> DataFolder:
         ConfigError: nothing in the folder is recognised; the message says what is there, and why it is no task.
         OSError: a folder in it cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("cats", "dogs"):

@@ -38,11 +38,15 @@ class DataTask:
     """One task as it lies on the disk.
 
     Args:
-        kind: ``"folder"``, ``"dataset"`` or ``"json"``: the setting that says where it is. place: that path.
+        kind: ``"folder"``, ``"dataset"`` or ``"json"``: the setting that says where it is.
+        place: that path.
         counts: Images or samples by split (``"train"``, ``"validation"``, ``"test"``), as they are given.
         classes: Class, then images by split. Empty where there are none, or nobody has counted.
-        test: Test data beside ``place``. validation: those for choices. images: where the paths of ``json`` begin.
-        image_column: Of a ``dataset``. label_column: too.
+        test: Test data beside ``place``.
+        validation: those for choices.
+        images: where the paths of ``json`` begin.
+        image_column: Of a ``dataset``.
+        label_column: too.
         pictures: Image files, for a look at their headers.
         faults: What is not as it should be, as far as names and texts tell.
         remarks: Sentences for the user.

@@ -28,7 +28,7 @@ def check_image(source: Path | bytes) -> list[tuple[str, str]]:
     Raises:
         FileNotFoundError: there is no such file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "grey.png"

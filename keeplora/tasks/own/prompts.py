@@ -35,7 +35,8 @@ class Prompts:
     model learns to begin an answer and never to end it.
 
     Args:
-        processor: Of transformers, with a fast tokenizer. ends: Tokens at which generation stops.
+        processor: Of transformers, with a fast tokenizer.
+        ends: Tokens at which generation stops.
 
     Raises:
         ConfigError: the tokenizer is not fast or has no such token, or the template does not extend a conversation.
@@ -108,7 +109,7 @@ class Prompts:
     def labels(self, samples: Sequence[Sample], ids: Tensor) -> Tensor:
         """``ids [batch, tokens]`` where they are of an answer or of the token that ends it, and −100 elsewhere.
 
-        ``ids`` are the processor's, of :meth:`whole`: images expanded to any number of tokens, padded on any side.
+        ``ids`` are the processor's, of ``whole``: images expanded to any number of tokens, padded on any side.
         An answer is looked for from the end, together with the words before it by which the model begins to speak.
         """
         labels = torch.full_like(ids, IGNORED)

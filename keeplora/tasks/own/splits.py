@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 def thinned(items: Sequence[Item], most: int) -> Sequence[Item]:
     """At most `most` of the items, evenly spaced; all where `most` is 0.
 
-    Example:
+    Examples:
         >>> thinned(range(10), 4)
         [0, 2, 5, 7]
     """
@@ -34,7 +34,7 @@ def split_off(classes: Sequence[str], share: float, seed: int) -> tuple[list[int
     Args:
         classes: Class of each sample; samples in an order that does not change (sorted by name).
 
-    Example:
+    Examples:
         >>> split_off(["cat"] * 5 + ["dog"] * 2, 0.2, seed=0)
         ([0, 1, 3, 4, 5], [2, 6])
     """

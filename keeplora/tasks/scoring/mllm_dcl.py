@@ -66,7 +66,7 @@ def mllm_dcl_share(domain: str, prediction: Prediction) -> float:
 
 
 def mllm_dcl_score(domain: str, predictions: Sequence[Prediction]) -> Score:
-    """The mean of :func:`mllm_dcl_share` over all predictions, in percent.
+    """The mean of [`mllm_dcl_share`][] over all predictions, in percent.
 
     Raises:
         ConfigError: there is no such domain, or no prediction.
