@@ -216,6 +216,8 @@ def test_folders_share_a_store_whichever_is_deleted(tmp_path, monkeypatch, links
             inodes = {file.stat().st_ino: file.stat().st_size for file in tmp_path.rglob("tensors-*")}
             assert sum(inodes.values()) < 8000 * (3 + step) + 1000 * (2 + step)
         state = grown(state, float(step))
+    write_state(tmp_path / "last", lasting(1), store=store)
+    assert len(files(store)) == (1 + len(files(tmp_path / "3")) - 1 if links else 1)  # those of "3" stay while it does
     shutil.rmtree(tmp_path / "3")
     write_state(tmp_path / "last", lasting(1), store=store)
     assert len(files(store)) == 1  # nobody needs the others

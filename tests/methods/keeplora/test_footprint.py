@@ -1,0 +1,51 @@
+"""The formulas of docs/memory.md, held to what is counted."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from bench import memory
+from keeplora import KeepLora, KeepLoraConfig
+from keeplora.methods.keeplora.footprint import Footprint, LayerShape
+
+HIDDEN, INNER, TASKS = 128, 192, 3
+
+
+def close(counted, expected):
+    assert abs(counted - expected) <= 0.1 * expected + 1e-3, (counted, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
+    net = memory.model(HIDDEN, INNER).to(dtype)
+    before = memory.live()
+    keeper = KeepLora(net, KeepLoraConfig(**{**memory.SETTINGS, "r": 8}), progress=False)
+    count = memory.adapted(keeper)
+    assert memory.moment(keeper, before) == {"device": 0.0, "host": 0.0}
+    for number in range(TASKS):
+        keeper.before_task(memory.task(number), memory.loss_fn)
+        rooms = keeper.capacity()
+        weights = {slot.name: slot.weight for slot in keeper.slots}
+        shapes = [
+            LayerShape(*weights[x.name].shape, rank=8, protected=x.protected, dtype_bytes=dtype.itemsize) for x in rooms
+        ]
+        formula = Footprint(shapes)  # k as it is now: nothing more is added
+        history = sum(shape.history(number) for shape in shapes)
+        bases = sum(shape.bases(0) for shape in shapes)
+        starts = sum(2 * shape.numbers for shape in shapes) if number and dtype == torch.bfloat16 else 0
+        opened = memory.moment(keeper, before)
+        close(opened["device"] * count, formula.open_task())
+        close(opened["host"] * count, formula.host(number) if number == 0 else bases + starts + history)
+        optimizer = memory.train(keeper, number)
+        close(memory.moment(keeper, before)["device"] * count, formula.training())
+        del optimizer
+        keeper.after_task(memory.task(number), memory.loss_fn)
+        assert memory.moment(keeper, before)["device"] < 0.01
+    shapes = [
+        LayerShape(*weights[x.name].shape, rank=8, protected=x.protected, dtype_bytes=dtype.itemsize)
+        for x in keeper.capacity()
+    ]
+    close(memory.moment(keeper, before)["host"] * count, Footprint(shapes).host(TASKS))
+    keeper.save(tmp_path)
+    close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), Footprint(shapes).disk(TASKS))
