@@ -27,7 +27,7 @@ from keeplora.math.digest import digest
 
 HIDDEN, INNER, BLOCKS, RANK, TOKENS = 1024, 2752, 2, 16, 64
 SETTINGS: dict[str, Any] = {"r": RANK, "target_modules": "all-linear", "weight_energy": 0.6}
-BUDGETS = (2**25, 2**27, 2**29)
+BUDGETS = (2**27, 2**29, 2**30)
 FILE = Path(__file__).parent / "results" / "cpu" / "memory.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,15 @@ class Update:
         return Update.dense((b.double() @ a.double()).to(a.dtype))
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in main memory, pinned where it comes from a GPU, so that it is quick to bring back."""
-    pinned = tensor.is_cuda
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+def to_host(tensor: Tensor, *, pinned: bool = False) -> Tensor:
+    """A copy in main memory.
+
+    Args:
+        pinned: Whether a copy from a GPU is pinned, so that it is quick to bring back; the system may have no more room
+            of that kind.
+    """
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    if pinned and tensor.is_cuda:
+        with suppress(RuntimeError):
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return copy.copy_(tensor.detach())

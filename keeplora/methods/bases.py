@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import overload
 
 import torch
@@ -48,7 +49,7 @@ class Bases(Sequence[Tensor]):
 
 def keeper_of(place: str) -> Callable[[Tensor], Tensor]:
     """What makes of columns on the device those that are kept there (``"device"``) or in main memory (``"host"``)."""
-    return to_host if place == "host" else _contiguous
+    return partial(to_host, pinned=True) if place == "host" else _contiguous
 
 
 def _contiguous(columns: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keeplora._messages import warn
 from keeplora.lora.host import LoraHost
 from keeplora.lora.slot import LoraSlot
+from keeplora.math.factorise import plan_for
 
 from .features import FeatureKind
 from .passes import ALONE, Peers, evaluating, observing
@@ -21,6 +22,9 @@ __all__ = ["budget_of", "feature_groups", "mib"]
 
 FREE_SHARE = 0.2
 """Of the free memory, where no budget is given."""
+
+COPIES = 10
+"""Of a statistic, that the decompositions of a layer hold at once: four of them in float64."""
 
 log = logging.getLogger("keeplora")
 
@@ -57,9 +61,10 @@ def feature_groups(
 ) -> list[list[int]]:
     """Positions of slots whose feature statistics fit ``memory_budget`` together: one pass over the data for each.
 
-    A statistic takes ``4 in²`` bytes, a sketch of it ``4 in w``, and the one that a batch is being added to as many
-    again. Where not all fit, one batch is run to see which slots read one tensor: they have one statistic and stay
-    together. Statistics of ``slot_mean``, which grow with the batch, are gathered in one pass.
+    A statistic takes ``4 in²`` bytes, a sketch of it ``4 in w``. Beside all of them there must be room for what one
+    layer takes: as many bytes for a batch that is being added, and ten times as many where a basis is found by
+    eigendecomposition. Where not all fit, one batch is run to see which slots read one tensor: they have one statistic
+    and stay together. Statistics of ``slot_mean``, which grow with the batch, are gathered in one pass.
 
     Returns:
         One group where all fit. What was chosen is logged by ``keeplora`` at level INFO.
@@ -72,21 +77,22 @@ def feature_groups(
         return everything
     budget = min(peers.gather(budget_of(memory_budget, slots)))
     sizes = [_bytes(slot.weight, sketch_share if kind == "sketch" else 1.0) for slot in slots]
-    if _needed(sizes) <= budget:
+    work = [_work(slot.weight, size) for slot, size in zip(slots, sizes, strict=True)]
+    if sum(sizes) + max(work) <= budget:
         return everything
     if any(peers.gather(isinstance(loader, Iterator))):
         warn(
-            f"after_task: statistics of {mib(_needed(sizes))} must fit memory_budget, {mib(budget)}, or be gathered in "
-            "several passes, got a loader that can be iterated once. They are gathered in one pass. Give a DataLoader "
-            "or a list."
+            f"after_task: statistics of {mib(sum(sizes))} must fit memory_budget, {mib(budget)}, or be gathered "
+            "in several passes, got a loader that can be iterated once. They are gathered in one pass. Give a "
+            "DataLoader or a list."
         )
         return everything
-    groups = _within(_sharing(model, slots, loader, forward, peers), sizes, budget)
-    largest = max(sizes)
-    if 2 * largest > budget:
+    groups = _within(_sharing(model, slots, loader, forward, peers), sizes, work, budget)
+    alone = [size + more for size, more in zip(sizes, work, strict=True)]
+    if max(alone) > budget:
         warn(
-            f"after_task: the statistic of one layer must fit memory_budget, {mib(budget)}, got {mib(2 * largest)} "
-            f"[{slots[sizes.index(largest)].name}]. It is gathered all the same, alone. Raise the budget, or set "
+            f"after_task: what one layer takes must fit memory_budget, {mib(budget)}, got {mib(max(alone))} "
+            f"[{slots[alone.index(max(alone))].name}]. It is looked at all the same, alone. Raise the budget, or set "
             'feature_statistic="sketch".'
         )
     log.info(
@@ -96,22 +102,23 @@ def feature_groups(
     return groups
 
 
-def _within(shared: Sequence[Sequence[int]], sizes: Sequence[int], budget: int) -> list[list[int]]:
+def _within(shared: Sequence[Sequence[int]], sizes: Sequence[int], work: Sequence[int], budget: int) -> list[list[int]]:
     """Sets of slots with one statistic each, in groups that fit."""
     groups: list[list[int]] = []
-    held: list[int] = []
+    held, most = 0, 0
     for members in shared:
-        size = sizes[members[0]]
-        if not groups or _needed([*held, size]) > budget:
+        size, more = sizes[members[0]], work[members[0]]
+        if not groups or held + size + max(most, more) > budget:
             groups.append([])
-            held = []
+            held, most = 0, 0
         groups[-1] += members
-        held.append(size)
+        held, most = held + size, max(most, more)
     return [sorted(group) for group in groups]
 
 
-def _needed(sizes: Sequence[int]) -> int:
-    return sum(sizes) + max(sizes)
+def _work(weight: Tensor, size: int) -> int:
+    """What a layer takes besides its statistic: subspace iteration needs one more copy, LAPACK ten."""
+    return size * (2 if weight.shape[1] >= plan_for(weight.device.type).iterative_from else COPIES)
 
 
 def _bytes(weight: Tensor, share: float) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.lora import linear_targets, wrap
 from keeplora.statistics import ALONE, feature_groups
+from keeplora.statistics.budget import COPIES
 
 WIDTH, INNER = 16, 24
 
@@ -40,19 +41,20 @@ def squares(model, batch):
 
 
 SQUARE, WIDE = 4 * WIDTH**2, 4 * INNER**2
-ALL = 2 * (2 * SQUARE + WIDE) + WIDE
-"""Two blocks of three distinct inputs, and the one that is being added to."""
+WORK = COPIES * WIDE
+ALL = 2 * (2 * SQUARE + WIDE) + WORK
+"""Two blocks of three distinct inputs, and room for the work of the widest layer."""
 
 
 @pytest.mark.parametrize(
     ("budget", "groups"),
     [
         (None, [range(10)]),
-        (8 * SQUARE + 3 * WIDE, [range(10)]),  # all fit, even if each of q, k and v had its own: nobody looks
+        (8 * SQUARE + 2 * WIDE + WORK, [range(10)]),  # all fit, even if each of q, k and v had its own: nobody looks
         (ALL, [range(10)]),
         (ALL - 1, [range(9), [9]]),
-        (2 * SQUARE + 2 * WIDE, [range(5), range(5, 10)]),
-        (2 * WIDE, [[0, 1, 2, 3], [4], [5, 6, 7, 8], [9]]),
+        (2 * SQUARE + WIDE + WORK, [range(5), range(5, 10)]),
+        (WIDE + WORK, [[0, 1, 2, 3], [4], [5, 6, 7, 8], [9]]),
     ],
 )
 def test_layers_that_fit_are_looked_at_together(budget, groups, caplog):
@@ -82,7 +84,7 @@ def learned(budget, loader=list):
 
 def test_several_passes_find_what_one_finds():
     one, reports = learned(None)
-    for budget in (ALL - 1, 2 * WIDE):
+    for budget in (ALL - 1, WIDE + WORK):
         other, theirs = learned(budget)
         assert theirs == reports
         assert all(torch.equal(one.basis(s.name), other.basis(s.name)) for s in one.slots)
@@ -96,7 +98,7 @@ def test_a_loader_that_runs_once_is_said_and_used_once():
 
 def test_a_layer_that_does_not_fit_alone_is_named():
     with pytest.warns(UserWarning, match=r"memory_budget, .* \[0\.down\]"):
-        _, reports = learned(WIDE)
+        _, reports = learned(WIDE + WORK - 1)
     assert reports == learned(None)[1]
 
 
@@ -110,7 +112,7 @@ def test_layers_that_nothing_reaches_are_no_error_where_others_are_reached():
             return self.used(x)
 
     torch.manual_seed(0)
-    keeper = KeepLora(Two(), KeepLoraConfig(r=2, target_modules="all-linear", memory_budget=2 * 4 * 64))
+    keeper = KeepLora(Two(), KeepLoraConfig(r=2, target_modules="all-linear", memory_budget=(1 + COPIES) * 4 * 64))
     data = [torch.randn(9, 8)]
     with pytest.warns(UserWarning, match="idle"):
         keeper.before_task(data, squares)

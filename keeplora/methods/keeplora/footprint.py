@@ -93,9 +93,9 @@ class Footprint:
 
     @staticmethod
     def workspace(layer: LayerShape) -> int:
-        """Of one layer alone: copies in float64 for its decompositions, two statistics, two bases."""
-        return max(8 * WIDE * layer.width**2, 8 * WIDE * layer.numbers) + 8 * layer.width**2
-
-
-WIDE = 6
-"""Float64 copies of a layer's weight, or of its second moment, that a decomposition holds at most."""
+        """Of one layer alone, at most: its moment and the eigenvectors of that, or of its weight's Gram matrix, in
+        float64; or the weight, its exact value and its change in float64, while an update is merged."""
+        side = min(layer.out, layer.width)
+        moment = 44 * layer.width**2
+        weight = 32 * side**2 + 8 * layer.numbers
+        return max(moment, weight, 32 * layer.numbers)

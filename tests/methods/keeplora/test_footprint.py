@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 from bench import memory
+from bench.harness import recorded_bytes
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.methods.keeplora.footprint import Footprint, LayerShape
 
@@ -49,3 +50,20 @@ def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
     close(memory.moment(keeper, before)["host"] * count, Footprint(shapes).host(TASKS))
     keeper.save(tmp_path)
     close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), Footprint(shapes).disk(TASKS))
+
+
+@pytest.mark.filterwarnings("ignore:after_task. what one layer takes")
+@pytest.mark.parametrize("budget", [2**20, 2**22, 2**24])
+def test_a_switch_stays_within_its_budget_or_what_one_layer_takes(budget):
+    net = memory.model(HIDDEN, INNER)
+    settings = {**memory.SETTINGS, "r": 8, "memory_budget": budget}
+    keeper = KeepLora(net, KeepLoraConfig(**settings), progress=False)
+    data = memory.task(0)
+    keeper.before_task(data, memory.loss_fn)
+    memory.train(keeper, 0)
+    shapes = [LayerShape(*slot.weight.shape, rank=8, protected=0) for slot in keeper.slots]
+    activations, _ = recorded_bytes(torch.no_grad()(memory.loss_fn), net, data[0])
+    before = sum(memory.on_host(keeper).values())
+    peak, _ = recorded_bytes(keeper.after_task, data, memory.loss_fn)
+    grown = sum(memory.on_host(keeper).values()) - before
+    assert peak - grown - activations <= Footprint(shapes).switch(budget)
