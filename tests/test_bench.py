@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import bench_basis, bench_init, run
+from bench import bench_basis, bench_init, experts, run
 from bench.plans import PLANS, by_plan
 from bench.run import all_cases
 
@@ -50,6 +50,16 @@ def test_only_chooses_cases_by_their_names(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main()
     assert "some case of B3 must have it in its name, got 'merge_weights'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # experts without a token
+def test_what_an_expert_costs_is_measured():
+    batch = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(32).view(2, 16)}
+    small, large = (experts.row(count, batch, 1, hidden=32, inner=16) for count in (4, 8))
+    assert small["weights_bytes"] == large["weights_bytes"] == 4 * 3 * 32 * 16
+    assert small["moments_bytes"] == 4 * (32**2 + 16**2)
+    assert small["factored_kept_bytes"] < small["merged_kept_bytes"]
+    assert all(value > 0 for value in large.values())
 
 
 def test_what_others_left_behind_is_not_taken_off_a_calls_memory():

@@ -160,7 +160,7 @@ def warn_of_left_out(
                 largest = [kind.kind for kind in sorted(kinds, key=lambda kind: -kind.weights)]
                 warn(
                     f"{function}: {_percent(share)} of the weights in the blocks of tower {tower!r} are not adapted: "
-                    f"there are adapters for nn.Linear layers of its blocks, and none for {listed(largest)}. These "
+                    f"there are adapters for nn.Linear layers and known experts, and none for {listed(largest)}. These "
                     "weights stay as they are; print(keeper.targets) shows all shares."
                 )
     elif not any(part.isdigit() for name in names for part in name.split(".")):

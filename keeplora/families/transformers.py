@@ -36,15 +36,16 @@ class _Stack:
 
 
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
-    """The linear layers of the blocks of ``towers``, shallowest first, under transformers' names.
+    """The linear layers and experts of the blocks of ``towers``, shallowest first, under transformers' names.
 
     * CLIP, SigLIP and other contrastive models: towers ``vision`` and ``text``, both by default.
     * LLaVA, Qwen-VL and other vision-language models: ``language`` by default, every linear layer of its blocks (q, k,
       v, o, gate, up and down of a Llama); ``vision`` where it is asked for. A projector is never a target.
     * Causal language models: ``language``. Encoders of images: ``vision``. Encoders of text: ``model``.
 
-    Depth is the block's index. ``lm_head``, embeddings, pooling heads, cross-attention and routers are left out; a
-    vision tower's fused ``attn.qkv`` becomes three row ranges.
+    Experts in weights of three dimensions are a target each: ``mlp.experts.3.gate_up_proj``
+    (:func:`keeplora.lora.expert_layout`). Depth is the block's index. ``lm_head``, embeddings, pooling heads,
+    cross-attention and routers are left out; a vision tower's fused ``attn.qkv`` becomes three row ranges.
 
     Raises:
         ValueError: the model has other towers than these (encoder-decoder models, audio), no such tower as asked for,

@@ -4,12 +4,12 @@ from .adapter import LoraAdapter
 from .attention import LoraAttention, attend
 from .borrowed import BorrowedLinear
 from .engines import require_whole
-from .expert_layout import ExpertLayout, expert_layout
 from .experts import LoraExperts
 from .forward import own_linear
 from .host import LoraHost
 from .linear import LoraLinear
 from .merge_ahead import merge_ahead
+from .mixture import ExpertLayout, expert_layout
 from .optimizer import Confinement, ProjectedAdamW, confine
 from .slot import LoraSlot, TokenMask, merge_adapters
 from .targets import (

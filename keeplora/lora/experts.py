@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import LoraAdapter
-from .expert_layout import expert_layout
 from .grouped import Groups, Stack, grouped_linear
 from .host import LoraHost
+from .mixture import expert_layout
 from .slot import LoraSlot, Rows
 from .targets import Target
 

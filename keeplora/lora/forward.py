@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from .host import LoraHost
     from .slot import LoraSlot, Rows
 
-__all__ = [
-    "Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_is_cheaper", "merge_job", "narrow",
-    "own_linear",
-]  # fmt: skip
+__all__ = ["Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_job", "narrow", "own_linear"]
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
 _merge, _grads, _thin_matmul = OPS["merge_weights"].call, OPS["lora_grad_b"].call, OPS["thin_matmul"].call
@@ -99,12 +96,12 @@ def _merges(host: LoraHost, x: Tensor, weight: Tensor, bias: Tensor | None, part
     for adapter, _, a, *_ in parts:
         if a.requires_grad or adapter.dropout:
             return False
-    return host.forward_mode == "merged" or merge_is_cheaper(x.numel() // x.shape[-1], weight.shape)
+    return host.forward_mode == "merged" or _merge_is_cheaper(x.numel() // x.shape[-1], weight)
 
 
-def merge_is_cheaper(tokens: int, size: Sequence[int]) -> bool:
-    """Whether forming ``B A`` of this size takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
-    out, width = size
+def _merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
+    """Whether forming ``B A`` takes fewer operations than ``(x Aᵀ) Bᵀ``, whatever the rank."""
+    out, width = weight.shape
     return tokens * (out + width) >= out * width
 
 

@@ -1,4 +1,7 @@
-"""Products of many experts with the rows that are each one's own, with their adapters: factored or merged.
+"""Products of many experts with the rows that are each one's own, with their adapters.
+
+They are factored unless ``"merged"`` is asked for, which forms and keeps a second copy of all experts' weights in every
+forward, also of those that few tokens come to.
 
 Rows lie in the order of the experts. On a GPU, and where transformers does so, one grouped product serves all; a loop
 over experts where it was asked for (``experts_implementation="eager"``), and where torch has no grouped product: for
@@ -19,7 +22,7 @@ from torch import Tensor
 from keeplora.ops.declare import OPS
 
 from .adapter import LoraAdapter, compute_dtype
-from .forward import ForwardMode, merge_is_cheaper, narrow
+from .forward import ForwardMode, narrow
 
 __all__ = ["Groups", "Stack", "grouped_linear"]
 
@@ -88,7 +91,7 @@ def grouped_linear(
     dtype = compute_dtype(stack.weight)
     stack, x = Stack(stack.weight.to(dtype), stack.transposed, stack.bias), x.to(dtype)
     held = [adapter for adapter in adapters if adapter is not None]
-    if held and _merges(x, stack, held, mode, len(adapters)):
+    if held and mode == "merged" and _can_merge(stack, held):
         merged = Stack(_merged(stack, adapters), stack.transposed)
         origin = [adapter.B for adapter in held]
         y: Tensor = _Merged.apply(x, merged.weight, merged.transposed, groups, adapters, *origin)
@@ -164,14 +167,12 @@ def _up(adapter: LoraAdapter | None, rank: int, like: LoraAdapter) -> Tensor:
 # ---------------------------------------------------------------------- merged
 
 
-def _merges(x: Tensor, stack: Stack, held: Sequence[LoraAdapter], mode: ForwardMode, experts: int) -> bool:
-    """As of a single layer, by the number of rows an expert has on average."""
+def _can_merge(stack: Stack, held: Sequence[LoraAdapter]) -> bool:
+    """Not where a weight or an A is trained, nor with dropout or inside torch.func's transforms, as of a layer."""
     frozen = (stack.weight, *(() if stack.bias is None else (stack.bias,)), *(adapter.A for adapter in held))
-    if mode == "factored" or any(tensor.requires_grad for tensor in frozen):
+    if any(tensor.requires_grad for tensor in frozen) or any(adapter.dropout for adapter in held):
         return False
-    if torch._C._are_functorch_transforms_active() or any(adapter.dropout for adapter in held):
-        return False
-    return mode == "merged" or merge_is_cheaper(len(x) // experts, stack.size)
+    return not torch._C._are_functorch_transforms_active()
 
 
 @torch.no_grad()

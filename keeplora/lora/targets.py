@@ -9,7 +9,7 @@ from torch import nn
 
 from keeplora._messages import nearest
 
-from .expert_layout import expert_layout
+from .mixture import expert_layout
 
 __all__ = [
     "Target",

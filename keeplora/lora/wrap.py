@@ -10,11 +10,11 @@ from torch import nn
 from .attention import LoraAttention
 from .device_map import hand_over, own_forward
 from .engines import require_whole
-from .expert_layout import expert_layout
 from .experts import LoraExperts
 from .four_bit import keep_differentiable
 from .host import LoraHost
 from .linear import LoraLinear
+from .mixture import expert_layout
 from .slot import LoraSlot
 from .targets import Target
 

@@ -187,7 +187,7 @@ def test_gradients_of_a_trained_a_and_second_derivatives():
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-def test_the_cheaper_form_is_taken_by_the_rows_an_expert_has(monkeypatch):
+def test_experts_are_merged_where_that_is_asked_for_in_one_call_for_all(monkeypatch):
     layer, _ = held(mixtral, "grouped_mm", torch.float32)
     merged, merge = [], grouped._merge
 
@@ -196,9 +196,10 @@ def test_the_cheaper_form_is_taken_by_the_rows_an_expert_has(monkeypatch):
         return merge(*args)
 
     monkeypatch.setattr(grouped, "_merge", counted)
-    for tokens, calls in ((4, 0), (400, 2)):  # one for each of the module's weights, whatever the number of experts
-        x = torch.randn(tokens, 16)
-        layer(x, torch.randint(4, (tokens, 1)), torch.ones(tokens, 1))
+    x, index = torch.randn(400, 16), torch.randint(4, (400, 1))
+    for mode, calls in (("auto", 0), ("factored", 0), ("merged", 2)):  # one for each of the module's two weights
+        layer.forward_mode = mode
+        layer(x, index, torch.ones(400, 1))
         assert len(merged) == calls
 
 

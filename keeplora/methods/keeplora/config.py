@@ -114,7 +114,7 @@ class KeepLoraConfig(AdapterConfig):
             so the function starts unchanged either way.
         forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
             ``"factored"`` adds ``(x Aᵀ) Bᵀ`` and needs no second copy of the weights; ``"auto"`` takes the cheaper one
-            for the number of tokens. The numbers differ by rounding.
+            for the number of tokens, for experts the factored one. The numbers differ by rounding.
         dropout: Probability of dropping an adapter's inputs in training; above 0 the forward is factored.
         train_a: Whether A is trained along with B. It must then be kept outside of what is protected in every step:
             train with [`KeepLora.optimizer`][], or with any optimizer after [`KeepLora.confine`][]. The forward is
