@@ -73,6 +73,19 @@ class LoraExperts(LoraHost):
     Raises:
         TypeError: ``base`` keeps no experts in a layout that is known.
         ValueError: its experts are shared out among processes, or their implementation is not transformers' own.
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> from keeplora.lora import LoraExperts
+        >>> config = MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4)
+        >>> layer = LoraExperts(MixtralExperts(config))
+        >>> layer.experts, layer.layout.parameters
+        (4, ('gate_up_proj', 'down_proj'))
+        >>> layer.plain()
+        MixtralExperts(
+          (act_fn): SiLUActivation()
+        )
     """
 
     def __init__(self, base: nn.Module):

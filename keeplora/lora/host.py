@@ -23,10 +23,11 @@ Tap = Callable[["LoraHost", Tensor, Tensor, Mapping[str, Rows]], Tensor]
 
 
 class LoraHost(nn.Module):
-    """A layer whose weights carry adapters in named slots, each a row range of one of the layer's own frozen weights.
+    """A layer whose weights carry adapters in named slots, each a row range of one of the layer's own frozen weights,
+    or an expert's slice.
 
-    ``LoraLinear`` has the slots its targets name (usually one), ``LoraAttention`` q, k and v. How an output is computed
-    is told in ``keeplora.lora.forward``, from top to bottom.
+    ``LoraLinear`` has the slots its targets name (usually one), ``LoraAttention`` q, k and v, ``LoraExperts`` one for
+    each expert. How an output is computed is told in :mod:`keeplora.lora.forward`, from top to bottom.
     """
 
     slots: nn.ModuleDict

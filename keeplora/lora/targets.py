@@ -73,7 +73,18 @@ def linear_targets(model: nn.Module) -> list[Target]:
 
 
 def expert_targets(path: str, module: nn.Module, depth: int, tower: str) -> list[Target]:
-    """A target for every expert of every weight: ``mlp.experts.3.gate_up_proj``; none where there are no experts."""
+    """A target for every expert of every weight: ``mlp.experts.3.gate_up_proj``; none where there are no experts.
+
+    Args:
+        path: Where ``module`` stands. depth, tower: Of all of its targets.
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> module = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=2))
+        >>> [target.name for target in expert_targets("mlp.experts", module, 0, "language")][:2]
+        ['mlp.experts.0.gate_up_proj', 'mlp.experts.1.gate_up_proj']
+    """
     layout = expert_layout(module)
     if layout is None:
         return []
@@ -85,7 +96,14 @@ def expert_targets(path: str, module: nn.Module, depth: int, tower: str) -> list
 
 
 def target_shape(model: nn.Module, target: Target) -> tuple[int, int] | None:
-    """``(out, in)`` of a target; None where the model has no such weight."""
+    """``(out, in)`` of a target; None where the model has no such weight.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8))
+        >>> target_shape(model, linear_targets(model)[0])
+        (8, 4)
+    """
     try:
         module = model.get_submodule(target.module)
     except AttributeError:
