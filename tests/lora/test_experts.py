@@ -97,33 +97,46 @@ def reference(layer, x, index, weights, factors):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("mode", ["merged", "factored"])
-@pytest.mark.parametrize(("make", "implementation"), FORMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(make, implementation, mode, dtype):
-    if dtype == torch.float64:
-        implementation = None if make is llama4 else "eager"
-    layer, _ = held(make, implementation, dtype, origin=make is mixtral)
-    layer.forward_mode = mode
+WIDE = [
+    (qwen3_moe, "eager"),
+    (mixtral, "eager"),
+    (gpt_oss, "eager"),
+    (llama4, None),
+]  # grouped products have no float64
+
+
+@pytest.mark.parametrize("mode", ["merged", "factored", "A trained"])
+@pytest.mark.parametrize(
+    ("make", "implementation", "dtype"),
+    [(*form, torch.float32) for form in FORMS] + [(*form, torch.float64) for form in WIDE],
+)
+def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(make, implementation, dtype, mode):
+    train_a = mode == "A trained"
+    layer, _ = held(make, implementation, dtype, origin=make is mixtral, train_a=train_a)
+    layer.forward_mode = "auto" if train_a else mode
     x, index, weights = routed(layer, dtype)
-    x.requires_grad_(True)
+    inputs = x.requires_grad_(True), weights.requires_grad_(True)
     y = called(layer, x, index, weights)
-    grown = {name: (a.A.detach().double(), a.B.detach().double().requires_grad_(True),
-                    None if a.origin is None else a.origin.double()) for name, a in layer.adapters.items()}  # fmt: skip
-    wide = x.detach().double().requires_grad_(True)
-    exact = reference(layer, wide, index, weights, grown)
+    grown = {}
+    for name, adapter in layer.adapters.items():
+        a, b = (p.detach().double().requires_grad_(True) for p in (adapter.A, adapter.B))
+        grown[name] = a, b, None if adapter.origin is None else adapter.origin.double()
+    wide = [tensor.detach().double().requires_grad_(True) for tensor in inputs]
+    exact = reference(layer, wide[0], index, wide[1], grown)
     up = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     y.backward(up.to(dtype))
     exact.backward(up.to(dtype).double())
     terms = 64 * (x.shape[1] + layer.get_parameter("down_proj").shape[-1])  # two products, one behind the other
     assert_rounded(y, exact.detach(), terms=terms, what="y")
-    assert_rounded(x.grad, wide.grad, terms=terms, what="dx")
-    for name, (_, b, _) in grown.items():
-        grad = layer.adapters[name].B.grad
-        if b.grad is None or not b.grad.any():
-            assert grad is None or not grad.any(), name  # an expert without a token
-        else:
-            assert_rounded(grad, b.grad, terms=terms * TOKENS, what=name)
+    for tensor, true, what in zip(inputs, wide, ("x", "weights"), strict=True):
+        assert_rounded(tensor.grad, true.grad, terms=terms, what=what)
+    for name, factors in grown.items():
+        for letter, true in zip("AB" if train_a else "B", factors if train_a else factors[1:], strict=False):
+            grad = getattr(layer.adapters[name], letter).grad
+            if true.grad is None or not true.grad.any():
+                assert grad is None or not grad.any(), name  # an expert without a token
+            else:
+                assert_rounded(grad, true.grad, terms=terms * TOKENS, what=f"{name}.{letter}")
 
 
 KINDS = {
