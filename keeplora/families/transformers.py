@@ -44,7 +44,7 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
     * Causal language models: ``language``. Encoders of images: ``vision``. Encoders of text: ``model``.
 
     Experts in weights of three dimensions are a target each: ``mlp.experts.3.gate_up_proj``
-    (:func:`keeplora.lora.expert_layout`). Depth is the block's index. ``lm_head``, embeddings, pooling heads,
+    ([`keeplora.lora.expert_layout`][]). Depth is the block's index. ``lm_head``, embeddings, pooling heads,
     cross-attention and routers are left out; a vision tower's fused ``attn.qkv`` becomes three row ranges.
 
     Raises:

@@ -74,7 +74,7 @@ class LoraExperts(LoraHost):
         TypeError: ``base`` keeps no experts in a layout that is known.
         ValueError: its experts are shared out among processes, or their implementation is not transformers' own.
 
-    Example:
+    Examples:
         >>> from transformers import MixtralConfig
         >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
         >>> from keeplora.lora import LoraExperts

@@ -27,7 +27,7 @@ class LoraHost(nn.Module):
     or an expert's slice.
 
     ``LoraLinear`` has the slots its targets name (usually one), ``LoraAttention`` q, k and v, ``LoraExperts`` one for
-    each expert. How an output is computed is told in :mod:`keeplora.lora.forward`, from top to bottom.
+    each expert. How an output is computed is told in ``keeplora.lora.forward``, from top to bottom.
     """
 
     slots: nn.ModuleDict

@@ -76,9 +76,11 @@ def expert_targets(path: str, module: nn.Module, depth: int, tower: str) -> list
     """A target for every expert of every weight: ``mlp.experts.3.gate_up_proj``; none where there are no experts.
 
     Args:
-        path: Where ``module`` stands. depth, tower: Of all of its targets.
+        path: Where ``module`` stands.
+        depth: Of all of its targets.
+        tower: Of all of its targets.
 
-    Example:
+    Examples:
         >>> from transformers import MixtralConfig
         >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
         >>> module = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=2))
@@ -98,7 +100,7 @@ def expert_targets(path: str, module: nn.Module, depth: int, tower: str) -> list
 def target_shape(model: nn.Module, target: Target) -> tuple[int, int] | None:
     """``(out, in)`` of a target; None where the model has no such weight.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8))
         >>> target_shape(model, linear_targets(model)[0])

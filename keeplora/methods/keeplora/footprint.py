@@ -49,18 +49,21 @@ class LayerShape:
 class Footprint:
     r"""Bytes beyond the model's own, of layers with inputs ``d``, outputs ``o``, rank ``r``, ``k`` directions in Q:
 
-    .. math::
-        \text{open task, device} &= \sum 4 r (o + d) \\
-        \text{AdamW, device} &= \sum 8 r o \\
-        \text{gradient in a step, device} &= \sum 4 r o \\
-        \text{between tasks, device} &= 0 \\
-        \text{host} &= \sum \bigl(4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
-        \text{disk} &= \sum \bigl(4 d k + t \cdot 4 r (o + d)\bigr)
+    $$
+    \begin{aligned}
+    \text{open task, device} &= \sum 4 r (o + d) \\
+    \text{AdamW, device} &= \sum 8 r o \\
+    \text{gradient in a step, device} &= \sum 4 r o \\
+    \text{between tasks, device} &= 0 \\
+    \text{host} &= \sum \bigl(4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
+    \text{disk} &= \sum \bigl(4 d k + t \cdot 4 r (o + d)\bigr)
+    \end{aligned}
+    $$
 
     after t tasks; past ``t r (o + d) > o d`` the updates' sum takes ``4 o d`` instead, and on the disk of a model in
     float32 the weight as much again. Activations are the model's own.
 
-    Example:
+    Examples:
         >>> one = Footprint([LayerShape(4096, 4096, rank=16, protected=900)])
         >>> round(one.training() / 4096**2, 3), round(one.host(8) / 4096**2, 2), round(one.disk(8) / 4096**2, 2)
         (0.062, 3.13, 1.13)
