@@ -1,7 +1,6 @@
 """What one pass over a task's data tells about every target: mean gradients, second moments of inputs."""
 
-from .budget import budget_of, feature_groups
-from .features import FeatureKind, FeatureStatistic, feature_statistics, require_seen
+from .features import FeatureKind, FeatureStatistic, feature_statistics
 from .gradients import mean_gradients, sketch_widths
 from .passes import ALONE, BatchSize, Peers, batch_size_of, first_batches
 
@@ -12,11 +11,8 @@ __all__ = [
     "FeatureStatistic",
     "Peers",
     "batch_size_of",
-    "budget_of",
-    "feature_groups",
     "feature_statistics",
     "first_batches",
     "mean_gradients",
-    "require_seen",
     "sketch_widths",
 ]

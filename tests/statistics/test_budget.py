@@ -9,8 +9,8 @@ from torch import nn
 
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.lora import linear_targets, wrap
-from keeplora.statistics import ALONE, feature_groups
-from keeplora.statistics.budget import COPIES
+from keeplora.statistics import ALONE
+from keeplora.statistics.budget import COPIES, feature_groups
 
 WIDTH, INNER = 16, 24
 

@@ -115,7 +115,7 @@ def original(tmp_path_factory):
     method = learned()
     folder = tmp_path_factory.mktemp("saved")
     method.save(folder)
-    return folder, method.state()
+    return folder, method.live_state()
 
 
 def test_what_was_saved_is_accepted(original):

@@ -48,7 +48,7 @@ def judged(folder: Path, saved: State, *, signed: bool) -> str | None:
     signal.alarm(SECONDS)
     try:
         method = keeplora.load(folder, model)
-        says = method.state()
+        says = method.live_state()
         wrong = unsound(method)
     except StateError as error:
         if not str(error).strip() or "\n" in str(error):
@@ -104,7 +104,7 @@ def _originals(folder: Path) -> list[tuple[str, Path, State]]:
         method = learned(name.split()[0], 2, open_task=name.endswith("open"))
         place = folder / name.replace(" ", "-")
         method.save(place)
-        result.append((name, place, method.state()))
+        result.append((name, place, method.live_state()))
     return result
 
 
@@ -153,7 +153,7 @@ def signed(folder: Path, numbers: random.Random) -> Tries:
 def odd(folder: Path, numbers: random.Random) -> Tries:
     """What stands where a file should be."""
     method = learned()
-    saved = method.state()
+    saved = method.live_state()
     method.save(folder / "saved")
     for which in ("state.json", "tensors-*"):
         for name, make in ODD.items():

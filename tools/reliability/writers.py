@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
 from pathlib import Path
 
-from keeplora.methods.state import read_state
+from keeplora.methods.state import STATE_FILE, read_state
 
 from .children import SAVED, end, kill, start
 from .kills import left, lost
@@ -20,7 +21,7 @@ WRITERS, SAVES = 4, 5
 def together(folder: Path, numbers: random.Random) -> Tries:
     """All that is read at any time, and what is there at the end, is one of the states that were saved."""
     methods = [learned(name, tasks) for name in ("keeplora", "inflora") for tasks in (1, 2)]
-    known = [method.state() for method in methods]
+    known = [method.live_state() for method in methods]
     methods[0].save(folder)
 
     def read() -> None:
@@ -42,8 +43,9 @@ def together(folder: Path, numbers: random.Random) -> Tries:
         done, status = os.waitpid(reader, os.WNOHANG)
         if not done:
             kill(reader)
-        tensors = len(list(folder.glob("tensors-*")))
-        loss = lost(folder, methods) or left(folder) or (f"{tensors} tensor files are left" if tensors != 1 else None)
+        there = {file.name for file in folder.glob("tensors-*")}
+        more = there - set(json.loads((folder / STATE_FILE).read_text())["files"])
+        loss = lost(folder, methods) or left(folder) or (f"{len(more)} tensor files are left" if more else None)
         if done:
             loss = loss or f"a reader met what nobody saved (exit code {os.waitstatus_to_exitcode(status)})"
         for code in codes:

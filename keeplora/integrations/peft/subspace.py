@@ -24,7 +24,8 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.ranks import warn_of_ranks, warn_of_unreached
 from keeplora.methods.shares import UNKNOWN
 from keeplora.methods.size import update_size, warn_of_size
-from keeplora.statistics import BatchSize, budget_of
+from keeplora.statistics import BatchSize
+from keeplora.statistics.budget import budget_of
 
 from .adapter import (
     PeftAdapter,

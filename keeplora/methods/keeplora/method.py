@@ -30,7 +30,7 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.reading import is_counts, stored_parts
 from keeplora.methods.shares import recalled_shares
 from keeplora.methods.state import State, StateError
-from keeplora.statistics import budget_of
+from keeplora.statistics.budget import budget_of
 
 from .certificate import RetentionCertificate, certified
 from .config import KeepLoraConfig

@@ -22,7 +22,9 @@ from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.shares import UNKNOWN, Shares
 from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.ops import gram
-from keeplora.statistics import FeatureStatistic, budget_of, feature_groups, feature_statistics, require_seen
+from keeplora.statistics import FeatureStatistic, feature_statistics
+from keeplora.statistics.budget import budget_of, feature_groups
+from keeplora.statistics.features import require_seen
 
 from .config import KeepLoraConfig
 from .directions import TaskGradients
