@@ -198,14 +198,15 @@ def main() -> None:
         _resident(Path(sys.argv[2]))
         return
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
-    tasks = int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    tasks = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     folder = Path(tempfile.mkdtemp())
     try:
         results = {"peft": peft(), **keeplora(tasks, folder), "MiB beyond the tensors": resident(folder)}
     finally:
         shutil.rmtree(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": machine(torch.device("cpu")), "results": results}, indent=1) + "\n")
+    facts = {**machine(torch.device("cpu")), "command": "python -m bench.memory"}
+    file.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
