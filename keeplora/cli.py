@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
+from keeplora._arguments import positive, run_arguments
 from keeplora._version import __version__
 
 _EXAMPLES = """examples:
@@ -254,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  keeplora demo --methods lora keeplora++ --seeds 1 --out runs/look",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _shared(demo, default_out="runs/demo")
-    demo.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
+    run_arguments(demo, default_out="runs/demo")
+    demo.add_argument("--seeds", type=positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
     demo.set_defaults(command=_demo, dry_run=False, export=False, data=None, device=None)
 
     run = commands.add_parser(
@@ -267,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("config", metavar="CONFIG", help="a TOML or YAML file, or a shipped one: demo, mtil-1, ucit, …")
-    _shared(run, default_out="as in CONFIG")
+    run_arguments(run, default_out="as in CONFIG")
     run.add_argument(
         "--dry-run", action="store_true", help="check data and settings, tell time and memory, and train nothing"
     )
@@ -305,9 +306,9 @@ def _parser() -> argparse.ArgumentParser:
         "  keeplora compare --methods ablations --benchmark minilm\n  keeplora compare --methods lora inflora keeplora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _shared(compare, default_out="runs/compare-BENCHMARK-BUDGET", methods="all")
+    run_arguments(compare, default_out="runs/compare-BENCHMARK-BUDGET", methods="all")
     compare.add_argument(
-        "--seeds", type=_positive, metavar="N", help="number of seeds, 0 to N-1 (default: the budget's)"
+        "--seeds", type=positive, metavar="N", help="number of seeds, 0 to N-1 (default: the budget's)"
     )
     compare.add_argument("--budget", default="full", metavar="small|full", help="small: 10 minutes on 2 cores")
     compare.add_argument(
@@ -355,21 +356,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "model", metavar="MODEL", help="a shipped config (llava-1.5-7b, …), config.json, folder or model id"
     )
-    plan.add_argument("--rank", type=_positive, default=16, metavar="R", help="of the adapters (default: 16)")
+    plan.add_argument("--rank", type=positive, default=16, metavar="R", help="of the adapters (default: 16)")
     plan.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME", help="target_modules")
     plan.add_argument("--method", default="keeplora++", metavar="NAME", help="keeplora, keeplora++ or lora")
     plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights")
     plan.add_argument(
-        "--batch", type=_positive, default=1, metavar="N", help="sequences of a step on a GPU (default: 1)"
+        "--batch", type=positive, default=1, metavar="N", help="sequences of a step on a GPU (default: 1)"
     )
-    plan.add_argument(
-        "--length", type=_positive, default=1024, metavar="N", help="tokens of a sequence (default: 1024)"
-    )
-    plan.add_argument("--gpus", type=_positive, default=8, metavar="N", help="beside one card: so many (default: 8)")
-    plan.add_argument("--card", type=_positive, nargs="+", default=[24, 48, 80], metavar="GB", help="sizes of cards")
+    plan.add_argument("--length", type=positive, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
+    plan.add_argument("--gpus", type=positive, default=8, metavar="N", help="beside one card: so many (default: 8)")
+    plan.add_argument("--card", type=positive, nargs="+", default=[24, 48, 80], metavar="GB", help="sizes of cards")
     plan.add_argument("--gpu", default="H100", metavar="NAME", help="whose rates: H200, H100 (default), A100, 4090")
-    plan.add_argument("--budget", type=_positive, metavar="GB", help="memory_budget of the settings (default: exact)")
-    plan.add_argument("--batches", type=_positive, default=100, metavar="N", help="of a pass (default: 100)")
+    plan.add_argument("--budget", type=positive, metavar="GB", help="memory_budget of the settings (default: exact)")
+    plan.add_argument("--batches", type=positive, default=100, metavar="N", help="of a pass (default: 100)")
     plan.add_argument(
         "--weight-share", type=float, nargs="+", metavar="X", help="k / width of weights' bases (default: 0.13 0.30)"
     )
@@ -382,36 +381,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(command=_info)
     return parser
-
-
-def _shared(parser: argparse.ArgumentParser, *, default_out: str, methods: str | None = None) -> None:
-    parser.add_argument("--out", metavar="FOLDER", help=f"where results go (default: {default_out})")
-    parser.add_argument("--workers", type=_count, metavar="N", help="runs at the same time; 0: in this process")
-    parser.add_argument(
-        "--accept-versions", action="store_true", help="go on in a folder begun with another keeplora or torch"
-    )
-    parser.add_argument(
-        "--evaluate-anew", action="store_true", help="look up no evaluation that the folder has of the same weights"
-    )
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="your modules that register methods")
-    only = (
-        "only these, e.g. lora keeplora++; all: every method that suits the model"
-        if methods is None
-        else f"methods, groups, variants (default: {methods})"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", metavar="NAME", help=only, default=None if methods is None else [methods]
-    )
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
-    return int(text)

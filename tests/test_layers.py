@@ -21,6 +21,7 @@ LEAVES = {
     "_files": set(PLACE),
     "_untrusted": set(PLACE),
     "_lazy": set(PLACE),
+    "_arguments": {"cli"},
     "distributed": {"train", "integrations", "methods"},
 }
 

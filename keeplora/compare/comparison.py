@@ -16,7 +16,8 @@ from keeplora.compare.runs import check_settings, check_splits, refusal
 from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import Workload
-from keeplora.train.config import BOTH, ZERO_SHOT, MethodConfig, RunConfig, override, parse_config, read_toml
+from keeplora.train.config import ZERO_SHOT, MethodConfig, RunConfig, override, parse_config, read_toml
+from keeplora.train.config_checks import BOTH
 from keeplora.train.plugins import join_plugins, load_plugins
 from keeplora.train.workload import configured_workload
 

@@ -13,7 +13,8 @@ from keeplora.compare.runs import unfinished
 from keeplora.methods import METHODS
 from keeplora.statistics import first_batches
 from keeplora.tasks.workload import Workload
-from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.config import RunConfig
+from keeplora.train.config_checks import BOTH
 from keeplora.train.measure import rounds_within
 
 _START_SECONDS = 8.0

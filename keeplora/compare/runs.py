@@ -12,7 +12,8 @@ from keeplora.methods import METHODS, configure, create
 from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError
 from keeplora.tasks.workload import EvenlyWorkload, ItemWorkload, Workload
-from keeplora.train.config import BOTH, RunConfig, override
+from keeplora.train.config import RunConfig, override
+from keeplora.train.config_checks import BOTH
 from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one

@@ -17,7 +17,8 @@ from keeplora.methods.settings import ConfigError
 from keeplora.ops import build_info
 from keeplora.ops.declare import OPS
 from keeplora.tasks.catalog import benchmarks
-from keeplora.train.config import BOTH, RunConfig, shipped_configs
+from keeplora.train.config import RunConfig, shipped_configs
+from keeplora.train.config_checks import BOTH
 from keeplora.train.trackers import PACKAGES
 
 _PACKAGES = ("torch", "numpy", "safetensors", "open_clip_torch", "matplotlib", "scipy", "tensorboard", "peft")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from keeplora.methods.method import Method
-from keeplora.train.config import BOTH
+from keeplora.train.config_checks import BOTH
 from keeplora.train.evaluated import Evaluations
 from keeplora.train.items import packed
 from keeplora.train.record import RunRecord

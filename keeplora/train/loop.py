@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 import warnings
@@ -26,7 +25,9 @@ from keeplora.methods.method import Method
 from keeplora.statistics.passes import evaluating, first_batches
 from keeplora.tasks.workload import Batches, EvenlyWorkload, Workload
 from keeplora.train.batches import Union
-from keeplora.train.config import BOTH, RunConfig
+from keeplora.train.config import RunConfig
+from keeplora.train.config_checks import BOTH
+from keeplora.train.deterministic import deterministic
 from keeplora.train.evaluated import Evaluations
 from keeplora.train.evaluation import evaluate
 from keeplora.train.events import Event, Listener, silent
@@ -71,7 +72,7 @@ def run_one(
             return finished
     torch.set_num_threads(config.threads)
     reset_peak(config.device)
-    with _deterministic(config.device):
+    with deterministic(config.device):
         run = _Run(config, workload, label, seed, folder, evaluations, listener)
         try:
             return run.learn_all(identity)
@@ -384,19 +385,6 @@ def _seed_everything(seed: int, task: int, purpose: str) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """Ask for deterministic kernels on a GPU; on a CPU with a fixed number of threads all of torch's are."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device != "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 __all__ = ["NonFiniteLossError", "derive_seed", "run_one"]

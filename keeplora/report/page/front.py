@@ -11,7 +11,8 @@ from keeplora.report.fronts_table import allowance_title, caption, choice_rows, 
 from keeplora.report.page.blocks import Block, Chart, Folded, Text, table
 from keeplora.report.page.read import Run
 from keeplora.report.style import svg
-from keeplora.train.config import BOTH, ZERO_SHOT, RunConfig, override
+from keeplora.train.config import ZERO_SHOT, RunConfig, override
+from keeplora.train.config_checks import BOTH
 
 __all__ = ["Rates", "front_blocks", "rates_of"]
 

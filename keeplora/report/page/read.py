@@ -14,7 +14,8 @@ from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import StateError, has_state
 from keeplora.report.capacity import record_capacity
 from keeplora.report.summary import measured, run_values, worst_certificate
-from keeplora.train.config import BOTH, RunConfig, override, restored
+from keeplora.train.config import RunConfig, override, restored
+from keeplora.train.config_checks import BOTH
 from keeplora.train.record import AGAIN, CONFIG_FILE, RESULT_FILE, RunRecord, load_result, run_folder
 
 __all__ = ["Run", "read_run"]
