@@ -160,7 +160,7 @@ def test_info_names_what_is_there(capsys):
         "torch",
         "CUDA",
         "project_rows",
-        "extension",
+        "kernels",
         "thin_matmul (CPU kernel)",
         "gram (reference)",
     ):

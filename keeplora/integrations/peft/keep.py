@@ -18,8 +18,9 @@ from keeplora.methods.method import LossFn
 from keeplora.methods.shares import UNKNOWN
 
 from .adapter import PeftLayer, borrow, find_adapter
+from .checks import require_kinds
 from .state import SubspaceState, fingerprint, frozen_fingerprint, hashes
-from .subspace import require_kinds, scaled_alphas
+from .subspace import scaled_alphas
 
 __all__ = ["keep_adapter"]
 

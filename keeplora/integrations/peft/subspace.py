@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 
 from keeplora.distributed import Group, together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
-from keeplora.math.finite import first_not_finite
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.bases import Bases
 from keeplora.methods.buffers import Buffers
@@ -35,11 +33,11 @@ from .adapter import (
     forget_buffers,
     held_buffers,
     hold_buffers,
-    trainable_neighbours,
 )
+from .checks import check_finite, refuse_neighbours, require_fresh, require_kinds, with_stock_settings
 from .state import SubspaceState, fingerprint, frozen_fingerprint, hashes
 
-__all__ = ["freeze_a", "initialize", "require_kinds", "scaled_alphas", "update_subspace"]
+__all__ = ["freeze_a", "initialize", "scaled_alphas", "update_subspace"]
 
 
 @together
@@ -140,9 +138,9 @@ def initialize(
             raise ValueError("initialize: config must be the state's or None, got another. Make a new state.")
         adapter = state.adapter_of("initialize", model, adapter_name)
         state.require_base("initialize", adapter.layers)
-    settings = _with_stock_settings(state.config, adapter)
-    _require_fresh(adapter)
-    _refuse_neighbours("initialize", adapter, state.kept, also_train)
+    settings = with_stock_settings(state.config, adapter)
+    require_fresh(adapter)
+    refuse_neighbours("initialize", adapter, state.kept, also_train)
     layers, buffers = adapter.layers, Buffers(adapter.base, also_train)
     ranks = [min(layer.rank, layer.base.in_features) for layer in layers]
     with borrow(adapter) as slots:
@@ -242,7 +240,7 @@ def update_subspace(
         raise RuntimeError("update_subspace: loss_fn must be given after loading a state, got None")
     adapter = state.adapter_of("update_subspace", model, state.open_adapter)
     state.require_base("update_subspace", adapter.layers)
-    _refuse_neighbours("update_subspace", adapter, state.kept, state.also_train)
+    refuse_neighbours("update_subspace", adapter, state.kept, state.also_train)
     layers = adapter.layers
     quantised = [layer.name for layer in layers if layer.dequantizer() is not None]
     if merge and quantised:
@@ -252,7 +250,7 @@ def update_subspace(
             "task."
         )
     bases = Bases([[state.bases[layer.name]] for layer in layers], [layer.base.weight.device for layer in layers])
-    _check_finite(layers)
+    check_finite(layers)
     buffers = held_buffers(adapter) or Buffers(adapter.base, state.also_train)
     buffers.settle("update_subspace")
     with (
@@ -317,63 +315,6 @@ def freeze_a(model: Any, adapter_name: str | None = None) -> None:
     find_adapter("freeze_a", model, adapter_name).freeze()
 
 
-def require_kinds(function: str, state: object, config: object) -> None:
-    """Refuse arguments in each other's place."""
-    if state is not None and not isinstance(state, SubspaceState):
-        raise TypeError(
-            f"{function}: state must be a SubspaceState or None, got {type(state).__name__}. "
-            "Settings of a new state are given as config=."
-        )
-    if config is not None and not isinstance(config, KeepLoraConfig):
-        raise TypeError(f"{function}: config must be a KeepLoraConfig or None, got {type(config).__name__}.")
-
-
-def _with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLoraConfig:
-    """The settings with those of ``LoraConfig``; refuses what stock layers cannot do, or would be said twice."""
-    default, lora = KeepLoraConfig(), adapter.config
-    stock = {"r": lora.r, "alpha": float(lora.lora_alpha), "rslora": lora.use_rslora, "dropout": lora.lora_dropout}
-    for name, value in stock.items():
-        if getattr(config, name) not in (getattr(default, name), value):
-            raise ValueError(
-                f"initialize: config.{name} must be left alone, got {getattr(config, name)!r}: "
-                f"the adapter's LoraConfig says {value!r}."
-            )
-    for name in ("target_modules", "init_b", "forward", "train_a", "feature_source", "exact_weights"):
-        if getattr(config, name) != getattr(default, name):
-            raise ValueError(
-                f"initialize: config.{name} must be {getattr(default, name)!r} with PEFT's layers, got "
-                f"{getattr(config, name)!r}. Use LoraConfig where it has the setting, else keeplora.KeepLora."
-            )
-    if not config.frozen_buffers:
-        raise ValueError(
-            "initialize: config.frozen_buffers must be True with PEFT's layers, got False. Name the modules whose "
-            "buffers may move in also_train, or use keeplora.KeepLora."
-        )
-    return replace(config, **stock)
-
-
-def _require_fresh(adapter: PeftAdapter) -> None:
-    trained = [layer.name for layer in adapter.layers if bool(layer.b.detach().count_nonzero())]
-    if trained:
-        raise RuntimeError(
-            f"initialize: the adapter must be fresh (B zero), got {len(trained)} layers with B (first: {trained[0]}), "
-            "which would be lost. Close its task with update_subspace, or add another adapter; LoraConfig needs "
-            "init_lora_weights=True."
-        )
-
-
-def _refuse_neighbours(function: str, adapter: PeftAdapter, kept: Sequence[str], also_train: Sequence[str]) -> None:
-    others = trainable_neighbours(adapter, kept, also_train)
-    if not others:
-        return
-    saved = adapter.config.modules_to_save
-    raise ValueError(
-        f"{function}: only the adapter may be trained, got {len(others)} parameters beside it (first: {others[0]})"
-        + (f"; LoraConfig has modules_to_save={sorted(saved)}" if saved else "")
-        + ". Freeze them, or name their modules in initialize(..., also_train=[...]): nothing protects what they do."
-    )
-
-
 @torch.no_grad()
 def _start(layer: PeftLayer, directions: TopDirections) -> None:
     layer.a.zero_()
@@ -391,13 +332,3 @@ def scaled_alphas(adapter: PeftAdapter, state: SubspaceState) -> dict[str, float
         layer.name: layer.alpha * depth_factor(state.config.depth_scale_of(layer.target.tower), *positions[layer.name])
         for layer in adapter.layers
     }
-
-
-def _check_finite(layers: Sequence[PeftLayer]) -> None:
-    factors = [(layer.name, factor) for layer in layers for factor in (layer.a, layer.b)]
-    wrong = first_not_finite([factor for _, factor in factors])
-    if wrong is not None:
-        raise ValueError(
-            f"update_subspace: trained adapters must be finite, got NaN or Inf [{factors[wrong][0]}]. "
-            "Go back to the last saved adapter and lower the learning rate."
-        )

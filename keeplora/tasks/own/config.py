@@ -17,7 +17,7 @@ Written as three tables, here in TOML:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
 from keeplora.tasks.field.catalog import instruction_benchmark, is_of_images
 from keeplora.tasks.own.broken import broken_name
+from keeplora.tasks.own.config_checks import check_template, check_texts, made
 from keeplora.tasks.own.kinds import FAULTS
 
 __all__ = ["FAULTS", "DataSettings", "ModelSource", "OwnTasks", "TaskSource", "parse_own", "restored_own"]
@@ -52,7 +53,7 @@ class ModelSource:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_texts(self)
+        check_texts(self)
         if bool(self.open_clip) == bool(self.transformers):
             raise ConfigError(
                 "ModelSource: exactly one of open_clip and transformers must be given, got "
@@ -113,12 +114,12 @@ class DataSettings:
     faults: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_template(self, self.template)
+        check_template(self, self.template)
         if not isinstance(self.templates, list | tuple):
             raise ConfigTypeError(f"DataSettings: templates must be a list, got {self.templates!r}")
         object.__setattr__(self, "templates", tuple(self.templates))
         for template in self.templates:
-            _check_template(self, template)
+            check_template(self, template)
         check_choice(self, "test_texts", TEST_TEXTS)
         check_whole(self, "shots", "[0, inf)", optional=True)
         check_whole(self, "shots_seed", "[0, inf)")
@@ -175,7 +176,7 @@ class TaskSource:
 
     def __post_init__(self) -> None:
         check_name(self, "name")
-        _check_texts(self)
+        check_texts(self)
         given = [kind for kind in KINDS if getattr(self, kind)]
         if len(given) != 1:
             raise ConfigError(
@@ -183,7 +184,7 @@ class TaskSource:
                 f"in task {self.name!r}"
             )
         if self.template:
-            _check_template(self, self.template)
+            check_template(self, self.template)
         for names, kinds in ((("test", "validation"), ("dataset", "json")), (("images",), ("json",)),
                              (("image_column", "label_column"), ("dataset",))):  # fmt: skip
             for name in names:
@@ -359,10 +360,10 @@ def parse_own(values: Mapping[str, Any], *, base: str, where: str, benchmark: st
     return OwnTasks(
         benchmark=benchmark,
         base=base,
-        model=_made(ModelSource, values["model"], "[model]", where),
-        tasks=tuple(_made(TaskSource, task, "[[task]]", where) for task in tasks),
-        data=_made(DataSettings, values.get("data", {}), "[data]", where),
-        witness=None if "witness" not in values else _made(TaskSource, values["witness"], "[witness]", where),
+        model=made(ModelSource, values["model"], "[model]", where),
+        tasks=tuple(made(TaskSource, task, "[[task]]", where) for task in tasks),
+        data=made(DataSettings, values.get("data", {}), "[data]", where),
+        witness=None if "witness" not in values else made(TaskSource, values["witness"], "[witness]", where),
     )
 
 
@@ -371,35 +372,3 @@ _REMEDIES = {
     "model": 'Write [model] with open_clip = "ViT-B-16" and pretrained = "openai", or with transformers = "…"',
     "task": 'Write [[task]] with name = "…" and folder = "…" for every task',
 }
-
-
-def _made(kind: Any, values: Any, table: str, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"load_config: {table} must be a table, got {values!r} in {where}")
-    known = [entry.name for entry in fields(kind)]
-    for name in values:
-        if name not in known:
-            raise ConfigError(
-                f"load_config: every setting of {table} must be known, got {name!r} in {where}"
-                f"{suggest(str(name), known, listing=True)}"
-            )
-    try:
-        return kind(**values)
-    except TypeError as error:  # a required one is missing
-        if isinstance(error, ConfigTypeError):
-            raise
-        raise ConfigError(f"load_config: {table} in {where} is incomplete: {error}") from error
-
-
-def _check_texts(config: Any) -> None:
-    for entry in fields(config):
-        if not isinstance(value := getattr(config, entry.name), str):
-            raise ConfigTypeError(f"{type(config).__name__}: {entry.name} must be text, got {value!r}")
-
-
-def _check_template(config: Any, template: Any) -> None:
-    if not isinstance(template, str) or template.count("{}") != 1:
-        raise ConfigError(
-            f"{type(config).__name__}: template must have one {{}} for the class, got {template!r}. "
-            'Write "a photo of a {}."'
-        )
