@@ -131,8 +131,8 @@ class SlotStates(Method):
             raise StateError(f"load_state: pretrained must be a hash by target, got {pretrained!r}")
         for key in ("totals", "weights", "altered"):
             value = meta.get(key)
-            if not is_names(value) or not set(value) <= set(names):
-                raise StateError(f"load_state: {key} must be names of targets, got {value!r}")
+            if not is_names(value) or value != [name for name in names if name in value]:
+                raise StateError(f"load_state: {key} must be names of targets in their order, got {value!r}")
         marks = {
             name: _Marks(name in meta["totals"], name in meta["weights"], name in meta["altered"], pretrained[name])
             for name in names
@@ -201,6 +201,11 @@ class SlotStates(Method):
             learned.append(Update(a, b, float(scaling)))
         if (learned is None and (total is not None or not marks.altered)) or (marks.altered and weight is None):
             raise StateError(f"load_state: {slot.name} must have a weight or the updates it is made of, got neither")
+        if marks.altered and marks.pretrained:
+            raise StateError(
+                f"load_state: pretrained must be empty of a weight that does not follow from it, got "
+                f"{marks.pretrained!r} [{slot.name}]"
+            )
         if weight is None:
             self._check_start(slot, learned or [], total, marks.pretrained)
         return _SlotState(weight, adapter, learned, total, marks)
@@ -269,7 +274,7 @@ class _SlotState(NamedTuple):
 
 
 def _are_scalings(value: Any) -> bool:
-    """Whether a JSON value is null or a list of finite numbers."""
+    """Whether a JSON value is null or a list of finite numbers, each a float to the last digit."""
     return value is None or (
-        isinstance(value, list) and all(type(c) in (int, float) and math.isfinite(c) for c in value)
+        isinstance(value, list) and all(type(c) in (int, float) and math.isfinite(c) and float(c) == c for c in value)
     )
