@@ -88,10 +88,11 @@ def test_a_task_is_what_stock_peft_makes_of_it(name, alpha, settings):
     trained(method, data)
     x = task(7)[0][0]
     assert (method.model(x) - net(1)(x)).abs().max() > 1e-3
-    torch.testing.assert_close(method.model(x), theirs(x), rtol=0, atol=2e-6)
+    near = 1e-5  # outputs are about 1; both round their start on their own, and Adam's steps make more of it
+    torch.testing.assert_close(method.model(x), theirs(x), rtol=0, atol=near)
     method.after_task(data)
     merged = theirs.merge_and_unload() if name != "osf" else theirs.base_model.merge_and_unload()
-    torch.testing.assert_close(method.merge()(x), merged(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(method.merge()(x), merged(x), rtol=0, atol=near)
 
 
 @pytest.mark.filterwarnings("ignore")
