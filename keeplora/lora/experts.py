@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import LoraAdapter
+from .adapter import LoraAdapter, compute_dtype
 from .grouped import Groups, Stack, grouped_linear
 from .host import LoraHost
 from .mixture import expert_layout
@@ -198,7 +198,10 @@ class LoraExperts(LoraHost):
         adapters: list[LoraAdapter | None] = [None] * self.experts
         for slot in slots:
             adapters[_expert(slot)] = slot.adapter
-        y = grouped_linear(x, stack, groups, adapters, self.forward_mode)
+        # transformers' grouped products look at no autocast; its other ones do.
+        own = _implementation(self.__dict__["base"]) == "grouped_mm" and self.layout.routed
+        dtype = stack.weight.dtype if own else compute_dtype(stack.weight)
+        y = grouped_linear(x, stack, groups, adapters, self.forward_mode, dtype)
         if self.tap is None:
             return y
         inputs, outputs = groups.split(x), groups.split(y)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from keeplora.ops.declare import OPS
 
-from .adapter import LoraAdapter, compute_dtype
+from .adapter import LoraAdapter
 from .forward import ForwardMode, narrow
 
 __all__ = ["Groups", "Stack", "grouped_linear"]
@@ -85,10 +85,18 @@ class Stack:
 
 
 def grouped_linear(
-    x: Tensor, stack: Stack, groups: Groups, adapters: Sequence[LoraAdapter | None], mode: ForwardMode
+    x: Tensor,
+    stack: Stack,
+    groups: Groups,
+    adapters: Sequence[LoraAdapter | None],
+    mode: ForwardMode,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """``x_e W_eᵀ + b_e`` of every expert e and its rows of ``x [rows, in]``, with the adapters that there are."""
-    dtype = compute_dtype(stack.weight)
+    """``x_e W_eᵀ + b_e`` of every expert e and its rows of ``x [rows, in]``, with the adapters that there are.
+
+    Args:
+        dtype: What is multiplied in.
+    """
     stack, x = Stack(stack.weight.to(dtype), stack.transposed, stack.bias), x.to(dtype)
     held = [adapter for adapter in adapters if adapter is not None]
     if held and mode == "merged" and _can_merge(stack, held):

@@ -287,9 +287,11 @@ def test_checkpointed_activations_give_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_half_precision_compute_as_the_models_own_products(dtype):
-    model, batch = built(mixtral, "eager"), text(0)
+def test_autocast_computes_as_in_the_models_own_products(dtype, implementation):
+    """One has the products of its loop in half precision, the other none."""
+    model, batch = built(mixtral, implementation), text(0)
     keeper = keeplora.KeepLora(model, keeplora.KeepLoraConfig(r=2, target_modules="experts", weight_energy=0.3))
     with torch.autocast("cpu", dtype):
         before = model(**batch).logits
