@@ -1,4 +1,4 @@
-"""How long the sentences of README.md and docs are. Prose alone counts: code, tables, formulas and headings are left out.
+"""How long the sentences of README.md and docs are. Code, tables, formulas and headings do not count.
 
 `python -m tools.prose` prints one row per page: words, sentences, the median and the longest sentence in words.
 `python -m tools.prose --longer 25 docs/peft.md` prints the sentences of a page that are longer, with their line.
@@ -58,7 +58,9 @@ def sentences(text: str) -> list[Sentence]:
 
 
 def _split(paragraph: str) -> list[str]:
-    paragraph = re.sub(r"`+([^`]*)`+", lambda span: "code" if " " in span.group(1) else span.group(1).replace(".", "_"), paragraph)
+    paragraph = re.sub(
+        r"`+([^`]*)`+", lambda span: "code" if " " in span.group(1) else span.group(1).replace(".", "_"), paragraph
+    )
     paragraph = re.sub(r"\\\(.*?\\\)|\$[^$]+\$", "formula", paragraph)
     paragraph = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", paragraph).replace("**", "")
     paragraph = re.sub(r"\b(e\.g|i\.e|et al|vs|cf|resp|approx|Fig|Eq|Sec|No)\.", r"\1", paragraph)
@@ -89,7 +91,8 @@ def main() -> None:
         print(f"{'page':<24}{'words':>8}{'sentences':>11}{'median':>8}{'longest':>9}{'over 25':>9}")
         for name, lengths in [*rows, ("all", every)]:
             over = sum(length > 25 for length in lengths)
-            print(f"{name:<24}{sum(lengths):>8}{len(lengths):>11}{median(lengths or [0]):>8g}{max(lengths, default=0):>9}{over:>9}")
+            row = f"{name:<24}{sum(lengths):>8}{len(lengths):>11}{median(lengths or [0]):>8g}"
+            print(f"{row}{max(lengths, default=0):>9}{over:>9}")
 
 
 if __name__ == "__main__":
