@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from keeplora._arguments import positive, run_arguments
+from keeplora._arguments import Help, plan_arguments, positive, run_arguments
 from keeplora._version import __version__
 
 _EXAMPLES = """examples:
-  keeplora demo                                   the embedded benchmark, all methods, three seeds
+  keeplora demo                                   the embedded benchmark, five methods, three seeds
   keeplora demo --methods lora keeplora++ --seeds 1
   keeplora run quick                              a shipped configuration
   keeplora init data                              your own data: look at it, write tasks.toml for keeplora run
-  keeplora run tasks.toml --dry-run               your own tasks: checks data, tells time and memory
-  keeplora run tasks.toml --export                learns them; leaves models and adapters for others
-  keeplora compare --budget small                 every method in ten minutes; --budget full for the whole table
-  keeplora compare --methods lora mine --plugins my_methods    a method of your own: my_methods.py registers it
-  keeplora report runs/demo                       one HTML file about a run; of several runs, side by side
-  keeplora plan llava-1.5-7b                      does a model fit? bytes and seconds by phase, without its weights
+  keeplora run tasks.toml --dry-run               your own tasks: check the data, estimate time and memory
+  keeplora run tasks.toml --export                learn them; write models and PEFT adapters
+  keeplora compare --budget small                 every method, small; --budget full for the whole table
+  keeplora compare --methods lora mine --plugins my_methods    a method that your my_methods.py registers
+  keeplora report runs/demo                       one HTML file about a run, or about several side by side
+  keeplora plan llava-1.5-7b                      does a model fit? bytes and seconds of each phase
   keeplora info                                   versions, kernels, methods, benchmarks
 
 Ctrl-C stops a run; the same command continues it. Finished runs are never repeated.
@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="keeplora",
         description="Teach a vision-language model one task after another and measure what it keeps.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"keeplora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -250,10 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="run the embedded benchmark and draw the comparison",
-        description="A real (small) CLIP learns seven image tasks with every method, offline, on the CPU. "
+        description="A small CLIP learns seven image tasks with five methods, offline, on the CPU. "
         "Writes summary.json, metrics.csv and charts, and prints the table.",
         epilog="example:\n  keeplora demo --methods lora keeplora++ --seeds 1 --out runs/look",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     run_arguments(demo, default_out="runs/demo")
     demo.add_argument("--seeds", type=positive, metavar="N", help="number of seeds, 0 to N-1 (default: 3)")
@@ -262,55 +262,59 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a configuration: a benchmark, or your own tasks",
-        description="Run every method and seed of a configuration and report like the demo. The file names a "
-        "benchmark, or your own tasks: folders of images, data sets, LLaVA-style JSON (docs/own-tasks.md).",
+        description="Run every method and seed of a configuration, or continue, and report like the demo. The file "
+        "names a benchmark, or your own tasks: folders of images, data sets, LLaVA-style JSON (docs/own-tasks.md).",
         epilog="examples:\n  keeplora run tasks.toml --dry-run\n  keeplora run tasks.toml --out runs/mine --export",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     run.add_argument("config", metavar="CONFIG", help="a TOML or YAML file, or a shipped one: demo, mtil-1, ucit, …")
     run_arguments(run, default_out="as in CONFIG")
     run.add_argument(
-        "--dry-run", action="store_true", help="check data and settings, tell time and memory, and train nothing"
+        "--dry-run", action="store_true", help="check data and settings, estimate time and memory, train nothing"
     )
-    run.add_argument("--device", choices=["cpu", "cuda"], help="instead of what CONFIG says")
-    run.add_argument("--data", metavar="FOLDER", help="where the data of a benchmark of the field is (root of [data])")
+    run.add_argument("--device", choices=["cpu", "cuda"], help="where to run (default: as in CONFIG)")
+    run.add_argument("--data", metavar="FOLDER", help="where the data of a benchmark is (root in [data])")
     run.add_argument(
         "--export",
         action="store_true",
-        help="write the merged model and the PEFT adapter of every run below its folder",
+        help="write the merged model and the PEFT adapter into every run's folder",
     )
     run.set_defaults(command=_run)
 
     init = commands.add_parser(
         "init",
         help="look at a folder of your data and write a settings file for it",
-        description="Recognises class folders of images, JSON in LLaVA's form and what `datasets` reads, counts, opens "
-        "image headers, and writes a commented settings file for keeplora run. The data is left as it is.",
+        description="Find class folders of images, LLaVA-style JSON and files that `datasets` reads. Count samples, "
+        "check image headers, and write a commented settings file for keeplora run. The data is not changed.",
         epilog="examples:\n  keeplora init data\n  keeplora init data --out birds.toml --model ViT-L-14/openai\n"
         "  keeplora init questions --model transformers:llava-hf/llava-1.5-7b-hf",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     init.add_argument("folder", metavar="FOLDER", help="class/*.jpg, train/class/*.jpg, task/class/*.jpg, *.json, …")
-    init.add_argument("--out", metavar="FILE", default="tasks.toml", help="what to write (default: tasks.toml)")
-    init.add_argument("--model", metavar="NAME", default="", help="ViT-B-16/openai, hf-hub:…, or transformers:…")
-    init.add_argument("--force", action="store_true", help="write FILE anew where it is there")
+    init.add_argument("--out", metavar="FILE", default="tasks.toml", help="the settings file (default: tasks.toml)")
+    init.add_argument(
+        "--model", metavar="NAME", default="", help="ViT-B-16/openai, hf-hub:… or transformers:… (default: by the data)"
+    )
+    init.add_argument("--force", action="store_true", help="replace FILE if it exists")
     init.set_defaults(command=_init)
 
     compare = commands.add_parser(
         "compare",
-        help="compare all methods, each with settings of its own",
-        description="Runs every method and seed, or continues, and writes the table (table.md, summary.json, "
-        "metrics.csv) and charts. Prints an estimate of the time first.",
+        help="compare all methods, each at its own settings",
+        description="Estimate the time, run every method and seed, or continue, and write the table (table.md, "
+        "summary.json, metrics.csv) and charts.",
         epilog="examples:\n  keeplora compare --methods all --seeds 3\n  keeplora compare --budget small\n"
         "  keeplora compare --fronts --benchmark minilm --seeds 3\n"
         "  keeplora compare --methods ablations --benchmark minilm\n  keeplora compare --methods lora inflora keeplora",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     run_arguments(compare, default_out="runs/compare-BENCHMARK-BUDGET", methods="all")
     compare.add_argument(
         "--seeds", type=positive, metavar="N", help="number of seeds, 0 to N-1 (default: the budget's)"
     )
-    compare.add_argument("--budget", default="full", metavar="small|full", help="small: 10 minutes on 2 cores")
+    compare.add_argument(
+        "--budget", default="full", metavar="small|full", help="small: about 10 minutes on 2 cores (default: full)"
+    )
     compare.add_argument(
         "--benchmark",
         default="embedded",
@@ -323,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="FACTOR",
         help="run every method at these multiples of its learning rate (default: 0.3 1 3), choose on validation data, "
-        "draw Transfer against Last, and test the methods on the same items",
+        "plot Transfer against Last, and test the methods on the same items",
     )
     compare.add_argument(
         "--reference", default="", metavar="NAME", help="with --fronts: the method the others are tested against"
@@ -333,10 +337,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="write one HTML file about finished or unfinished runs",
-        description="Tables, charts, settings and environment of run folders in one file that needs no network. "
-        "Several folders stand side by side. Folders of runs that are still going on are only read.",
+        description="Write tables, charts, settings and environment of run folders into one file that needs no "
+        "network. Several folders stand side by side. A run that is still going on is not disturbed.",
         epilog="examples:\n  keeplora report runs/demo\n  keeplora report runs/mine runs/theirs --out compared.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of keeplora run, demo or compare (their --out)")
     report.add_argument(
@@ -347,37 +351,19 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="predict memory and time of a model, without its weights",
-        description="Bytes and seconds of every phase of a task, from a transformers config on the meta device: which "
-        "cards the model fits, with which batch, beside PEFT's LoRA. Predicted, not measured.",
+        description="Predict bytes and seconds of every phase of a task from a transformers config, without weights. "
+        "Say which cards the model fits and with which batch, beside PEFT's LoRA. Nothing is measured.",
         epilog="examples:\n  keeplora plan llava-1.5-7b\n  keeplora plan qwen2.5-vl-72b --gpus 8 --card 80\n"
         "  keeplora plan ./my-model --rank 64 --batch 4 --length 2048 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
-    plan.add_argument(
-        "model", metavar="MODEL", help="a shipped config (llava-1.5-7b, …), config.json, folder or model id"
-    )
-    plan.add_argument("--rank", type=positive, default=16, metavar="R", help="of the adapters (default: 16)")
-    plan.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME", help="target_modules")
-    plan.add_argument("--method", default="keeplora++", metavar="NAME", help="keeplora, keeplora++ or lora")
-    plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights")
-    plan.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="sequences of a step on a GPU (default: 1)"
-    )
-    plan.add_argument("--length", type=positive, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
-    plan.add_argument("--gpus", type=positive, default=8, metavar="N", help="beside one card: so many (default: 8)")
-    plan.add_argument("--card", type=positive, nargs="+", default=[24, 48, 80], metavar="GB", help="sizes of cards")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="whose rates: H200, H100 (default), A100, 4090")
-    plan.add_argument("--budget", type=positive, metavar="GB", help="memory_budget of the settings (default: exact)")
-    plan.add_argument("--batches", type=positive, default=100, metavar="N", help="of a pass (default: 100)")
-    plan.add_argument(
-        "--weight-share", type=float, nargs="+", metavar="X", help="k / width of weights' bases (default: 0.13 0.30)"
-    )
-    plan.add_argument("--checkpointing", action="store_true", help="activations with gradient checkpointing")
-    plan.add_argument("--json", action="store_true", help="everything as JSON")
+    plan_arguments(plan)
     plan.set_defaults(command=_plan)
 
     info = commands.add_parser(
-        "info", help="show versions, compiled kernels, methods and benchmarks", description="What is installed here."
+        "info",
+        help="show versions, compiled kernels, methods and benchmarks",
+        description="Show versions, compiled kernels, methods and benchmarks.",
     )
     info.set_defaults(command=_info)
     return parser

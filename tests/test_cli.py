@@ -34,18 +34,20 @@ def tiny(tmp_path):
 def test_help_shows_commands_and_examples():
     answer = keeplora("--help")
     assert answer.returncode == 0
-    for word in ("demo", "run", "init", "compare", "report", "info", "examples:", "Ctrl-C"):
+    for word in ("demo", "run", "init", "compare", "report", "plan", "info", "examples:", "Ctrl-C"):
         assert word in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "init", "compare", "report", "info"])
-def test_help_of_every_command(capsys, command):
+@pytest.mark.parametrize("command", ["demo", "run", "init", "compare", "report", "plan", "info"])
+def test_help_of_every_command(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "90")
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert f"keeplora {command}" in shown
-    assert command in ("info", "init", "report") or "--methods" in shown
+    assert command in ("info", "init", "report", "plan") or "--methods" in shown
+    assert max(map(len, shown.splitlines())) <= 90  # descriptions are wrapped as options are
 
 
 def test_a_run_from_the_shell(tiny, tmp_path):
