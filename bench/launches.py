@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     counts, times = count_steps(), host_times(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
     frozen, least = counts["frozen model"].total(), times["frozen model"]
-    print("| | launches | beyond the frozen step | host time of a block | of the frozen one's |")
+    print("| model | launches | launches beyond the frozen step | host time of a block | of the frozen one's |")
     print("|---|---:|---:|---:|---:|")
     for name in counts:
         total, seconds = counts[name].total(), times[name]

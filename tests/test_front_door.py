@@ -7,6 +7,8 @@ import tomllib
 import pytest
 from pages import ROOT
 
+from keeplora import METHODS
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {"full fine-tuning": "full", "LoRA": "lora", "KeepLoRA": "keeplora", "KeepLoRA++": "keeplora++"}
 
@@ -46,3 +48,9 @@ def test_a_dependency_is_there_for_a_reason(name):
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     first_cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("|"))
     assert name in re.split(r"[,\s]+", first_cells)
+
+
+def test_how_many_other_methods_there_are_is_said_alike():
+    others = [name for name in METHODS if not name.startswith("keeplora")]
+    for page in (README, (ROOT / "docs" / "index.md").read_text(encoding="utf-8")):
+        assert re.findall(r"(\d+) other\s+methods", page) == [str(len(others))]
