@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -80,9 +82,21 @@ def _saved(config: Any, dtype: torch.dtype, rank: int, kind: str, tokens: int, b
                 kept[storage._cdata] = storage
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved_tensors_hooks(keep, lambda tensor: tensor), _without_autocast(device):
             called(inputs_embeds=x, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    """PEFT turns autocast off around experts' weights, and torch knows no autocast for the meta device."""
+    before: Any = torch.autocast
+    if device == "meta":
+        torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = before  # type: ignore[misc]
 
 
 def _with_adapters(model: nn.Module, rank: int, kind: str) -> Any:
@@ -90,7 +104,9 @@ def _with_adapters(model: nn.Module, rank: int, kind: str) -> Any:
     if kind == "peft":
         from peft import LoraConfig, get_peft_model
 
-        peft: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=[t.module for t in targets]))
+        experts = sorted({f"{t.module}.{t.parameter}" for t in targets if t.expert is not None})
+        layers = [t.module for t in targets if t.expert is None]
+        peft: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=layers, target_parameters=experts or None))
         return peft.base_model.model
     for slot in wrap(model, targets):
         out, width = slot.weight.shape

@@ -3,15 +3,20 @@ r"""Bytes at every moment of a task's life: the memory model, all of it.
 With ``Σ`` over adapted weights ``[out, in]``, r directions of adapters, k of a basis, and b bytes per weight:
 
 =================== ==================================================================================================
-bases               ``4 Σ in·k`` on the device, float32
+on the device
 adapters            ``4 Σ r (in + out)``, float32
 optimizer           ``12 Σ r·out``: B's gradient and AdamW's two moments
 gradients           ``4 Σ out·in`` in a pass before a task, or ``4 Σ min(out, 8 r)·in`` sketched
-feature moments     ``4 Σ in²`` over distinct inputs, in the pass after a task
-masters             ``4 Σ out·in`` after the first merge into 16-bit weights
-merged updates      ``4 Σ r (in + out)`` for every task, on the host
-state               ``4 Σ out·in`` exact weights, bases, merged updates, and adapters of an open task
+feature moments     ``4 Σ in²`` over distinct inputs, in the passes after a task, at most ``memory_budget`` together
+workspace           what the factorisation of the largest weight takes alone
+in main memory
+bases               ``4 Σ in·k``, float32
+pretrained weights  ``b Σ out·in`` from the first merge into 16-bit weights on
+updates             ``4 Σ r (in + out)`` for every task; ``4 out·in`` of a weight where that is less
+on disk             bases and updates; adapters of an open task
 =================== ==================================================================================================
+
+What a method keeps between tasks follows ``keeplora.methods.keeplora.footprint.Footprint``.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from keeplora.methods.keeplora.footprint import Footprint, LayerShape
 from keeplora.methods.settings import ConfigError
 
 from .shapes import Matrix, Shapes
@@ -33,8 +39,6 @@ WEIGHT_SHARE = (0.13, 0.30)
 flat ones (randomly initialised Llama blocks: 0.96 bytes of basis per weight)."""
 FEATURE_SHARE = 0.015
 """Directions that a task adds, as a share of in (bench/results/cpu/shapes_7b.json: 0.006 to 0.015)."""
-WORKSPACE = 5.5
-"""Float32 copies of the largest matrix that one factorisation takes (bench/results/cpu/shapes_7b.json: 0.8 to 5.5)."""
 WORDS = 10
 """Bytes for every token and word of the vocabulary: logits in 16 bits, in float32, and the gradient of these."""
 
@@ -95,31 +99,47 @@ def rank_of(matrix: Matrix, setting: Setting, tasks: int) -> int:
     return setting.ranks.get(matrix.name, min(matrix.width, round(share * matrix.width)))
 
 
+def footprint(shapes: Shapes, setting: Setting) -> Footprint:
+    """What the method keeps of the adapted weights, after ``setting.tasks`` tasks."""
+    protects = setting.method != "lora"
+    return Footprint(
+        [
+            LayerShape(
+                m.rows, m.width, min(setting.rank, m.width), protects * rank_of(m, setting, setting.tasks),
+                dtype_bytes=setting.weight_bytes,
+            )
+            for m in shapes.adapted
+        ]
+    )  # fmt: skip
+
+
 def parts(shapes: Shapes, setting: Setting) -> dict[str, int]:
-    """Bytes of every kind of tensor, of the whole model on one GPU; ``bases`` after ``tasks`` tasks."""
-    weights, r = shapes.adapted, setting.rank
-    ranks = [min(r, m.width) for m in weights]
+    """Bytes of every kind of tensor, of the whole model; ``bases`` and ``updates`` after ``tasks`` tasks."""
+    weights, r, kept = shapes.adapted, setting.rank, footprint(shapes, setting)
     protects = setting.method != "lora"
     exact = 4 * sum(m.numel for m in weights)
     sketched = 4 * sum(min(m.rows, 8 * r) * m.width for m in weights)
+    moments = 4 * sum(width * width for width in shapes.inputs())
+    adapters = kept.open_task()
     return {
         "model": setting.weight_bytes * shapes.parameters,
-        "adapters": 4 * sum(k * (m.rows + m.width) for k, m in zip(ranks, weights, strict=True)),
-        "optimizer": 12 * sum(k * m.rows for k, m in zip(ranks, weights, strict=True)),
-        "bases": protects * 4 * sum(m.width * rank_of(m, setting, setting.tasks) for m in weights),
+        "adapters": adapters,
+        "optimizer": kept.training() - adapters + sum(4 * layer.rank * layer.out for layer in kept.layers),
+        "bases": sum(layer.bases(0) for layer in kept.layers),
+        "pretrained weights": sum(setting.weight_bytes * m.numel for m in weights) if setting.weight_bytes < 4 else 0,
+        "updates": sum(layer.history(setting.tasks) for layer in kept.layers),
+        "one more update": sum(layer.history(setting.tasks + 1) for layer in kept.layers),
         "gradients": protects * (exact if setting.budget is None or exact <= setting.budget else sketched),
-        "moments": protects * 4 * sum(width * width for width in shapes.inputs()),
-        "masters": exact if setting.weight_bytes < 4 else 0,
-        "exact weights": exact,
-        "workspace": protects * round(WORKSPACE * 4 * max((m.numel for m in weights), default=0)),
+        "moments": protects * (moments if setting.budget is None else min(moments, setting.budget)),
+        "workspace": protects * max((kept.workspace(layer) for layer in kept.layers), default=0),
     }
 
 
 def memory(shapes: Shapes, setting: Setting, activations: int = 0) -> list[Moment]:
     """The moments of a task after ``setting.tasks`` others, on one of ``setting.gpus`` GPUs.
 
-    Sharded weights, and what follows their rows, are divided by the number of GPUs; two blocks are gathered at a time.
-    Adapters, bases and statistics are on all of them.
+    Sharded weights are divided by the number of GPUs; two blocks are gathered at a time. Adapters and statistics are on
+    all of them, and every process keeps bases and updates in its host's memory.
 
     Args:
         activations: What a training step keeps for backward, in bytes (``activations``).
@@ -127,23 +147,21 @@ def memory(shapes: Shapes, setting: Setting, activations: int = 0) -> list[Momen
     of, n = parts(shapes, setting), setting.gpus
     gathered = 0 if n == 1 else 2 * of["model"] // max(1, shapes.blocks)
     held = {"model": of["model"] // n + gathered}
-    if setting.tasks:
-        held["masters"] = of["masters"] // n
-    learned = setting.tasks * of["adapters"]
-    before = {"bases": of["bases"]} if of["bases"] else {}
-    opened = {**before, "adapters": of["adapters"]}
-    after = {**held, "masters": of["masters"] // n}
-    protects = of["bases"] > 0 or setting.method != "lora"
-    moments = [Moment("wrapped", {**held, **before} if setting.tasks else held, {"merged updates": learned})]
+    pretrained = {"pretrained weights": of["pretrained weights"] // n}
+    bases = {"bases": of["bases"]} if of["bases"] else {}
+    before = {**bases, **pretrained, "updates": of["updates"]} if setting.tasks else {}
+    opened = {**before, **bases}
+    after = {**bases, **pretrained, "updates": of["one more update"]}
+    moments = [Moment("wrapped", held, before)]
+    protects = setting.method != "lora"
     if protects:
         passes = {"gradients": of["gradients"], "activations": activations}
         work = {"gradients": of["gradients"], "workspace": of["workspace"]}
-        worst = passes if activations > of["workspace"] else work
-        moments.append(Moment("before_task", {**held, **before, **worst}))
-    moments.append(Moment("training", {**held, **opened, "optimizer": of["optimizer"], "activations": activations}))
-    merging = {"moments": of["moments"], "workspace": of["workspace"]} if protects else {}
-    moments.append(Moment("after_task", {**after, **opened, "optimizer": of["optimizer"], **merging}))
-    moments.append(Moment("between tasks", {**after, **before}, {"merged updates": learned + of["adapters"]}))
-    saved = {"exact weights": of["exact weights"], "bases": of["bases"], "merged updates": learned + of["adapters"]}
-    moments.append(Moment("save", {**after, **before}, disk=saved))
+        moments.append(Moment("before_task", {**held, **(passes if activations > of["workspace"] else work)}, opened))
+    training = {"adapters": of["adapters"], "optimizer": of["optimizer"]}
+    moments.append(Moment("training", {**held, **training, "activations": activations}, opened))
+    closing = {"moments": of["moments"], "workspace": of["workspace"]} if protects else {}
+    moments.append(Moment("after_task", {**held, **training, **closing}, after))
+    moments.append(Moment("between tasks", held, after))
+    moments.append(Moment("save", held, after, disk={**bases, "updates": of["one more update"]}))
     return moments

@@ -61,7 +61,7 @@ class Plan:
             {
                 "gpus": gpus, "tasks_before": tasks, "moment": low.name,
                 "device_bytes": [low.total, high.total], "device_parts": dict(high.device),
-                "host_bytes": sum(high.host.values()),
+                "host_bytes": [sum(low.host.values()), sum(high.host.values())],
                 "disk_bytes": [sum(low.disk.values()), sum(high.disk.values())],
             }
             for gpus, by_tasks in self.moments.items()
@@ -111,9 +111,10 @@ class Plan:
                 lines.append(
                     f"  {card} GB: {told}; largest batch in a later task {own or 'none'}, PEFT {peft or 'none'}"
                 )
-        saves = [(lo[-1], hi[-1]) for lo, hi in self.moments[1].values()]
-        lines += ["", _row("GB on disk", _BEFORE)]
-        lines.append(_row("  save", [_span(sum(a.disk.values()), sum(b.disk.values())) for a, b in saves]))
+        ends = [(lo[-1], hi[-1]) for lo, hi in self.moments[1].values()]
+        lines += ["", _row("GB beside one GPU", _BEFORE)]
+        lines.append(_row("  main memory", [_span(sum(a.host.values()), sum(b.host.values())) for a, b in ends]))
+        lines.append(_row("  disk (save)", [_span(sum(a.disk.values()), sum(b.disk.values())) for a, b in ends]))
         lines += ["", f"seconds of a first task on one {self.gpu} (passes of the given number of batches)"]
         lines += [f"  {phase:<28}{value:>12.2f}" for phase, value in self.seconds.items()]
         lines.append("GB that data-parallel processes sum up in a task switch")

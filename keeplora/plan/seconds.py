@@ -59,6 +59,6 @@ def seconds(shapes: Shapes, setting: Setting, rates: Rates, batches: int) -> dic
         found["after_task: pass"] = batches * (forward + moments)
         found["after_task: factorise"] = sum(9 * d**3 for d in widths) / (rates.single * EIGEN)
     found["after_task: merge"] = (12 + 2 * setting.weight_bytes) * adapted / rates.memory
-    saved = of["exact weights"] + of["bases"] + (setting.tasks + 1) * of["adapters"]
+    saved = of["adapters"] + (0 if setting.tasks else of["bases"])  # what is new since the last save
     found["save"] = saved / rates.link + saved / DISK
     return found

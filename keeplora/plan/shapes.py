@@ -14,7 +14,7 @@ from torch import nn
 from keeplora._messages import suggest
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.families import find_targets
-from keeplora.lora import Target, select_targets
+from keeplora.lora import Target, select_targets, target_shape
 from keeplora.methods.settings import ConfigError
 
 __all__ = ["MODELS", "Matrix", "Shapes", "shapes_of", "shapes_of_model"]
@@ -66,13 +66,12 @@ _TOGETHER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", "w3
 
 def shapes_of_model(name: str, model: nn.Module, targets: Sequence[Target], config: Any = None) -> Shapes:
     """The shapes of a model that is there, on whatever device."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     adapted = []
     for target in targets:
-        weight = parameters[f"{target.module}.{target.parameter}".lstrip(".")]
-        rows = weight.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
+        shape = target_shape(model, target)
+        assert shape is not None, target
         parent, _, leaf = target.name.rpartition(".")
-        adapted.append(Matrix(target.name, rows, weight.shape[1], f"{parent}.{_TOGETHER.get(leaf, leaf)}"))
+        adapted.append(Matrix(target.name, *shape, f"{parent}.{_TOGETHER.get(leaf, leaf)}"))
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     text = getattr(config, "text_config", config)
