@@ -74,7 +74,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", default="H100", metavar="NAME", help="the GPU whose rates count: H200, H100 (default), A100, 4090"
     )
-    parser.add_argument("--budget", type=positive, metavar="GB", help="memory_budget in GB (default: exact statistics)")
+    parser.add_argument("--budget", type=positive, metavar="GB", help="memory_budget in GB (default: by the card)")
     parser.add_argument(
         "--batches", type=positive, default=100, metavar="N", help="batches of a pass over the data (default: 100)"
     )
@@ -91,14 +91,15 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    value = count(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
-    return value
+    return _at_least(1, text)
 
 
 def count(text: str) -> int:
     """A whole number from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text}")
     return int(text)

@@ -108,11 +108,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--seeds", "0"], ["demo", "--workers", "-1"], ["fly"]])
-def test_bad_arguments_are_exit_code_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["demo", "--seeds", "0"], "must be a whole number >= 1, got 0"),
+        (["demo", "--seeds", "x"], "must be a whole number >= 1, got x"),
+        (["demo", "--workers", "-1"], "must be a whole number >= 0, got -1"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_arguments_are_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_changed_config_is_refused(tiny, tmp_path, capsys):

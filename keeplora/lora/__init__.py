@@ -3,7 +3,7 @@
 from .adapter import LoraAdapter
 from .attention import LoraAttention, attend
 from .borrowed import BorrowedLinear
-from .engines import require_whole
+from .engines import require_module, require_whole
 from .experts import LoraExperts
 from .forward import own_linear
 from .host import LoraHost
@@ -49,6 +49,7 @@ __all__ = [
     "merge_ahead",
     "own_linear",
     "register_host",
+    "require_module",
     "require_whole",
     "select_targets",
     "target_shape",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_whole"]
+__all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_module", "require_whole"]
 
 Seen = Callable[[nn.Module], str]
 """What of an engine is in a module itself, its children apart: a class, or a parameter and its class; "" if nothing."""
@@ -44,6 +44,12 @@ class Engine:
         return TypeError(f"{function}: {must}, got {what} ({self.name}): {self.why}. {self.remedy}")
 
 
+def require_module(function: str, model: object) -> None:
+    """Refuse a name, a folder or whatever else was given in a model's place."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {_class_of(model)}. Load the model first.")
+
+
 def require_whole(
     function: str,
     model: nn.Module,
@@ -61,8 +67,9 @@ def require_whole(
         structure: Whether a model that is on the meta device as a whole will do, to look at its targets.
 
     Raises:
-        TypeError: an engine of ``ENGINES`` is there; the module and its class are named.
+        TypeError: no module; or an engine of ``ENGINES`` is there: the module and its class are named.
     """
+    require_module(function, model)
     wanted = set(adapted)
     bare = structure and all(parameter.is_meta for parameter in model.parameters())
     for path, module in model.named_modules():

@@ -72,6 +72,7 @@ class LoraMethod(Published):
         progress: bool | None = None,
     ):
         super().__init__(model, config, progress=progress)
+        _refuse_peft(type(self).__name__, model)
         self.token_mask = token_mask
         self.certificates = []
         self.targets = self.choose_targets(targets)
@@ -262,6 +263,16 @@ class LoraMethod(Published):
             for slot, count, by_task, of_slot in zip(self.slots, protected, added, shares, strict=True)
         )
         return Capacity(tuple(layers), self.tasks_learned)
+
+
+def _refuse_peft(method: str, model: nn.Module) -> None:
+    """Layers of a ``PeftModel`` hold an adapter: its A and B would be adapted like weights of the model."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            raise TypeError(
+                f"{method}: model must not hold adapters of PEFT, got {type(module).__name__} at {path}. Pass "
+                "merge_and_unload() of it, or use keeplora.initialize on the PeftModel."
+            )
 
 
 def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str) -> None:

@@ -85,6 +85,11 @@ class Method(Saved):
                 f"{type(self).__name__}: targets must be None, got {len(targets)}: {self.name!r} chooses no weights"
             )
         require_whole(type(self).__name__, model, structure=True)
+        if config is not None and not isinstance(config, self.config_type):
+            raise TypeError(
+                f"{type(self).__name__}: config must be a {self.config_type.__name__}, got {type(config).__module__}."
+                f"{type(config).__qualname__}. Make one: {self.config_type.__name__}(…)."
+            )
         self.model, self.progress = model, progress
         self.config = self.config_type() if config is None else config
         self._begin()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from keeplora._messages import nearest
-from keeplora.lora import Target, TokenMask, require_whole
+from keeplora.lora import Target, TokenMask, require_module, require_whole
 
 from .dac.method import Dac, DacConfig
 from .duallora.method import DualLora, DualLoraConfig
@@ -156,6 +156,7 @@ def create(
         >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
         2
     """
+    require_module("create", model)
     config = configure(name, settings)
     method = METHODS[name].build(model, config, targets=targets, progress=progress)
     method.token_mask = token_mask

@@ -88,7 +88,7 @@ class Plan:
         adapted = sum(m.numel for m in shapes.adapted)
         low, high = self.weight_share
         lines = [
-            f"{shapes.name}: {shapes.parameters / 1e9:.2f} B parameters, {adapted / 1e9:.2f} B in "
+            f"{shapes.name}: {_parameters(shapes.parameters)} parameters, {_parameters(adapted)} in "
             f"{len(shapes.adapted)} adapted weights ({100 * adapted / shapes.parameters:.0f} %)",
             f"{s.method}, r {s.rank}, {s.weight_bytes} bytes per weight, steps of {s.batch} x {s.length} tokens per GPU"
             + (", checkpointing" if self.checkpointing else ""),
@@ -104,21 +104,19 @@ class Plan:
                 if name == "save":
                     continue
                 lines.append(_row(f"  {name}", [_span(lo[i].total, hi[i].total) for lo, hi in by_tasks.values()]))
-            lines.append(_row("  training, PEFT LoRA", [f"{self.peft[gpus] / GB:.1f}"] * 3))
+            lines.append(_row("  training, PEFT LoRA", [_number(self.peft[gpus] / GB, 1)] * 3))
             for card, moment in self.fits[gpus].items():
                 own, peft = self.batches[gpus][card]
                 told = "fits" if moment is None else f"does not fit ({moment})"
-                lines.append(
-                    f"  {card} GB: {told}; largest batch in a later task {own or 'none'}, PEFT {peft or 'none'}"
-                )
+                lines.append(f"  {card} GB: {told}; largest batch in a later task {_batch(own)}, PEFT {_batch(peft)}")
         ends = [(lo[-1], hi[-1]) for lo, hi in self.moments[1].values()]
         lines += ["", _row("GB beside one GPU", _BEFORE)]
         lines.append(_row("  main memory", [_span(sum(a.host.values()), sum(b.host.values())) for a, b in ends]))
         lines.append(_row("  disk (save)", [_span(sum(a.disk.values()), sum(b.disk.values())) for a, b in ends]))
-        lines += ["", f"seconds of a first task on one {self.gpu} (passes of the given number of batches)"]
-        lines += [f"  {phase:<28}{value:>12.2f}" for phase, value in self.seconds.items()]
+        lines += ["", f"seconds of a first task on one {self.gpu} (--batches in a pass, a step of --batch)"]
+        lines += [f"  {phase:<28}{_number(value, 2):>12}" for phase, value in self.seconds.items()]
         lines.append("GB that data-parallel processes sum up in a task switch")
-        lines += [f"  {phase:<28}{value / GB:>12.2f}" for phase, value in self.wire.items()]
+        lines += [f"  {phase:<28}{_number(value / GB, 2):>12}" for phase, value in self.wire.items()]
         return "\n".join(lines)
 
 
@@ -126,8 +124,22 @@ def _row(name: str, cells: Sequence[str]) -> str:
     return f"{name:<30}" + "".join(f"{cell:>18}" for cell in cells).rstrip()
 
 
+def _batch(largest: int) -> str:
+    return "none" if not largest else f"{largest} or more" if largest == BATCHES[-1] else str(largest)
+
+
 def _span(low: int, high: int) -> str:
-    return f"{low / GB:.1f}" if round(low / GB, 1) == round(high / GB, 1) else f"{low / GB:.1f} - {high / GB:.1f}"
+    least, most = _number(low / GB, 1), _number(high / GB, 1)
+    return least if least == most else f"{least} - {most}"
+
+
+def _number(value: float, digits: int) -> str:
+    """With so many digits after the point; where they would all be zeros, two that are not."""
+    return f"{value:.2g}" if 0 < value < 0.5 * 10**-digits else f"{value:.{digits}f}"
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2g} M"
 
 
 def plan(

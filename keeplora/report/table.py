@@ -25,7 +25,8 @@ def result_table(summary: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     rows = [header, zero]
     for label, values in summary["methods"].items():
-        leak = summary["certificates"].get(label, {}).get("leak")
+        certificate = summary["certificates"].get(label, {})
+        leak = certificate.get("leak_after_rounding", certificate.get("leak"))  # the factors' where nothing is merged
         rows.append([
             label,
             *(_percent(values[key]) for key, _ in present),

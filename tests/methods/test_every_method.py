@@ -10,7 +10,7 @@ from torch import nn
 
 from keeplora.lora import linear_targets, peft_checkpoint
 from keeplora.math import extend_basis
-from keeplora.methods import METHODS, create
+from keeplora.methods import METHODS, create, load
 from keeplora.methods.lora_method import LoraMethod
 from tests.methods.contract import (
     LOOKS_AFTER,
@@ -149,6 +149,16 @@ def test_a_model_without_linear_layers_is_refused_by_what_adapts_them(name):
         pytest.skip("it asks for image features before it asks for layers")
     with pytest.raises(ValueError, match=r"select_targets: targets must .*got a model without"):
         make(name, nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten()))
+
+
+def test_what_is_no_model_and_what_are_no_settings_is_refused(name):
+    with pytest.raises(TypeError, match=r"create: model must be a torch.nn.Module, got str\. Load the model"):
+        create(name, "a/model")
+    method = make(name)
+    with pytest.raises(TypeError, match=r"config must be a \w+, got builtins.dict\. Make one"):
+        type(method)(method.base if name == "lines" else Net(), {"r": 4})
+    with pytest.raises(TypeError, match=r"load: model must be a torch.nn.Module, got str"):
+        load(Net(), "folder")  # swapped
 
 
 def test_a_rank_that_no_layer_can_hold_is_refused_before_any_training(name):

@@ -123,6 +123,17 @@ def test_the_plan_says_what_a_7b_model_takes():
     assert sharded["training"] < 0.5 * totals["training"]
 
 
+def test_a_tiny_model_has_figures_that_are_not_all_zeros(tmp_path):
+    tf.LlamaConfig(**TEXT).save_pretrained(tmp_path)
+    found = plan(str(tmp_path), Setting(gpus=1, rank=RANK), cards=[24])
+    text = str(found)
+    numbers = [word for line in text.split("GB on one GPU")[1].splitlines() for word in line.split()]
+    assert not {"0.0", "0.00"} & set(numbers)
+    assert f"{found.moments[1][0][1][0].total / 1e9:.2g}" in numbers
+    assert "64 or more, PEFT 64 or more" in text
+    assert " M parameters" in text
+
+
 def test_a_method_without_bases_and_checkpointing_take_less():
     base = plan("llava-1.5-7b", Setting(gpus=1), cards=[24])
     lora = plan("llava-1.5-7b", Setting(gpus=1, method="lora"), cards=[24])

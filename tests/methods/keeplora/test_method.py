@@ -377,3 +377,12 @@ def test_states_of_other_models_are_refused(tmp_path):
         keeper.basis("nowhere")
     with pytest.raises(StateError):
         KeepLora.load(tmp_path / "nothing", Net())
+
+
+def test_what_is_no_model_and_what_are_no_settings_is_refused():
+    with pytest.raises(TypeError, match=r"KeepLora: model must be a torch.nn.Module, got str\. Load the model first"):
+        KeepLora("a/model")
+    with pytest.raises(TypeError, match=r"config must be a KeepLoraConfig, got builtins.dict\. Make one: KeepLora"):
+        KeepLora(nn.Linear(8, 8), {"r": 4})
+    with pytest.raises(TypeError, match=r"load: model must be a torch.nn.Module, got str"):
+        KeepLora.load(nn.Linear(8, 8), "folder")  # swapped

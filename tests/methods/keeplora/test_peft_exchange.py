@@ -365,3 +365,11 @@ def test_an_adapter_of_an_earlier_day_becomes_an_open_task(tmp_path):
     keeper.import_peft(FIXTURE)
     same(logits(keeper.model), load_file(FIXTURE / "expected.safetensors")["logits"])
     assert keeper.after_task(task(1), loss_fn).leak <= 1e-6
+
+
+def test_a_model_that_holds_adapters_of_peft_is_refused_and_its_merged_base_is_not():
+    model = get_peft_model(net(), lora())
+    for held in (model, model.get_base_model()):
+        with pytest.raises(TypeError, match=r"must not hold adapters of PEFT, got Linear at .*up.*keeplora.initialize"):
+            KeepLora(held, CONFIG)
+    KeepLora(model.merge_and_unload(), CONFIG)
