@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.harness import recorded_bytes
 from bench.run import machine
@@ -61,7 +62,7 @@ def storages(tensors: Iterator[Tensor]) -> dict[int, int]:
     """Bytes by address."""
     held = {}
     for tensor in tensors:
-        if tensor.device.type != "meta":
+        if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
     return held

@@ -88,13 +88,13 @@ def test_who_is_torn_out_of_an_exchange_says_nothing_more(monkeypatch):
     """It is out of step: another exchange would meet the others in the middle of theirs."""
     calls = []
 
-    def torn(replies, value):
+    def torn(replies, value, group=None):
         calls.append(value)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "all_gather_object", torn)
     with pytest.raises(KeyboardInterrupt), processes().together():
         processes().gather(1)
@@ -102,12 +102,12 @@ def test_who_is_torn_out_of_an_exchange_says_nothing_more(monkeypatch):
 
 
 def test_an_exchange_without_an_answer_is_a_peer_error(monkeypatch):
-    def gone(*_):
+    def gone(*_, **__):
         raise RuntimeError("Connection closed by peer\nand more")
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "all_gather_object", gone)
     monkeypatch.setattr(dist, "all_reduce", gone)
     for exchange in (lambda: processes().gather(1), lambda: processes().add(None)):

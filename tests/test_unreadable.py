@@ -23,13 +23,16 @@ from keeplora.methods.settings import ConfigError
 from keeplora.methods.state import read_state
 from keeplora.train.config import load_config, parse_config
 from keeplora.train.record import RunRecord, claim_folder, load_progress, load_result, save_progress, save_result
-from tests.integrations.one_layer import Classifier, make_keeper
+from tests.integrations.one_layer import Classifier, batches, make_keeper, task_data
+from tests.integrations.one_layer import loss_fn as one_loss
 
 RUN = {"benchmark": "tiny_workload:workload", "methods": ["lora"], "epochs": 1}
 
 
 def state(folder):
-    make_keeper().save(folder)
+    keeper = make_keeper()
+    keeper.before_task(batches(task_data(0)), one_loss)  # from now on there are tensors
+    keeper.save(folder)
 
 
 def peft_state(folder):

@@ -179,7 +179,9 @@ def load(
 
     Examples:
         >>> import tempfile
-        >>> make = lambda: nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+        >>> def make():
+        ...     _ = torch.manual_seed(0)  # stands for loading the checkpoint
+        ...     return nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
         >>> method = create("lora", make(), {"r": 2, "target_modules": "all-linear"})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     method.save(folder)

@@ -57,9 +57,17 @@ def thin_matmul(x: Tensor, a: Tensor, *, scale: float = 1.0) -> Tensor:
     return result
 
 
+_LONG, _BLOCK = 1 << 15, 512
+"""Sums of more terms than that are summed in blocks, as the kernels do: added one by one, small ones would be lost."""
+
+
 def _reference(x: Tensor, a: Tensor, scale: float) -> Tensor:
     acc = wide(x.dtype, a.dtype)
-    return (x.to(acc) @ a.to(acc).T) * scale
+    x, a = x.to(acc), a.to(acc)
+    if x.shape[1] <= _LONG:
+        return (x @ a.T) * scale
+    pieces = zip(x.split(_BLOCK, 1), a.split(_BLOCK, 1), strict=True)
+    return torch.stack([piece @ other.T for piece, other in pieces]).sum(0) * scale
 
 
 def _fake(x: Tensor, a: Tensor, scale: float) -> Tensor:

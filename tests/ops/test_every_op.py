@@ -67,7 +67,7 @@ def test_writes_in_place_only_where_declared(op, device):
 @EVERY_OP
 def test_is_public_and_has_its_own_test_file(op, request):
     function = getattr(keeplora.ops, op.name)
-    assert all(part in function.__doc__ for part in (".. math::", "Args:", "Returns:", "Raises:", "Source:", ">>>"))
+    assert all(part in function.__doc__ for part in ("$$", "Args:", "Returns:", "Raises:", "Source:", ">>>"))
     assert (request.path.parent / f"test_{op.name}.py").exists()
 
 

@@ -205,7 +205,7 @@ FUNCTIONS = {
 
 def test_no_custom_function_returns_its_input_or_a_view_of_it():
     for module in pkgutil.walk_packages(keeplora.__path__, "keeplora."):
-        if module.name.rpartition(".")[2] != "__main__":
+        if module.name.rpartition(".")[2] not in ("__main__", "_cpu", "_cuda"):  # libraries are no modules
             importlib.import_module(module.name)
     ours = {c for c in torch.autograd.Function.__subclasses__() if c.__module__.startswith("keeplora.")}
     assert ours - {_Flash} == set(FUNCTIONS), "name arguments for a new Function above"
