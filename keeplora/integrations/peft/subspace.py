@@ -122,6 +122,11 @@ def initialize(
         True
     """
     require_kinds("initialize", state, config)
+    if not callable(loss_fn):  # it is easily swapped with the loader
+        raise TypeError(
+            f"initialize: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
+            "Call initialize(model, loader, loss_fn)."
+        )
     if state is None:
         adapter = find_adapter("initialize", model, adapter_name, targets=targets)
         state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))

@@ -286,6 +286,11 @@ def test_calls_out_of_order():
         keeplora.update_subspace(model, task(1), state)
 
 
+def test_a_loader_and_a_loss_that_are_swapped_are_named():
+    with pytest.raises(TypeError, match=r"initialize: loss_fn must be a function of \(model, batch\), got list\. Call"):
+        keeplora.initialize(stock(), loss_fn, task(0))
+
+
 def test_arguments_of_another_kind_are_named():
     model = stock(net())
     with pytest.raises(TypeError, match=r"initialize: state must be a SubspaceState .* got KeepLoraConfig.* config="):
