@@ -179,6 +179,7 @@ def load(
 
     Examples:
         >>> import tempfile
+        >>> import torch
         >>> def make():
         ...     _ = torch.manual_seed(0)  # stands for loading the checkpoint
         ...     return nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)

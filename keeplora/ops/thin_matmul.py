@@ -66,7 +66,7 @@ def _reference(x: Tensor, a: Tensor, scale: float) -> Tensor:
     x, a = x.to(acc), a.to(acc)
     if x.shape[1] <= _LONG:
         return (x @ a.T) * scale
-    pieces = zip(x.split(_BLOCK, 1), a.split(_BLOCK, 1), strict=True)
+    pieces = zip(torch.split(x, _BLOCK, 1), torch.split(a, _BLOCK, 1), strict=True)
     return torch.stack([piece @ other.T for piece, other in pieces]).sum(0) * scale
 
 
