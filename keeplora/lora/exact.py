@@ -47,6 +47,8 @@ class Exact:
         known: Whether the weight is W₀ and what was merged, and nothing else has been written to it.
         on_device: Whether a weight in half precision has its exact value beside it on the device.
         fresh: The updates that were merged since this was emptied.
+        first: Of a weight whose rows are shared out over processes (``keeplora.lora.shares``) the first that is here.
+            Every process keeps whole updates, and adds their rows to its own.
     """
 
     def __init__(self) -> None:
@@ -57,6 +59,7 @@ class Exact:
         self.known = True
         self.on_device = False
         self.fresh: list[Update] = []
+        self.first: int | None = None
         self._pretrained: str | None = None  # the hash of W₀,
         self._written: str | None = None  # and of what was written last; None before
 
@@ -169,12 +172,14 @@ class Exact:
         if self.total is not None:
             wide = wide + self.total.to(wide.device)
         for update in self.learned or ():
-            wide = _added(wide, update)
+            wide = self._added(wide, update)
         return wide
 
     def _condense(self, weight: Tensor) -> bool:
         """Keep the sum of all updates where it is smaller than all of them."""
         assert self.learned is not None
+        if self.first is not None:
+            return False
         out, width = weight.shape
         had = self.total is not None
         if not had and sum(update.rank for update in self.learned) * (out + width) <= out * width:
@@ -183,11 +188,11 @@ class Exact:
         if self.total is not None:
             total = self.total.to(weight.device)
         for update in self.learned:
-            total = _added(total, update)
+            total = self._added(total, update)
         self.total, self.learned = to_host(total), []
         return not had
 
-
-def _added(weight: Tensor, update: Update) -> Tensor:
-    a, b = update.a.to(weight.device), update.b.to(weight.device)
-    return merge_weights([weight], [a], [b], scale=update.scaling)[0]
+    def _added(self, weight: Tensor, update: Update) -> Tensor:
+        first = self.first or 0
+        a, b = update.a.to(weight.device), update.b[first : first + len(weight)].to(weight.device)
+        return merge_weights([weight], [a], [b], scale=update.scaling)[0]
