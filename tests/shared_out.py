@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import keeplora
@@ -41,10 +42,10 @@ def llama(dtype="float32"):
     return model.to(getattr(torch, dtype)).requires_grad_(False)
 
 
-def sharded(dtype="float32"):
+def sharded(dtype="float32", mesh=None):
     model = llama(dtype)
     for module in (*model.model.layers, model):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     return model
 
 
@@ -56,6 +57,51 @@ def batches(rank, count, task):
 
 def loss_fn(model, batch):
     return model(**batch).loss
+
+
+def plain_lora(model, members):
+    """Two tasks of LoRA, which looks at no data."""
+    method = keeplora.create("lora", model, {"r": 2, "target_modules": "all-linear"})
+    for task in range(2):
+        method.before_task([], loss_fn)
+        train(method, members, task)
+        method.after_task([])
+    return [whole(slot.weight) for slot in method.slots]
+
+
+def saved(folder, rank):
+    """A task closed and one open, saved by three processes; what they hold, and the first two of them load."""
+    path, pair = Path(folder) / "state", dist.new_group([0, 1])
+    keeper = KeepLora(sharded(), KeepLoraConfig(**SETTINGS))
+    keeper.before_task(batches(rank, 2, 0), loss_fn)
+    keeper.save(Path(folder) / "first")  # before anything is merged
+    train(keeper, [rank], 0)
+    keeper.after_task(batches(rank, 2, 0))
+    keeper.before_task(batches(rank, 2, 1), loss_fn)
+    train(keeper, [rank], 1)
+    keeper.save(path)
+    found = {"three": held(keeper)}
+    other = sharded()
+    with torch.no_grad():
+        other.lm_head.weight.to_local().add_(0.25 if rank == 1 else 0.0)
+    found["other model"] = error_of(lambda: KeepLora.load(path, other))
+    if rank < 2:
+        two = KeepLora.load(path, sharded(mesh=DeviceMesh.from_group(pair, "cpu")), group=pair)
+        found["two"] = held(two)
+        two.save(Path(folder) / "again")
+        train(two, [rank], 1)
+        two.after_task(batches(rank, 2, 1), loss_fn)
+        found["two, closed"] = held(two)
+    keeper.slots[0].local.rows.add_(float(rank == 2))
+    found["written to"] = error_of(lambda: keeper.save(Path(folder) / "never"))
+    return found
+
+
+def held(keeper):
+    """Copies."""
+    open_ones = [slot.adapter for slot in keeper.slots if slot.adapter is not None]
+    adapters = [(adapter.A.detach().clone(), adapter.B.detach().clone()) for adapter in open_ones]
+    return [[whole(s.weight) for s in keeper.slots], [keeper.basis(s.name) for s in keeper.slots], adapters]
 
 
 def train(keeper, members, task):
@@ -120,7 +166,7 @@ def refusals():
 
     return {
         "merged": fails(lambda model: KeepLora(model, KeepLoraConfig(**SETTINGS | {"forward": "merged"}))),
-        "lora": fails(lambda model: keeplora.create("lora", model)),
+        "inflora": fails(lambda model: keeplora.create("inflora", model)),
         "gpm": fails(lambda model: keeplora.create("gpm", model)),
         "requires_grad": fails(trained),
         "a layer itself": fails(around),
@@ -153,7 +199,7 @@ def failures(rank):
     found["nothing"] = error_of(lambda: keeper.before_task([], loss_fn))
     found["group"] = error_of(lambda: keeper.before_task(data, loss_fn, group=alone))
     keeper.before_task(data, loss_fn)
-    found["saved"] = [error_of(keeper.state), error_of(keeper.digest), error_of(lambda: keeper.save("nowhere"))]
+    found["copied"] = [error_of(keeper.state), error_of(keeper.digest), error_of(lambda: keeper.export_peft("nowhere"))]
     train(keeper, [rank], 0)
     keeper.trainable_parameters()[0].data[0, 0] += rank
     found["apart"] = error_of(lambda: keeper.after_task(data))
@@ -169,6 +215,7 @@ def work(rank, folder):
     store = dist.FileStore(str(Path(folder) / "store"), 3)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=60))
     found = {name: life(sharded(dtype), counts, [rank], more) for name, (dtype, counts, more) in LIVES.items()}
-    found |= {"refusals": refusals(), "failures": failures(rank)}
+    found |= {"refusals": refusals(), "failures": failures(rank), "lora": plain_lora(sharded(), [rank])}
+    found["saved"] = saved(folder, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

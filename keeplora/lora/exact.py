@@ -60,7 +60,7 @@ class Exact:
         self.on_device = False
         self.fresh: list[Update] = []
         self.first: int | None = None
-        self._pretrained: str | None = None  # the hash of W₀,
+        self.origin: str | None = None  # the hash of W₀,
         self._written: str | None = None  # and of what was written last; None before
 
     def value(self, weight: Tensor) -> Tensor:
@@ -78,7 +78,12 @@ class Exact:
         return weight if self.known and self._written is None else None
 
     def pretrained_hash(self, weight: Tensor) -> str:
-        return hash_of(weight) if self._pretrained is None else self._pretrained
+        return hash_of(weight) if self.origin is None else self.origin
+
+    @property
+    def merged_into(self) -> bool:
+        """Whether anything was written here yet."""
+        return self._written is not None
 
     @property
     def follows(self) -> bool:
@@ -106,7 +111,8 @@ class Exact:
         """Before something is merged into ``weight``."""
         self.settle(weight)
         if self.known and self._written is None:
-            self._pretrained = hash_of(weight)
+            if self.origin is None or self.first is None:
+                self.origin = hash_of(weight)
             if weight.dtype not in WIDE and not self.on_device:
                 self.start = to_host(weight)
 
@@ -136,7 +142,7 @@ class Exact:
         assert exact is not None or first is not None
         merged = bool(learned) or total is not None
         self.learned, self.total, self.known, self.fresh = learned, total, known, []
-        self._pretrained, self.start, self.master = pretrained, None, None
+        self.origin, self.start, self.master = pretrained, None, None
         narrow = weight.dtype not in WIDE
         if first is not None:
             if merged and narrow and not self.on_device:
@@ -148,7 +154,7 @@ class Exact:
         assert exact is not None
         self._write(weight, exact.to(weight.device))
         if self.known and not merged and self.master is None:
-            self._pretrained, self._written = None, None
+            self.origin, self._written = None, None
 
     def follow(self, weight: Tensor) -> None:
         """The layer was moved: what is on its device moves too."""

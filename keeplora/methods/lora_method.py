@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.distributed import average_gradients, processes
+from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
 from keeplora.families.coverage import Targets, coverage, warn_of_left_out
 from keeplora.lora import (
@@ -145,7 +145,10 @@ class LoraMethod(Published):
         for slot in self.slots:
             slot.exact.fresh.clear()
         self._require("after_task", task=True)
-        base = None if self._shared_out else self.known_base()
+        with processes(self.group).together():
+            base = self.known_base()
+            if self._shared_out:
+                self.pretrained_hashes()
         report = super().after_task(loader, loss_fn)
         self.base_hashes = base
         worst = getattr(report, "worst", None)
@@ -229,8 +232,7 @@ class LoraMethod(Published):
         for slot, adapter in zip(self.slots, adapters, strict=True):
             if adapter is not None:
                 slot.attach(adapter)
-        if self._shared_out:
-            average_gradients([parameter for _, parameter in self.named_trained()], processes())
+        self.average_gradients()
 
     def merge_adapters(self) -> None:
         """Add every open adapter to its weight."""

@@ -100,7 +100,7 @@ class KeepLora(LoraMethod):
     name: ClassVar[str] = "keeplora"
     config_type: ClassVar[type] = KeepLoraConfig
     on_shares: ClassVar[frozenset[str]] = frozenset(
-        {"made", "before_task", "optimizer", "confine", "after_task", "merge"}
+        {"made", "before_task", "optimizer", "confine", "after_task", "merge", "save", "load", "load_state"}
     )
     config: KeepLoraConfig
 
