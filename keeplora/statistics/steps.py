@@ -62,7 +62,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
             vars(error)["told_peers"] = True  # they are not where they could be told
             add_note(
                 error,
-                "Weights are shared out by FSDP2, and the other processes wait in the middle of this step. They end "
-                "when this process does: let it end.",
+                "Weights are shared out by FSDP2: in the middle of a step no process can tell another what has failed. "
+                "The others end when this one does: let it end, and look for the first error of all.",
             )
         raise
