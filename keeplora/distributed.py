@@ -6,7 +6,7 @@ The only module that imports torch.distributed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "PeerError", "Processes", "processes", "together"]
+__all__ = ["Group", "PeerError", "Processes", "average_gradients", "processes", "together"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -100,6 +100,39 @@ class Processes:
             with _in_step():
                 dist.all_reduce(tensor, group=self.group)
 
+    def sum_of(self, value: float) -> float:
+        """Of a number of every process, added up in the order of ranks: the same bits everywhere."""
+        return sum(self.gather(value))
+
+    def rows_to(self, owner: int, rows: Tensor, count: int) -> Tensor | None:
+        """``count`` rows of a matrix that all processes hold some of, in the order of ranks, at ``owner``; else None.
+
+        Every process but the last ones holds ``⌈count / size⌉``.
+        """
+        if self.size == 1:
+            return rows
+        mine = rows.new_zeros(-(-count // self.size), rows.shape[1])
+        mine[: len(rows)] = rows
+        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == owner else None
+        with _in_step():
+            dist.gather(mine, parts, group=self.group, group_dst=owner)
+        return None if parts is None else torch.cat(parts)[:count]
+
+    def broadcast(self, owner: int, tensor: Tensor | None, like: Tensor) -> Tensor:
+        """The matrix that ``owner`` has, in every process, on the device of ``like``."""
+        if self.size == 1:
+            assert tensor is not None
+            return tensor
+        shape, dtype = self.gather(None if tensor is None else (tuple(tensor.shape), tensor.dtype))[owner] or (
+            (0,),
+            None,
+        )
+        sent = torch.empty(shape, dtype=dtype, device=like.device) if tensor is None else tensor.contiguous()
+        if sent.numel():
+            with _in_step():
+                dist.broadcast(sent, group=self.group, group_src=owner)
+        return sent
+
     def require_same(self, function: str, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors that differ between processes, by their sums in float64.
 
@@ -144,6 +177,35 @@ def _in_step() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as error:
         vars(error)["told_peers"] = True
         raise
+
+
+def average_gradients(parameters: Sequence[Tensor], peers: Processes) -> None:
+    """From now on every backward pass leaves the mean over all processes in ``grad``, as under DDP.
+
+    One all-reduce of one flat buffer, at the end of the backward pass: before gradients are clipped. What earlier
+    passes have accumulated is the same everywhere and stays as it is.
+    """
+    if peers.size == 1 or not parameters:
+        return
+    waiting: list[bool] = []
+
+    def average() -> None:
+        waiting.clear()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        peers.add(flat)
+        means = torch.split(flat / peers.size, [p.numel() for p in parameters])
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+
+    def arrived(_: Tensor) -> None:
+        if not waiting:
+            waiting.append(True)
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(average)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
 
 
 def processes(group: Group | None = None) -> Processes:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .shares import DTENSORS, MODULES, is_dtensor, is_shared_out, unfit
+
 __all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_module", "require_whole"]
 
 Seen = Callable[[nn.Module], str]
@@ -38,9 +40,12 @@ class Engine:
     remedy: str
     where: Literal["model", "inside", "adapted"] = "model"
 
-    def error(self, function: str, what: str) -> TypeError:
-        """What a call says that has met it."""
+    def error(self, function: str, what: str, fault: str = "") -> TypeError:
+        """What a call says that has met it; ``fault``: what keeps it from being welcome."""
         must = "weights must be whole and on their device"
+        if fault:
+            must += ", or frozen and cut into rows over all processes by fully_shard"
+            return TypeError(f"{function}: {must}, got {what} ({self.name}): {fault}. {_FREEZE_FIRST} {self.remedy}")
         return TypeError(f"{function}: {must}, got {what} ({self.name}): {self.why}. {self.remedy}")
 
 
@@ -57,6 +62,7 @@ def require_whole(
     *,
     around: bool = False,
     structure: bool = False,
+    shares: bool = False,
 ) -> None:
     """Refuse a model whose weights are not all here, in one piece and in numbers that can be read.
 
@@ -65,6 +71,7 @@ def require_whole(
         adapted: Paths of the modules that get adapters.
         around: Whether ``model`` is what a loop trains, which may be an engine around the method's own.
         structure: Whether a model that is on the meta device as a whole will do, to look at its targets.
+        shares: Whether rows of frozen weights will do, as FSDP2 leaves them to each process.
 
     Raises:
         TypeError: no module; or an engine of ``ENGINES`` is there: the module and its class are named.
@@ -72,13 +79,16 @@ def require_whole(
     require_module(function, model)
     wanted = set(adapted)
     bare = structure and all(parameter.is_meta for parameter in model.parameters())
+    shared = shares and is_shared_out(model)
+    fault = unfit(model) if shared else ""
+    welcome = (FSDP2, TENSOR_PARALLEL) if shared and not fault else ()
     for path, module in model.named_modules():
         for engine in ENGINES:
             elsewhere = engine.where == "adapted" and path not in wanted
             if elsewhere or (around and engine.where == "inside") or (bare and engine is NO_VALUES):
                 continue
-            if what := engine.seen(module):
-                raise engine.error(function, f"{what} at {path or 'the model itself'}")
+            if engine not in welcome and (what := engine.seen(module)):
+                raise engine.error(function, f"{what} at {path or 'the model itself'}", fault)
 
 
 def _class_of(value: object) -> str:
@@ -139,7 +149,7 @@ def _offloaded(module: nn.Module) -> str:
 
 def _unreadable(parameter: Tensor) -> bool:
     """Whether these numbers are in a code of some library's own."""
-    known = type(parameter) in (nn.Parameter, Tensor) or is_lazy(parameter)
+    known = type(parameter) in (nn.Parameter, Tensor) or is_lazy(parameter) or is_dtensor(parameter)
     return not (known and (parameter.is_floating_point() or parameter.is_complex()))
 
 
@@ -152,7 +162,9 @@ def _packed(module: nn.Module) -> str:
     return f"{name} of {_class_of(module)}" if name else ""
 
 
-_FSDP2 = "torch.distributed.fsdp."
+_FREEZE_FIRST = (
+    "Call model.requires_grad_(False), then fully_shard with a mesh of one dimension and without offloading."
+)
 _WHOLE_COPY = "Keep the model whole in every process and train under DistributedDataParallel, made after before_task."
 
 DATA_PARALLEL = Engine(
@@ -163,6 +175,21 @@ DATA_PARALLEL = Engine(
     "CUDA_VISIBLE_DEVICES=0.",
 )
 """Trainer puts it around the model where one process has several GPUs."""
+
+FSDP2 = Engine(
+    "FSDP2",
+    _instance_of(*MODULES),
+    "fully_shard leaves a share of every weight's rows in each process",
+    _WHOLE_COPY,
+)
+"""Welcome to methods that work with rows, in the calls that do: ``require_whole(shares=True)``."""
+
+TENSOR_PARALLEL = Engine(
+    "tensor parallel",
+    _of_type(*DTENSORS),
+    "a DTensor holds this process's share of a weight",
+    f"Load the model without tp_plan or parallelize_module. {_WHOLE_COPY}",
+)
 
 NO_VALUES = Engine(
     "no values",
@@ -182,20 +209,8 @@ ENGINES: tuple[Engine, ...] = (
         "it cuts weights up and joins them in one flat parameter",
         f"{_WHOLE_COPY} Where Trainer or accelerate made it, take the FSDP plugin out of their settings.",
     ),
-    Engine(
-        "FSDP2",
-        _instance_of(
-            f"{_FSDP2}FSDPModule", f"{_FSDP2}_fully_shard.FSDPModule", f"{_FSDP2}_fully_shard._fully_shard.FSDPModule"
-        ),
-        "fully_shard leaves a share of every weight's rows in each process",
-        _WHOLE_COPY,
-    ),
-    Engine(
-        "tensor parallel",
-        _of_type("torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor"),
-        "a DTensor holds this process's share of a weight",
-        f"Load the model without tp_plan or parallelize_module. {_WHOLE_COPY}",
-    ),
+    FSDP2,
+    TENSOR_PARALLEL,
     Engine(
         "DeepSpeed",
         _any(

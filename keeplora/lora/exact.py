@@ -49,6 +49,8 @@ class Exact:
         known: Whether the weight is W₀ and what was merged, and nothing else has been written to it.
         on_device: Whether a weight in half precision has its exact value beside it on the device.
         fresh: The updates that were merged since this was emptied.
+        first: Of a weight whose rows are shared out over processes (``keeplora.lora.shares``) the first that is here.
+            Every process keeps whole updates, and adds their rows to its own.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,8 @@ class Exact:
         self.known = True
         self.on_device = False
         self.fresh: list[Update] = []
-        self._pretrained: str | None = None  # the hash of W₀,
+        self.first: int | None = None
+        self.origin: str | None = None  # the hash of W₀,
         self._written: str | None = None  # and of what was written last; None before
 
     def value(self, weight: Tensor) -> Tensor:
@@ -77,7 +80,12 @@ class Exact:
         return weight if self.known and self._written is None else None
 
     def pretrained_hash(self, weight: Tensor) -> str:
-        return hash_of(weight) if self._pretrained is None else self._pretrained
+        return hash_of(weight) if self.origin is None else self.origin
+
+    @property
+    def merged_into(self) -> bool:
+        """Whether anything was written here yet."""
+        return self._written is not None
 
     @property
     def follows(self) -> bool:
@@ -105,7 +113,8 @@ class Exact:
         """Before something is merged into ``weight``."""
         self.settle(weight)
         if self.known and self._written is None:
-            self._pretrained = hash_of(weight)
+            if self.origin is None or self.first is None:
+                self.origin = hash_of(weight)
             if weight.dtype not in WIDE and not self.on_device:
                 self.start = to_host(weight)
 
@@ -135,7 +144,7 @@ class Exact:
         assert exact is not None or first is not None
         merged = bool(learned) or total is not None
         self.learned, self.total, self.known, self.fresh = learned, total, known, []
-        self._pretrained, self.start, self.master = pretrained, None, None
+        self.origin, self.start, self.master = pretrained, None, None
         narrow = weight.dtype not in WIDE
         if first is not None:
             if merged and narrow and not self.on_device:
@@ -147,7 +156,7 @@ class Exact:
         assert exact is not None
         self._write(weight, exact.to(weight.device))
         if self.known and not merged and self.master is None:
-            self._pretrained, self._written = None, None
+            self.origin, self._written = None, None
 
     def follow(self, weight: Tensor) -> None:
         """The layer was moved: what is on its device moves too."""
@@ -171,12 +180,14 @@ class Exact:
         if self.total is not None:
             wide = wide + self.total.to(wide.device)
         for update in self.learned or ():
-            wide = _added(wide, update)
+            wide = self._added(wide, update)
         return wide
 
     def _condense(self, weight: Tensor) -> bool:
         """Keep the sum of all updates where it is smaller than all of them."""
         assert self.learned is not None
+        if self.first is not None:
+            return False
         out, width = weight.shape
         had = self.total is not None
         if not had and sum(update.rank for update in self.learned) * (out + width) <= out * width:
@@ -185,11 +196,11 @@ class Exact:
         if self.total is not None:
             total = self.total.to(weight.device)
         for update in self.learned:
-            total = _added(total, update)
+            total = self._added(total, update)
         self.total, self.learned = to_host(total), []
         return not had
 
-
-def _added(weight: Tensor, update: Update) -> Tensor:
-    a, b = update.a.to(weight.device), update.b.to(weight.device)
-    return merge_weights([weight], [a], [b], scale=update.scaling)[0]
+    def _added(self, weight: Tensor, update: Update) -> Tensor:
+        first = self.first or 0
+        a, b = update.a.to(weight.device), update.b[first : first + len(weight)].to(weight.device)
+        return merge_weights([weight], [a], [b], scale=update.scaling)[0]

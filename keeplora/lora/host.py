@@ -39,6 +39,8 @@ class LoraHost(nn.Module):
     to_merge: dict[str, torch.dtype]
     """Weights that the running forward had to merge by itself, and the dtype it multiplied in."""
     merged_ahead: dict[str, Ahead]
+    taken_over: type[nn.Linear] | None
+    """The layer's own class, where it is the same object as before."""
 
     def _init_host(self) -> None:
         self.slots = nn.ModuleDict().train(self.training)
@@ -48,6 +50,7 @@ class LoraHost(nn.Module):
         self.forward_mode = "auto"
         self.to_merge = {}
         self.merged_ahead = {}
+        self.taken_over = None
 
     @abstractmethod
     def plain(self) -> nn.Module:

@@ -45,6 +45,16 @@ class LoraLinear(LoraHost, nn.Linear):
         self.train(base.training)
         self._init_host()
 
+    @classmethod
+    def in_place(cls, base: nn.Linear) -> LoraLinear:
+        """``base`` itself, whose class changes: FSDP2 knows modules, and would not know another."""
+        kind = type(base)
+        base.__class__ = cls
+        assert isinstance(base, LoraLinear)
+        base._init_host()
+        base.taken_over, base.forward_mode = kind, "factored"
+        return base
+
     def forward(self, x: Tensor) -> Tensor:
         """``[…, in]`` to ``[…, out]``, by the formula above."""
         if self.observer is not None:
@@ -52,7 +62,13 @@ class LoraLinear(LoraHost, nn.Linear):
         return own_linear(self, x, "weight", self.bias)
 
     def plain(self) -> nn.Linear:
-        """An ``nn.Linear`` around the same parameters, without adapters."""
+        """An ``nn.Linear`` around the same parameters, without adapters; the layer itself, if it was ``in_place``."""
+        if self.taken_over is not None:
+            kind = self.taken_over
+            for name in LoraHost.__annotations__:
+                delattr(self, name)
+            self.__class__ = kind  # type: ignore[assignment]
+            return self
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = self.weight, self.bias
         return layer.train(self.training)

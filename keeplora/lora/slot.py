@@ -15,6 +15,7 @@ from keeplora.ops.merge_weights import merge_weights
 
 from .adapter import LoraAdapter
 from .exact import Exact, exact_dtype
+from .shares import LocalRows, rows_of
 from .targets import Target
 from .update import Update, to_host
 
@@ -74,19 +75,28 @@ class LoraSlot(nn.Module):
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     @property
+    def local(self) -> LocalRows:
+        """The rows of the weight that are in this process: all of them, unless FSDP2 has shared them out."""
+        return rows_of(self.weight)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A matrix where the weight is, by default in its dtype."""
+        return torch.zeros(shape, dtype=dtype or self.weight.dtype, device=self.weight.device)
+
+    @property
     def exact_dtype(self) -> torch.dtype:
         """What the weight before rounding, and what is learned of it, are held in: float64 or float32."""
         return exact_dtype(self.weight)
 
     @property
     def exact_weight(self) -> Tensor:
-        """The weight before rounding to the layer's dtype, float32 where that is half precision."""
-        return self.exact.value(self.weight)
+        """The weight before rounding to the layer's dtype, float32 where that is half precision: its rows here."""
+        return self.exact.value(self.local.rows)
 
     @torch.no_grad()
     def set_exact_weight(self, exact: Tensor) -> None:
         """Put a weight into the layer, rounded once; what it was before rounding is remembered."""
-        self.exact.set(self.weight, exact)
+        self.exact.set(self.local.rows, exact)
 
     @property
     def learned(self) -> list[Update] | None:
@@ -97,7 +107,7 @@ class LoraSlot(nn.Module):
     @torch.no_grad()
     def forget(self) -> None:
         """No longer know the updates that the weight is made of: for methods that write what no update tells."""
-        self.exact.forget(self.weight)
+        self.exact.forget(self.local.rows)
 
     def attach(self, adapter: LoraAdapter) -> None:
         """Put an adapter here. One that is there already is a ``RuntimeError``, wrong shapes are a ``ValueError``."""
@@ -117,7 +127,7 @@ class LoraSlot(nn.Module):
 
     def begin_merge(self) -> None:
         """What must be remembered before an update is added to the weight."""
-        self.exact.begin(self.weight)
+        self.exact.begin(self.local.rows)
 
     def merge(self) -> None:
         """[`merge_adapters`][] of this slot alone."""
@@ -151,15 +161,16 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
         members = [(held[i][0], held[i][1].plain()) for i in group]
         for slot, _ in members:
             slot.begin_merge()
+        places = [slot.local for slot, _ in members]
         merged = merge_weights(
             [slot.exact_weight for slot, _ in members],
             [adapter.A.detach() for _, adapter in members],
-            [adapter.update().detach() for _, adapter in members],
+            [local.of(adapter.update().detach()) for local, (_, adapter) in zip(places, members, strict=True)],
             scale=[adapter.scaling for _, adapter in members],
         )
-        for (slot, adapter), exact in zip(members, merged, strict=True):
+        for local, (slot, adapter), exact in zip(places, members, merged, strict=True):
             update = Update(to_host(adapter.A), to_host(adapter.update()), adapter.scaling)
-            if slot.exact.merged(slot.weight, exact, update):
+            if slot.exact.merged(local.rows, exact, update):
                 turned.append(slot.name)
             slot.detach()
     if turned:

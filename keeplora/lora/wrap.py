@@ -15,19 +15,24 @@ from .four_bit import keep_differentiable
 from .host import LoraHost
 from .linear import LoraLinear
 from .mixture import expert_layout
+from .shares import is_shared_out, is_wrapped
 from .slot import LoraSlot
 from .targets import Target
 
 __all__ = ["register_host", "unwrap", "wrap"]
 
 
-def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
+def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -> list[LoraSlot]:
     """Replace the layers that own ``targets`` by layers that can hold adapters; one slot per target, in order.
 
     Nothing is computed differently until an adapter is attached. Parameters stay the same objects under the
     same state-dict names. A layer that stands in several places of the model is one layer, with one adapter, in all of
     them; targets name one of the places. Either all layers are replaced or, on an error, none. Frozen 4-bit layers of
     bitsandbytes keep the layout that has a gradient (``keep_differentiable``).
+
+    Args:
+        shares: Whether FSDP2 may have left each process some rows of frozen weights. Then layers stay the same objects
+            and change their class, and compute factored: a merged weight would be whole on every process.
 
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
@@ -46,13 +51,15 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         >>> unwrap(model)[0]
         Linear(in_features=4, out_features=8, bias=True)
     """
-    replacements = _plan(model, targets)
+    replacements = _plan(model, targets, shares)
+    in_place = is_shared_out(model)
     keep_differentiable("wrap", model)  # frozen 4-bit layers, behind which gradients are wanted
     places = _places(model)
     everywhere = {path: places[id(model.get_submodule(path))] for path in replacements}
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
-        hosts[path] = kind(model.get_submodule(path))
+        layer = model.get_submodule(path)
+        hosts[path] = LoraLinear.in_place(layer) if in_place and isinstance(layer, nn.Linear) else kind(layer)
         hosts |= {
             f"{path}.{name}": child for name, child in hosts[path].named_children() if isinstance(child, LoraHost)
         }
@@ -62,6 +69,8 @@ def wrap(model: nn.Module, targets: Sequence[Target]) -> list[LoraSlot]:
         slot = target.name.rsplit(".", 1)[-1] if target.rows or isinstance(host, LoraAttention) else "weight"
         slot = slot if target.expert is None else f"{target.parameter}_{target.expert}"
         slots.append(host.add_slot(slot, target.parameter, target.rows, target))
+    if in_place:
+        return slots
     for path, host in hosts.items():
         hand_over(model.get_submodule(path), host)
     for path in sorted(replacements, key=len):  # an attention before what stands in it
@@ -88,9 +97,10 @@ def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | 
         _READ_BY[reads] = plain
 
 
-def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
+def _plan(model: nn.Module, targets: Sequence[Target], shares: bool) -> dict[str, _Kind]:
     """Which module is to be replaced by what; raises before anything changes."""
-    require_whole("wrap", model, {target.module for target in targets}, structure=True)
+    require_whole("wrap", model, {target.module for target in targets}, structure=True, shares=shares)
+    shared_out = is_shared_out(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -119,6 +129,8 @@ def _plan(model: nn.Module, targets: Sequence[Target]) -> dict[str, _Kind]:
                 f"wrap: a layer that stands in several places must be named by one of them, got "
                 f"{place_of[id(modules[path])]} and {path}, which are one layer. Leave one name out of the targets."
             )
+        if shared_out:
+            _check_shared_out(modules[path], path, target)
         plan[path] = _kind(modules[path], path, target)
         shared = owners.get(id(getattr(modules[target.module], target.parameter)), [])
         if len(shared) > 1:
@@ -170,6 +182,23 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
     return kinds[0]
 
 
+def _check_shared_out(module: nn.Module, path: str, target: Target) -> None:
+    """Of layers whose rows lie in several processes only whole linear ones can be adapted."""
+    got = ""
+    if not isinstance(module, nn.Linear):
+        got = type(module).__name__
+    elif is_wrapped(module):
+        got = "a layer that fully_shard was called with"
+    elif target.rows is not None:
+        got = f"rows {target.rows[0]} to {target.rows[1]} of a fused weight"
+    if got:
+        raise TypeError(
+            f"wrap: what FSDP2 shares out can be adapted in nn.Linear layers, as whole weights, inside of the blocks "
+            f"that fully_shard is called with, got {got} at {path!r} [{target.name}]. Leave it out of the targets, or "
+            "call fully_shard with its block."
+        )
+
+
 def _hooked(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
@@ -203,6 +232,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"unwrap: layers must not carry hooks, got some at {hooked[0]!r}. Remove them first.")
     places = _places(model)
     for path, host in hosts.items():
+        if host.taken_over is not None:
+            host.plain()
+            continue
         if path.rpartition(".")[0] in hosts:
             continue  # goes with its attention
         plain = host.plain()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["digest", "sums"]
+__all__ = ["digest", "digest_of_sums", "sums", "sums_of_rows"]
 
 BLOCK = 2**15
 """Words of 32 bits that one sum stands for."""
@@ -34,11 +35,18 @@ def digest(weights: Iterable[tuple[str, Tensor]], *, remembered: bool = False) -
             but the same words in another order, put there past the counter, through ``.data``. For hashing what is held
             on to; not for judging what somebody else made.
     """
+    return digest_of_sums(
+        (name, weight.dtype, weight.shape, b"" if weight.is_meta else sums(weight, remembered=remembered))
+        for name, weight in weights
+    )
+
+
+def digest_of_sums(entries: Iterable[tuple[str, torch.dtype, Sequence[int], bytes]]) -> str:
+    """``digest`` of tensors by names, dtypes, shapes and ``sums``."""
     result = hashlib.sha256()
-    for name, weight in weights:
-        result.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        if not weight.is_meta:
-            result.update(sums(weight, remembered=remembered))
+    for name, dtype, shape, blocks in entries:
+        result.update(f"{name} {dtype} {list(shape)}\n".encode())
+        result.update(blocks)
     return result.hexdigest()
 
 
@@ -63,8 +71,27 @@ def sums(weight: Tensor, *, remembered: bool = False) -> bytes:
     return _remembered(weight) if remembered and weight.device.type == "cpu" else _sums(weight)
 
 
+@torch.no_grad()
+def sums_of_rows(rows: Tensor, first: int, shape: Sequence[int]) -> Tensor:
+    """What rows of a tensor, from ``first`` on, give to the sums of it: those of all rows add up to ``sums``.
+
+    Shapes: rows ``[n, …]`` of a tensor of ``shape`` → int64, one number for each block of the tensor.
+    """
+    row = math.prod(shape[1:]) * rows.element_size()
+    total = torch.zeros(-(-shape[0] * row // 4) // BLOCK + 1, dtype=torch.int64, device=rows.device)
+    if rows.numel():
+        block, lead = divmod(first * row, 4 * BLOCK)
+        raw = _bytes(rows)
+        found = _sums_of_bytes(torch.cat([raw.new_zeros(lead), raw]))
+        total[block : block + len(found)] += found
+    return total
+
+
 def _sums(weight: Tensor) -> bytes:
-    raw = _bytes(weight)
+    return _sums_of_bytes(_bytes(weight)).cpu().numpy().tobytes()
+
+
+def _sums_of_bytes(raw: Tensor) -> Tensor:
     if len(raw) % 4 or raw.storage_offset() % 4:
         raw = torch.cat([raw, raw.new_zeros(-len(raw) % 4)])
     words = raw.view(torch.int32)
@@ -73,7 +100,7 @@ def _sums(weight: Tensor) -> bytes:
     portions = torch.split(blocks, torch.get_num_threads() if raw.device.type == "cpu" else 512)  # as caches hold
     found = [(portion * factors).sum(1) for portion in portions]
     found.append((words[whole:] * factors[: len(words) - whole]).sum().view(1))
-    return torch.cat(found).cpu().numpy().tobytes()
+    return torch.cat(found)
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from keeplora.lora import LoraSlot
+from keeplora.lora.shares import is_dtensor, rows_of
 from keeplora.lora.update import Update
-from keeplora.math.digest import digest
+from keeplora.math.digest import digest, digest_of_sums
+
+from .shared_sums import converted, sums_everywhere
 
 __all__ = [
     "Hashes", "base_fault", "hash_weights", "inner_of_updates", "inner_product", "is_hashes", "slot_weights",
@@ -41,10 +44,22 @@ def hash_weights(weights: Mapping[str, Tensor]) -> Hashes:
         >>> hash_weights(w)["w"]["bfloat16"] == hash_weights({"w": w["w"].bfloat16()})["w"]["bfloat16"]
         True
     """
+    if any(map(is_dtensor, weights.values())):
+        return _hash_shares(weights)
     return {
         name: {_named(dtype): _hash(weight, dtype) for dtype in _NARROWER.get(weight.dtype, (weight.dtype,))}
         for name, weight in weights.items()
     }
+
+
+def _hash_shares(weights: Mapping[str, Tensor]) -> Hashes:
+    """The same of weights whose rows lie in several processes."""
+    jobs = [(n, w, dtype) for n, w in weights.items() for dtype in _NARROWER.get(w.dtype, (w.dtype,))]
+    found = sums_everywhere([(converted(rows_of(w), dtype), w.shape) for _, w, dtype in jobs])
+    hashes: Hashes = {name: {} for name in weights}
+    for (name, weight, dtype), blocks in zip(jobs, found, strict=True):
+        hashes[name][_named(dtype)] = digest_of_sums([("", dtype, weight.shape, blocks)])[:_DIGITS]
+    return hashes
 
 
 def slot_weights(slots: Sequence[LoraSlot]) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from keeplora.lora import LoraSlot
-from keeplora.math.digest import digest
+from keeplora.lora.shares import is_dtensor, rows_of
+from keeplora.math.digest import digest, digest_of_sums, sums
 
 from .buffers import model_buffers
+from .shared_sums import sums_everywhere
 
 __all__ = ["fingerprint"]
 
@@ -28,4 +30,14 @@ def fingerprint(model: nn.Module, slots: Sequence[LoraSlot], *, buffers: bool = 
         for name, parameter in model.named_parameters()
         if id(parameter) not in changing and "keeplora_head" not in name.split(".")
     }
+    if any(map(is_dtensor, held.values())):
+        return _of_shares(held, model_buffers(model) if buffers else {})
     return digest((held | model_buffers(model) if buffers else held).items(), remembered=remembered)
+
+
+def _of_shares(held: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> str:
+    """The same where parameters lie in several processes."""
+    shared = {name: p for name, p in held.items() if is_dtensor(p)}
+    found = dict(zip(shared, sums_everywhere([(rows_of(p), p.shape) for p in shared.values()]), strict=True))
+    every: dict[str, Tensor] = {**held, **buffers}
+    return digest_of_sums((n, t.dtype, t.shape, found[n] if n in found else sums(t)) for n, t in every.items())

@@ -40,6 +40,9 @@ class SequentialLora(LoraMethod):
 
     name: ClassVar[str] = "lora"
     config_type: ClassVar[type] = LoraConfig
+    on_shares: ClassVar[frozenset[str]] = frozenset(
+        {"made", "before_task", "after_task", "merge", "save", "load", "load_state"}
+    )
     config: LoraConfig
     train_a = True
 

@@ -24,6 +24,7 @@ from keeplora.lora import (
     unwrap,
     wrap,
 )
+from keeplora.lora.shares import shared_over
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
 from .capacity import Capacity, layer_capacity
@@ -77,10 +78,11 @@ class LoraMethod(Published):
         self.certificates = []
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
-        self.slots: list[LoraSlot] = wrap(model, self.targets)
+        self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self._shared_out)
         for slot in self.slots:
             slot.exact.on_device = getattr(self.config, "exact_weights", "host") == "device"
-        self._hooks = merge_ahead(model)
+            slot.exact.first = slot.local.first if self._shared_out else None
+        self._hooks = [] if self._shared_out else merge_ahead(model)
 
     # ------------------------------------------------------------------ what a method is
 
@@ -95,7 +97,7 @@ class LoraMethod(Published):
         try:
             selected = select_targets(among, names)
         except ValueError:
-            require_whole(type(self).__name__, self.model, _meant(self.model, names))
+            require_whole(type(self).__name__, self.model, _meant(self.model, names), shares=self._shared_out)
             raise
         chosen = coverage(self.model, selected, among)
         if targets is None:
@@ -144,7 +146,10 @@ class LoraMethod(Published):
         for slot in self.slots:
             slot.exact.fresh.clear()
         self._require("after_task", task=True)
-        base = self.known_base()
+        with processes(self.group).together():
+            base = self.known_base()
+            if self._shared_out:
+                self.pretrained_hashes()
         report = super().after_task(loader, loss_fn)
         self.base_hashes = base
         worst = getattr(report, "worst", None)
@@ -153,7 +158,8 @@ class LoraMethod(Published):
         merged = [[(update.a, update.b * update.scaling) for update in updates] for updates in kept]
         for slot in self.slots:
             slot.exact.fresh.clear()
-        warn_of_size("after_task", update_size(merged, [slot.weight for slot in self.slots]))
+        everywhere = processes(self.group).sum_of if self._shared_out else float
+        warn_of_size("after_task", update_size(merged, [slot.local.rows for slot in self.slots], everywhere))
         return report
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -161,8 +167,18 @@ class LoraMethod(Published):
         adapters = [(slot.name, slot.adapter) for slot in self.slots if slot.adapter is not None]
         return [(name, p) for name, adapter in adapters for p in adapter.parameters() if p.requires_grad]
 
+    def _require_same_weights(self, function: str) -> None:
+        if self._shared_out and (over := shared_over(self.model)) != processes().size:
+            raise ValueError(
+                f"{function}: group must be the {over} processes that fully_shard shared the model out to, got "
+                f"{processes().size}. Give before_task the group of its mesh."
+            )
+        super()._require_same_weights(function)
+
     def shared_tensors(self) -> Mapping[str, Tensor]:
-        held: dict[str, Tensor] = {slot.name: slot.weight.detach() for slot in self.slots}
+        held: dict[str, Tensor] = {}
+        if not self._shared_out:  # of which every process has other rows
+            held = {slot.name: slot.weight.detach() for slot in self.slots}
         for slot in self.slots:
             if slot.adapter is not None:
                 held |= {f"{slot.name}.{name}": p.detach() for name, p in slot.adapter.named_parameters()}
@@ -217,6 +233,7 @@ class LoraMethod(Published):
         for slot, adapter in zip(self.slots, adapters, strict=True):
             if adapter is not None:
                 slot.attach(adapter)
+        self.average_gradients()
 
     def merge_adapters(self) -> None:
         """Add every open adapter to its weight."""

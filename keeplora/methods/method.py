@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 from keeplora.distributed import Group, processes
-from keeplora.lora import Target, TokenMask, require_whole, unwrap
+from keeplora.lora import Target, TokenMask, require_module, require_whole, unwrap
+from keeplora.lora.shares import is_shared_out, reshard
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
 
 from .buffers import Buffers
 from .capacity import Capacity
 from .saved import Saved
+from .settings import check_kind
 
 __all__ = ["LossFn", "Method", "freeze"]
 
@@ -55,6 +57,10 @@ class Method(Saved):
     freezes: ClassVar[bool] = True
     """Whether all but the trained parameters stays as it is while a task is open; see [`frozen_buffers`][]."""
 
+    on_shares: ClassVar[frozenset[str]] = frozenset()
+    """The public calls that work where FSDP2 has left every process some rows of each weight; construction is
+    ``"made"``. Not inherited: a method names its own."""
+
     model: nn.Module
     progress: bool | None = None
 
@@ -81,15 +87,14 @@ class Method(Saved):
         progress: bool | None = None,
     ):
         if targets is not None:
-            raise ValueError(
-                f"{type(self).__name__}: targets must be None, got {len(targets)}: {self.name!r} chooses no weights"
-            )
-        require_whole(type(self).__name__, model, structure=True)
-        if config is not None and not isinstance(config, self.config_type):
-            raise TypeError(
-                f"{type(self).__name__}: config must be a {self.config_type.__name__}, got {type(config).__module__}."
-                f"{type(config).__qualname__}. Make one: {self.config_type.__name__}(…)."
-            )
+            got = f"got {len(targets)}: {self.name!r} chooses no weights"
+            raise ValueError(f"{type(self).__name__}: targets must be None, {got}")
+        require_module(type(self).__name__, model)
+        self._shared_out = shared = self._works_on_shares("made") and is_shared_out(model)
+        require_whole(type(self).__name__, model, structure=True, shares=shared)
+        check_kind(type(self).__name__, config, self.config_type)
+        if self._shared_out:
+            reshard(model)
         self.model, self.progress = model, progress
         self.config = self.config_type() if config is None else config
         self._begin()
@@ -328,7 +333,12 @@ class Method(Saved):
     def _require(self, function: str, *, task: bool | None) -> None:
         """Refuse a call at the wrong moment, or while an engine holds the weights; ``task=None`` is any moment."""
         self._require_moment(function, task=task)
-        require_whole(function, self.model)
+        require_whole(function, self.model, shares=self._shared_out and self._works_on_shares(function))
+        if self._shared_out:
+            reshard(self.model)
+
+    def _works_on_shares(self, function: str) -> bool:
+        return function in vars(type(self)).get("on_shares", ())
 
     def _require_moment(self, function: str, *, task: bool | None) -> None:
         """Refuse a call after ``merge``, one without an open task, one during a task."""

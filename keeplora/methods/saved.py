@@ -7,6 +7,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 from typing_extensions import Self
 
 from keeplora._version import __version__
+from keeplora.distributed import Group, processes
 from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap
+from keeplora.lora.shares import is_shared_out
 from keeplora.math.digest import digest
 
 from .settings import plain
@@ -46,6 +49,8 @@ class Saved(ABC):
     token_mask: TokenMask | None = None
     tasks_learned: int = 0
     training_task: bool = False
+    _shared_out: bool = False  # whether FSDP2 has cut the model into rows
+    group: Group | None = None
     _flags: dict[nn.Parameter, bool]  # requires_grad as it was before the method was made,
     _flags_before: dict[nn.Parameter, bool]  # and before the open task
 
@@ -192,7 +197,8 @@ class Saved(ABC):
         """Write the state to a folder: safetensors and JSON, atomically, without pickle.
 
         What an earlier save of this process, or the load, has on disk is not written again. Several processes may save
-        into one folder: they take turns, and the last one's state stays.
+        into one folder: they take turns, and the last one's state stays. Where FSDP2 has shared the model out all of
+        its processes call this, and the first one writes: a state that any number of them can load.
 
         Args:
             store: A folder that several states share files in, by hard links: ``state.write_state``.
@@ -200,7 +206,13 @@ class Saved(ABC):
         Raises:
             OSError: the folder cannot be written to, or another process does not get through. What was there stays.
         """
-        write_state(path, self._live_state("save"), store=store)
+        if not self._shared_out:
+            write_state(path, self._live_state("save"), store=store)
+            return
+        with processes(self.group).together():  # all know parts of it, one writes
+            state = self._live_state("save")
+            if not processes().rank:
+                write_state(path, state, store=store)
 
     @classmethod
     def load(
@@ -211,17 +223,24 @@ class Saved(ABC):
         targets: Sequence[Target] | None = None,
         token_mask: TokenMask | None = None,
         progress: bool | None = None,
+        group: Group | None = None,
     ) -> Self:
         """The method as [`save`][] found it, around the pretrained ``model`` it was made with.
+
+        Args:
+            group: The processes that share its tasks, as of ``before_task``. All of them call this where FSDP2 has
+                shared the model out to them.
 
         Raises:
             StateError: nothing there, damaged, of another version, or made with another model.
         """
-        require_whole("load", model)
-        state = read_state(path)
-        check_method(cls.name, state, f"load: {os.fspath(path)}")
-        method = resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)
-        method.token_mask = token_mask
+        shares = "load" in vars(cls).get("on_shares", ())
+        require_whole("load", model, shares=shares)
+        with processes(group).together() if shares and is_shared_out(model) else nullcontext():
+            state = read_state(path)
+            check_method(cls.name, state, f"load: {os.fspath(path)}")
+            method = resumed(made(cls, cls.config_type, state, path, model, targets=targets, progress=progress), state)
+        method.token_mask, method.group = token_mask, group
         return method
 
     @abstractmethod

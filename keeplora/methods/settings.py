@@ -22,6 +22,7 @@ __all__ = [
     "check_by_tower",
     "check_choice",
     "check_flag",
+    "check_kind",
     "check_name",
     "check_names",
     "check_range",
@@ -253,6 +254,15 @@ def _refuse(
     owner = config if isinstance(config, str) else type(config).__name__
     place = f" [{where}]" if where else ""
     raise kind(f"{owner}: {name} must {rule}, got {value!r}{place}{remedy and '. ' + remedy.removeprefix('. ')}")
+
+
+def check_kind(function: str, config: Any, kind: type) -> None:
+    """Refuse settings of another kind; None are the defaults."""
+    if config is not None and not isinstance(config, kind):
+        raise TypeError(
+            f"{function}: config must be a {kind.__name__}, got {type(config).__module__}.{type(config).__qualname__}. "
+            f"Make one: {kind.__name__}(…)."
+        )
 
 
 def plain(config: Any) -> dict[str, Any]:

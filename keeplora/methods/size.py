@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ LEAST, MOST = 5e-4, 0.5
 
 
 @torch.no_grad()
-def update_size(updates: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Sequence[Tensor]) -> float:
+def update_size(
+    updates: Sequence[Iterable[tuple[Tensor, Tensor]]],
+    weights: Sequence[Tensor],
+    everywhere: Callable[[float], float] = float,
+) -> float:
     r"""The length of all updates together, relative to that of the weights they are added to.
 
     $$
@@ -27,7 +31,8 @@ def update_size(updates: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Seq
 
     Args:
         updates: A ``[r, in]`` and B ``[out, r]`` of each update of each weight.
-        weights: ``[out, in]`` each.
+        weights: ``[out, in]`` each, or the rows of it that are in this process.
+        everywhere: The sum over all processes of what is summed over rows in each.
 
     Returns:
         0 where nothing was learned; in float64.
@@ -43,6 +48,7 @@ def update_size(updates: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Seq
         for a, b in parts:
             rows, columns = a.double(), b.double()
             moved += float(((columns.T @ columns) * (rows @ rows.T)).sum())
+    held = everywhere(held)
     return math.sqrt(max(moved, 0.0) / held) if held else 0.0
 
 

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from keeplora.distributed import average_gradients, processes
 from keeplora.lora import LoraAdapter, LoraSlot
 from keeplora.lora.exact import hash_of
+from keeplora.lora.shares import LocalRows
 from keeplora.lora.update import Update
 
 from .base_weights import Hashes, is_hashes, slot_weights
@@ -19,6 +21,7 @@ from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
 from .method import Method, freeze
 from .reading import is_figures, is_names, stored, stored_like
+from .shared_sums import hashes_everywhere
 from .state import State, StateError
 
 __all__ = ["SlotStates"]
@@ -42,6 +45,11 @@ class SlotStates(Method):
     def adapter_of(self, i: int, tensors: Mapping[str, Tensor]) -> LoraAdapter:
         """The adapter of slot ``i`` with these tensors, as its ``tensors()`` gave them."""
 
+    def average_gradients(self) -> None:
+        """Where adapters are outside of FSDP2, which averages gradients of its own parameters alone."""
+        if self._shared_out:
+            average_gradients([parameter for _, parameter in self.named_trained()], processes(self.group))
+
     def weights_state(self) -> State:
         """What was merged into the pretrained weights, and the adapters that slots hold.
 
@@ -58,7 +66,7 @@ class SlotStates(Method):
         weights, sums, altered, pretrained = [], [], [], {}
         for slot in self.slots:
             name, exact = slot.name, slot.exact
-            exact.settle(slot.weight)
+            exact.settle(slot.local.rows)
             if slot.adapter is not None:
                 mine = slot.adapter.tensors()
                 held[name] = sorted(mine)
@@ -77,7 +85,11 @@ class SlotStates(Method):
                 tensors[f"{name}.weight"] = slot.exact_weight
             if not exact.known:
                 altered.append(name)
-            pretrained[name] = exact.pretrained_hash(slot.weight) if exact.known else ""
+            if not self._shared_out:
+                pretrained[name] = exact.pretrained_hash(slot.weight) if exact.known else ""
+        if self._shared_out:
+            self._require_known()
+            pretrained = self.pretrained_hashes()
         meta = {
             "targets": [slot.name for slot in self.slots],
             "frozen": fingerprint(self.model, self.slots, buffers=self.frozen_buffers, remembered=True),
@@ -91,6 +103,24 @@ class SlotStates(Method):
             "certificates": list(self.certificates),
         }
         return State(tensors | self._moving_buffers(), meta, frozenset(lasting))
+
+    def pretrained_hashes(self) -> dict[str, str]:
+        """Of W₀ of every slot, whose rows lie in several processes, by name; remembered with the weights."""
+        unknown = [slot for slot in self.slots if slot.exact.origin is None or not slot.exact.merged_into]
+        found = hashes_everywhere([(slot.local, slot.weight.shape) for slot in unknown])
+        for slot, text in zip(unknown, found, strict=True):
+            slot.exact.origin = text
+        return {slot.name: slot.exact.origin or "" for slot in self.slots}
+
+    def _require_known(self) -> None:
+        """Rows that somebody has written to in any process are nowhere whole, and cannot be saved."""
+        mine = [slot.name for slot in self.slots if not slot.exact.known]
+        written = next((names[0] for names in processes().gather(mine) if names), None)
+        if written is not None:
+            raise StateError(
+                f"save: weights that FSDP2 shares out must be pretrained ones and what was merged, got one that "
+                f"something else has been written to [{written}]. Save on one process that holds the whole model."
+            )
 
     def whole_weights_state(self) -> State:
         """[`weights_state`][], with every weight that could not be had again from this object."""
@@ -137,6 +167,12 @@ class SlotStates(Method):
             name: _Marks(name in meta["totals"], name in meta["weights"], name in meta["altered"], pretrained[name])
             for name in names
         }
+        self._starts = dict(pretrained)
+        if self._shared_out:
+            held_here = [(slot, slot.exact.pretrained(slot.local.rows.detach())) for slot in self.slots]
+            rows = [LocalRows(slot.local.rows[:0] if w is None else w, slot.local.first) for slot, w in held_here]
+            whole = hashes_everywhere([(r, s.weight.shape) for r, s in zip(rows, self.slots, strict=True)])
+            self._starts = dict(zip(names, whole, strict=True))
         slots = [self._recall_slot(state, i, held.get(n), learned[n], marks[n]) for i, n in enumerate(names)]
         hashes, certificates = self._recall_history(state)
         if self.frozen_buffers:
@@ -212,8 +248,8 @@ class SlotStates(Method):
 
     def _check_start(self, slot: LoraSlot, learned: list[Update], total: Tensor | None, pretrained: str) -> None:
         """Refuse what does not follow from the weight that is here, or leaves the numbers of its dtype."""
-        start = slot.exact.pretrained(slot.weight.detach())
-        if start is None or hash_of(start) != pretrained:
+        start = slot.exact.pretrained(slot.local.rows.detach())
+        if start is None or (self._starts[slot.name] if self._shared_out else hash_of(start)) != pretrained:
             got = "none, since tasks were merged into them" if start is None else "others"
             raise StateError(
                 f"load_state: weights must be the pretrained ones that the state was made with, got {got} "
@@ -238,10 +274,11 @@ class SlotStates(Method):
             slot.detach()
             with torch.no_grad():
                 slot.exact.restore(
-                    slot.weight, weight, learned, total, known=not marks.altered, pretrained=marks.pretrained
+                    slot.local.rows, weight, learned, total, known=not marks.altered, pretrained=marks.pretrained
                 )
             if adapter is not None:
                 slot.attach(adapter)
+        self.average_gradients()
 
 
 class _Weights(NamedTuple):

@@ -97,7 +97,7 @@ class Plan:
             f"{s.feature_share:g} more after every task. Statistics: as memory_budget chooses on the largest card.",
         ]
         for gpus, by_tasks in self.moments.items():
-            where = "one GPU" if gpus == 1 else f"each of {gpus} GPUs, weights sharded (FSDP2, which is refused today)"
+            where = "one GPU" if gpus == 1 else f"each of {gpus} GPUs, weights sharded (FSDP2: docs/scaling.md)"
             lines += ["", _row(f"GB on {where}", [""] * 3), _row("", _BEFORE)]
             names = [moment.name for moment in by_tasks[0][1]]
             for i, name in enumerate(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from keeplora.math.factorise import plan_for
 
 from .features import FeatureKind
 from .passes import ALONE, Peers, evaluating, observing
+from .steps import in_step, steps
 
 __all__ = ["budget_of", "feature_groups", "mib"]
 
@@ -149,9 +151,9 @@ def _sharing(
             sets[-1].append(i)
 
     with peers.together(), evaluating(model), observing([*{slot.host: None for slot in slots}], look):
-        for batch in loader:
-            forward(model, batch)
-            break
+        for batch, _ in steps(model, itertools.islice(loader, 1), peers):
+            with in_step(model):
+                forward(model, batch)
         last[0] = None
     found = next((theirs for theirs in peers.gather(sets) if theirs), [])
     seen: set[int] = set()

@@ -20,6 +20,7 @@ from keeplora.ops.gram import energy_of, gram, quick_energy
 from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing, rows_that_count
+from .steps import in_step, steps
 
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics", "require_seen"]
 
@@ -92,14 +93,13 @@ def feature_statistics(
         raise ValueError(f"feature_statistics: kind must be 'second_moment', 'slot_mean' or 'sketch', got {kind!r}")
     if not 0 < sketch_share <= 1:
         raise ValueError(f"feature_statistics: sketch_share must lie in (0, 1], got {sketch_share}")
-    collector = _Collector(slots, kind, token_mask, sketch_share, seed)
-    batches = 0
+    collector, batches = _Collector(slots, kind, token_mask, sketch_share, seed), 0
     with peers.together(), evaluating(model), observing(list(collector.by_host), collector.observe):
-        for batch in loader:
-            with naming_batch("feature_statistics", batches, batch):
+        for batch, counts in steps(model, loader, peers):
+            with in_step(model), naming_batch("feature_statistics", batches, batch):
                 forward(model, batch)
             collector.end_batch(batches)
-            batches += 1
+            batches += counts
     batches = sum(peers.gather(batches))
     if batches == 0:
         raise ValueError(
@@ -306,7 +306,7 @@ class _Collector:
                 )
             rows = max(sent.rows for sent in theirs)  # of slot_mean: as many as the longest batch of any process
             width, dtype, _ = theirs[0].kind
-            part = by_name[names[0]].weight.new_zeros(rows, width, dtype=dtype)
+            part = by_name[names[0]].zeros(rows, width, dtype=dtype)
             counts = part.new_zeros(rows, 1) if self.kind == "slot_mean" else None
             if names in own:
                 mine = own.pop(names)
@@ -352,8 +352,8 @@ class _Collector:
         """What is known of a layer that no token reached."""
         width, dtype = slot.weight.shape[1], _wide(slot.weight)
         if self.kind == "sketch":
-            return FeatureStatistic(SketchedMoment(slot.weight.new_zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
-        return FeatureStatistic(slot.weight.new_zeros(width, width, dtype=dtype), 0, 0.0)
+            return FeatureStatistic(SketchedMoment(slot.zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
+        return FeatureStatistic(slot.zeros(width, width, dtype=dtype), 0, 0.0)
 
     def pool(self, sums: Sequence[_Sum], slot: LoraSlot) -> FeatureStatistic:
         """One statistic of several sums: inputs may be shared at one time and separate at another. Squares that became

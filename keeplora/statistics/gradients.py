@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keeplora._messages import listed, warn
 from keeplora.lora.host import LoraHost
+from keeplora.lora.shares import is_shared_out
 from keeplora.lora.slot import LoraSlot
 from keeplora.math.scale import largest
 from keeplora.ops.lora_grad_b import lora_grad_b
@@ -21,6 +22,7 @@ from keeplora.ops.thin_matmul import thin_matmul
 
 from .budget import budget_of, mib
 from .passes import ALONE, BatchSize, Peers, Samples, evaluating, frozen, naming_batch, tapping
+from .steps import in_step, steps
 
 __all__ = ["mean_gradients", "sketch_widths"]
 
@@ -122,20 +124,23 @@ def mean_gradients(
     samples, batches = Samples("mean_gradients", batch_size), 0
     tapped = tapping(statistics.hosts, statistics.tap)
     with peers.together(), evaluating(model), frozen(model), tapped, torch.enable_grad():
-        for index, batch in enumerate(loader):
-            weight = samples.weigh(index, batch)
-            with naming_batch("mean_gradients", index, batch):
-                calls = statistics.calls
-                loss = loss_fn(model, batch)
-            _check_loss("mean_gradients", loss, index)
-            if index == 0:
-                statistics.check_called(model, batch, loss_fn)
-            if loss.requires_grad:
-                # Not autograd.grad: reentrant checkpointing knows backward() only. Only the taps' anchor wants one.
-                (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
-            elif statistics.calls > calls:
-                raise RuntimeError(_NO_GRADIENT)
-            batches += 1
+        for index, (batch, counts) in enumerate(steps(model, loader, peers)):
+            weight = samples.weigh(index, batch) if counts else 1
+            statistics.counts = counts
+            with in_step(model):
+                with naming_batch("mean_gradients", index, batch):
+                    calls = statistics.calls
+                    loss = loss_fn(model, batch)
+                _check_scalar("mean_gradients", loss, index)
+                if index == 0 and not is_shared_out(model):
+                    statistics.check_called(model, batch, loss_fn)
+                if loss.requires_grad:
+                    # Not autograd.grad: reentrant checkpointing knows backward() only. Only the taps' anchor wants one.
+                    (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+                elif statistics.calls > calls:
+                    raise RuntimeError(_NO_GRADIENT)
+            _check_finite("mean_gradients", loss, index)  # where the others are in step, and can be told
+            batches += counts
     batches = sum(peers.gather(batches))
     if batches == 0:
         raise ValueError(
@@ -162,6 +167,7 @@ class _Gradients:
         self.hosts = list(dict.fromkeys(slot.host for slot in slots))
         self.names = {(slot.host, slot.slot): slot.name for slot in slots}
         self.called: set[LoraHost] = set()
+        self.counts = True  # what the running step gives
         self.calls = 0  # that a gradient is wanted of
         self.reached: set[str] = set()
         self.touched = False
@@ -175,21 +181,25 @@ class _Gradients:
                 width = kept.shape[1]
             elif kept is not None:
                 out = kept
-            self.sums[key] = weight.new_zeros(out, width, dtype=dtype)
+            self.sums[key] = slot.zeros(out, width, dtype=dtype)
             self.keep[key] = kept
         self.anchor = torch.zeros((), device=slots[0].weight.device, requires_grad=True)
 
     def tap(self, host: LoraHost, x: Tensor, y: Tensor, rows: Mapping[str, tuple[int, int] | None]) -> Tensor:
         self.called.add(host)
         mine = {slot: span for slot, span in rows.items() if (host, slot) in self.sums}
-        if x.numel():
+        if x.numel() and self.counts:
             self.reached |= {self.names[host, slot] for slot in mine}
         mine = {slot: span for slot, span in mine.items() if self.sums[host, slot].numel()}
         if not mine:
             return y
         self.calls += 1
 
+        counts = self.counts
+
         def add(x: Tensor, dy: Tensor) -> None:
+            if not counts:
+                return
             for slot, span in mine.items():
                 self.add((host, slot), x, dy if span is None else dy[..., span[0] : span[1]])
 
@@ -310,12 +320,15 @@ def check_alike(function: str, described: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _check_loss(function: str, loss: Any, index: int) -> None:
+def _check_scalar(function: str, loss: Any, index: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             f"{function}: loss_fn must return a scalar tensor, got {got} [batch {index}]. "
             "Reduce the loss, for example with .mean()."
         )
+
+
+def _check_finite(function: str, loss: Tensor, index: int) -> None:
     if not torch.isfinite(loss).all():
         raise ValueError(f"{function}: the loss must be finite, got {loss.item()} [batch {index}]")

@@ -39,7 +39,9 @@ T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """The processes that run the same pass, each over its own share of the data."""
+    """The processes that run the same pass, each over its own share of the data; ``rank`` is this one."""
+
+    rank: int
 
     def together(self) -> AbstractContextManager[None]:
         """A block that all get through, or in which all raise."""
@@ -53,6 +55,8 @@ class Peers(Protocol):
 
 class _Alone:
     """No other process."""
+
+    rank = 0
 
     def together(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from keeplora.math import digest as module
-from keeplora.math.digest import BLOCK, digest
+from keeplora.math.digest import BLOCK, digest, sums, sums_of_rows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8,
           torch.bool, torch.complex64)  # fmt: skip
@@ -128,3 +128,15 @@ def test_what_is_remembered_goes_with_its_tensor():
     del weight
     gc.collect()
     assert len(module._hashed) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 3), (300, 333), (4, 2**15), (5,), (0, 4)])
+@pytest.mark.parametrize("processes", [1, 2, 3, 9])
+def test_sums_of_rows_add_up_to_those_of_the_whole(dtype, shape, processes):
+    """Shares that end inside of a block, or of a word; some are empty."""
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    each = -(-shape[0] // processes)
+    places = [min(rank * each, shape[0]) for rank in range(processes)]
+    parts = [sums_of_rows(whole[first : first + each].clone(), first, shape) for first in places]
+    assert sum(parts).numpy().tobytes() == sums(whole)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keeplora._messages import listed
+from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, merge_adapters
 from keeplora.math.batch import portions, within
 from keeplora.math.lowrank import Extension
@@ -137,25 +138,44 @@ def certified(
         budget: Bytes of the device that may be used.
     """
     extended = bases.joined([extension.q for extension in new])
+    local_sums: dict[int, Tensor] = {}
 
     def compute(group: list[int]) -> list[LayerCertificate]:
         members = [slots[i] for i in group]
         factors = [_factors(slot) for slot in members]
         changes = _merged(members) if merge else None
+        if changes is not None and any(slot.exact.first is not None for slot in members):
+            local_sums.update({i: _squares(change, bases[i]) for i, change in zip(group, changes, strict=True)})
+            changes = None
         a, b = [a for a, _ in factors], [b for _, b in factors]
         proofs = certificates(a, b, [bases[i] for i in group], basis=[extended[i] for i in group], delta=changes)
         return [_layer(slots[i], proof, new[i], merge) for i, proof in zip(group, proofs, strict=True)]
 
     with within(budget):
         together = portions([slot.weight for slot in slots])
-        return for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
+        layers = for_all_layers(slots, compute, "merge" if merge else "certificate", shown=shown, together=together)
+    return _with_sums_of_rows(layers, local_sums) if local_sums else layers
+
+
+def _squares(change: Tensor, q: Tensor) -> Tensor:
+    """``‖ΔW Q‖²`` and ``‖ΔW‖²`` of some rows of ΔW, in float64: they add up over rows."""
+    wide = change.double()
+    return torch.stack([(wide @ q.double()).square().sum(), wide.square().sum()])
+
+
+def _with_sums_of_rows(layers: Sequence[LayerCertificate], sums: dict[int, Tensor]) -> list[LayerCertificate]:
+    """The leak of every stored change, from the sums over all processes' rows: one all-reduce."""
+    stacked = torch.stack([sums[i].to(sums[0].device) for i in range(len(layers))])
+    processes().add(stacked)
+    leaks = [(inside / whole) ** 0.5 if whole else 0.0 for inside, whole in stacked.tolist()]
+    return [replace(layer, leak_after_rounding=leak) for layer, leak in zip(layers, leaks, strict=True)]
 
 
 def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
     """Merge, and return the changes that the stored weights made."""
-    before = [slot.weight.detach().clone() for slot in slots]
+    before = [slot.local.rows.detach().clone() for slot in slots]
     merge_adapters(slots)
-    return [slot.weight.detach().double() - then.double() for slot, then in zip(slots, before, strict=True)]
+    return [slot.local.rows.detach().double() - then.double() for slot, then in zip(slots, before, strict=True)]
 
 
 def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:
@@ -164,7 +184,7 @@ def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:
         return slot.adapter.A.detach(), slot.adapter.update().detach()
     out, width = slot.weight.shape
     dtype = torch.float64 if slot.weight.dtype == torch.float64 else torch.float32
-    return slot.weight.new_zeros(0, width, dtype=dtype), slot.weight.new_zeros(out, 0, dtype=dtype)
+    return slot.zeros(0, width, dtype=dtype), slot.zeros(out, 0, dtype=dtype)
 
 
 def _layer(slot: LoraSlot, proof: Certificate, new: Extension, merged: bool) -> LayerCertificate:

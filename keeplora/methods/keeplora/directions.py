@@ -149,7 +149,7 @@ class TaskGradients:
         self.free_shares = _free_shares(self.matrices, bases)
         frames = self._frames(bases)
         if any(frame is not None and frame.shape[1] for frame in frames):
-            nothing = [slot.weight.new_zeros(slot.weight.shape[1], 0) for slot in self.slots]  # those known exactly
+            nothing = [slot.zeros(slot.weight.shape[1], 0) for slot in self.slots]  # those known exactly
             keep = [none if frame is None else frame for frame, none in zip(frames, nothing, strict=True)]
             images = self._pass(keep, "gradients, again")
             for i, frame in enumerate(frames):

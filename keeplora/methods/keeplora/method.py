@@ -99,6 +99,9 @@ class KeepLora(LoraMethod):
 
     name: ClassVar[str] = "keeplora"
     config_type: ClassVar[type] = KeepLoraConfig
+    on_shares: ClassVar[frozenset[str]] = frozenset(
+        {"made", "before_task", "optimizer", "confine", "after_task", "merge", "save", "load", "load_state"}
+    )
     config: KeepLoraConfig
 
     def __init__(
@@ -112,7 +115,7 @@ class KeepLora(LoraMethod):
     ):
         super().__init__(model, config, targets=targets, token_mask=token_mask, progress=progress)
         self.train_a = self.config.train_a
-        for slot in self.slots:
+        for slot in [] if self._shared_out else self.slots:
             slot.host.forward_mode = self.config.forward
         positions = depth_positions(self.targets)
         self._scalings = [
@@ -130,6 +133,11 @@ class KeepLora(LoraMethod):
     def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
         chosen = super().choose_targets(targets)
         self.config.check_towers({target.tower for target in chosen})
+        if self._shared_out and self.config.forward == "merged":
+            raise ValueError(
+                f'{type(self).__name__}: forward must be "auto" or "factored" where FSDP2 shares weights out, got '
+                '"merged": a merged weight would be whole on every process. Set forward="auto".'
+            )
         experts = [target.name for target in chosen if target.expert is not None]
         if experts and self.config.feature_statistic == "slot_mean":
             raise ValueError(
@@ -266,7 +274,7 @@ class KeepLora(LoraMethod):
         for i, slot in enumerate(self.slots):
             if slot.name == name:
                 if self._protected is None:
-                    return slot.weight.new_zeros(slot.weight.shape[1], 0, dtype=torch.float32)
+                    return slot.zeros(slot.weight.shape[1], 0, dtype=torch.float32)
                 return bases_of(self.slots, self._protected)[i].clone()
         raise ValueError(f"basis: name must be one of the targets, got {name!r}. See keeper.capacity().")
 

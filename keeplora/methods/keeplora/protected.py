@@ -64,16 +64,46 @@ def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bo
     """The leading singular vectors of every slot's weight, as many as ``weight_energy`` of its tower asks for."""
     kept = keeper_of(config.bases)
 
+    def bases_of_weights(weights: list[Tensor], group: Sequence[int]) -> list[Tensor]:
+        energies = [config.weight_energy_of(slots[i].target.tower) for i in group]
+        return [kept(q) for q in weight_basis(weights, energies, side=config.weight_side)]
+
+    if any(slot.exact.first is not None for slot in slots):
+        return _of_rows(slots, bases_of_weights, shown)
+
     def compute(group: list[int]) -> list[Tensor]:
-        found = weight_basis(
-            [slots[i].exact_weight.detach() for i in group],
-            [config.weight_energy_of(slots[i].target.tower) for i in group],
-            side=config.weight_side,
-        )
-        return [kept(q) for q in found]
+        return bases_of_weights([slots[i].exact_weight.detach() for i in group], group)
 
     with within(budget_of(config.memory_budget, slots)):
         return for_all_layers(slots, compute, "weights", shown=shown)
+
+
+def _of_rows(
+    slots: Sequence[LoraSlot], bases_of_weights: Callable[[list[Tensor], Sequence[int]], list[Tensor]],
+    shown: bool | None,
+) -> list[Tensor]:  # fmt: skip
+    """Bases of weights whose rows lie in several processes: each of these is given one weight at a time, and says.
+
+    Rows travel in the weight's dtype, once; weights of about one size are looked at in one round.
+    """
+    peers = processes()
+    order = sorted(range(len(slots)), key=lambda i: (-slots[i].weight.numel(), slots[i].name))
+    rounds = [order[start : start + peers.size] for start in range(0, len(order), peers.size)]
+    found: dict[int, Tensor] = {}
+    with progress(rounds, "weights", "round", shown=shown) as counted:
+        for members in counted:
+            mine: Tensor | None = None
+            for owner, i in enumerate(members):
+                rows = peers.rows_to(owner, slots[i].local.rows, slots[i].weight.shape[0])
+                if rows is not None:
+                    mine = rows
+            own = members[peers.rank] if peers.rank < len(members) else None
+            basis = None
+            if mine is not None and own is not None:
+                (basis,) = bases_of_weights([mine.to(slots[own].exact_dtype)], [own])
+            for owner, i in enumerate(members):
+                found[i] = peers.broadcast(owner, basis if i == own else None, slots[i].local.rows)
+    return [found[i] for i in range(len(slots))]
 
 
 def extended_bases(
