@@ -1,17 +1,47 @@
-"""What the two calls on a PeftModel refuse, before anything changes."""
+"""What the calls on a PeftModel begin with, and refuse before anything changes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from keeplora.lora import Target
 from keeplora.math.finite import first_not_finite
 from keeplora.methods.keeplora.config import KeepLoraConfig
 
-from .adapter import PeftAdapter, PeftLayer, trainable_neighbours
-from .state import SubspaceState
+from .adapter import PeftAdapter, PeftLayer, find_adapter, trainable_neighbours
+from .state import SubspaceState, fingerprint, hashes
 
-__all__ = ["check_finite", "refuse_neighbours", "require_fresh", "require_kinds", "with_stock_settings"]
+__all__ = ["begin", "check_finite", "refuse_neighbours", "require_fresh", "require_kinds", "with_stock_settings"]
+
+
+def begin(
+    function: str,
+    model: Any,
+    state: SubspaceState | None,
+    config: KeepLoraConfig | None,
+    adapter_name: str | None,
+    targets: Sequence[Target] | None,
+) -> tuple[SubspaceState, PeftAdapter]:
+    """The state, a new one of the adapter's layers if None, and the adapter on weights that are the state's."""
+    if state is None:
+        adapter = find_adapter(function, model, adapter_name, targets=targets)
+        state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
+        state.config.check_towers({target.tower for target in state.targets})
+        state.pretrained = state.current = fingerprint(adapter.layers)
+        state.base_hashes = hashes(adapter.layers)
+        return state, adapter
+    if state.open_adapter is not None:
+        raise RuntimeError(
+            f"{function}: the previous task must be closed first, got adapter {state.open_adapter!r} open. "
+            "Call update_subspace(model, loader, state)."
+        )
+    if config is not None and config != state.config:
+        raise ValueError(f"{function}: config must be the state's or None, got another. Make a new state.")
+    adapter = state.adapter_of(function, model, adapter_name)
+    state.require_base(function, adapter.layers)
+    return state, adapter
 
 
 def require_kinds(function: str, state: object, config: object) -> None:

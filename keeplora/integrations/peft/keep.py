@@ -17,9 +17,9 @@ from keeplora.methods.keeplora.protected import extended_bases, weight_bases
 from keeplora.methods.method import LossFn
 from keeplora.methods.shares import UNKNOWN
 
-from .adapter import PeftLayer, borrow, find_adapter
-from .checks import require_kinds
-from .state import SubspaceState, fingerprint, frozen_fingerprint, hashes
+from .adapter import PeftLayer, borrow
+from .checks import begin, require_kinds
+from .state import SubspaceState, frozen_fingerprint
 from .subspace import scaled_alphas
 
 __all__ = ["keep_adapter"]
@@ -98,21 +98,7 @@ def keep_adapter(
     require_kinds("keep_adapter", state, config)
     if (loader is None) != (loss_fn is None):
         raise ValueError("keep_adapter: loader and loss_fn must be given together, got one without the other")
-    if state is None:
-        adapter = find_adapter("keep_adapter", model, adapter_name, targets=targets)
-        result = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
-        result.config.check_towers({target.tower for target in result.targets})
-        result.pretrained = result.current = fingerprint(adapter.layers)
-        result.base_hashes = hashes(adapter.layers)
-    else:
-        if state.open_adapter is not None:
-            raise RuntimeError(
-                f"keep_adapter: the open task must be closed first, got adapter {state.open_adapter!r}. "
-                "Call update_subspace(model, loader, state)."
-            )
-        result = state
-        adapter = result.adapter_of("keep_adapter", model, adapter_name)
-        result.require_base("keep_adapter", adapter.layers)
+    result, adapter = begin("keep_adapter", model, state, config, adapter_name, targets)
     layers = adapter.layers
     if not any(bool(layer.b.any()) for layer in layers):
         raise ValueError(

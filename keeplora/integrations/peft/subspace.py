@@ -34,8 +34,8 @@ from .adapter import (
     held_buffers,
     hold_buffers,
 )
-from .checks import check_finite, refuse_neighbours, require_fresh, require_kinds, with_stock_settings
-from .state import SubspaceState, fingerprint, frozen_fingerprint, hashes
+from .checks import begin, check_finite, refuse_neighbours, require_fresh, require_kinds, with_stock_settings
+from .state import SubspaceState, fingerprint, frozen_fingerprint
 
 __all__ = ["freeze_a", "initialize", "scaled_alphas", "update_subspace"]
 
@@ -127,22 +127,7 @@ def initialize(
             f"initialize: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
             "Call initialize(model, loader, loss_fn)."
         )
-    if state is None:
-        adapter = find_adapter("initialize", model, adapter_name, targets=targets)
-        state = SubspaceState(config or KeepLoraConfig(), tuple(layer.target for layer in adapter.layers))
-        state.config.check_towers({target.tower for target in state.targets})
-        state.pretrained = state.current = fingerprint(adapter.layers)
-        state.base_hashes = hashes(adapter.layers)
-    else:
-        if state.open_adapter is not None:
-            raise RuntimeError(
-                f"initialize: the previous task must be closed first, got adapter {state.open_adapter!r} open. "
-                "Call update_subspace(model, loader, state)."
-            )
-        if config is not None and config != state.config:
-            raise ValueError("initialize: config must be the state's or None, got another. Make a new state.")
-        adapter = state.adapter_of("initialize", model, adapter_name)
-        state.require_base("initialize", adapter.layers)
+    state, adapter = begin("initialize", model, state, config, adapter_name, targets)
     settings = with_stock_settings(state.config, adapter)
     require_fresh(adapter)
     refuse_neighbours("initialize", adapter, state.kept, also_train)

@@ -160,8 +160,17 @@ def test_what_cannot_be_kept_is_refused():
     with pytest.raises(TypeError, match="keep_adapter: state must be"):
         keeplora.keep_adapter(model, CONFIG)
     state = keeplora.initialize(fresh, task(1), loss_fn, config=CONFIG)
-    with pytest.raises(RuntimeError, match="keep_adapter: the open task must be closed first"):
+    with pytest.raises(RuntimeError, match="keep_adapter: the previous task must be closed first"):
         keeplora.keep_adapter(fresh, state)
     half = stock(net(), use_dora=True)
     with pytest.raises(ValueError, match="keep_adapter: use_dora"):
         keeplora.keep_adapter(half)
+
+
+def test_another_config_than_the_states_is_refused():
+    model = old_one()
+    state = keeplora.keep_adapter(model, config=CONFIG)
+    add(model, "default")
+    train(model, task(2))
+    with pytest.raises(ValueError, match="keep_adapter: config must be the state's"):
+        keeplora.keep_adapter(model, state, adapter_name="new", config=keeplora.KeepLoraConfig(weight_energy=0.11))
