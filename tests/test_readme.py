@@ -21,6 +21,7 @@ REASONS = (
     "hf_hub_download(",
     "read_images(",
     "read_instructions(",
+    "fully_shard(",
 )
 
 
