@@ -38,7 +38,7 @@ def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
-    _give_back()
+    give_back()
     marker = Path("/proc/self/clear_refs")
     if marker.exists():
         try:
@@ -47,7 +47,7 @@ def reset_peak(device: str) -> None:
             return
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand the system what earlier runs in this process have left or freed: it would count as this run's.
 
     After a run on ViT-B/32 0.4 GB waited for the garbage collector, and glibc kept up to 1.8 GB.
