@@ -226,7 +226,8 @@ def test_saved_loaded_merged_and_generated_from(make, dtype, tmp_path):
 
 @pytest.mark.parametrize("make", MIXTURES)
 def test_exported_to_stock_peft_they_are_the_same_model(make, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, x = built(make), text(9)
     names = "experts" if make is qwen3_moe else "all-linear"
     keeper = keeplora.KeepLora(model, dataclasses.replace(CONFIG, target_modules=names))

@@ -65,7 +65,6 @@ def hashable(value):
 
 @pytest.mark.parametrize("name", FIELD)
 def test_every_method_has_settings_that_it_and_the_model_take(name):
-    pytest.importorskip("peft")
     config = load_config(name)
     check_settings(config)
     source = config.own.model

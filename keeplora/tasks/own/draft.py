@@ -73,7 +73,7 @@ def draft(seen: DataFolder, out: Path, *, model: str = "", device: str = "cpu", 
 
     Examples:
         >>> task = DataTask("birds", "folder", Path("/data/birds"), {"train": 40}, {"owl": {"train": 40}})
-        >>> text = draft(DataFolder(Path("/data"), (task,), (), 40, 40), Path("/work/tasks.toml"))
+        >>> text = draft(DataFolder(Path("/data"), (task,), (), 40, 40), Path("/settings/tasks.toml"))
         >>> print(text[text.index("[[task]]"):].splitlines()[-1])
         folder = "../data/birds"
     """

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from bench import memory
 from bench.harness import recorded_bytes
 from keeplora import KeepLora, KeepLoraConfig

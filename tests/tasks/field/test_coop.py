@@ -10,8 +10,6 @@ from keeplora.methods.settings import ConfigError
 from keeplora.tasks.field import image_benchmark, read_image_set, read_images
 from keeplora.tasks.field.coop import few_shot
 
-pytest.importorskip("torchvision", reason="keeplora[fields] is not installed")
-
 X_TAIL = made.small(image_benchmark("x-tail"))
 COOP = {  # RAIL's folders
     "caltech101": "caltech-101", "dtd": "dtd", "eurosat": "eurosat", "flowers": "oxford_flowers",

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("torchvision", reason="keeplora[fields] is not installed")
-
 from tasks.field import made
 from torchvision.datasets import Flowers102
 

@@ -12,8 +12,6 @@ from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, open_workloa
 from keeplora.train.config import load_config, parse_config, shipped_configs, with_data
 from keeplora.train.loop import run_one
 
-pytest.importorskip("open_clip")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -40,7 +40,6 @@ def ucit(root, tests=3):
 
 
 def test_ucit_is_learned_generated_and_scored_task_after_task(tmp_path, model):
-    pytest.importorskip("pycocoevalcap")
     workload = open_workload(own(ucit(tmp_path), model, "ucit"))
     assert list(workload.tasks) == [task.name for task in instruction_benchmark("ucit").tasks]
     config = parse_config(
@@ -55,7 +54,6 @@ def test_ucit_is_learned_generated_and_scored_task_after_task(tmp_path, model):
 
 
 def test_every_rule_scores_what_the_model_wrote(tmp_path, model, monkeypatch):
-    pytest.importorskip("pycocoevalcap")
     workload = open_workload(own(ucit(tmp_path), model, "ucit"))
     written = {0: ["X", "y", " x\n"], 2: ["1 0", "2 1", "what is this"]}
     monkeypatch.setattr(workload, "predictions", lambda model, task, split, size: written[task])

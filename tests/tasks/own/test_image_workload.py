@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +15,6 @@ from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, TaskSource, 
 from keeplora.tasks.workload import EvenlyWorkload, ItemWorkload
 from keeplora.train.config import parse_config
 from keeplora.train.loop import run_one
-
-open_clip = pytest.importorskip("open_clip")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +236,6 @@ def test_images_that_changed_and_kept_their_size_are_other_images(place, tmp_pat
 
 
 def test_files_that_a_table_names_are_looked_at_and_missing_ones_told(place, tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "model").symlink_to(place / "model")
     write_classes(tmp_path / "d", 4)
     lines = [f"{name}/{number:02}.png,{name}" for name in ("red", "blue") for number in range(4)]

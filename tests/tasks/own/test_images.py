@@ -95,7 +95,8 @@ def test_empty_classes_are_left_out_where_the_file_says_so(tmp_path):
 
 
 def test_data_sets_are_read_by_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     names = ["red", "green", "blue"]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=names), "id": datasets.Value("int64")}
@@ -119,7 +120,6 @@ def test_data_sets_are_read_by_datasets(tmp_path):
 
 
 def test_a_table_of_paths_is_read_from_its_own_folder(tmp_path):
-    pytest.importorskip("datasets")
     write_classes(tmp_path / "d", 2)
     lines = [f"{name}/{number:02}.png,{name}" for name in ("red", "blue") for number in range(2)]
     (tmp_path / "d" / "all.csv").write_text("\n".join(["file,kind", *lines]) + "\n")
@@ -146,7 +146,8 @@ def test_grey_and_transparent_images_are_told_by_kind(tmp_path):
 
 
 def table(path, names, labels, colours=None):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     kind = datasets.ClassLabel(names=names) if names else datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "label": kind})
     pictures = [None if colour is None else picture(colour, number) for number, colour in enumerate(colours or [])]

@@ -303,7 +303,8 @@ def test_a_table_beside_class_folders_is_not_used(tmp_path):
 
 
 def a_dataset():
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"label": datasets.ClassLabel(names=["owl", "tit"]), "photo": datasets.Image()})
     pictures = [Image.new("RGB", (4, 4))] * 5
     return datasets.Dataset.from_dict({"label": [0, 1, 1, 0, 1], "photo": pictures}, features=features)
@@ -324,7 +325,8 @@ def test_parquet(tmp_path):
 
 
 def test_saved_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = a_dataset()
     data.save_to_disk(str(tmp_path / "one"))
     (task,) = look(tmp_path / "one").tasks
@@ -344,7 +346,6 @@ def test_without_datasets_it_says_so(tmp_path, monkeypatch):
 
 
 def test_a_broken_table_is_named(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "train.parquet").write_bytes(b"no table")
     with pytest.raises(ConfigError, match=r"train.parquet must be a table that can be read, got"):
         look(tmp_path)

@@ -22,7 +22,8 @@ def model(request, tmp_path_factory):
 
 
 def video(path, shades):
-    av = pytest.importorskip("av")
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,6 @@ from keeplora.train.config import load_config
 from keeplora.train.loop import run_one
 from keeplora.train.record import run_folder
 from keeplora.train.workload import configured_workload
-
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("matplotlib")
 
 SETTINGS = """
 methods = ["lora", "keeplora"]
@@ -73,7 +71,6 @@ def test_the_run_has_learned_and_says_so(place, capsys):
 
 
 def test_the_run_has_a_page(place, capsys):
-    pytest.importorskip("jinja2")
     assert main(["report", str(place / "whole"), "--out", str(place / "page.html")]) == 0
     page = (place / "page.html").read_text()
     assert "keeplora" in page
@@ -99,7 +96,6 @@ def test_the_exported_model_is_as_good_in_plain_open_clip(place, label):
 
 
 def test_the_exported_adapter_is_one_of_peft(place):
-    pytest.importorskip("peft")
     folder = run_folder(place / "whole", "keeplora", 0) / "export"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in (folder / "adapter").iterdir()
@@ -109,7 +105,8 @@ def test_the_exported_adapter_is_one_of_peft(place):
 
 @pytest.mark.parametrize(("kind", "library"), [("adapter", "peft"), ("model", "open_clip")])
 def test_what_is_exported_has_a_card_with_the_runs_figures(place, kind, library):
-    hub = pytest.importorskip("huggingface_hub")
+    import huggingface_hub as hub
+
     folder = run_folder(place / "whole", "keeplora", 0)
     card = hub.ModelCard.load(folder / "export" / kind / "README.md")
     assert (card.data.library_name, card.data.model_name) == (library, "keeplora, seed 0")

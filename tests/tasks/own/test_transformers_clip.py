@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tasks.own.places import write_classes, write_clip
 
@@ -9,8 +10,6 @@ from keeplora.methods.settings import ConfigError
 from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, TaskSource, open_workload
 from keeplora.train.config import parse_config
 from keeplora.train.loop import run_one
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,6 @@ import pytest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.scoring import caption_score
 
-pytest.importorskip("pycocoevalcap", reason="keeplora[instruct] is not installed")
-pytest.importorskip("nltk", reason="keeplora[instruct] is not installed")
-
 TEXTS = {
     "a": "A man's dog isn't running (fast). It \"jumps\" over 3.5 hurdles, U.S. style - really!",
     "c": "a boy is playing with a red ball",
