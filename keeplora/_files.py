@@ -8,7 +8,6 @@ lock when a process dies, and it knows network folders). Readers need no lock, s
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -65,6 +64,8 @@ class BusyError(OSError):
 def one_writer(folder: str | os.PathLike[str], *, patience: float = PATIENCE) -> Iterator[None]:
     """Be the only one that writes to ``folder``, which is made; other writers wait for this one.
 
+    What killed processes left there, whatever they wrote, is deleted first.
+
     Raises:
         BusyError: another process has written for ``patience`` seconds.
         WriteError: the folder cannot be written to.
@@ -73,6 +74,7 @@ def one_writer(folder: str | os.PathLike[str], *, patience: float = PATIENCE) ->
         with told(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             _acquire(Path(folder), stack, patience)
+            _sweep(Path(folder))
         yield
 
 
@@ -100,7 +102,7 @@ def _acquire(folder: Path, stack: ExitStack, patience: float) -> None:
 def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, in a folder beside ``target`` that is nobody else's and is deleted afterwards.
 
-    So are those that killed processes left when they wrote ``target``. The path has a folder of its own because
+    So are those that killed processes left in the same place. The path has a folder of its own because
     libraries may put files of theirs beside it, as safetensors does.
 
     Raises:
@@ -109,15 +111,20 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(target)
     with told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for other in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
-            if is_abandoned(other):
-                shutil.rmtree(other, ignore_errors=True)
+        _sweep(target.parent)
         own = target.with_name(f".{target.name}~{_HOST}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
         try:
             own.mkdir()
             yield own / target.name
         finally:
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left when they wrote in ``folder``: the next writer may write other files."""
+    for other in folder.glob(".*~*.tmp"):
+        if _OWNED.search(other.name) and is_abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:

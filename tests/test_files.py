@@ -77,17 +77,17 @@ def test_a_temporary_name_is_nobody_elses(tmp_path):
             assert name.startswith(".")
 
 
-def test_what_killed_processes_left_goes_when_the_file_is_written_again(tmp_path):
+def test_what_killed_processes_left_goes_when_a_file_is_written_there(tmp_path):
     target = tmp_path / "a.json"
     gone = [
         left_over(target, dead_process()),
         left_over(target, os.getpid(), age=4000),
         left_over(target, 1, age=4000, host="another-host"),
+        left_over(tmp_path / "b.json", dead_process()),  # another file's
     ]
     kept = [
         left_over(target, os.getpid()),  # of another thread
         left_over(target, dead_process(), host="another-host"),  # who knows what runs there
-        left_over(tmp_path / "b.json", dead_process()),  # another file's
     ]
     growing = left_over(target, 1, age=4000, host="another-host")
     os.utime(growing / target.name)  # a large file: its folder is old, it is not
@@ -109,6 +109,17 @@ def test_a_killed_save_leaves_nothing_behind_the_next(tmp_path, monkeypatch, mom
     write_state(tmp_path, value_state(3))
     assert read_state(tmp_path).meta == {"value": 3}
     assert len(names(tmp_path)) == 2
+
+
+def test_what_a_killed_save_left_goes_with_a_next_one_that_writes_no_tensors(tmp_path):
+    """All that the next save needs may be there already: it writes state.json alone."""
+    state = value_state(1)
+    state.lasting = frozenset(state.tensors)
+    write_state(tmp_path / "a", state, store=tmp_path / "store")
+    for folder in ("a", "store"):
+        left_over(tmp_path / folder / "tensors.safetensors", dead_process())
+    write_state(tmp_path / "a", state, store=tmp_path / "store")
+    assert not [*tmp_path.rglob(".*.tmp")]
 
 
 # Only what is ours
