@@ -12,9 +12,10 @@ __all__ = ["RATES", "SGD", "sibling"]
 
 RATES: Mapping[str, float] = {
     "full": 0.17, "joint": 0.1, "lines": 0.057, "osf": 0.17, "inflora": 1.7, "o-lora": 0.6, "sd-lora": 1.0, "loda": 0.6,
-    "dac": 11.0, "duallora": 1.0, "hdsd": 3.3, "keeplora": 1.7, "keeplora++": 3.3, "keeplora++cls": 1.7,
+    "dac": 11.0, "duallora": 1.0, "hdsd": 3.3, "keeplora": 1.0, "keeplora++": 1.7, "keeplora++cls": 1.0,
 }  # fmt: skip
-"""Learning rates as multiples of LoRA's: what the search on the embedded benchmark chose (``tools.sweep``).
+"""Learning rates as multiples of LoRA's: what the search on the embedded benchmark chose (``tools.sweep``). KeepLoRA's
+are those of `keeplora compare`, since the search adapted fewer layers than its defaults do.
 
 OSF, for which there was none, has that of full fine-tuning: it trains whole weights, too. Others have LoRA's rate.
 """

@@ -244,7 +244,8 @@ def test_the_ablations_are_those_that_were_promised():
     assert changes["output-side"] == {"weight_side": "output"}
     assert changes["slot-mean"]["feature_statistic"] == "slot_mean"
     assert changes["trained-a"] == {"train_a": True}
-    assert changes["balanced"] == {"balance": True}
+    assert changes["unbalanced"] == {"balance": False}
+    assert changes["feature-0.95"] == {"feature_energy": 0.95}
     assert [changes[f"weight-{e}"] for e in ("0.2", "0.5", "0.85")] == [{"weight_energy": e} for e in (0.2, 0.5, 0.85)]
     assert changes["gradient-features"]["feature_source"] == "gradients"
     assert [changes[f"gamma-{g}"]["depth_scale"]["vision"] for g in ("0", "0.2", "0.5")] == [0.0, 0.2, 0.5]

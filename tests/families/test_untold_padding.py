@@ -76,7 +76,7 @@ def test_what_cannot_be_told_is_said_once_in_the_first_pass_and_mended_by_the_us
 
 
 def test_nothing_is_said_where_no_features_are_counted():
-    config = replace(CONFIG, feature_source="gradients")
+    config = replace(CONFIG, feature_source="gradients", balance=False)
     keeper = keeplora.KeepLora(remote(), config)
     with messages() as told:
         keeper.before_task([texts(8, 8, PAD)], loss_of_first)

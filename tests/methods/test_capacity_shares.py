@@ -56,7 +56,7 @@ ENERGY = {"feature_energy": 0.9999, "target_modules": "all-linear"}
 @pytest.mark.parametrize(
     ("name", "settings", "rate", "momentum", "promised"),
     [
-        ("keeplora", {"r": 8, "weight_energy": 0.0}, 5e-3, {}, 88),
+        ("keeplora", {"r": 8, "weight_energy": 0.0, "balance": False}, 5e-3, {}, 88),
         ("inflora", {"r": 8}, 5e-3, {}, 88),
         ("gpm", {}, 0.5, {"momentum": 0.9}, 95),
     ],

@@ -76,8 +76,10 @@ def test_every_rate_is_for_a_method_with_settings(name):
         assert sections[method]["learning_rate"] > 0
 
 
-NOT_SEARCHED = {"mica", "osf", "corda", "lora-ga", "eva"}
+NOT_SEARCHED = {"mica", "osf", "corda", "lora-ga", "eva", "lines-keeplora"}
 """Their sections say so."""
+OTHER_TARGETS = {"embedded": {"keeplora", "keeplora++", "keeplora++cls"}, "minilm": set()}
+"""Whose rates are lower than found: the search adapted v_proj and out_proj alone, the comparison all of attention."""
 
 
 @pytest.mark.parametrize("name", ["embedded", "minilm"])
@@ -95,7 +97,8 @@ def test_the_shipped_rates_are_the_choice_of_the_rule(name):
     for method in searched:
         floor = 0.0 if method in REFERENCES else zero_shot
         chosen = ranked([row for row in rows if row["method"] == method], [100], floor)[0][0]
-        assert chosen == sections[method], method
+        found, now = chosen["learning_rate"], sections[method]["learning_rate"]
+        assert now < found if method in OTHER_TARGETS[name] else now == found, method
 
 
 def test_variants_and_single_changes_are_settings_of_their_methods():

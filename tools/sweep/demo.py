@@ -18,7 +18,7 @@ from tools.sweep.search import TABLE, Row, Settings, cells
 
 SEED = 100
 LORA: Settings = {"r": 16, "alpha": 16.0}
-KEEPLORA: Settings = {**LORA, "weight_energy": {"vision": 0.85, "text": 0.85}, "feature_energy": 0.95}
+KEEPLORA: Settings = {**LORA, "weight_energy": {"vision": 0.85, "text": 0.85}, "feature_energy": 0.95, "balance": False}
 OUT, ALL = {"target_modules": ["v_proj", "out_proj"]}, {"target_modules": "all-linear"}
 TRIED: dict[str, list[Settings]] = {
     "full": [{"learning_rate": 0.00018}],

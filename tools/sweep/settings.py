@@ -33,7 +33,7 @@ from tools.sweep.search import TABLE, as_method, cells, label_of
 
 SEED = 100
 BASE: dict[str, Any] = {
-    "r": 16, "alpha": 16.0, "weight_energy": {"vision": 0.85, "text": 0.85}, "feature_energy": 0.95,
+    "r": 16, "alpha": 16.0, "weight_energy": {"vision": 0.85, "text": 0.85}, "feature_energy": 0.95, "balance": False,
     "learning_rate": 0.003, "target_modules": ["v_proj", "out_proj"],
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [

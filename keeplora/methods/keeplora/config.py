@@ -45,12 +45,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _CLIP: dict[str, Any] = {
     "r": 16, "alpha": 1.0, "target_modules": ("attn",), "towers": ("vision", "text"),
     "depth_scale": {"vision": 0.2, "text": 1.0}, "weight_energy": {"vision": 0.85, "text": 0.2},
-    "feature_energy": 0.99, "feature_statistic": "slot_mean",
+    "feature_energy": 0.99, "feature_statistic": "slot_mean", "balance": False,
 }  # fmt: skip
 _LLAVA: dict[str, Any] = {
     "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "towers": ("language",), "depth_scale": {"language": 0.2}, "weight_energy": {"language": 0.6},
-    "feature_energy": 0.99, "feature_source": "gradients", "dropout": 0.05,
+    "feature_energy": 0.99, "feature_source": "gradients", "balance": False, "dropout": 0.05,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "mtil": _CLIP,
@@ -94,8 +94,7 @@ class KeepLoraConfig(AdapterConfig):
             towers not named get 0.
         feature_energy: ε_f: share of the tasks' feature energy that is protected after each task. By tower: every
             tower of the model must be named. The papers' 0.99 belongs to their statistic (``slot_mean``); of the
-            second moment it fills the space in a task or two, and 0.95 was measured to keep as much and learn more
-            (docs/settings.md).
+            second moment it fills the space in a task or two, and 0.9 was measured to end best (docs/settings.md).
         feature_source: What the directions that a task adds are taken from: ``"inputs"``, the inputs of the adapted
             layers; or ``"gradients"``, the row space of the mean gradient of the task's loss after training, as in the
             public LLaVA code: ``feature_energy`` is then a share of that gradient's energy.
@@ -108,8 +107,9 @@ class KeepLoraConfig(AdapterConfig):
         directions: Where an adapter's A comes from: ``"gradient"``, the leading directions of the task's gradient in
             free space; or ``"random"``, directions of free space drawn from ``seed``, without a gradient pass, to see
             what the gradient is worth.
-        balance: Whether rows of A are shortened where the task's inputs are strong, so that the rate is as hot in every
-            task and layer (``balanced``). Not with ``directions="random"``.
+        balance: Whether A is shortened where the task's inputs are strong along it, so that the rate is as hot in every
+            task and layer (``balanced``). None: with ``directions="gradient"``, since random directions look at no
+            inputs.
         init_b: ``"zero"``, or ``"gradient"``: B starts at the gradient's ``U S`` and the update counts from there,
             so the function starts unchanged either way.
         forward: How layers with adapters compute: ``"merged"`` multiplies with ``W + c B A``, formed once per forward,
@@ -142,13 +142,13 @@ class KeepLoraConfig(AdapterConfig):
     towers: tuple[str, ...] | None = None
     depth_scale: PerTower = field(default_factory=lambda: dict(_DEFAULTS["depth_scale"]))
     weight_energy: PerTower = field(default_factory=lambda: dict(_DEFAULTS["weight_energy"]))
-    feature_energy: PerTower = 0.95
+    feature_energy: PerTower = 0.9
     feature_source: Literal["inputs", "gradients"] = "inputs"
     weight_side: Literal["input", "output"] = "input"
     feature_statistic: Literal["second_moment", "slot_mean", "sketch"] = "second_moment"
     sketch_share: float = 0.25
     directions: Literal["gradient", "random"] = "gradient"
-    balance: bool = False
+    balance: bool | None = None
     init_b: Literal["zero", "gradient"] = "zero"
     forward: Literal["auto", "merged", "factored"] = "auto"
     dropout: float = 0.0
@@ -172,7 +172,8 @@ class KeepLoraConfig(AdapterConfig):
         check_range(self, "dropout", "[0, 1)")
         check_range(self, "data_fraction", "(0, 1]")
         check_flag(self, "train_a")
-        check_flag(self, "balance")
+        if self.balance is not None:
+            check_flag(self, "balance")
         check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
         check_whole(self, "seed", SEEDS)
         self._check_combinations()
@@ -185,7 +186,7 @@ class KeepLoraConfig(AdapterConfig):
             )
         if self.directions == "random" and self.balance:
             raise ConfigError(
-                f'{type(self).__name__}: balance must be False with directions="random", got True: '
+                f'{type(self).__name__}: balance must be None or False with directions="random", got True: '
                 "without a pass over the data nothing is known of its inputs"
             )
         if self.feature_source == "gradients" and self.feature_statistic != "second_moment":
@@ -231,6 +232,11 @@ class KeepLoraConfig(AdapterConfig):
                 f"{cls.__name__}.preset: name must be one of {choices}, got {name!r}{suggest(name, PRESETS)}"
             )
         return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def balances(self) -> bool:
+        """Whether A is shortened: ``balance``, where that is None decided by ``directions``."""
+        return self.directions == "gradient" if self.balance is None else self.balance
 
     def check_towers(self, towers: set[str]) -> None:
         """Refuse settings for towers the model does not have; the defaults, which name all, are fine."""

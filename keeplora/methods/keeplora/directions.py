@@ -73,32 +73,33 @@ class RandomDirections:
 
 
 def balanced(a: Tensor, energy: Tensor) -> Tensor:
-    r"""Rows of A that are no longer than what evens out the energy of the inputs along them.
+    r"""A, no longer than what evens out the energy of the inputs along its rows.
 
-    $$ a_i \leftarrow a_i \min(1, e_i^{-1/2}) $$
+    $$ A \leftarrow A \min(1, \bar e^{-1/2}), \qquad \bar e = \frac1r \sum_i e_i $$
 
     Under Adam every column of B moves alike, whatever the size of ``x Aᵀ``, so an update is as strong as the inputs are
-    along A: on pretrained encoders up to fifty times as strong in a first task as in the mean direction. ``A Q = 0``
-    stays, and so does the certificate.
+    along A: on pretrained encoders up to fifty times as strong in a first task as in the mean direction. One factor for
+    all rows of a layer: how they compare with each other is what the gradient wants. ``A Q = 0`` stays, and so does the
+    certificate.
 
     Args:
         a: A ``[r, in]``.
-        energy: e ``[r]``, relative to the mean direction.
+        energy: e ``[r]``, of the inputs along each row, relative to the mean direction.
 
     Source: ours.
 
     Examples:
-        >>> balanced(torch.eye(2), torch.tensor([4.0, 0.25]))
+        >>> balanced(torch.eye(2), torch.tensor([7.0, 1.0]))
         tensor([[0.5000, 0.0000],
-                [0.0000, 1.0000]])
+                [0.0000, 0.5000]])
     """
-    return a * energy.clamp_min(1).rsqrt().to(a)[:, None]
+    return a * energy.mean().clamp_min(1).rsqrt().to(a)
 
 
 class TaskGradients:
     """What one pass over a task's data tells of the gradients of the adapted weights, and ``directions`` of it.
 
-    With ``config.balance`` rows of A are shortened where the task's inputs are strong (``balanced``), as a sample
+    With ``config.balances`` A is shortened where the task's inputs are strong along it (``balanced``), as a sample
     of inputs tells that is taken in the same pass. Where it is not known which tokens of the inputs will count as
     features, or a mask of the user's does not fit them, this first pass is where the user is told.
 
@@ -135,11 +136,11 @@ class TaskGradients:
         # Free memory may differ between processes: where one has to sketch, all do.
         self.widths = max(processes().gather(widths), key=lambda chosen: sum(width is not None for width in chosen))
         with ExitStack() as stack:
-            if config.balance or config.feature_source == "inputs":
+            if config.balances or config.feature_source == "inputs":
                 mask = stack.enter_context(token_mask(model, own_mask))
-                sample = InputSample(slots, mask, rows=ROWS if config.balance else 0)
+                sample = InputSample(slots, mask, rows=ROWS if config.balances else 0)
                 stack.enter_context(observing(sample.hosts, sample))
-                self.sample = sample if config.balance else None
+                self.sample = sample if config.balances else None
             self.matrices = self._pass(self.widths, "gradients", reached)
         self.free_shares: list[float | None] = []
         self.reached = [slot.name in reached for slot in slots]

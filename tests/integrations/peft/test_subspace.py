@@ -70,7 +70,7 @@ def test_a_points_where_the_task_wants_to_go_outside_of_what_the_weight_knows():
         g = reference_gradient(plain, data, name)
         g = g - g @ q @ q.T
         best = torch.linalg.svdvals(g)[:4].square().sum()
-        rows = a.detach().double()
+        rows = a.detach().double() / a.detach().double()[0].norm()  # of one length, which is test_balance.py's
         assert torch.linalg.vector_norm(rows @ q, dim=1).max() <= 1e-6
         assert torch.allclose(rows @ rows.T, torch.eye(4, dtype=torch.float64), atol=1e-6)
         assert 0.9995 <= (g @ rows.T).square().sum() / best <= 1 + 1e-6

@@ -343,7 +343,8 @@ FIXTURE = Path(__file__).parent / "peft_adapter"
 def test_an_adapter_of_an_earlier_day_loads_and_is_written_the_same_way(tmp_path):
     expected = load_file(FIXTURE / "expected.safetensors")["logits"]
     same(logits(PeftModel.from_pretrained(net(), FIXTURE)), expected)
-    config = KeepLoraConfig(r=2, alpha=4, target_modules=["up", "down"], weight_energy=0.3, feature_energy=0.5)
+    energies = {"weight_energy": 0.3, "feature_energy": 0.5}
+    config = KeepLoraConfig(r=2, alpha=4, target_modules=["up", "down"], balance=False, **energies)  # as it was then
     keeper = KeepLora(net(), config)
     learn(keeper, task(1))
     learn(keeper, task(2), close=False)
