@@ -100,9 +100,8 @@ class KeepLoraCallback(TrainerCallback):
 
     def __init__(self, method: Method):
         refuse_untrainable("KeepLoraCallback", method, shares=True)
-        if is_initialized():  # by a Trainer that was made before
-            settle_engine("KeepLoraCallback", AcceleratorState(), method, method.model)
         self.method = method
+        self._settle_engine(method.model)
         self._hooks: TaskHooks | None = None
         self._penalty_due = False
         self._resumed: int | None = None
@@ -132,6 +131,11 @@ class KeepLoraCallback(TrainerCallback):
     ) -> None:
         """Refuse a Trainer that would shard or wrap the model otherwise than the method needs, before data are read."""
         if model is not None:
+            self._settle_engine(model)
+
+    def _settle_engine(self, model: nn.Module) -> None:
+        """Where a Trainer has been made, whose accelerator is everybody's."""
+        if is_initialized():
             settle_engine("KeepLoraCallback", AcceleratorState(), self.method, model)
 
     def on_train_begin(
@@ -147,7 +151,7 @@ class KeepLoraCallback(TrainerCallback):
         assert model is not None
         for each, around in ((self.method.model, False), (model, True)):
             require_whole("KeepLoraCallback", each, around=around, shares=self.method.shared_out)
-        settle_engine("KeepLoraCallback", AcceleratorState(), self.method, model)
+        self._settle_engine(model)
         if args.n_gpu > 1:
             raise DATA_PARALLEL.error("KeepLoraCallback", f"a Trainer on {args.n_gpu} GPUs in one process")
         self._penalty_due = False
