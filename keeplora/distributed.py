@@ -201,8 +201,8 @@ class Processes:
                 name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "")
                 raise ValueError(
                     f"{function}: every process must hold the same weights, got sums {theirs.get(name)} on rank {rank} "
-                    f"and {mine.get(name)} on rank {self.rank} [{name}]. Start from the same weights and train under "
-                    "DistributedDataParallel."
+                    f"and {mine.get(name)} on rank {self.rank} [{name}]. Start from the same weights and average "
+                    "gradients: train under DistributedDataParallel, or let backward() do it where FSDP2 is used."
                 )
 
     @contextmanager
