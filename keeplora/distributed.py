@@ -6,8 +6,11 @@ The only module that imports torch.distributed.
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,6 +23,10 @@ __all__ = ["Group", "PeerError", "Processes", "average_gradients", "processes", 
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_FAILED = "keeplora/failed in a step"
+_LOOK, _GRACE = 0.5, 2.0
+"""Seconds between two looks at the store, and for an exchange to notice by itself that a process has ended."""
+
 
 class PeerError(RuntimeError):
     """Another process failed; the message says which one, and of what."""
@@ -28,6 +35,7 @@ class PeerError(RuntimeError):
 Group = Any
 """A ``torch.distributed.ProcessGroup``, which this process is in."""
 
+_WATCHED: ContextVar[threading.Event | None] = ContextVar("ends the look-out of the running together()", default=None)
 _SHARING: ContextVar[Group | None] = ContextVar("the group of the block of together() that is running", default=None)
 
 
@@ -69,7 +77,8 @@ class Processes:
         """
         before = _SHARING.set(self.group)
         try:
-            yield
+            with self._watching():
+                yield
         except PeerError:
             raise  # all know
         except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -80,6 +89,49 @@ class Processes:
         finally:
             _SHARING.reset(before)
         self.gather(None)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside of [`together`][], a block in the middle of which others wait: FSDP2's exchanges in a forward.
+
+        Who fails in it cannot say so in an exchange: the others would take it for another one. It is written where they
+        look while they wait, who end then, if it takes the end of their process. The group cannot be used any more.
+
+        Raises:
+            PeerError: an exchange failed since another process has failed.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.size == 1:
+                raise
+            vars(error)["told_peers"] = True
+            _stop_watching()
+            if isinstance(error, RuntimeError) and (cause := self._board.read() or _lost(error)):
+                self._board.write(cause)
+                raise PeerError(cause) from error
+            self._board.write(f"process {self.rank} of {self.size} failed: {type(error).__name__}: {error}")
+            raise
+
+    @property
+    def _board(self) -> _Board:
+        return _Board(self.group)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Meanwhile this process looks whether another one has failed in a step, and does not wait for it for long."""
+        if self.size == 1 or _WATCHED.get() is not None:
+            yield
+            return
+        over = threading.Event()
+        before = _WATCHED.set(over)
+        watch = threading.Thread(target=self._board.watch, args=(over,), name="keeplora-watch", daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            _WATCHED.reset(before)
 
     def gather(self, value: T) -> list[T]:
         """What every process gave, by rank; small Python objects.
@@ -97,7 +149,7 @@ class Processes:
     def add(self, tensor: Tensor) -> None:
         """Add up ``tensor`` over all processes, in place. Shape and dtype must be the same everywhere."""
         if self.size > 1:
-            with _in_step():
+            with self._exchanging():
                 dist.all_reduce(tensor, group=self.group)
 
     def sum_of(self, value: float) -> float:
@@ -114,7 +166,7 @@ class Processes:
         mine = rows.new_zeros(-(-count // self.size), rows.shape[1])
         mine[: len(rows)] = rows
         parts = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == owner else None
-        with _in_step():
+        with self._exchanging():
             dist.gather(mine, parts, group=self.group, group_dst=owner)
         return None if parts is None else torch.cat(parts)[:count]
 
@@ -129,7 +181,7 @@ class Processes:
         )
         sent = torch.empty(shape, dtype=dtype, device=like.device) if tensor is None else tensor.contiguous()
         if sent.numel():
-            with _in_step():
+            with self._exchanging():
                 dist.broadcast(sent, group=self.group, group_src=owner)
         return sent
 
@@ -149,34 +201,82 @@ class Processes:
                 name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "")
                 raise ValueError(
                     f"{function}: every process must hold the same weights, got sums {theirs.get(name)} on rank {rank} "
-                    f"and {mine.get(name)} on rank {self.rank} [{name}]. Start from the same weights and train under "
-                    "DistributedDataParallel."
+                    f"and {mine.get(name)} on rank {self.rank} [{name}]. Start from the same weights and average "
+                    "gradients: train under DistributedDataParallel, or let backward() do it where FSDP2 is used."
                 )
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """An exchange with the others. Who is torn out of it is out of step: it says so on the board alone.
+
+        Raises:
+            PeerError: another process has ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            _stop_watching()
+            raise PeerError(self._board.read() or _lost(error, surely=True)) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            _stop_watching()
+            vars(error)["told_peers"] = True
+            self._board.write(f"process {self.rank} of {self.size} was stopped: {type(error).__name__}")
+            raise
 
     def _exchange(self, value: Any, error: str | None) -> list[Any]:
         if self.size == 1:
             return [(value, error)]
         replies: list[Any] = [None] * self.size
-        with _in_step():
+        with self._exchanging():
             dist.all_gather_object(replies, (value, error), group=self.group)
         return replies
 
 
-@contextmanager
-def _in_step() -> Iterator[None]:
-    """An exchange with the others. Who is torn out of it is out of step: it says nothing more, and its end says it all.
+def _stop_watching() -> None:
+    """This process waits no more: an error is on its way through it."""
+    over = _WATCHED.get()
+    if over is not None:
+        over.set()
 
-    Raises:
-        PeerError: another process has ended.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PeerError(f"another process must answer, but has ended or cannot be reached: {reason}") from error
-    except (KeyboardInterrupt, SystemExit) as error:
-        vars(error)["told_peers"] = True
-        raise
+
+def _lost(error: RuntimeError, *, surely: bool = False) -> str:
+    """What is said of an exchange that got no answer; "" where the error may be of another kind, unless ``surely``."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if surely or "gloo" in reason or isinstance(error, dist.DistError):
+        return f"another process must answer, but has ended or cannot be reached: {reason}"
+    return ""
+
+
+class _Board:
+    """Where a process of a group writes why it has failed: a key in the store of the group, which its end leaves."""
+
+    def __init__(self, group: Group | None):
+        members = dist.group.WORLD if group is None else group
+        self._store: Any = None
+        if members is not None:
+            with suppress(RuntimeError):  # a backend without one
+                self._store = members.get_group_store()
+
+    def write(self, text: str) -> None:
+        """The first one's text stays."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the process that had the store may be the one that has ended
+                self._store.compare_set(_FAILED, "", text)
+
+    def read(self) -> str:
+        text = ""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                text = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
+        return text
+
+    def watch(self, over: threading.Event) -> None:
+        """End this process if another has failed, and ``over`` is not set soon after that."""
+        while not over.wait(_LOOK):
+            if (cause := self.read()) and not over.wait(_GRACE):
+                print(f"keeplora: this process waits for one that will not come, and ends: {cause}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)  # the main thread cannot be reached: it waits in an exchange
 
 
 def average_gradients(parameters: Sequence[Tensor], peers: Processes) -> None:

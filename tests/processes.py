@@ -1,7 +1,9 @@
 """What two processes of one group do in the tests of keeplora.distributed; each writes what it found to a file."""
 
+import contextlib
 import copy
 import datetime
+import multiprocessing
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +17,11 @@ from keeplora import KeepLora, KeepLoraConfig
 from keeplora.distributed import processes
 from keeplora.lora import linear_targets, wrap
 from keeplora.statistics import feature_statistics, mean_gradients
+
+# Imported once, in a process that those of all tests are forked from
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer", "keeplora"]
+)
 
 WIDTH, CLASSES = 12, 5
 SETTINGS = {"r": 3, "target_modules": "all-linear", "weight_energy": 0.4, "feature_energy": 0.7}
@@ -177,11 +184,23 @@ def others(rank, share):
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def joined(rank, folder, count):
+    """One of ``count`` processes, with one thread."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
 def found_by(folder, function, count, *more):
     """What each of some processes found."""
-    context = mp.spawn(function, args=(str(folder), *more), nprocs=count, join=False)
+    context = mp.start_processes(
+        function, args=(str(folder), *more), nprocs=count, join=False, start_method="forkserver"
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 280
         while not context.join(timeout=5):
             assert time.monotonic() < deadline, "a process is waiting for another that will not come"
     finally:

@@ -166,7 +166,7 @@ def refusals():
 
     return {
         "merged": fails(lambda model: KeepLora(model, KeepLoraConfig(**SETTINGS | {"forward": "merged"}))),
-        "inflora": fails(lambda model: keeplora.create("inflora", model)),
+        "sd-lora": fails(lambda model: keeplora.create("sd-lora", model)),
         "gpm": fails(lambda model: keeplora.create("gpm", model)),
         "requires_grad": fails(trained),
         "a layer itself": fails(around),
@@ -199,11 +199,12 @@ def failures(rank):
     found["nothing"] = error_of(lambda: keeper.before_task([], loss_fn))
     found["group"] = error_of(lambda: keeper.before_task(data, loss_fn, group=alone))
     keeper.before_task(data, loss_fn)
-    found["copied"] = [error_of(keeper.state), error_of(keeper.digest), error_of(lambda: keeper.export_peft("nowhere"))]
+    found["copied"] = [error_of(keeper.state), error_of(keeper.digest)]
     train(keeper, [rank], 0)
     keeper.trainable_parameters()[0].data[0, 0] += rank
     found["apart"] = error_of(lambda: keeper.after_task(data))
     keeper.abandon_task()
+    found["copied"].append(error_of(lambda: keeper.import_peft("nowhere")))
     first = llama()
     found["abandoned"] = all(torch.equal(whole(s.weight), first.get_submodule(s.name).weight) for s in keeper.slots)
     return found

@@ -18,7 +18,7 @@ import keeplora.integrations
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LAZY = {
     keeplora: {"KeepLoraCallback": "transformers", "plot_capacity": "matplotlib"},
-    keeplora.integrations: {"KeepLoraCallback": "transformers"},
+    keeplora.integrations: {"KeepLoraCallback": "transformers", "shard": "accelerate"},
 }
 
 

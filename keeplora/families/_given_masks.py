@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.lora import LoraSlot, TokenMask
+from keeplora.lora.shares import class_before
 
 from ._padding import Matched, match, mismatch, nothing_hidden, untold
 
@@ -242,10 +243,11 @@ def _chains(model: nn.Module) -> tuple[dict[int, tuple[nn.Module, ...]], dict[in
         chain = () if parent is None or owns(module) else chains.get(parent, ())
         takes = owns(module) or not {*_MASKS, *_HIDES}.isdisjoint(_names(type(module).forward))
         of[id(module)] = chains[path] = (*chain, module) if takes else chain
-        if f".{_SEQUENCE_FIRST.get(type(module).__name__, '-')}." in type(module).__module__:
+        kind = class_before(module)
+        if f".{_SEQUENCE_FIRST.get(kind.__name__, '-')}." in kind.__module__:
             firsts[path] = True
         elif owns(module):
-            if type(module).__module__.startswith("transformers."):
+            if kind.__module__.startswith("transformers."):
                 firsts[path] = False
         elif parent is not None and parent in firsts:
             firsts[path] = firsts[parent]

@@ -8,6 +8,7 @@ from keeplora._lazy import lazy as _lazy_names
 from .peft import SubspaceState, freeze_a, initialize, keep_adapter, update_subspace
 
 if TYPE_CHECKING:
+    from .fsdp2 import shard
     from .hf_trainer import KeepLoraCallback
 else:
     __getattr__, __dir__ = _lazy_names(
@@ -15,8 +16,9 @@ else:
         {
             "KeepLoraCallback": _Lazy(
                 "keeplora.integrations.hf_trainer", "transformers", "pip install transformers accelerate"
-            )
+            ),
+            "shard": _Lazy("keeplora.integrations.fsdp2", "accelerate", "pip install accelerate"),
         },
     )
 
-__all__ = ["KeepLoraCallback", "SubspaceState", "freeze_a", "initialize", "keep_adapter", "update_subspace"]
+__all__ = ["KeepLoraCallback", "SubspaceState", "freeze_a", "initialize", "keep_adapter", "shard", "update_subspace"]

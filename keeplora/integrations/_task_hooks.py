@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from keeplora.lora import require_whole
 from keeplora.lora.optimizer import unwrapped
+from keeplora.lora.shares import is_dtensor
 from keeplora.methods.method import Method
 
 __all__ = ["TaskHooks", "refuse_untrainable"]
@@ -25,14 +26,17 @@ _HANDLES: WeakKeyDictionary[Method, list[_Removable]] = WeakKeyDictionary()
 """The hooks of each method's open task. A loop that ends with an error leaves them; the next one takes them away."""
 
 
-def refuse_untrainable(caller: str, method: Method) -> None:
+def refuse_untrainable(caller: str, method: Method, *, shares: bool = False) -> None:
     """Refuse a method that no loop over one task's data can train, or whose weights an engine has taken away.
+
+    Args:
+        shares: Whether the loop can train what FSDP2 has shared out.
 
     Raises:
         ValueError: it never trains, or it trains on the data of all tasks.
         TypeError: its model is sharded or offloaded (``keeplora.lora.engines``).
     """
-    require_whole(caller, method.model)
+    require_whole(caller, method.model, shares=shares and method.shared_out)
     if not method.trains:
         raise ValueError(
             f"{caller}: method must be one that trains, got {method.name!r}, which has no parameters to train. "
@@ -60,11 +64,12 @@ class TaskHooks:
 
     Raises:
         RuntimeError: no task is open, or the optimizer does not hold its parameters.
+        TypeError: FSDP2 has cut the adapters up.
         ValueError: the method cannot be trained by a loop like this, or not with this optimizer.
     """
 
     def __init__(self, caller: str, method: Method, optimizer: Any, remedy: str):
-        refuse_untrainable(caller, method)
+        refuse_untrainable(caller, method, shares=True)
         self.caller, self.method, self.remedy = caller, method, remedy
         self._scaler = getattr(optimizer, "scaler", None)  # Accelerate's, in fp16
         self._penalty_added = False
@@ -135,14 +140,19 @@ class TaskHooks:
             wanted = self.method.trainable_parameters()
         except RuntimeError as error:
             raise RuntimeError(f"{self.caller}: a task must be open when training begins ({error})") from error
+        if any(map(is_dtensor, wanted)):
+            raise TypeError(
+                f"{self.caller}: adapters must be outside of FSDP2, got some that it cut into rows with the model. "
+                "Shard the model before the method is made: keeplora.integrations.shard(accelerator, model)."
+            )
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         missing = sum(parameter not in held for parameter in wanted)
         if missing:
             raise RuntimeError(
                 f"{self.caller}: the optimizer must hold the {len(wanted)} parameters of the open task, got "
                 f"{len(wanted) - missing} of them. Make a new optimizer for every task, after before_task (a Trainer "
-                "keeps that of its first train(): make a new Trainer). DeepSpeed and FSDP, which split parameters up, "
-                "are not supported."
+                "keeps that of its first train(): make a new Trainer). DeepSpeed, which splits parameters up, is not "
+                "supported."
             )
         return wanted
 

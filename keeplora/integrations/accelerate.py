@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from keeplora.distributed import processes
 from keeplora.methods.method import Method
 from keeplora.methods.state import read_state
 
 from ._task_hooks import TaskHooks, refuse_untrainable
+from .fsdp2 import settle_engine
 
 __all__ = ["OneTask", "resume"]
 
@@ -44,6 +46,8 @@ class OneTask:
         ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint), or cannot be trained with
             this optimizer.
         RuntimeError: no task is open, or the optimizer does not hold its parameters.
+        TypeError: the model is sharded or offloaded, or the accelerator would shard it: with FSDP2 call
+            [`keeplora.integrations.shard`][] before the method is made.
 
     Examples:
         >>> from keeplora import KeepLora, KeepLoraConfig
@@ -69,7 +73,8 @@ class OneTask:
     optimizer: AcceleratedOptimizer
 
     def __init__(self, accelerator: Accelerator, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer):
-        refuse_untrainable("OneTask", method)
+        refuse_untrainable("OneTask", method, shares=True)
+        settle_engine("OneTask", accelerator.state, method, model)
         self.accelerator, self.method = accelerator, method
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._hooks = TaskHooks(
@@ -85,7 +90,7 @@ class OneTask:
         self.accelerator.backward(self._hooks.with_penalty(loss), **options)
 
     def _save(self, models: Any, weights: Any, folder: str) -> None:
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.method.shared_out:
             self.method.save(Path(folder) / FOLDER)
 
 
@@ -98,4 +103,5 @@ def resume(method: Method, checkpoint: str | os.PathLike[str]) -> None:
     Raises:
         StateError: no state in the checkpoint, a damaged one, or one of another model.
     """
-    method.load_state(read_state(Path(checkpoint) / FOLDER))
+    with processes(method.group).together():
+        method.load_state(read_state(Path(checkpoint) / FOLDER))

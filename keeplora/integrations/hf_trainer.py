@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from keeplora._messages import warn
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
+from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, require_whole
 from keeplora.lora.engines import DATA_PARALLEL
 from keeplora.methods.method import Method
 from keeplora.methods.state import StateError, read_state
 
 from ._task_hooks import TaskHooks, refuse_untrainable
+from .fsdp2 import settle_engine
 
 __all__ = ["KeepLoraCallback"]
 
@@ -57,7 +60,8 @@ class KeepLoraCallback(TrainerCallback):
 
     What a task has learned is in the model's own weights after ``after_task`` alone: ``trainer.save_model()`` before it
     writes a file that behaves like the model before the task, and a warning says so. What splits parameters up or takes
-    them away (DeepSpeed, FSDP, offloading), and several GPUs in one process, are refused.
+    them away (DeepSpeed, FSDP1, offloading), and several GPUs in one process, are refused. A Trainer with FSDP2 needs a
+    model that [`keeplora.integrations.shard`][] has cut up before the method was made.
 
     Args:
         method: A [`keeplora.KeepLora`][], or another method, of the model that is trained or of a part of it.
@@ -65,7 +69,7 @@ class KeepLoraCallback(TrainerCallback):
     Raises:
         ValueError: the method trains nothing (zero-shot), or on all tasks at once (joint); at ``train()``, the method
             cannot be trained with this optimizer.
-        TypeError: the model is sharded or offloaded.
+        TypeError: the model is sharded or offloaded, or Trainer would shard it in ``train()``.
         RuntimeError: ``train()`` begins while no task is open, or with an optimizer made for an earlier task, or goes
             on from a checkpoint that [`resume`][] has not read; or Trainer took a step without calling the model's
             forward, which leaves the penalty out.
@@ -95,8 +99,9 @@ class KeepLoraCallback(TrainerCallback):
     """
 
     def __init__(self, method: Method):
-        refuse_untrainable("KeepLoraCallback", method)
+        refuse_untrainable("KeepLoraCallback", method, shares=True)
         self.method = method
+        self._settle_engine(method.model)
         self._hooks: TaskHooks | None = None
         self._penalty_due = False
         self._resumed: int | None = None
@@ -110,10 +115,28 @@ class KeepLoraCallback(TrainerCallback):
         Raises:
             StateError: no state in the checkpoint, a damaged one, or one of another model; or not Trainer's own state.
         """
-        state = read_state(Path(checkpoint) / FOLDER)
-        step = _step_of(Path(checkpoint) / TRAINER_STATE_NAME)
-        self.method.load_state(state)
+        with processes(self.method.group).together():
+            state = read_state(Path(checkpoint) / FOLDER)
+            step = _step_of(Path(checkpoint) / TRAINER_STATE_NAME)
+            self.method.load_state(state)
         self._resumed = step
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Refuse a Trainer that would shard or wrap the model otherwise than the method needs, before data are read."""
+        if model is not None:
+            self._settle_engine(model)
+
+    def _settle_engine(self, model: nn.Module) -> None:
+        """Where a Trainer has been made, whose accelerator is everybody's."""
+        if is_initialized():
+            settle_engine("KeepLoraCallback", AcceleratorState(), self.method, model)
 
     def on_train_begin(
         self,
@@ -126,8 +149,9 @@ class KeepLoraCallback(TrainerCallback):
     ) -> None:
         """Refuse where no task is open or the optimizer is an earlier task's; honour what the method asks for."""
         assert model is not None
-        require_whole("KeepLoraCallback", self.method.model)
-        require_whole("KeepLoraCallback", model, around=True)
+        for each, around in ((self.method.model, False), (model, True)):
+            require_whole("KeepLoraCallback", each, around=around, shares=self.method.shared_out)
+        self._settle_engine(model)
         if args.n_gpu > 1:
             raise DATA_PARALLEL.error("KeepLoraCallback", f"a Trainer on {args.n_gpu} GPUs in one process")
         self._penalty_due = False
@@ -166,7 +190,7 @@ class KeepLoraCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the method's state beside Trainer's checkpoint."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero and not self.method.shared_out:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if not checkpoint.is_dir():

@@ -10,6 +10,8 @@ from torch import nn
 
 from keeplora._messages import warn
 
+from .shares import class_before
+
 __all__ = ["BaseModel"]
 
 
@@ -55,8 +57,9 @@ class BaseModel:
         chosen = name or own
         commit = getattr(config, "_commit_hash", None) if chosen == own else None
         kind = task_type or _task_type(model)
-        loads = callable(getattr(type(model), "from_pretrained", None))
-        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        made = class_before(model)
+        loads = callable(getattr(made, "from_pretrained", None))
+        mapping = {"base_model_class": made.__name__, "parent_library": made.__module__}
         local = chosen is not None and os.path.isdir(chosen)
         return cls(
             os.path.abspath(chosen) if local and chosen else chosen,
@@ -85,7 +88,8 @@ def _task_type(model: nn.Module) -> str | None:
 
     Classifiers are left to ``auto_mapping``: PEFT would train their heads beside the adapter.
     """
-    if not type(model).__module__.startswith("transformers."):
+    made = class_before(model)
+    if not made.__module__.startswith("transformers."):
         return None
     from transformers.models.auto import modeling_auto
 
@@ -94,7 +98,7 @@ def _task_type(model: nn.Module) -> str | None:
 
     def makes(mapping: str) -> bool:
         """Whether the auto class with this mapping makes this kind of model of this configuration."""
-        return mapping in mappings and mappings[mapping].get(config, None) is type(model)
+        return mapping in mappings and mappings[mapping].get(config, None) is made
 
     if makes("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"):
         return None

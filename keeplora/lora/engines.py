@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .shares import DTENSORS, MODULES, is_dtensor, is_shared_out, unfit
+from .shares import DTENSORS, MODULES, is_dtensor, is_shared_out, reshard, unfit
 
-__all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_module", "require_whole"]
+__all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_module", "require_rows", "require_whole"]
 
 Seen = Callable[[nn.Module], str]
 """What of an engine is in a module itself, its children apart: a class, or a parameter and its class; "" if nothing."""
@@ -89,6 +89,21 @@ def require_whole(
                 continue
             if engine not in welcome and (what := engine.seen(module)):
                 raise engine.error(function, f"{what} at {path or 'the model itself'}", fault)
+
+
+def require_rows(function: str, model: nn.Module, *, works: bool) -> None:
+    """Leave every process its own rows of weights; refuse whatever else may have come, and calls that need more.
+
+    Args:
+        works: Whether the call can do with rows.
+    """
+    if not works:
+        raise TypeError(
+            f"{function}: weights must be whole in one process, got rows in each (FSDP2). Call save(path) in all "
+            f"processes, load the state into the whole model in one, and call {function} there."
+        )
+    require_whole(function, model, shares=True)
+    reshard(model)
 
 
 def _class_of(value: object) -> str:
@@ -180,7 +195,9 @@ FSDP2 = Engine(
     "FSDP2",
     _instance_of(*MODULES),
     "fully_shard leaves a share of every weight's rows in each process",
-    _WHOLE_COPY,
+    "Methods that work with rows (KeepLoRA, KeepLoRA++, LoRA, InfLoRA, O-LoRA) are made after fully_shard. For others: "
+    + _WHOLE_COPY[0].lower()
+    + _WHOLE_COPY[1:],
 )
 """Welcome to methods that work with rows, in the calls that do: ``require_whole(shares=True)``."""
 

@@ -14,6 +14,7 @@ __all__ = [
     "DTENSORS",
     "MODULES",
     "LocalRows",
+    "class_before",
     "is_dtensor",
     "is_shared_out",
     "is_wrapped",
@@ -44,6 +45,12 @@ class LocalRows(NamedTuple):
 def is_wrapped(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called with the module itself."""
     return any(f"{c.__module__}.{c.__qualname__}" in MODULES for c in type(module).__mro__)
+
+
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """The module's class, before ``fully_shard`` derived another from it."""
+    kind = type(module)
+    return kind.__bases__[1] if is_wrapped(module) else kind
 
 
 def is_shared_out(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from keeplora.statistics import FeatureStatistic
 
 from .bases import keeper_of
 from .capacity import Capacity
-from .lora_method import LoraMethod
+from .lora_method import ON_SHARES, LoraMethod
 from .method import LossFn
 from .reading import is_counts, stored_basis
 from .settings import AdapterConfig, check_choice, check_range, check_whole
@@ -180,6 +180,7 @@ class InfLora(LoraMethod):
 
     name: ClassVar[str] = "inflora"
     config_type: ClassVar[type] = InfLoraConfig
+    on_shares: ClassVar[frozenset[str]] = ON_SHARES
     config: InfLoraConfig
 
     def __init__(self, model: nn.Module, config: InfLoraConfig | None = None, **options: Any):
@@ -273,7 +274,7 @@ class InfLora(LoraMethod):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         held = self.bases[i]
         if held is None:
-            return DualBasis(weight.new_zeros(weight.shape[1], 0, dtype=dtype))
+            return DualBasis(self.slots[i].zeros(weight.shape[1], 0, dtype=dtype))
         return replace(held, columns=held.columns.to(weight.device))
 
     def _energy(self, statistic: FeatureStatistic) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .lora_method import LoraMethod
+from .lora_method import ON_SHARES, LoraMethod
 from .method import LossFn
 from .settings import SEEDS, AdapterConfig, check_range, check_whole
 
@@ -40,9 +40,7 @@ class SequentialLora(LoraMethod):
 
     name: ClassVar[str] = "lora"
     config_type: ClassVar[type] = LoraConfig
-    on_shares: ClassVar[frozenset[str]] = frozenset(
-        {"made", "before_task", "after_task", "merge", "save", "load", "load_state"}
-    )
+    on_shares: ClassVar[frozenset[str]] = ON_SHARES
     config: LoraConfig
     train_a = True
 

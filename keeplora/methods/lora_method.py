@@ -35,9 +35,13 @@ from .ranks import warn_of_ranks, warn_of_unreached
 from .shares import UNKNOWN, Shares
 from .size import update_size, warn_of_size
 
-__all__ = ["LoraMethod"]
+__all__ = ["ON_SHARES", "LoraMethod"]
 
 T = TypeVar("T")
+
+ON_SHARES = frozenset({"made", "before_task", "after_task", "merge", "save", "load", "load_state", "export_peft"})
+"""The calls that work on rows of weights in every method whose adapters are merged: its ``on_shares``, or part of it.
+"""
 
 
 class LoraMethod(Published):
@@ -78,11 +82,11 @@ class LoraMethod(Published):
         self.certificates = []
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
-        self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self._shared_out)
+        self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self.shared_out)
         for slot in self.slots:
             slot.exact.on_device = getattr(self.config, "exact_weights", "host") == "device"
-            slot.exact.first = slot.local.first if self._shared_out else None
-        self._hooks = [] if self._shared_out else merge_ahead(model)
+            slot.exact.first = slot.local.first if self.shared_out else None
+        self._hooks = [] if self.shared_out else merge_ahead(model)
 
     # ------------------------------------------------------------------ what a method is
 
@@ -97,7 +101,7 @@ class LoraMethod(Published):
         try:
             selected = select_targets(among, names)
         except ValueError:
-            require_whole(type(self).__name__, self.model, _meant(self.model, names), shares=self._shared_out)
+            require_whole(type(self).__name__, self.model, _meant(self.model, names), shares=self.shared_out)
             raise
         chosen = coverage(self.model, selected, among)
         if targets is None:
@@ -148,7 +152,7 @@ class LoraMethod(Published):
         self._require("after_task", task=True)
         with processes(self.group).together():
             base = self.known_base()
-            if self._shared_out:
+            if self.shared_out:
                 self.pretrained_hashes()
         report = super().after_task(loader, loss_fn)
         self.base_hashes = base
@@ -158,7 +162,7 @@ class LoraMethod(Published):
         merged = [[(update.a, update.b * update.scaling) for update in updates] for updates in kept]
         for slot in self.slots:
             slot.exact.fresh.clear()
-        everywhere = processes(self.group).sum_of if self._shared_out else float
+        everywhere = processes(self.group).sum_of if self.shared_out else float
         warn_of_size("after_task", update_size(merged, [slot.local.rows for slot in self.slots], everywhere))
         return report
 
@@ -168,7 +172,7 @@ class LoraMethod(Published):
         return [(name, p) for name, adapter in adapters for p in adapter.parameters() if p.requires_grad]
 
     def _require_same_weights(self, function: str) -> None:
-        if self._shared_out and (over := shared_over(self.model)) != processes().size:
+        if self.shared_out and (over := shared_over(self.model)) != processes().size:
             raise ValueError(
                 f"{function}: group must be the {over} processes that fully_shard shared the model out to, got "
                 f"{processes().size}. Give before_task the group of its mesh."
@@ -177,7 +181,7 @@ class LoraMethod(Published):
 
     def shared_tensors(self) -> Mapping[str, Tensor]:
         held: dict[str, Tensor] = {}
-        if not self._shared_out:  # of which every process has other rows
+        if not self.shared_out:  # of which every process has other rows
             held = {slot.name: slot.weight.detach() for slot in self.slots}
         for slot in self.slots:
             if slot.adapter is not None:

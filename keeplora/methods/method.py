@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from keeplora._messages import listed, warn
 from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole, unwrap
+from keeplora.lora.engines import require_rows
 from keeplora.lora.shares import is_shared_out, reshard
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
@@ -40,10 +41,8 @@ class Method(Saved):
     [`penalty`][] to the loss, call [`after_step`][] after each step), then [`after_task`][]; or
     [`abandon_task`][], and it never was. Between tasks the model is ready for evaluation.
 
-    A method changes nothing but ``self.model`` and itself, and ``self.model`` stays the object it was given.
-
     Args:
-        model: The model; it stays the same object.
+        model: The model; it stays the same object. A method changes nothing but ``self.model`` and itself.
         config: Settings, of ``config_type``; its defaults if None.
         targets: The weights to choose from, where the method adapts chosen weights.
         progress: Whether passes over batches and layers draw bars on stderr; None: if that is a terminal.
@@ -87,21 +86,20 @@ class Method(Saved):
         progress: bool | None = None,
     ):
         if targets is not None:
-            got = f"got {len(targets)}: {self.name!r} chooses no weights"
-            raise ValueError(f"{type(self).__name__}: targets must be None, {got}")
+            what = f"{type(self).__name__}: targets must be None"
+            raise ValueError(f"{what}, got {len(targets)}: {self.name!r} chooses no weights")
         require_module(type(self).__name__, model)
-        self._shared_out = shared = self._works_on_shares("made") and is_shared_out(model)
-        require_whole(type(self).__name__, model, structure=True, shares=shared)
+        self.shared_out = self._works_on_shares("made") and is_shared_out(model)
+        require_whole(type(self).__name__, model, structure=True, shares=self.shared_out)
         check_kind(type(self).__name__, config, self.config_type)
-        if self._shared_out:
+        if self.shared_out:
             reshard(model)
         self.model, self.progress = model, progress
         self.config = self.config_type() if config is None else config
         self._begin()
 
     def _begin(self) -> None:
-        self._flags = _flags(self.model)
-        self._flags_before = self._flags
+        self._flags = self._flags_before = _flags(self.model)
         self._buffers: Buffers | None = None  # as the open task found them
         self._buffers_at_close: Buffers | None = None
         self._loss_fn: LossFn | None = None
@@ -333,9 +331,10 @@ class Method(Saved):
     def _require(self, function: str, *, task: bool | None) -> None:
         """Refuse a call at the wrong moment, or while an engine holds the weights; ``task=None`` is any moment."""
         self._require_moment(function, task=task)
-        require_whole(function, self.model, shares=self._shared_out and self._works_on_shares(function))
-        if self._shared_out:
-            reshard(self.model)
+        if self.shared_out:
+            require_rows(function, self.model, works=self._works_on_shares(function))
+        else:
+            require_whole(function, self.model)
 
     def _works_on_shares(self, function: str) -> bool:
         return function in vars(type(self)).get("on_shares", ())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoraConfig, SequentialLora
+from .lora_method import ON_SHARES
 from .method import LossFn
 from .reading import stored
 from .settings import check_range
@@ -71,11 +72,12 @@ class OLora(SequentialLora):
 
     name: ClassVar[str] = "o-lora"
     config_type: ClassVar[type] = OLoraConfig
+    on_shares: ClassVar[frozenset[str]] = ON_SHARES | {"penalty"}
     config: OLoraConfig
 
     def __init__(self, model: nn.Module, config: OLoraConfig | None = None, **options: Any):
         super().__init__(model, config, **options)
-        self.past: list[Tensor] = [_rows(slot.weight) for slot in self.slots]
+        self.past: list[Tensor] = [slot.zeros(0, slot.weight.shape[1], dtype=torch.float32) for slot in self.slots]
 
     def penalty(self) -> Tensor | None:
         """λ₁ times the overlap, and λ₂ times the norms, of the open task; None where both are 0."""
@@ -105,7 +107,3 @@ class OLora(SequentialLora):
 
     def remember(self, memory: list[Tensor]) -> None:
         self.past = [past.to(slot.weight.device) for slot, past in zip(self.slots, memory, strict=True)]
-
-
-def _rows(weight: Tensor) -> Tensor:
-    return weight.new_zeros(0, weight.shape[1], dtype=torch.float32)

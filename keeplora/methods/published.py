@@ -6,12 +6,15 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from keeplora._messages import warn
+from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, Target, TokenMask, peft_checkpoint
 from keeplora.lora.base_model import BaseModel
 from keeplora.lora.peft_experts import expert_weights
@@ -69,6 +72,8 @@ class Published(SlotStates):
             training: For the card: what else is to be known of the training, such as data, learning rate and steps.
             card: Metadata of your own for the card: license, language, datasets, eval_results … It is not changed.
 
+        Where FSDP2 has shared the model out all of its processes call this, and the first one writes.
+
         Raises:
             ValueError: nothing was learned and no task is open; ``task_type`` is none of PEFT's.
             TypeError: an adapted layer has no counterpart in PEFT (open_clip's own attention block, separate
@@ -103,17 +108,25 @@ class Published(SlotStates):
         known = hash_weights(slot_weights(self.slots)) if open_task_only else self.known_base()
         changed = [slot for slot in self.slots if updates[slot.name].rank]
         held = self.tasks_learned if open_task_only else 0
+        peers = processes(self.group)
+        here = [replace(updates[slot.name], b=slot.local.of(updates[slot.name].b)) for slot in self.slots]
+        inner = inner_product([slot.exact_weight for slot in self.slots], here)
+        inner = (peers.sum_of(inner) if self.shared_out else inner) - sum(
+            inner_of_updates(part, updates[slot.name]) for part, slot in zip(merged, self.slots, strict=True)
+        )
         note = base_note(
-            base, None if known is None else {name: known[name] for name in slot_weights(changed)}, held,
-            [slot.exact_weight for slot in self.slots], [updates[slot.name] for slot in self.slots], merged,
-        )  # fmt: skip
-        peft_checkpoint.write(path, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
+            base, None if known is None else {name: known[name] for name in slot_weights(changed)}, held, inner
+        )
         story = Story(
             self.name, plain(self.config), self.tasks_learned + self.training_task - held, base,
             certificates=() if held else tuple(self.certificates), capacity=self.capacity(), in_base=held,
             training=training or {},
         )  # fmt: skip
-        write_card(Path(path), model_card(story, card))
+        with peers.together() if self.shared_out else nullcontext():
+            if self.shared_out and peers.rank:
+                return  # one writes
+            peft_checkpoint.write(path, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
+            write_card(Path(path), model_card(story, card))
 
     def known_base(self) -> Hashes | None:
         """Hashes of the weights as they were before the first task, which as long as none is closed are those of now.
@@ -234,22 +247,14 @@ class Published(SlotStates):
             )  # fmt: skip
 
 
-def base_note(
-    base: BaseModel,
-    known: Hashes | None,
-    held: int,
-    weights: Sequence[Tensor],
-    updates: Sequence[Update],
-    merged: Sequence[Update],
-) -> dict[str, Any]:
+def base_note(base: BaseModel, known: Hashes | None, held: int, inner: float) -> dict[str, Any]:
     """What ``keeplora.json`` tells of the base model.
 
     Args:
         known: Hashes of the weights the adapter belongs on.
         held: Tasks that those weights hold already.
-        weights: As they are now, with the updates ``merged`` in them, which are part of ``updates``.
+        inner: ``inner_product`` of these weights with the adapter's updates.
     """
-    inner = inner_product(weights, updates) - sum(map(inner_of_updates, merged, updates))
     return {
         "base_model": base.name,
         "revision": base.revision,

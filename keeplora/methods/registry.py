@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from keeplora._messages import nearest
+from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole
+from keeplora.lora.shares import is_shared_out
 
 from .dac.method import Dac, DacConfig
 from .duallora.method import DualLora, DualLoraConfig
@@ -170,8 +173,13 @@ def load(
     targets: Sequence[Target] | None = None,
     token_mask: TokenMask | None = None,
     progress: bool | None = None,
+    group: Group | None = None,
 ) -> Method:
     """The method that ``method.save(path)`` wrote, whichever it is, around the pretrained ``model`` it was made with.
+
+    Args:
+        group: The processes that share its tasks, as of ``before_task``. All of them call this where FSDP2 has shared
+            the model out to them.
 
     Raises:
         StateError: nothing there, damaged, of another version, of a method that is not registered, or made with
@@ -189,14 +197,15 @@ def load(
         ...     load(folder, make()).config.r
         2
     """
-    require_whole("load", model)
-    state = read_state(path)
-    name = state.meta.get("method")
-    if not isinstance(name, str) or name not in METHODS:
-        raise StateError(f"load: {os.fspath(path)} must be of a registered method, got {name!r}")
-    entry = METHODS[name]
-    method = resumed(made(entry.build, entry.config, state, path, model, targets=targets, progress=progress), state)
-    method.token_mask = token_mask
+    require_whole("load", model, shares=True)  # what methods need is theirs to say
+    with processes(group).together() if is_shared_out(model) else nullcontext():
+        state = read_state(path)
+        name = state.meta.get("method")
+        if not isinstance(name, str) or name not in METHODS:
+            raise StateError(f"load: {os.fspath(path)} must be of a registered method, got {name!r}")
+        entry = METHODS[name]
+        method = resumed(made(entry.build, entry.config, state, path, model, targets=targets, progress=progress), state)
+    method.token_mask, method.group = token_mask, group
     return method
 
 

@@ -49,7 +49,7 @@ class Saved(ABC):
     token_mask: TokenMask | None = None
     tasks_learned: int = 0
     training_task: bool = False
-    _shared_out: bool = False  # whether FSDP2 has cut the model into rows
+    shared_out: bool = False  # whether FSDP2 has cut the model into rows
     group: Group | None = None
     _flags: dict[nn.Parameter, bool]  # requires_grad as it was before the method was made,
     _flags_before: dict[nn.Parameter, bool]  # and before the open task
@@ -206,7 +206,7 @@ class Saved(ABC):
         Raises:
             OSError: the folder cannot be written to, or another process does not get through. What was there stays.
         """
-        if not self._shared_out:
+        if not self.shared_out:
             write_state(path, self._live_state("save"), store=store)
             return
         with processes(self.group).together():  # all know parts of it, one writes

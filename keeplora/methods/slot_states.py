@@ -47,7 +47,7 @@ class SlotStates(Method):
 
     def average_gradients(self) -> None:
         """Where adapters are outside of FSDP2, which averages gradients of its own parameters alone."""
-        if self._shared_out:
+        if self.shared_out:
             average_gradients([parameter for _, parameter in self.named_trained()], processes(self.group))
 
     def weights_state(self) -> State:
@@ -85,9 +85,9 @@ class SlotStates(Method):
                 tensors[f"{name}.weight"] = slot.exact_weight
             if not exact.known:
                 altered.append(name)
-            if not self._shared_out:
+            if not self.shared_out:
                 pretrained[name] = exact.pretrained_hash(slot.weight) if exact.known else ""
-        if self._shared_out:
+        if self.shared_out:
             self._require_known()
             pretrained = self.pretrained_hashes()
         meta = {
@@ -168,7 +168,7 @@ class SlotStates(Method):
             for name in names
         }
         self._starts = dict(pretrained)
-        if self._shared_out:
+        if self.shared_out:
             held_here = [(slot, slot.exact.pretrained(slot.local.rows.detach())) for slot in self.slots]
             rows = [LocalRows(slot.local.rows[:0] if w is None else w, slot.local.first) for slot, w in held_here]
             whole = hashes_everywhere([(r, s.weight.shape) for r, s in zip(rows, self.slots, strict=True)])
@@ -249,7 +249,7 @@ class SlotStates(Method):
     def _check_start(self, slot: LoraSlot, learned: list[Update], total: Tensor | None, pretrained: str) -> None:
         """Refuse what does not follow from the weight that is here, or leaves the numbers of its dtype."""
         start = slot.exact.pretrained(slot.local.rows.detach())
-        if start is None or (self._starts[slot.name] if self._shared_out else hash_of(start)) != pretrained:
+        if start is None or (self._starts[slot.name] if self.shared_out else hash_of(start)) != pretrained:
             got = "none, since tasks were merged into them" if start is None else "others"
             raise StateError(
                 f"load_state: weights must be the pretrained ones that the state was made with, got {got} "

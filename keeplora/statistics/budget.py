@@ -152,7 +152,7 @@ def _sharing(
 
     with peers.together(), evaluating(model), observing([*{slot.host: None for slot in slots}], look):
         for batch, _ in steps(model, itertools.islice(loader, 1), peers):
-            with in_step(model):
+            with in_step(model, peers):
                 forward(model, batch)
         last[0] = None
     found = next((theirs for theirs in peers.gather(sets) if theirs), [])

@@ -96,7 +96,7 @@ def feature_statistics(
     collector, batches = _Collector(slots, kind, token_mask, sketch_share, seed), 0
     with peers.together(), evaluating(model), observing(list(collector.by_host), collector.observe):
         for batch, counts in steps(model, loader, peers):
-            with in_step(model), naming_batch("feature_statistics", batches, batch):
+            with in_step(model, peers), naming_batch("feature_statistics", batches, batch):
                 forward(model, batch)
             collector.end_batch(batches)
             batches += counts

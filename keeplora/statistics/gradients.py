@@ -127,7 +127,7 @@ def mean_gradients(
         for index, (batch, counts) in enumerate(steps(model, loader, peers)):
             weight = samples.weigh(index, batch) if counts else 1
             statistics.counts = counts
-            with in_step(model):
+            with in_step(model, peers):
                 with naming_batch("mean_gradients", index, batch):
                     calls = statistics.calls
                     loss = loss_fn(model, batch)

@@ -46,6 +46,9 @@ class Peers(Protocol):
     def together(self) -> AbstractContextManager[None]:
         """A block that all get through, or in which all raise."""
 
+    def in_step(self) -> AbstractContextManager[None]:
+        """A block in the middle of which the others wait for this process."""
+
     def gather(self, value: T) -> list[T]:
         """What every process gave, in one order everywhere."""
 
@@ -59,6 +62,9 @@ class _Alone:
     rank = 0
 
     def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def in_step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def gather(self, value: T) -> list[T]:

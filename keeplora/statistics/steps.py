@@ -53,16 +53,18 @@ def steps(model: nn.Module, loader: Iterable[Any], peers: Peers) -> Iterator[tup
 
 
 @contextmanager
-def in_step(model: nn.Module) -> Iterator[None]:
+def in_step(model: nn.Module, peers: Peers) -> Iterator[None]:
     """A forward and its backward. Where the others wait in the middle of it, an error is said by ending."""
-    try:
+    if not is_shared_out(model):
         yield
+        return
+    try:
+        with peers.in_step():
+            yield
     except BaseException as error:
-        if is_shared_out(model):
-            vars(error)["told_peers"] = True  # they are not where they could be told
-            add_note(
-                error,
-                "Weights are shared out by FSDP2: in the middle of a step no process can tell another what has failed. "
-                "The others end when this one does: let it end, and look for the first error of all.",
-            )
+        add_note(
+            error,
+            "Weights are shared out by FSDP2: when a process fails in the middle of a step, all processes end, and the "
+            "model cannot be used any more. Let this process end.",
+        )
         raise

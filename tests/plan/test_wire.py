@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from keeplora import KeepLora, KeepLoraConfig
 from keeplora.lora import linear_targets
@@ -16,15 +17,22 @@ from keeplora.plan.wire import ring_bytes
 from tests.processes import SETTINGS, batch, found_by, loss_fn, start
 
 CHOICES = {"exact": {}, "sketch": {"r": 1, "gradient_statistic": "sketch"}, "balance": {"balance": True}}
+ROWS = "rows"  # of a model that FSDP2 has cut up
 
 
 def counting(sent):
-    """Let every collective say what it sends: tensors that are summed, and objects."""
+    """Let every collective say what it sends: tensors that are summed, rows, bases, and objects."""
     add, gather = dist.all_reduce, dist.all_gather_object
 
-    def all_reduce(tensor, **options):
-        sent["tensors"] += tensor.numel() * tensor.element_size()
-        return add(tensor, **options)
+    def counted(kind, collective):
+        def call(tensor, *more, **options):
+            sent[kind] += tensor.numel() * tensor.element_size()
+            return collective(tensor, *more, **options)
+
+        return call
+
+    all_reduce = counted("tensors", add)
+    dist.gather, dist.broadcast = counted("rows", dist.gather), counted("bases", dist.broadcast)
 
     def all_gather_object(replies, value, **options):
         sent["objects"] += len(pickle.dumps(value))
@@ -37,13 +45,13 @@ def counting(sent):
     dist.all_reduce, dist.all_gather_object = all_reduce, all_gather_object
 
 
-def switch(share, **settings):
-    sent, found = {"tensors": 0, "objects": 0, "gathers": 0}, {}
+def switch(share, model, **settings):
+    sent, found = dict.fromkeys(("tensors", "rows", "bases", "objects", "gathers"), 0), {}
     counting(sent)
-    keeper = KeepLora(start(), KeepLoraConfig(**SETTINGS | settings))
+    keeper = KeepLora(model, KeepLoraConfig(**SETTINGS | settings))
     keeper.before_task(share, loss_fn)
-    found["before_task"] = dict(sent)
-    sent.update(tensors=0, objects=0, gathers=0)
+    found["before_task"] = sent | {"k": [keeper.basis(slot.name).shape[1] for slot in keeper.slots]}
+    sent.update(dict.fromkeys(sent, 0))
     keeper.after_task(share)
     found["after_task"] = dict(sent)
     return found
@@ -58,11 +66,16 @@ def work(rank, folder, count):
 
 
 def switches(rank):
-    original = dist.all_reduce, dist.all_gather_object
+    names = ("all_reduce", "all_gather_object", "gather", "broadcast")
+    original = {name: getattr(dist, name) for name in names}
     found = {}
-    for name, settings in CHOICES.items():
-        found[name] = switch([batch(rank, "a first")], **settings)
-        dist.all_reduce, dist.all_gather_object = original
+    for name, settings in (CHOICES | ({ROWS: {}} if dist.is_initialized() else {})).items():
+        model = start().requires_grad_(False)
+        if name == ROWS:
+            fully_shard(model)
+        found[name] = switch([batch(rank, "a first")], model, **settings)
+        for each in names:
+            setattr(dist, each, original[each])
     return found
 
 
@@ -80,6 +93,17 @@ def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, count):
             assert counts["tensors"] == (expected[phase] if count > 1 else 0), (name, phase)
             assert counts["gathers"] <= 12
             assert counts["objects"] <= 2048 * len(shapes.adapted)
+            assert counts["rows"] == counts["bases"] == 0
+    for rank in found if count > 1 else ():
+        expected = wire_bytes(shapes, Setting(rank=SETTINGS["r"]))
+        before, after = rank[ROWS]["before_task"], rank[ROWS]["after_task"]
+        assert before["tensors"] == expected["before_task"]
+        assert before["rows"] == sum(4 * -(-m.rows // count) * m.width for m in shapes.adapted)
+        assert before["bases"] == sum(4 * m.width * k for m, k in zip(shapes.adapted, before["k"], strict=True))
+        # certificates, and hashes of the pretrained weights: one block each, rounded to three dtypes
+        own = 16 * len(shapes.adapted) + (3 + 1) * 8 * len(shapes.adapted)
+        assert after["tensors"] == expected["after_task"] - 4 * 12 * 12 + own
+        assert after["rows"] == after["bases"] == 0
 
 
 def test_nothing_grows_with_the_number_of_processes():

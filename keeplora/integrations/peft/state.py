@@ -18,7 +18,7 @@ from keeplora.lora.base_model import BaseModel
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.update import Update
 from keeplora.math.digest import digest
-from keeplora.methods.base_weights import Hashes, hash_weights, is_hashes
+from keeplora.methods.base_weights import Hashes, hash_weights, inner_of_updates, inner_product, is_hashes
 from keeplora.methods.buffers import Buffers, model_buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.card import Story, model_card, write_card
@@ -304,7 +304,10 @@ class SubspaceState:
             layers[target.name] = Update.total(parts, *weights[-1].shape)
         untouched = self.base_hashes == hash_weights(_named(self.targets, weights))
         about = BaseModel.of(base, name=base_model, revision=revision, task_type=task_type)
-        note = base_note(about, self.base_hashes, 0, weights, list(layers.values()), [] if untouched else merged)
+        updates = list(layers.values())
+        inner = inner_product(weights, updates)
+        inner -= 0.0 if untouched else sum(map(inner_of_updates, merged, updates))
+        note = base_note(about, self.base_hashes, 0, inner)
         peft_checkpoint.write(path, base, layers, about, note=note)
         story = Story(
             METHOD, plain(self.config), self.tasks_learned, about, tuple(self.certificates), self.capacity(),

@@ -25,7 +25,7 @@ from keeplora.lora import (
 )
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
-from keeplora.methods.lora_method import LoraMethod
+from keeplora.methods.lora_method import ON_SHARES, LoraMethod
 from keeplora.methods.method import LossFn
 from keeplora.methods.reading import is_counts, stored_parts
 from keeplora.methods.shares import recalled_shares
@@ -99,9 +99,7 @@ class KeepLora(LoraMethod):
 
     name: ClassVar[str] = "keeplora"
     config_type: ClassVar[type] = KeepLoraConfig
-    on_shares: ClassVar[frozenset[str]] = frozenset(
-        {"made", "before_task", "optimizer", "confine", "after_task", "merge", "save", "load", "load_state"}
-    )
+    on_shares: ClassVar[frozenset[str]] = ON_SHARES | {"optimizer", "confine"}
     config: KeepLoraConfig
 
     def __init__(
@@ -115,7 +113,7 @@ class KeepLora(LoraMethod):
     ):
         super().__init__(model, config, targets=targets, token_mask=token_mask, progress=progress)
         self.train_a = self.config.train_a
-        for slot in [] if self._shared_out else self.slots:
+        for slot in [] if self.shared_out else self.slots:
             slot.host.forward_mode = self.config.forward
         positions = depth_positions(self.targets)
         self._scalings = [
@@ -133,7 +131,7 @@ class KeepLora(LoraMethod):
     def choose_targets(self, targets: Sequence[Target] | None) -> Targets:
         chosen = super().choose_targets(targets)
         self.config.check_towers({target.tower for target in chosen})
-        if self._shared_out and self.config.forward == "merged":
+        if self.shared_out and self.config.forward == "merged":
             raise ValueError(
                 f'{type(self).__name__}: forward must be "auto" or "factored" where FSDP2 shares weights out, got '
                 '"merged": a merged weight would be whole on every process. Set forward="auto".'
