@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from keeplora._calls import public
+from keeplora._files import folder_named
 from keeplora._messages import warn
 from keeplora.lora import LoraSlot, Target, TokenMask, peft_checkpoint
 from keeplora.lora.base_model import BaseModel
@@ -33,6 +35,7 @@ STATE_FILES = ("state.json", "tensors-*.safetensors")
 class Published(SlotStates):
     """A method whose updates can be handed to others."""
 
+    @public
     def export_peft(
         self,
         path: str | os.PathLike[str],
@@ -79,6 +82,7 @@ class Published(SlotStates):
             UserWarning: there are updates of ``nn.MultiheadAttention``, where stock PEFT up to 0.21 is wrong; a model
                 of transformers has no name; a ``README.md`` that is not keeplora's was left as it is.
         """
+        folder = folder_named("export_peft", path)
         self._require("export_peft", task=None)
         if not self.merges:
             raise RuntimeError(
@@ -107,13 +111,13 @@ class Published(SlotStates):
             base, None if known is None else {name: known[name] for name in slot_weights(changed)}, held,
             [slot.exact_weight for slot in self.slots], [updates[slot.name] for slot in self.slots], merged,
         )  # fmt: skip
-        peft_checkpoint.write(path, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
+        peft_checkpoint.write(folder, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
         story = Story(
             self.name, plain(self.config), self.tasks_learned + self.training_task - held, base,
             certificates=() if held else tuple(self.certificates), capacity=self.capacity(), in_base=held,
             training=training or {},
         )  # fmt: skip
-        write_card(Path(path), model_card(story, card))
+        write_card(folder, model_card(story, card))
 
     def known_base(self) -> Hashes | None:
         """Hashes of the weights as they were before the first task, which as long as none is closed are those of now.
@@ -124,6 +128,7 @@ class Published(SlotStates):
 
     # ------------------------------------------------------------------ in the ecosystem's sense
 
+    @public
     def save_pretrained(self, path: str | os.PathLike[str], *, state: bool = True, **export: Any) -> None:
         """Write the adapter with its card, and what keeplora needs to go on, into one folder.
 
@@ -143,10 +148,11 @@ class Published(SlotStates):
             self.save(path)
 
     @classmethod
+    @public
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        model: nn.Module,
+        model: nn.Module | None = None,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -167,10 +173,17 @@ class Published(SlotStates):
 
         Raises:
             StateError: no state is there, or it does not fit the model.
+            TypeError: no model was given: unlike classes of transformers this one cannot load it.
             huggingface_hub.errors.HfHubHTTPError: the Hub's own errors.
         """
-        folder = path
-        if not os.path.isdir(path):
+        if not isinstance(model, nn.Module):
+            got = "none" if model is None else type(model).__name__
+            raise TypeError(
+                "from_pretrained: model must be the pretrained model that the method was made with, got "
+                f"{got}. Load it first: {cls.__name__}.from_pretrained(path, model)."
+            )
+        folder: str | os.PathLike[str] = folder_named("from_pretrained", path)
+        if not os.path.isdir(folder):
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(
@@ -178,6 +191,7 @@ class Published(SlotStates):
             )
         return cls.load(folder, model, targets=targets, token_mask=token_mask, progress=progress)
 
+    @public
     def push_to_hub(
         self,
         repo_id: str,
