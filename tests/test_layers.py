@@ -21,6 +21,7 @@ LEAVES = {
     "_messages": {*PLACE, "_files"},
     "_files": set(PLACE),
     "_untrusted": set(PLACE),
+    "_hub": set(PLACE),
     "_lazy": set(PLACE),
     "_arguments": {"cli"},
     "distributed": {"train", "integrations", "methods"},

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keeplora._files import told, write_atomic
+from keeplora._hub import hub_fault
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks._quiet import quiet_loading
@@ -170,6 +171,8 @@ class _OpenClip(ComparingModel):
 
 class _Transformers(ComparingModel):
     def __init__(self, source: ModelSource, name: str) -> None:
+        if (fault := hub_fault(name)) is not None:
+            raise ConfigError(f"open_workload: transformers must name a model, got {name!r}: {fault}")
         try:
             with quiet_loading():
                 from transformers import AutoModel, AutoProcessor  # optional, and slow to import
