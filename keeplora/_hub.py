@@ -10,8 +10,8 @@ SECONDS = 5.0
 """To wait for the Hub's answer."""
 
 
-def hub_fault(name: str, file: str = "config.json") -> str | None:
-    """Why ``file`` of the model ``name`` is not to be had; None if it is in a folder, in the Hub's cache or on the Hub.
+def hub_fault(name: str, *files: str) -> str | None:
+    """Why none of ``files`` of the model ``name`` is to be had; None if one is in a folder, in the cache or on the Hub.
 
     Without a network this takes no time, where a download would try for half a minute.
     """
@@ -19,10 +19,13 @@ def hub_fault(name: str, file: str = "config.json") -> str | None:
         return None
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    try:
-        if not isinstance(try_to_load_from_cache(name, file), str):
-            get_hf_file_metadata(hf_hub_url(name, file), timeout=SECONDS)
-    except Exception as error:  # the Hub's, or those of whatever it is reached with; each is told
-        said = " ".join(str(error).split()) or "no reason given"
-        return f"no file or folder has this name here, and the Hub gave none ({type(error).__name__}: {said[:200]})"
-    return None
+    fault = None
+    for file in files or ("config.json",):
+        try:
+            if not isinstance(try_to_load_from_cache(name, file), str):
+                get_hf_file_metadata(hf_hub_url(name, file), timeout=SECONDS)
+            return None
+        except Exception as error:  # the Hub's, or those of whatever it is reached with; each is told
+            said = " ".join(str(error).split()) or "no reason given"
+            fault = f"it is not on this disk, and the Hub gave none ({type(error).__name__}: {said[:200]})"
+    return fault

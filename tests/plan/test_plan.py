@@ -196,5 +196,5 @@ def test_a_name_that_leads_nowhere_is_asked_for_once(monkeypatch, capsys):
         server.shutdown()
     assert asked == ["/nonsense/resolve/main/config.json"]
     said = capsys.readouterr().err
-    assert "got 'nonsense': no file or folder has this name here, and the Hub gave none (" in said
+    assert "got 'nonsense': it is not on this disk, and the Hub gave none (" in said
     assert "Known: llava-1.5-7b" in said

@@ -105,6 +105,13 @@ class _OpenClip(ComparingModel):
         # A tag's weights want the activation they were trained with: open_clip only warns where the name has the other.
         quick = not local and bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
         weights = None if local or tag == RANDOM else tag
+        repository, _, file = str((open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")).rpartition("/")
+        files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        if weights in tags and repository and (fault := hub_fault(repository, *files)) is not None:
+            raise ConfigError(
+                f"open_workload: the weights of {name!r} must be on this disk or on the Hub, got {tag!r} of "
+                f"{repository}: {fault}. Give pretrained a file, or open_clip a folder: local-dir:…"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of what the weights do not hold, and of all of a random model
             try:
