@@ -30,6 +30,7 @@ __all__ = [
     "BusyError",
     "WriteError",
     "flush",
+    "folder_named",
     "is_abandoned",
     "one_writer",
     "sha256",
@@ -50,6 +51,13 @@ _HOST = re.sub(r"[^\w.-]", "_", platform.node()) or "host"
 _OWNED = re.compile(r"~([\w.-]+)~(\d+)~[0-9a-f]{8}\.tmp$")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def folder_named(function: str, path: object) -> Path:
+    """The folder that a user names as ``path``; TypeError for what is no name."""
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{function}: path must name a folder, got {path!r}. Give a string or a pathlib.Path.")
+    return Path(path)
 
 
 class WriteError(OSError):

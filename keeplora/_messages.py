@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from keeplora._calls import in_words_of_the_call
+
 __all__ = ["add_note", "listed", "nearest", "suggest", "warn"]
 
 _PACKAGE = os.fspath(Path(__file__).parent) + os.sep
@@ -29,7 +31,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         frame = frame.f_back
         if not frame.f_code.co_filename.startswith(_IMPORTING):  # warnings does not count these
             level += 1
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(in_words_of_the_call(message), category, stacklevel=level)
 
 
 def _between() -> tuple[str, ...]:
@@ -45,6 +47,7 @@ def _is_generated(frame: FrameType) -> bool:
 
 def add_note(error: BaseException, note: str) -> None:
     """Add a line to an error that goes on its way. Python 3.10 shows no notes, so it becomes a part of the message."""
+    note = in_words_of_the_call(note)
     if sys.version_info >= (3, 11):
         error.add_note(note)
     else:

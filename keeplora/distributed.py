@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from keeplora._calls import in_words_of_the_call
+
 __all__ = ["Group", "PeerError", "Processes", "average_gradients", "processes", "together"]
 
 T = TypeVar("T")
@@ -84,7 +86,7 @@ class Processes:
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if not vars(error).get("told_peers"):
                 vars(error)["told_peers"] = True
-                self._exchange(None, f"{type(error).__name__}: {error}")
+                self._exchange(None, f"{type(error).__name__}: {in_words_of_the_call(str(error))}")
             raise
         finally:
             _SHARING.reset(before)

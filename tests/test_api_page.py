@@ -12,7 +12,7 @@ from pages import PUBLIC, ROOT
 
 from keeplora.methods import METHODS
 
-PAGE = ROOT / "docs" / "api.md"
+PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 DETAILS = {
     "keeplora.distributed",
     "keeplora.families.class_head",
@@ -31,7 +31,12 @@ DETAILS = {
     "keeplora.methods.saved",
     "keeplora.methods.settings",
 }
-"""Modules that the page shows more of than users import. Files and folders of the methods are too."""
+"""Modules that the pages show more of than users import. Files and folders of the methods are too."""
+
+
+def reference():
+    """The text of all pages of the reference."""
+    return "\n".join(path.read_text() for path in PAGES)
 
 
 def resolve(path):
@@ -100,11 +105,11 @@ def strangers(page):
 
 
 def test_every_public_name_is_in_the_reference():
-    assert missing(PAGE.read_text()) == []
+    assert missing(reference()) == []
 
 
 def test_everything_in_the_reference_is_public():
-    assert list(strangers(PAGE.read_text())) == []
+    assert list(strangers(reference())) == []
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_everything_in_the_reference_is_public():
     ],
 )
 def test_a_name_that_is_left_out_is_noticed(line):
-    page = PAGE.read_text()
+    page = reference()
     assert line in page
     assert missing(page.replace(line, ""))
 
@@ -126,3 +131,15 @@ def test_a_name_that_is_left_out_is_noticed(line):
 @pytest.mark.parametrize("path", ["keeplora.train.loop", "keeplora.lora.host", "keeplora.ops.check.matrix"])
 def test_a_private_name_is_noticed(path):
     assert path in list(strangers(f"::: {path}\n"))
+
+
+def test_every_name_is_on_one_page():
+    """So that its anchor is one, and what is new finds its area."""
+    paths = re.findall(r"^::: (\S+)$", reference(), re.M)
+    assert len(paths) > 150
+    assert sorted(path for path in set(paths) if paths.count(path) > 1) == []
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert sorted(re.findall(r"\]\((\S+\.md)\)", index)) == sorted(path.name for path in PAGES if path.stem != "index")

@@ -17,9 +17,11 @@ PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms.spli
 # Leaves import no room. Who may import them:
 LEAVES = {
     "_version": set(PLACE),
+    "_calls": {*PLACE, "_messages", "distributed"},
     "_messages": {*PLACE, "_files"},
     "_files": set(PLACE),
     "_untrusted": set(PLACE),
+    "_hub": set(PLACE),
     "_lazy": set(PLACE),
     "_arguments": {"cli"},
     "distributed": {"train", "integrations", "methods"},

@@ -169,6 +169,13 @@ def test_every_address_inside_the_site_leads_somewhere(site):
     assert len(everything) > 20
 
 
+def test_no_page_is_a_book(site):
+    """One page with all of the reference had 1.9 MB."""
+    sizes = {name: len(text.encode()) for name, text in pages(site).items()}
+    assert {name: size for name, size in sizes.items() if size > 500_000} == {}
+    assert sum(name.startswith("api/") for name in sizes) > 10
+
+
 def test_every_page_shows_the_version(site):
     for name, text in pages(site).items():
         assert f"keeplora {__version__}" in Page(text).text, name

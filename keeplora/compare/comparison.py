@@ -157,6 +157,8 @@ _NO_CONFIG = METHODS["zero-shot"].config
 
 
 def _read(benchmark: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    if not isinstance(benchmark, str | os.PathLike):
+        raise TypeError(f"comparison: benchmark must be a name or a TOML file, got {benchmark!r}.")
     shipped = shipped_comparisons()
     if str(benchmark) in shipped:
         file = resources.files(__package__) / "settings" / f"{benchmark}.toml"

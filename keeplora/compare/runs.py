@@ -46,6 +46,11 @@ def run_benchmark(
     that another process runs in, or that cannot be written to; ``WorkerError`` when a run fails; ``KeyboardInterrupt``
     after Ctrl-C, when the workers have stopped and the folder can be resumed.
     """
+    if not isinstance(config, RunConfig):
+        raise TypeError(
+            f"run_benchmark: config must be a RunConfig, got {type(config).__name__}. Read one: "
+            "keeplora.load_config(path)."
+        )
     if workload is None:
         workload = configured_workload(config, "cpu" if config.workers else config.device)
     check_methods(config, workload, [label for label, _ in unfinished(config)])  # what has run suits the model

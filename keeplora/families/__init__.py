@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from keeplora.lora import LoraSlot, Target, TokenMask, linear_targets
+from keeplora.lora import LoraSlot, Target, TokenMask, linear_targets, require_module
 
 from .coverage import Targets, WeightKind
 from .family import Family
@@ -48,9 +48,12 @@ def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[
             model: vision tower and projector stay frozen unless asked for.
 
     Raises:
+        TypeError: no model.
         ValueError: the model has no such tower, or holds several known models with the same tower; or a family has no
             weights that can be adapted in the blocks of a tower.
     """
+    require_module("find_targets", model)
+    towers = (towers,) if isinstance(towers, str) else towers
     known = _known_models(model)
     if not known:
         targets = linear_targets(model)

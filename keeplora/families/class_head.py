@@ -73,7 +73,7 @@ def class_head(model: nn.Module) -> ClassHead | None:
 def require_no_head(model: nn.Module) -> None:
     """Refuse a model that another method has put its head on already; RuntimeError."""
     if hasattr(model, _NAME):
-        raise RuntimeError(f"put_class_head: the model must not have a {_NAME} yet, got one. Use a fresh model.")
+        raise RuntimeError(f"put_class_head: model must not have a {_NAME} yet, got one. Use a fresh model.")
 
 
 def put_class_head(model: nn.Module, head: ClassHead | None) -> None:

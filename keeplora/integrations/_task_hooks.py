@@ -36,6 +36,11 @@ def refuse_untrainable(caller: str, method: Method, *, shares: bool = False) -> 
         ValueError: it never trains, or it trains on the data of all tasks.
         TypeError: its model is sharded or offloaded (``keeplora.lora.engines``).
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{caller}: method must be one of keeplora's, got {type(method).__name__}. "
+            "Make one around the model: keeplora.KeepLora(model)."
+        )
     require_whole(caller, method.model, shares=shares and method.shared_out)
     if not method.trains:
         raise ValueError(

@@ -150,11 +150,11 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
     if not targets:
         raise ValueError(
             "select_targets: targets must not be empty, got a model without any linear layer: adapters need an "
-            "nn.Linear or nn.MultiheadAttention. Replace layers of one's own by those, or adapt another model."
+            "nn.Linear or nn.MultiheadAttention. Replace layers of your own by those, or adapt another model."
         )
     if not wanted:
         raise ValueError(
-            "select_targets: names must name at least one module, got an empty list. "
+            "select_targets: target_modules must name at least one module, got an empty list. "
             'Use "all-linear" for every linear layer.'
         )
     if wanted == ["all-linear"]:
@@ -165,10 +165,11 @@ def select_targets(targets: Sequence[Target], names: Iterable[str] | str) -> lis
         known_as = _ATTENTION if name == "attn" else (name,)
         hits = [i for i, full in enumerate(dotted) if any(f".{alias}." in full for alias in known_as)]
         if not hits:
-            known = sorted({part for target in targets for part in _suffixes(target.name)})
+            known = sorted({part for target in targets for part in _suffixes(target.name)} - {""})
+            near = f"Nearest names: {', '.join(nearest(name, known))}." if known else 'To take all: "all-linear".'
             raise ValueError(
                 f"select_targets: target_modules must name modules of the model, got {name!r}, which "
-                f"matches none of {len(targets)} linear layers. Nearest names: {', '.join(nearest(name, known))}."
+                f"matches none of {len(targets)} linear layers. {near}"
             )
         chosen.update(hits)
     return [target for i, target in enumerate(targets) if i in chosen]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from keeplora.families import find_targets
 from keeplora.lora import Target, wrap
 
-from .method import LossFn, Method, freeze
+from .flags import freeze
+from .method import LossFn, Method
 from .reading import stored_like
 from .state import State
 from .zero_shot import NoConfig

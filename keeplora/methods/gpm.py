@@ -20,10 +20,11 @@ from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.ops.declare import OPS
 
 from .capacity import Capacity
+from .flags import freeze
 from .lora_method import LoraMethod
-from .method import LossFn, freeze
+from .method import LossFn
 from .reading import is_counts, stored, stored_basis
-from .settings import check_flag, check_names, check_range
+from .settings import Settings, check_flag, check_names, check_range
 from .shares import UNKNOWN, Shares, recalled_shares
 from .shortfall import warn_of_shortfall
 from .state import State, StateError
@@ -34,7 +35,7 @@ _project_rows = OPS["project_rows"].call  # in every step, so without the checks
 
 
 @dataclass(frozen=True)
-class GpmConfig:
+class GpmConfig(Settings):
     """Settings of [`Gpm`][].
 
     Args:

@@ -15,7 +15,7 @@ from keeplora.lora import LoraHost, LoraSlot, Target, depth_factor, depth_positi
 
 from .capacity import Capacity
 from .method import LossFn, Method
-from .settings import SEEDS, ConfigError, ConfigTypeError, check_name, check_range, check_whole, plain
+from .settings import SEEDS, ConfigError, ConfigTypeError, Settings, check_name, check_range, check_whole, plain
 from .state import State, StateError
 
 __all__ = ["Lines", "LinesConfig", "layer_scales"]
@@ -26,7 +26,7 @@ GRID = tuple(i / 10 for i in range(10, -1, -1))
 
 
 @dataclass(frozen=True)
-class LinesConfig:
+class LinesConfig(Settings):
     """Settings of [`Lines`][].
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora.distributed import processes
 from keeplora.families import find_targets, token_mask
 from keeplora.families.coverage import Targets, coverage, warn_of_left_out
@@ -27,8 +28,10 @@ from keeplora.lora import (
 from keeplora.lora.shares import shared_over
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
+from .arguments import require_function, require_targets
 from .capacity import Capacity, layer_capacity
-from .method import LossFn, freeze
+from .flags import freeze
+from .method import LossFn
 from .progress import for_all_layers, progress
 from .published import Published
 from .ranks import warn_of_ranks, warn_of_unreached
@@ -67,6 +70,7 @@ class LoraMethod(Published):
     train_a: bool = False
     """Whether A is trained along with B, of adapters that [`adapter_of`][] makes."""
 
+    @public
     def __init__(
         self,
         model: nn.Module,
@@ -78,6 +82,8 @@ class LoraMethod(Published):
     ):
         super().__init__(model, config, progress=progress)
         _refuse_peft(type(self).__name__, model)
+        require_targets(type(self).__name__, targets)
+        require_function(type(self).__name__, "token_mask", token_mask)
         self.token_mask = token_mask
         self.certificates = []
         self.targets = self.choose_targets(targets)
@@ -140,6 +146,7 @@ class LoraMethod(Published):
         for slot in self.slots:
             slot.detach()
 
+    @public
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
         """As [`Method.after_task`][].
 

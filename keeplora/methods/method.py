@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora._messages import listed, warn
 from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole, unwrap
@@ -23,12 +24,14 @@ from keeplora.lora.shares import is_shared_out, reshard
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
 
+from .arguments import require_data
 from .buffers import Buffers
 from .capacity import Capacity
+from .flags import flags
 from .saved import Saved
 from .settings import check_kind
 
-__all__ = ["LossFn", "Method", "freeze"]
+__all__ = ["LossFn", "Method"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the mean loss of one batch; runs every tower that is adapted."""
@@ -77,6 +80,7 @@ class Method(Saved):
     Set by the training loop before [`before_task`][], for methods that choose something in [`after_task`][].
     """
 
+    @public
     def __init__(
         self,
         model: nn.Module,
@@ -86,20 +90,25 @@ class Method(Saved):
         progress: bool | None = None,
     ):
         if targets is not None:
-            what = f"{type(self).__name__}: targets must be None"
-            raise ValueError(f"{what}, got {len(targets)}: {self.name!r} chooses no weights")
-        require_module(type(self).__name__, model)
+            got = f"got {type(targets).__name__}: {self.name!r} chooses no weights"
+            raise ValueError(f"{type(self).__name__}: targets must be None, {got}")
+        self._require_kinds(model, config)
         self.shared_out = self._works_on_shares("made") and is_shared_out(model)
         require_whole(type(self).__name__, model, structure=True, shares=self.shared_out)
-        check_kind(type(self).__name__, config, self.config_type)
         if self.shared_out:
             reshard(model)
         self.model, self.progress = model, progress
         self.config = self.config_type() if config is None else config
         self._begin()
 
+    @classmethod
+    def _require_kinds(cls, model: object, config: object) -> None:
+        """Refuse what is no model, or settings of another method."""
+        require_module(cls.__name__, model)
+        check_kind(cls.__name__, config, cls.config_type)
+
     def _begin(self) -> None:
-        self._flags = self._flags_before = _flags(self.model)
+        self._flags = self._flags_before = flags(self.model)
         self._buffers: Buffers | None = None  # as the open task found them
         self._buffers_at_close: Buffers | None = None
         self._loss_fn: LossFn | None = None
@@ -129,6 +138,7 @@ class Method(Saved):
 
     # ------------------------------------------------------------------ the life of a task
 
+    @public
     def before_task(
         self,
         loader: Iterable[Any],
@@ -149,16 +159,12 @@ class Method(Saved):
 
         Raises:
             RuntimeError: a task is open already, or the model was given back by [`merge`][].
-            TypeError: ``loss_fn`` is no function.
+            TypeError: ``loss_fn`` or ``batch_size`` is no function, or ``loader`` yields nothing.
             ValueError: of several processes some hold other weights.
         """
         with processes(self.group if group is None else group).together():
             self._require("before_task", task=False)
-            if not callable(loss_fn):  # the two arguments are easily swapped
-                raise TypeError(
-                    f"before_task: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
-                    "Call before_task(loader, loss_fn)."
-                )
+            require_data("before_task", loader, loss_fn, batch_size=batch_size)
             self._require_same_weights("before_task")
             self._batch_size = batch_size
             with self._opening(loss_fn):
@@ -199,6 +205,7 @@ class Method(Saved):
         """
         torch.clear_autocast_cache()
 
+    @public
     @torch.no_grad()
     def after_task(self, loader: Iterable[Any], loss_fn: LossFn | None = None) -> Any:
         """Close the open task; what it returns is reported. On an error the task stays open and nothing has changed.
@@ -220,6 +227,7 @@ class Method(Saved):
             forward = loss_fn or self._loss_fn
             if forward is None:
                 raise RuntimeError("after_task: loss_fn must be given after loading a state, got None")
+            require_data("after_task", loader, forward)
             self._guard("after_task")
             trained = self._trained("after_task")
             self._settle_buffers("after_task")
@@ -232,6 +240,7 @@ class Method(Saved):
         self.training_task, self._buffers = False, None
         return report
 
+    @public
     def abandon_task(self) -> None:
         """Close the open task without learning or protecting anything: all is as it was before [`before_task`][].
 
@@ -254,6 +263,7 @@ class Method(Saved):
         """The room that is left for more tasks, of methods that protect a subspace."""
         return None
 
+    @public
     def merge(self) -> nn.Module:
         """Give the model back with its ordinary layers, all that was learned in its weights; returns ``model``.
 
@@ -284,13 +294,13 @@ class Method(Saved):
     @contextmanager
     def _opening(self, loss_fn: LossFn | None) -> Iterator[None]:
         """A task is open once the block has got through."""
-        flags, buffers = _flags(self.model), Buffers(self.model, frozen=self.frozen_buffers)
+        before, buffers = flags(self.model), Buffers(self.model, frozen=self.frozen_buffers)
         try:
             yield
         except BaseException:
             buffers.put_back()
             raise
-        self._flags_before, self._buffers = flags, buffers
+        self._flags_before, self._buffers = before, buffers
         self._loss_fn, self.training_task = loss_fn, True
         self._hold_buffers("before_task")
 
@@ -387,13 +397,3 @@ class Method(Saved):
                 f"{listed(others)}. What is trained there is neither protected nor saved, and no certificate speaks of "
                 "it: freeze them."
             )
-
-
-def _flags(model: nn.Module) -> dict[nn.Parameter, bool]:
-    return {parameter: parameter.requires_grad for parameter in model.parameters()}
-
-
-def freeze(model: nn.Module) -> None:
-    """Switch every parameter's gradient off."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)

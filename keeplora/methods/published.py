@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from keeplora._calls import public
+from keeplora._files import folder_named
 from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, Target, TokenMask, peft_checkpoint
@@ -36,6 +38,7 @@ STATE_FILES = ("state.json", "tensors-*.safetensors")
 class Published(SlotStates):
     """A method whose updates can be handed to others."""
 
+    @public
     def export_peft(
         self,
         path: str | os.PathLike[str],
@@ -84,6 +87,7 @@ class Published(SlotStates):
             UserWarning: there are updates of ``nn.MultiheadAttention``, where stock PEFT up to 0.21 is wrong; a model
                 of transformers has no name; a ``README.md`` that is not keeplora's was left as it is.
         """
+        folder = folder_named("export_peft", path)
         self._require("export_peft", task=None)
         if not self.merges:
             raise RuntimeError(
@@ -125,8 +129,8 @@ class Published(SlotStates):
         with peers.together() if self.shared_out else nullcontext():
             if self.shared_out and peers.rank:
                 return  # one writes
-            peft_checkpoint.write(path, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
-            write_card(Path(path), model_card(story, card))
+            peft_checkpoint.write(folder, self.model, layers, base, experts=expert_weights(experts, updates), note=note)
+            write_card(folder, model_card(story, card))
 
     def known_base(self) -> Hashes | None:
         """Hashes of the weights as they were before the first task, which as long as none is closed are those of now.
@@ -137,6 +141,7 @@ class Published(SlotStates):
 
     # ------------------------------------------------------------------ in the ecosystem's sense
 
+    @public
     def save_pretrained(self, path: str | os.PathLike[str], *, state: bool = True, **export: Any) -> None:
         """Write the adapter with its card, and what keeplora needs to go on, into one folder.
 
@@ -156,10 +161,11 @@ class Published(SlotStates):
             self.save(path)
 
     @classmethod
+    @public
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        model: nn.Module,
+        model: nn.Module | None = None,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -180,10 +186,17 @@ class Published(SlotStates):
 
         Raises:
             StateError: no state is there, or it does not fit the model.
+            TypeError: no model was given: unlike classes of transformers this one cannot load it.
             huggingface_hub.errors.HfHubHTTPError: the Hub's own errors.
         """
-        folder = path
-        if not os.path.isdir(path):
+        if not isinstance(model, nn.Module):
+            got = "none" if model is None else type(model).__name__
+            raise TypeError(
+                "from_pretrained: model must be the pretrained model that the method was made with, got "
+                f"{got}. Load it first: {cls.__name__}.from_pretrained(path, model)."
+            )
+        folder: str | os.PathLike[str] = folder_named("from_pretrained", path)
+        if not os.path.isdir(folder):
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(
@@ -191,6 +204,7 @@ class Published(SlotStates):
             )
         return cls.load(folder, model, targets=targets, token_mask=token_mask, progress=progress)
 
+    @public
     def push_to_hub(
         self,
         repo_id: str,

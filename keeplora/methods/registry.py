@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from keeplora._calls import public
 from keeplora._messages import nearest
 from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole
@@ -37,6 +38,7 @@ from .peers.mica import Mica, MicaConfig
 from .peers.osf import Osf, OsfConfig
 from .saved import made, resumed
 from .sdlora import SdLora, SdLoraConfig
+from .settings import check_kind, unknown_setting
 from .state import StateError, read_state
 from .zero_shot import NoConfig, ZeroShot
 
@@ -54,9 +56,16 @@ class Registered:
 
 
 def _lines(
-    model: nn.Module, config: LinesConfig, *, targets: Sequence[Target] | None = None, progress: bool | None = None
+    model: nn.Module,
+    config: LinesConfig | None = None,
+    *,
+    targets: Sequence[Target] | None = None,
+    progress: bool | None = None,
 ) -> Lines:
     """LiNeS on top of the method that its settings name."""
+    require_module(Lines.__name__, model)
+    check_kind(Lines.__name__, config, LinesConfig)
+    config = LinesConfig() if config is None else config
     name = config.base
     if name not in METHODS or name == Lines.name:
         near = nearest(name, set(METHODS) - {Lines.name}, cutoff=0.3)
@@ -120,19 +129,23 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     """
     entry = _registered("create", name)
     known = [f.name for f in fields(entry.config)]
+    if settings is not None and not isinstance(settings, Mapping):
+        raise TypeError(
+            f"create: settings must be names with values, got {type(settings).__name__}. Example: {{'seed': 1}}."
+        )
     given = dict(settings or {})
     made: Callable[..., Any] = entry.config
     if "preset" in given and hasattr(entry.config, "preset"):
         made = partial(entry.config.preset, given.pop("preset"))
     for setting in given:
         if setting not in known:
-            near = nearest(setting, known) if known else ["it has no settings"]
             raise ValueError(
-                f"create: settings of method {name!r} do not include {setting!r}. Nearest names: {', '.join(near)}."
+                f"create: settings of method {name!r} do not include {setting!r}. {unknown_setting(setting, known)}"
             )
     return made(**{**entry.defaults, **given})
 
 
+@public
 def create(
     name: str,
     model: nn.Module,
@@ -159,6 +172,7 @@ def create(
         >>> create("keeplora", nn.Sequential(nn.Linear(8, 8)), {"r": 2, "target_modules": "all-linear"}).config.r
         2
     """
+    _registered("create", name)
     require_module("create", model)
     config = configure(name, settings)
     method = METHODS[name].build(model, config, targets=targets, progress=progress)
@@ -166,6 +180,7 @@ def create(
     return method
 
 
+@public
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -210,6 +225,8 @@ def load(
 
 
 def _registered(function: str, name: str) -> Registered:
+    if not isinstance(name, str):
+        raise TypeError(f"{function}: name must be a method's, got {type(name).__name__}. Known: {', '.join(METHODS)}.")
     if name not in METHODS:
         near = nearest(name, sorted(METHODS), cutoff=0.3)
         raise ValueError(f"{function}: name must be a method, got {name!r}. Nearest names: {', '.join(near)}.")

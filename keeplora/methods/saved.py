@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from keeplora._calls import public
 from keeplora._version import __version__
 from keeplora.distributed import Group, processes
 from keeplora.lora import LoraHost, Target, TokenMask, require_whole, unwrap
@@ -98,6 +99,7 @@ class Saved(ABC):
     def remember(self, memory: Any) -> None:  # noqa: B027
         """Go on with a memory from [`recall`][]. Called before [`set_weights`][]."""
 
+    @public
     def state(self) -> State:
         """What [`load_state`][] needs to continue, changed weights and an open task included; a copy on the CPU."""
         state = self._live_state("state", whole=True)
@@ -138,6 +140,7 @@ class Saved(ABC):
         meta = json.dumps(state.meta, sort_keys=True)
         return hashlib.sha256(f"{digest(held.items())}\n{meta}".encode()).hexdigest()
 
+    @public
     def load_state(self, state: State) -> None:
         """Continue from [`state`][], on a model with the pretrained weights. All is checked before anything changes.
 
@@ -146,6 +149,10 @@ class Saved(ABC):
         Raises:
             StateError: the state belongs to another method, another model or other targets, or is incomplete.
         """
+        if not isinstance(state, State):
+            raise TypeError(
+                f"load_state: state must be what state() gave, got {type(state).__name__}. Folders are read by load."
+            )
         self._require("load_state", task=None)
         self._settle_buffers("load_state")
         self._continue(self._checked(state))
@@ -193,6 +200,7 @@ class Saved(ABC):
         if training:
             self._hold_buffers("load_state")
 
+    @public
     def save(self, path: str | os.PathLike[str], *, store: str | os.PathLike[str] | None = None) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle.
 
@@ -215,6 +223,7 @@ class Saved(ABC):
                 write_state(path, state, store=store)
 
     @classmethod
+    @public
     def load(
         cls,
         path: str | os.PathLike[str],

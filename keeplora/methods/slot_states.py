@@ -19,7 +19,8 @@ from keeplora.lora.update import Update
 from .base_weights import Hashes, is_hashes, slot_weights
 from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
-from .method import Method, freeze
+from .flags import freeze
+from .method import Method
 from .reading import is_figures, is_names, stored, stored_like
 from .shared_sums import hashes_everywhere
 from .state import State, StateError

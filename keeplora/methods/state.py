@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from keeplora._files import flush, is_abandoned, one_writer, staged, told, write_json
+from keeplora._files import flush, folder_named, is_abandoned, one_writer, staged, told, write_json
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 
 from .tensor_files import DamagedError, read_tensors, write_tensors
@@ -100,7 +100,7 @@ def write_state(path: str | os.PathLike[str], state: State, *, store: str | os.P
     >>> again.meta["task"], torch.equal(again.tensors["q"], torch.eye(2))
     (3, True)
     """
-    folder, shared = Path(path), None if store is None else Path(store)
+    folder, shared = folder_named("write", path), None if store is None else Path(store)
     try:
         meta = json.loads(json.dumps(state.meta, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -241,7 +241,7 @@ def _named(folder: Path) -> set[str]:
 
 def has_state(path: str | os.PathLike[str]) -> bool:
     """Whether the folder ``path`` holds a saved state, or what stands in the place of one and is to be refused."""
-    return os.path.lexists(Path(path) / STATE_FILE)
+    return os.path.lexists(folder_named("has_state", path) / STATE_FILE)
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
@@ -251,7 +251,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
     value of ``state.json`` or a byte of a tensor file is not what was written (hashes cover both), or the schema
     is unknown or not this version's. Whatever the files are, this is said quickly. Memory: the tensors and 4 MiB.
     """
-    folder = Path(path)
+    folder = folder_named("read_state", path)
     while True:
         header = _read_header(folder)
         tensors: dict[str, Tensor] = {}

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .method import LossFn, Method
+from .settings import Settings
 from .state import State
 
 __all__ = ["NoConfig", "ZeroShot"]
 
 
 @dataclass(frozen=True)
-class NoConfig:
+class NoConfig(Settings):
     """No settings."""
 
 

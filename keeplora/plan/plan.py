@@ -172,6 +172,12 @@ def plan(
     shares = tuple(weight_share or WEIGHT_SHARE)
     low, high = min(shares), max(shares)
     shapes = shapes_of(name, targets)
+    narrowest = min(shapes.adapted, key=lambda matrix: matrix.width)
+    if setting.rank > narrowest.width:
+        raise ConfigError(
+            f"plan: rank must be at most the width of the narrowest adapted layer, got {setting.rank} for "
+            f"{narrowest.width} [{narrowest.name}]. Lower it, or leave that layer out of targets"
+        )
     kept = _Kept(shapes, setting, checkpointing)
     own, peft = kept.of("keeplora", setting.batch), kept.of("peft", setting.batch)
     moments: dict[int, dict[int, tuple[list[Moment], list[Moment]]]] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from keeplora._hub import hub_fault
 from keeplora._messages import suggest
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.families import find_targets
@@ -130,11 +131,13 @@ def _config(text: str) -> Any:
             return transformers.AutoConfig.for_model(**values)
         except ValueError as error:
             raise ConfigError(f"plan: {path} must be of a model type that transformers knows: {error}") from error
+    fault_there = hub_fault(text)
     try:
-        return transformers.AutoConfig.from_pretrained(text)
+        if fault_there is None:
+            return transformers.AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
-        hint = suggest(text, MODELS, listing=True)
-        raise ConfigError(
-            f"plan: model must be a shipped config, a config.json, a folder with one, or a model id that can be "
-            f"reached, got {text!r}{hint}"
-        ) from error
+        fault_there = " ".join(str(error).split())[:300]
+    raise ConfigError(
+        f"plan: model must be a shipped config, a config.json, a folder with one, or a model id that can be reached, "
+        f"got {text!r}: {fault_there}{suggest(text, MODELS, listing=True)}"
+    )

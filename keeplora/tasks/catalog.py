@@ -52,6 +52,8 @@ def load_workload(name: str, device: str = "cpu") -> Workload:
         ConfigError: the name leads nowhere, what it leads to returns no workload, or the benchmark needs a package that
             is not installed (the command that installs it is told).
     """
+    if not isinstance(name, str):
+        raise TypeError(f"load_workload: name must be a benchmark's, got {name!r}. Known: {', '.join(benchmarks())}.")
     if name in benchmarks():
         absent = missing_packages(name)
         if absent:

@@ -201,6 +201,8 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
 
     Raises [`ConfigError`][] when the file is missing, cannot be read, is neither, or has unknown or wrong settings.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"load_config: path must name a settings file, got {path!r}.")
     shipped = shipped_configs()
     if str(path) in shipped and not os.path.isfile(path):
         values = parse_toml((resources.files(__package__) / "configs" / f"{path}.toml").read_bytes())

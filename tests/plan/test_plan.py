@@ -1,6 +1,8 @@
 """What is predicted of a model, beside what a small real one of the same kind takes, byte by byte."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,35 @@ def test_the_command_line(capsys, tmp_path):
     assert main(["plan", str(tmp_path)]) == 2
     with pytest.raises(ConfigError, match="weight_share must lie in"):
         Setting(weight_share=2)
+
+
+def test_a_rank_that_no_layer_can_hold_is_refused(capsys):
+    assert main(["plan", "llava-1.5-7b", "--rank", "4097"]) == 2
+    assert (
+        "rank must be at most the width of the narrowest adapted layer, got 4097 for 4096 [" in capsys.readouterr().err
+    )
+
+
+def test_a_name_that_leads_nowhere_is_asked_for_once(monkeypatch, capsys):
+    """The Hub's library would try a server that does not answer six times, for half a minute."""
+    asked = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        assert main(["plan", "nonsense"]) == 2
+        server.shutdown()
+    assert asked == ["/nonsense/resolve/main/config.json"]
+    said = capsys.readouterr().err
+    assert "got 'nonsense': it is not on this disk, and the Hub gave none (" in said
+    assert "Known: llava-1.5-7b" in said

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keeplora._calls import public
 from keeplora.distributed import together
 from keeplora.lora import Target, TokenMask
 from keeplora.math.orthonormal import reorthogonalize
+from keeplora.methods.arguments import require_function, require_loader, require_targets
 from keeplora.methods.bases import Bases
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.keeplora.protected import extended_bases, weight_bases
@@ -26,6 +28,7 @@ __all__ = ["keep_adapter"]
 
 
 @together
+@public
 @torch.no_grad()
 def keep_adapter(
     model: Any,
@@ -96,6 +99,11 @@ def keep_adapter(
         True
     """
     require_kinds("keep_adapter", state, config)
+    if loader is not None:
+        require_loader("keep_adapter", loader)
+    require_function("keep_adapter", "loss_fn", loss_fn)
+    require_function("keep_adapter", "token_mask", token_mask)
+    require_targets("keep_adapter", targets)
     if (loader is None) != (loss_fn is None):
         raise ValueError("keep_adapter: loader and loss_fn must be given together, got one without the other")
     result, adapter = begin("keep_adapter", model, state, config, adapter_name, targets)

@@ -6,14 +6,15 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from keeplora._calls import public
+from keeplora._files import folder_named
 from keeplora._version import __version__
-from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint
+from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint, require_module
 from keeplora.lora.base_model import BaseModel
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.update import Update
@@ -103,6 +104,7 @@ class SubspaceState:
         )  # fmt: skip
         return Capacity(tuple(layers), self.tasks_learned)
 
+    @public
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
         tensors = {f"{name}.basis": basis for name, basis in self.bases.items()}
@@ -132,6 +134,7 @@ class SubspaceState:
         write_state(path, State({name: t.detach().cpu() for name, t in tensors.items()}, meta))
 
     @classmethod
+    @public
     def load(cls, path: str | os.PathLike[str]) -> SubspaceState:
         """Read what [`save`][] wrote.
 
@@ -222,6 +225,7 @@ class SubspaceState:
                 a = stored(state, f"{name}.learned.{task}.A", (None, width))
                 stored(state, f"{name}.learned.{task}.B", (None, len(a)))
 
+    @public
     def restore(self, model: Any) -> None:
         """Bring a ``PeftModel`` that was just loaded to where this state was saved.
 
@@ -263,6 +267,7 @@ class SubspaceState:
             adapter.freeze(self.kept)
             hold_buffers("restore", adapter, Buffers(adapter.base, self.also_train))
 
+    @public
     def export_peft(
         self,
         path: str | os.PathLike[str],
@@ -291,6 +296,8 @@ class SubspaceState:
         Raises:
             ValueError: nothing was learned; adapters were kept, and the model is no ``PeftModel`` that has them.
         """
+        folder = folder_named("export_peft", path)
+        require_module("export_peft", model)
         kept = [find_layers("export_peft", model, name) for name in self.kept]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         layers, weights, merged = {}, [], []
@@ -308,12 +315,12 @@ class SubspaceState:
         inner = inner_product(weights, updates)
         inner -= 0.0 if untouched else sum(map(inner_of_updates, merged, updates))
         note = base_note(about, self.base_hashes, 0, inner)
-        peft_checkpoint.write(path, base, layers, about, note=note)
+        peft_checkpoint.write(folder, base, layers, about, note=note)
         story = Story(
             METHOD, plain(self.config), self.tasks_learned, about, tuple(self.certificates), self.capacity(),
             training=training or {},
         )  # fmt: skip
-        write_card(Path(path), model_card(story, card))
+        write_card(folder, model_card(story, card))
 
     def adapter_of(self, function: str, model: Any, name: str | None) -> PeftAdapter:
         """The adapter in ``model``, with the layers this state knows."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from keeplora._calls import public
 from keeplora.distributed import Group, together
 from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.lowrank import TopDirections
+from keeplora.methods.arguments import require_data, require_function, require_targets
 from keeplora.methods.bases import Bases
 from keeplora.methods.buffers import Buffers
 from keeplora.methods.keeplora.certificate import RetentionCertificate, certified
@@ -41,6 +43,7 @@ __all__ = ["freeze_a", "initialize", "scaled_alphas", "update_subspace"]
 
 
 @together
+@public
 def initialize(
     model: Any,
     loader: Iterable[Any],
@@ -122,10 +125,12 @@ def initialize(
         True
     """
     require_kinds("initialize", state, config)
-    if not callable(loss_fn):  # it is easily swapped with the loader
+    require_data("initialize", loader, loss_fn, batch_size=batch_size)
+    require_function("initialize", "token_mask", token_mask)
+    require_targets("initialize", targets)
+    if isinstance(also_train, str) or not isinstance(also_train, Sequence):
         raise TypeError(
-            f"initialize: loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}. "
-            "Call initialize(model, loader, loss_fn)."
+            f"initialize: also_train must be a list of modules' names, got {also_train!r}. Example: ['head']."
         )
     state, adapter = begin("initialize", model, state, config, adapter_name, targets)
     settings = with_stock_settings(state.config, adapter)
@@ -172,6 +177,7 @@ def initialize(
 
 
 @together
+@public
 @torch.no_grad()
 def update_subspace(
     model: Any,
@@ -223,11 +229,13 @@ def update_subspace(
         raise TypeError(
             f"update_subspace: state must be the SubspaceState that initialize returned, got {type(state).__name__}."
         )
+    require_function("update_subspace", "token_mask", token_mask)
     if state.open_adapter is None:
         raise RuntimeError("update_subspace: a task must be open, got none. Call initialize(...) first.")
     forward = loss_fn or state.loss_fn
     if forward is None:
         raise RuntimeError("update_subspace: loss_fn must be given after loading a state, got None")
+    require_data("update_subspace", loader, forward)
     adapter = state.adapter_of("update_subspace", model, state.open_adapter)
     state.require_base("update_subspace", adapter.layers)
     refuse_neighbours("update_subspace", adapter, state.kept, state.also_train)
@@ -288,6 +296,7 @@ def update_subspace(
     return result
 
 
+@public
 def freeze_a(model: Any, adapter_name: str | None = None) -> None:
     """Freeze the A of an adapter and let its B be trained.
 

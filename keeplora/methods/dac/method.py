@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families.class_tokens import class_tokens_of
@@ -108,7 +109,9 @@ class Dac(LoraMethod):
     config_type: ClassVar[type] = DacConfig
     config: DacConfig
 
+    @public
     def __init__(self, model: nn.Module, config: DacConfig | None = None, **options: Any):
+        self._require_kinds(model, config)
         with class_tokens_of(model) as (self.tokens, hooks):
             super().__init__(model, config, **options)
         self._hooks += hooks

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora._messages import listed, warn
 from keeplora.distributed import processes
 from keeplora.families.class_head import is_image_text_model, observed, put_class_head, require_no_head
@@ -121,7 +122,9 @@ class DualLora(LoraMethod):
     rests_with_adapters = True
     config: DualLoraConfig
 
+    @public
     def __init__(self, model: nn.Module, config: DualLoraConfig | None = None, **options: Any):
+        self._require_kinds(model, config)
         require_no_head(model)
         with class_tokens_of(model) as (self.tokens, hooks):
             super().__init__(model, config, **options)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from keeplora._calls import public
+from keeplora._files import folder_named
 from keeplora.families import find_targets
 from keeplora.families.coverage import Targets
 from keeplora.lora import (
@@ -321,6 +323,7 @@ class KeepLora(LoraMethod):
 
     # ------------------------------------------------------------------ from PEFT
 
+    @public
     def import_peft(self, path: str | os.PathLike[str], *, project: bool = False, other_base: bool = False) -> None:
         """Open a task with the adapter of a stock PEFT checkpoint, instead of ``before_task``.
 
@@ -341,10 +344,11 @@ class KeepLora(LoraMethod):
                 other weights.
             RuntimeError: a task is open.
         """
+        folder = folder_named("import_peft", path)
         self._require("import_peft", task=False)
         protected = self._protected_or_weights()
         parts = imported_adapters(
-            path, self.slots, bases_of(self.slots, protected), self._scalings, project=project,
+            folder, self.slots, bases_of(self.slots, protected), self._scalings, project=project,
             original=self.base_hashes, other_base=other_base,
         )  # fmt: skip
         adapters = [None if part is None else self.adapter_of(i, part) for i, part in enumerate(parts)]

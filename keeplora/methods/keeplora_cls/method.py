@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from keeplora._calls import public
 from keeplora._messages import warn
 from keeplora.distributed import processes
 from keeplora.families.class_head import is_image_text_model, observed, put_class_head, require_no_head
@@ -82,6 +83,7 @@ class KeepLoraCls(KeepLora):
     config_type: ClassVar[type] = KeepLoraClsConfig
     config: KeepLoraClsConfig
 
+    @public
     def __init__(
         self,
         model: nn.Module,
@@ -91,6 +93,7 @@ class KeepLoraCls(KeepLora):
         token_mask: TokenMask | None = None,
         progress: bool | None = None,
     ):
+        self._require_kinds(model, config)
         if not is_image_text_model(model):
             raise TypeError(
                 "KeepLoraCls: model must have image features (encode_image, encode_text, logit_scale, as open_clip's "

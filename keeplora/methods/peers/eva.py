@@ -97,17 +97,19 @@ class Eva(Peer):
             with torch.no_grad(), evaluating(self.model), observing(watch.hosts, watch.observe):
                 count = 0
                 for count, batch in enumerate(batches, 1):
-                    with naming_batch("Eva", count - 1, batch):
+                    with naming_batch("before_task", count - 1, batch):
                         loss_fn(self.model, batch)
         if not count:
             raise ValueError(
-                "Eva: loader must yield at least one batch, got none. Pass one that can be iterated again."
+                "before_task: loader must yield at least one batch, got none. Pass one that can be iterated again."
             )
         found = [watch.of[slot].result() if slot in watch.of else None for slot in self.slots]
         self.warn_of_unreached([components is not None for components in found])
         ranks = ranks_by_variance([() if c is None else c.shares.tolist() for c in found], self.config.r)
         if not any(ranks):
-            raise ValueError("Eva: features must vary, got one and the same token everywhere. Use another method.")
+            raise ValueError(
+                "before_task: features must vary, got the same token everywhere. Let loss_fn run the model."
+            )
 
         def start(i: int) -> Factors | None:
             components, rank, weight = found[i], ranks[i], self.slots[i].exact_weight
@@ -165,10 +167,10 @@ class _Watch:
                 self.of[slot] = self.last[1]
                 continue
             mine = mine or _Inputs(self.most, x.shape[-1])
-            keep = counting("Eva", self.mask, slot, x)
+            keep = counting("before_task", self.mask, slot, x)
             rows = x.detach().reshape(-1, x.shape[-1]) if keep is None else x.detach()[keep]
             if not bool(torch.isfinite(rows).all()):
-                raise ValueError(f"Eva: features must be finite, got NaN or Inf [{slot.name}]")
+                raise ValueError(f"before_task: features must be finite, got NaN or Inf [{slot.name}]")
             if len(rows):
                 mine.add(rows.float())
                 self.of[slot], self.last = mine, (x, mine)

@@ -14,7 +14,7 @@ from keeplora.ops.precision import full_precision
 from ..lora_method import LoraMethod
 from ..method import LossFn
 from ..progress import for_all_layers
-from ..settings import check_flag, check_names, check_range
+from ..settings import Settings, check_flag, check_names, check_range
 from .stand_in import require_peft
 from .started import StartedAdapter
 
@@ -22,7 +22,7 @@ __all__ = ["MinorFactors", "Osf", "OsfConfig"]
 
 
 @dataclass(frozen=True)
-class OsfConfig:
+class OsfConfig(Settings):
     """Settings of [`Osf`][].
 
     Args:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keeplora._files import told, write_atomic
+from keeplora._hub import hub_fault
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks._quiet import quiet_loading
@@ -104,6 +105,13 @@ class _OpenClip(ComparingModel):
         # A tag's weights want the activation they were trained with: open_clip only warns where the name has the other.
         quick = not local and bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
         weights = None if local or tag == RANDOM else tag
+        repository, _, file = str((open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")).rpartition("/")
+        files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        if weights in tags and repository and (fault := hub_fault(repository, *files)) is not None:
+            raise ConfigError(
+                f"open_workload: the weights of {name!r} must be on this disk or on the Hub, got {tag!r} of "
+                f"{repository}: {fault}. Give pretrained a file, or open_clip a folder: local-dir:…"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of what the weights do not hold, and of all of a random model
             try:
@@ -170,6 +178,8 @@ class _OpenClip(ComparingModel):
 
 class _Transformers(ComparingModel):
     def __init__(self, source: ModelSource, name: str) -> None:
+        if (fault := hub_fault(name)) is not None:
+            raise ConfigError(f"open_workload: transformers must name a model, got {name!r}: {fault}")
         try:
             with quiet_loading():
                 from transformers import AutoModel, AutoProcessor  # optional, and slow to import

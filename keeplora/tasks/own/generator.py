@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from keeplora._hub import hub_fault
 from keeplora._messages import listed
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks._quiet import quiet_loading
@@ -96,6 +97,8 @@ def load_generator(own: OwnTasks) -> Generator:
     transformers: Any = importlib.import_module("transformers")  # optional
 
     name = own.model_folder()
+    if (fault := hub_fault(name)) is not None:
+        raise ConfigError(f"load_workload: transformers must name a model, got {name!r}: {fault}")
     try:
         with quiet_loading():
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)

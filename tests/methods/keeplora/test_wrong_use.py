@@ -78,14 +78,12 @@ def test_a_loader_that_yields_what_the_loss_does_not_read(loss, batches, error, 
     with pytest.raises((error, TypeError, AttributeError)) as caught:
         keeper.before_task(batches, loss)
     [text] = caught.value.__notes__
-    assert text.startswith("mean_gradients: loss_fn(model, batch) failed on ")
+    assert text.startswith("before_task: loss_fn(model, batch) failed on ")
     assert re.search(note, text)
     keeper.before_task(data(), loss_fn)
     with pytest.raises((error, TypeError, LookupError, AttributeError, ValueError)) as caught:
         keeper.after_task(batches, loss)
-    assert caught.value.__notes__[0].startswith(
-        "feature_statistics: loss_fn(model, batch) failed on batch 0, which is "
-    )
+    assert caught.value.__notes__[0].startswith("after_task: loss_fn(model, batch) failed on batch 0, which is ")
     keeper.after_task(data())
 
 
@@ -135,7 +133,7 @@ def test_a_generator_that_is_exhausted():
         keeper.after_task(batches)
     assert keeper.training_task
     keeper.after_task(data())
-    with pytest.raises(ValueError, match=r"mean_gradients: loader must yield .* A generator can be used once"):
+    with pytest.raises(ValueError, match=r"before_task: loader must yield .* A generator can be used once"):
         keeper.before_task(batches, loss_fn)
     assert not keeper.training_task
 

@@ -176,13 +176,24 @@ def test_a_quick_look_evaluates_fewer_and_says_so(place):
         (ModelSource(open_clip="ViT-B-61", pretrained="openai"), "got 'ViT-B-61'.*'ViT-B-16'"),
         (ModelSource(open_clip="ViT-B-16", pretrained="opnai"), "pretrained must be a file or one of.*'openai'"),
         (ModelSource(open_clip="local-dir:nowhere"), "must load.*nowhere"),
-        (ModelSource(transformers="nowhere/at-all"), "must load"),
+        (ModelSource(transformers="nowhere/at-all"), "must name a model, got 'nowhere/at-all'.*not on this disk"),
     ],
 )
 def test_models_that_cannot_be_had_are_refused(place, source, named, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=named):
         open_workload(own(place, LIGHT, model=source))
+
+
+def test_weights_that_cannot_be_downloaded_are_not_tried_again_and_again(place, monkeypatch):
+    """open_clip's download would take a minute and a half to say so."""
+    asked = []
+    monkeypatch.setattr("keeplora.tasks.own.comparing.hub_fault", lambda *names: asked.append(names) or "no network")
+    with pytest.raises(ConfigError, match=r"weights of 'ViT-B-16' must .*got 'openai' of timm/.*: no network"):
+        open_workload(own(place, LIGHT, model=ModelSource(open_clip="ViT-B-16", pretrained="openai")))
+    [(repository, *files)] = asked
+    assert repository.startswith("timm/")
+    assert "open_clip_model.safetensors" in files
 
 
 def test_weights_that_are_missing_are_never_random(place, tmp_path):

@@ -1,0 +1,161 @@
+"""What cannot be used is refused in one sentence that begins with the call the user made."""
+
+import ast
+import dataclasses
+
+import pytest
+import tiny_workload
+import torch
+from pages import PUBLIC, ROOT
+from torch import nn
+
+import keeplora
+from keeplora._calls import INNER, public
+from keeplora._messages import warn
+from keeplora.methods import METHODS
+
+DATA = [torch.ones(4, 8), torch.zeros(4, 8)]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+def keeper():
+    return keeplora.KeepLora(net(), keeplora.KeepLoraConfig(r=2, target_modules="all-linear", feature_energy=0.5))
+
+
+@pytest.fixture(params=METHODS)
+def entry(request):
+    pytest.importorskip("peft")
+    return METHODS[request.param]
+
+
+@pytest.mark.parametrize("config", ["x", {"r": 2}, 3])
+def test_settings_of_another_kind(entry, config):
+    with pytest.raises(
+        TypeError, match=rf"^\w+: config must be a {entry.config.__name__}, got .*{type(config).__name__}"
+    ):
+        entry.build(tiny_workload.model(), config)
+
+
+@pytest.mark.parametrize("model", ["folder", None])
+def test_something_else_than_a_model(entry, model):
+    with pytest.raises(TypeError, match=rf"^\w+: model must be a torch.nn.Module, got {type(model).__name__}"):
+        entry.build(model)
+
+
+@pytest.mark.parametrize(("name", "here"), [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("rank", "r")])
+def test_names_that_peft_has_for_settings(entry, name, here):
+    known = [field.name for field in dataclasses.fields(entry.config)]
+    remedy = f"It is called '{here}' here" if here in known else "(Nearest names: .|It has no settings)"
+    with pytest.raises(TypeError, match=rf"^{entry.config.__name__}: settings .*got {name}=4\. {remedy}"):
+        entry.config(**{name: 4})
+    with pytest.raises(ValueError, match=rf"^create: settings .*'{name}'\. {remedy}"):
+        keeplora.create(next(key for key, value in METHODS.items() if value is entry), net(), {name: 4})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda k: k.before_task(None, loss_fn), TypeError, "before_task: loader must .* got NoneType"),
+        (lambda k: k.before_task("abc", loss_fn), TypeError, "before_task: loader must .* got str"),
+        (lambda k: k.before_task(loss_fn, DATA), TypeError, "before_task: loss_fn must .* got list"),
+        (lambda k: k.before_task([], loss_fn), ValueError, "before_task: loader must .* got none"),
+        (lambda k: k.before_task(DATA, lambda m, b: m(b)), ValueError, r"before_task: loss_fn must .* got shape"),
+        (lambda k: k.before_task(DATA, loss_fn, batch_size=4), TypeError, "before_task: batch_size must .* got 4"),
+        (lambda k: k.after_task(3), RuntimeError, "after_task: a task must be open"),
+        (lambda k: k.save(None), TypeError, "save: path must .* got None"),
+        (lambda k: k.export_peft(5), TypeError, "export_peft: path must .* got 5"),
+        (lambda k: k.import_peft(None), TypeError, "import_peft: path must .* got None"),
+        (lambda k: k.load_state("folder"), TypeError, "load_state: state must .* got str"),
+        (lambda k: keeplora.load("/nowhere", net()), ValueError, "load: /nowhere/state.json must exist"),
+        (lambda k: keeplora.KeepLora.load(None, net()), TypeError, "load: path must .* got None"),
+        (lambda k: k.from_pretrained("folder"), TypeError, "from_pretrained: model must .* got none. Load it first"),
+        (lambda k: k.from_pretrained("folder", "x"), TypeError, "from_pretrained: model must .* got str"),
+        (lambda k: keeplora.create("lora", net(), "r"), TypeError, "create: settings must .* got str"),
+        (lambda k: keeplora.create(net(), "lora"), TypeError, "create: name must .* got Sequential"),
+        (lambda k: keeplora.create("lora", net(), {"target_modules": "q"}), ValueError, "create: target_modules"),
+        (lambda k: keeplora.KeepLora(net(), targets=["0"]), TypeError, r"KeepLora: targets must .* got \['0'\]"),
+        (lambda k: keeplora.KeepLora(net(), targets="0"), TypeError, "KeepLora: targets must .* got '0'"),
+        (lambda k: keeplora.KeepLora(net(), token_mask=5), TypeError, "KeepLora: token_mask must .* got 5"),
+        (lambda k: keeplora.find_targets("x"), TypeError, "find_targets: model must .* got str"),
+        (lambda k: keeplora.run_benchmark("x"), TypeError, "run_benchmark: config must .* got str"),
+        (lambda k: keeplora.load_config(None), TypeError, "load_config: path must .* got None"),
+        (lambda k: keeplora.comparison(None), TypeError, "comparison: benchmark must .* got None"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(call, error, said):
+    known = keeper()
+    before = known.digest()
+    with pytest.raises(error, match=f"^{said}"):
+        call(known)
+    assert known.digest() == before
+
+
+def test_after_task_is_named_too():
+    known = keeper()
+    known.before_task(DATA, loss_fn)
+    for loader, loss, said in (
+        (None, None, "loader must yield batches, got NoneType"),
+        (DATA, 3, "loss_fn must be a function of (model, batch), got 3"),
+        ([], None, "loader must yield at least one batch, got none"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            known.after_task(loader, loss)
+        assert str(caught.value).startswith(f"after_task: {said}")
+
+
+def test_the_outermost_call_is_named():
+    @public
+    def inner():
+        warn("mean_gradients: a warning")
+        raise ValueError("mean_gradients: loader must")
+
+    @public
+    def outer():
+        inner()
+
+    with pytest.warns(UserWarning, match=r"^outer: a warning"), pytest.raises(ValueError, match=r"^outer: loader must"):
+        outer()
+    with pytest.warns(UserWarning, match=r"^inner: "), pytest.raises(ValueError, match=r"^inner: "):
+        inner()
+
+
+def test_what_others_say_is_left_alone():
+    @public
+    def call(message):
+        raise ValueError(message)
+
+    for message in ("addmm: shapes", "KeepLoraConfig: r must", "no colon", 3):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what is looked at)
+            call(message)
+        assert caught.value.args == (message,)
+
+
+def test_no_message_begins_with_a_function_that_nobody_calls():
+    """Of the rooms below the calls of a task: every message begins with a public name, or with one that is replaced."""
+    named = set()
+    for room in ("families", "lora", "methods", "statistics"):
+        for path in sorted((ROOT / "keeplora" / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if (
+                    isinstance(node, ast.Call)
+                    and getattr(node.func, "id", "").endswith(("Error", "warn"))
+                    and node.args
+                ):
+                    first = node.args[0]
+                    first = first.values[0] if isinstance(first, ast.JoinedStr) else first
+                    text = first.value if isinstance(first, ast.Constant) else ""
+                    name, colon, _ = text.partition(": ") if isinstance(text, str) else ("", "", "")
+                    named |= {name} if colon and name.isidentifier() else set()
+    known = {name for place in PUBLIC for name in dir(__import__(place, fromlist=["_"]))}
+    made = [kind for entry in METHODS.values() for kind in (entry.build, entry.config)]
+    known |= {kind.__name__ for kind in made} | {name for kind in made for name in dir(kind)} | {"Lines"}
+    assert {"before_task", "mean_gradients"} <= named
+    assert sorted(named - known - INNER) == []
