@@ -40,6 +40,7 @@ class SequentialLora(LoraMethod):
 
     name: ClassVar[str] = "lora"
     config_type: ClassVar[type] = LoraConfig
+    keeps_beside: ClassVar[bool] = True
     on_shares: ClassVar[frozenset[str]] = frozenset(
         {"made", "before_task", "after_task", "merge", "save", "load", "load_state"}
     )

@@ -99,6 +99,7 @@ class KeepLora(LoraMethod):
 
     name: ClassVar[str] = "keeplora"
     config_type: ClassVar[type] = KeepLoraConfig
+    keeps_beside: ClassVar[bool] = True
     on_shares: ClassVar[frozenset[str]] = frozenset(
         {"made", "before_task", "optimizer", "confine", "after_task", "merge", "save", "load", "load_state"}
     )
