@@ -158,6 +158,21 @@ def test_a_task_is_resumed_and_abandoned(quantised, tmp_path):
         keeplora.KeepLora.load(tmp_path, net(width=WIDE))  # from before it was quantised
 
 
+def test_a_bias_that_bitsandbytes_has_cast_is_the_same_bias(tmp_path):
+    def narrow():
+        model = nf4()
+        for _, layer in quantised_layers(model):
+            layer.compute_dtype = torch.bfloat16  # and the first forward rounds the bias to it
+        return model
+
+    keeper = keeplora.KeepLora(narrow(), CONFIG)
+    learn(keeper, 1)
+    assert keeper.model.blocks[0].up.bias.dtype == torch.bfloat16
+    keeper.save(tmp_path)
+    again = keeplora.KeepLora.load(tmp_path, narrow())
+    assert torch.equal(again.model.train()(X), keeper.model.train()(X))
+
+
 @pytest.mark.parametrize("name", KEEPING)
 def test_methods_learn_beside_a_weight_what_they_merge_into_it(name):
     def outputs(model, **settings):
