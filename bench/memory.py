@@ -1,10 +1,11 @@
-"""Bytes per adapted parameter at every moment, beside PEFT's LoRA: python -m bench.memory [FILE] [TASKS]
+"""Bytes per adapted parameter at every moment, beside PEFT's LoRA: python -m bench.memory [FILE] [TASKS] or --four-bit
 
 Two Llama blocks in bfloat16 (hidden 1024, 2752 inside: 25.3 million adapted parameters), r 16, all linear layers,
 weight_energy 0.6, AdamW. On a CPU the device's memory is main memory: what lies on the device is told by role. Counted
 are the storages of all live tensors that the model did not have before; of these, what is kept in main memory where
 there is a GPU (bases, pretrained weights, updates) is the host's, and the rest the device's. Measured are the peak of a
-task switch, by torch's profiler, and of saving and loading, by the system's count of resident memory.
+task switch, by torch's profiler, and of saving and loading, by the system's count of resident memory. --four-bit: the
+same blocks quantised, and PEFT's QLoRA.
 """
 
 import gc
@@ -32,7 +33,8 @@ BUDGETS = (2**27, 2**29, 2**30)
 FILE = Path(__file__).parent / "results" / "cpu" / "memory.json"
 
 
-def model(hidden: int = HIDDEN, inner: int = INNER) -> nn.Module:
+def model(hidden: int = HIDDEN, inner: int = INNER, *, four_bit: bool = False) -> nn.Module:
+    """In bfloat16; ``four_bit``: its blocks' linear layers in bitsandbytes' NF4 with doubly quantised scales."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -40,8 +42,25 @@ def model(hidden: int = HIDDEN, inner: int = INNER) -> nn.Module:
         vocab_size=128, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=BLOCKS,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
     )  # fmt: skip
-    made: nn.Module = LlamaForCausalLM(config).to(torch.bfloat16)
+    made: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    if four_bit:
+        _quantise(made.model.layers)
+        made.is_loaded_in_4bit = True  # as transformers marks its models for PEFT
     return made
+
+
+def _quantise(module: nn.Module) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            layer: Any = Linear4bit(
+                child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            layer.load_state_dict(child.state_dict())
+            setattr(module, name, layer.to("cpu"))  # where bitsandbytes quantises
+        else:
+            _quantise(child)
 
 
 def task(number: int) -> list[Tensor]:
@@ -141,11 +160,30 @@ def keeplora(tasks: int, folder: Path) -> dict[str, Any]:
     return rows
 
 
-def peft() -> dict[str, float]:
+def on_four_bits(tasks: int) -> dict[str, Any]:
+    """Updates kept beside a 4-bit base; and stock PEFT's QLoRA in training."""
+    net = model(four_bit=True)
+    before = live()
+    keeper = KeepLora(net, KeepLoraConfig(**SETTINGS), progress=False)
+    rows: dict[str, Any] = {"after wrapping": moment(keeper, before)}
+    for number in range(tasks):
+        keeper.before_task(task(number), loss_fn)
+        rows[f"task {number + 1} open"] = moment(keeper, before)
+        optimizer = train(keeper, number)
+        rows[f"training task {number + 1}"] = moment(keeper, before)
+        del optimizer
+        activations, _ = recorded_bytes(torch.no_grad()(loss_fn), net, task(number)[0])
+        peak, _ = recorded_bytes(keeper.after_task, task(number), loss_fn)
+        loss_fn(net, task(number)[0])  # the first forward brings the updates to the device
+        rows[f"after task {number + 1}"] = {**moment(keeper, before), "switch": peak, "activations": activations}
+    return {**rows, "PEFT": peft(four_bit=True)}
+
+
+def peft(*, four_bit: bool = False) -> dict[str, float]:
     """Stock LoRA of the same rank on the same layers."""
     from peft import LoraConfig, get_peft_model
 
-    net = model()
+    net = model(four_bit=four_bit)
     before = live()
     wrapped = get_peft_model(net, LoraConfig(r=RANK, target_modules="all-linear"))
     trained = [p for p in wrapped.parameters() if p.requires_grad]
@@ -197,6 +235,9 @@ def _resident(folder: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--resident"]:
         _resident(Path(sys.argv[2]))
+        return
+    if sys.argv[1:2] == ["--four-bit"]:
+        print(json.dumps(on_four_bits(int(sys.argv[2]) if len(sys.argv) > 2 else 3), indent=1))
         return
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
     tasks = int(sys.argv[2]) if len(sys.argv) > 2 else 3

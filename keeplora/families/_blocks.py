@@ -67,7 +67,7 @@ def _beside(path: str) -> str:
 
 
 def _linear_weights(blocks: nn.Module) -> int:
-    return sum(layer.weight.numel() for layer in blocks.modules() if isinstance(layer, nn.Linear))
+    return sum(layer.out_features * layer.in_features for layer in blocks.modules() if isinstance(layer, nn.Linear))
 
 
 def block_targets(path: str, block: nn.Module, depth: int, tower: str, *, split_qkv: bool = False) -> list[Target]:

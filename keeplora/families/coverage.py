@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 
 from keeplora._messages import listed, warn
 from keeplora.lora import Target, expert_layout, linear_targets, select_targets
+from keeplora.lora.quantised import layer_shape
 
 from ._blocks import by_design, outermost_lists
 
@@ -237,6 +239,7 @@ def _weights(model: nn.Module, chosen: Sequence[Target], targets: Sequence[Targe
         for name, parameter in module.named_parameters(recurse=False):
             stack = _within(f"{path}.{name}".lstrip("."), stacks)
             mine = known.get((path, name), [])
+            shape = layer_shape(module, parameter)
             if stack is None or (parameter.dim() < 2 and not mine):
                 continue
             if not mine:
@@ -244,11 +247,11 @@ def _weights(model: nn.Module, chosen: Sequence[Target], targets: Sequence[Targe
                     continue
                 frozen = by_design(f"{path}.{name}") or isinstance(module, _FROZEN)
                 kind = _kind(f"{path}.{name}", stack)
-                yield _Weight(stack, None, kind, parameter.numel(), "frozen" if frozen else "left out")
+                yield _Weight(stack, None, kind, math.prod(shape), "frozen" if frozen else "left out")
             for target in mine:
-                rows = parameter.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
+                rows = shape[0] if target.rows is None else target.rows[1] - target.rows[0]
                 rows = rows if target.expert is None else 1
-                size = rows * (parameter.numel() // parameter.shape[0])
+                size = rows * math.prod(shape[1:])
                 state: State = "adapted" if target.name in taken else "not chosen"
                 yield _Weight(stack, target.tower, _kind(target.name, stack), size, state)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .host import LoraHost
+from .quantised import QuantisedSlot, is_quantised
 from .slot import LoraSlot, Rows
 from .targets import Target
 
@@ -22,32 +21,26 @@ class BorrowedLinear(LoraHost):
     can be attached to be merged; they take no part in the forward.
 
     Args:
-        base: The layer; the ``weight [out, in]`` it multiplies with may be quantised.
-        dequantize: Gives the weight in floating point where ``base.weight`` is quantised. Such a weight cannot be
-            merged into.
+        base: The layer; the ``weight [out, in]`` it multiplies with may be quantised. Such a weight cannot be merged
+            into.
     """
 
-    def __init__(
-        self, base: nn.Linear, dequantize: Callable[[], Tensor] | None = None, *, target: Target | None = None
-    ):
+    def __init__(self, base: nn.Linear, *, target: Target | None = None):
         super().__init__()
         self.base = base
-        self.dequantize = dequantize
         self.train(base.training)
         self._init_host()
         self.add_slot("weight", "weight", None, target)
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight; of a quantised one only shape and device, in float32 zeros that take no memory."""
-        if self.dequantize is None:
-            return self.base.weight
-        size = (self.base.out_features, self.base.in_features)
-        return torch.zeros((), device=self.base.weight.device).expand(size)
+        """The layer's weight."""
+        return self.base.weight
 
     def _new_slot(self, target: Target, slot: str, parameter: str, rows: Rows) -> LoraSlot:
-        kind = LoraSlot if self.dequantize is None else _QuantisedSlot
-        return kind(target, self, slot, parameter, rows)
+        if is_quantised(self.base.weight):
+            return QuantisedSlot(target, self, slot, parameter, rows, self.base)
+        return super()._new_slot(target, slot, parameter, rows)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The borrowed layer's output, and the adapter's added to it."""
@@ -58,22 +51,3 @@ class BorrowedLinear(LoraHost):
 
     def plain(self) -> nn.Linear:
         return self.base
-
-
-class _QuantisedSlot(LoraSlot):
-    """The slot of a weight that can be read in floating point, and not be written."""
-
-    @property
-    def exact_weight(self) -> Tensor:
-        host = self.host
-        assert isinstance(host, BorrowedLinear)
-        assert host.dequantize is not None
-        return host.dequantize().detach().float()
-
-    def set_exact_weight(self, exact: Tensor) -> None:
-        self.begin_merge()
-
-    def begin_merge(self) -> None:
-        raise RuntimeError(
-            f"BorrowedLinear: weight must not be quantised to be merged into, got one that is [{self.name}]"
-        )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .quantised import quantised_layers
 from .shares import DTENSORS, MODULES, is_dtensor, is_shared_out, reshard, unfit
 
 __all__ = ["DATA_PARALLEL", "ENGINES", "Engine", "require_module", "require_rows", "require_whole"]
@@ -63,6 +64,7 @@ def require_whole(
     around: bool = False,
     structure: bool = False,
     shares: bool = False,
+    quantised: bool = False,
 ) -> None:
     """Refuse a model whose weights are not all here, in one piece and in numbers that can be read.
 
@@ -72,6 +74,7 @@ def require_whole(
         around: Whether ``model`` is what a loop trains, which may be an engine around the method's own.
         structure: Whether a model that is on the meta device as a whole will do, to look at its targets.
         shares: Whether rows of frozen weights will do, as FSDP2 leaves them to each process.
+        quantised: Whether weights will do that can be read in floating point, and not be written.
 
     Raises:
         TypeError: no module; or an engine of ``ENGINES`` is there: the module and its class are named.
@@ -82,11 +85,14 @@ def require_whole(
     shared = shares and is_shared_out(model)
     fault = unfit(model) if shared else ""
     welcome = (FSDP2, TENSOR_PARALLEL) if shared and not fault else ()
+    readable = {id(layer) for _, layer in quantised_layers(model)} if quantised and not shared else set()
     for path, module in model.named_modules():
         for engine in ENGINES:
             elsewhere = engine.where == "adapted" and path not in wanted
             if elsewhere or (around and engine.where == "inside") or (bare and engine is NO_VALUES):
                 continue
+            if engine is QUANTISED and id(module) in readable:
+                break  # those after it are of other libraries
             if engine not in welcome and (what := engine.seen(module)):
                 raise engine.error(function, f"{what} at {path or 'the model itself'}", fault)
 
@@ -208,6 +214,16 @@ TENSOR_PARALLEL = Engine(
     f"Load the model without tp_plan or parallelize_module. {_WHOLE_COPY}",
 )
 
+QUANTISED = Engine(
+    "quantised",
+    _of_type("bitsandbytes.", "torchao."),
+    "what is learned cannot be merged into a quantised weight without rounding what is protected",
+    "Use a method that keeps updates beside weights (all but duallora, full, gpm, lines and osf), on nn.Linear layers "
+    "that are quantised already and not sharded; or keeplora.initialize on a PeftModel.",
+    "adapted",
+)
+"""Welcome to methods that keep updates beside weights: ``require_whole(quantised=True)``."""
+
 NO_VALUES = Engine(
     "no values",
     _parameter(lambda parameter: parameter.is_meta),
@@ -253,13 +269,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     DATA_PARALLEL,
     NO_VALUES,
-    Engine(
-        "quantised",
-        _of_type("bitsandbytes.", "torchao."),
-        "a quantised weight cannot be merged into without rounding what is protected",
-        "Use keeplora.initialize on a PeftModel, which keeps an adapter per task.",
-        "adapted",
-    ),
+    QUANTISED,
     Engine(
         "quantised by a library that is not known here",
         _any(_parameter(_unreadable), _packed),

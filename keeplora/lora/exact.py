@@ -88,6 +88,15 @@ class Exact:
         return self._written is not None
 
     @property
+    def at_hand(self) -> bool:
+        """Whether W₀ is here, apart from the weight that was merged into."""
+        return self.start is not None
+
+    def share(self, x: Tensor) -> Tensor | None:
+        """What updates that are kept beside the weight add to the output for ``x``: none are, they are in it."""
+        return None
+
+    @property
     def follows(self) -> bool:
         """Whether the weight follows, bit for bit, from W₀ and what is kept of the updates."""
         return self.known and self.learned is not None and (self.total is None or self.start is not None)

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from .host import LoraHost
     from .slot import LoraSlot, Rows
 
-__all__ = ["Ahead", "ForwardMode", "Part", "adapted_linear", "compute_dtype", "merge_job", "narrow", "own_linear"]
+__all__ = [
+    "Ahead",
+    "ForwardMode",
+    "Part",
+    "adapted_linear",
+    "added",
+    "compute_dtype",
+    "merge_job",
+    "narrow",
+    "own_linear",
+]
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
 _merge, _grads, _thin_matmul = OPS["merge_weights"].call, OPS["lora_grad_b"].call, OPS["thin_matmul"].call
@@ -69,7 +79,28 @@ def adapted_linear(
         y = _merged_linear(x, _merged_weight(host, weight, parts, parameter), bias, parts)
     else:
         y = _factored_linear(x, weight, bias, parts)
+    return _looked_at(host, x, _with_kept(x, y, places), places)
+
+
+def added(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
+    """A layer's own output ``y``, which nothing is known of, with what the adapters of slots add, step by step."""
+    parts = _parts(places)
+    if any(part.rows is not None for part in parts):
+        y = y.clone()  # an output of somebody's own autograd function may not be written to
+    return _looked_at(host, x, _with_kept(x, _plus(x, y, parts), places), places)
+
+
+def _looked_at(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
     return y if host.tap is None else host.tap(host, x, y, {slot.slot: rows for slot, rows in places})
+
+
+def _with_kept(x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
+    """``y`` and what the updates add that are kept beside weights."""
+    for slot, rows in places:
+        share = slot.exact.share(x)
+        if share is not None:
+            y = y + (share if rows is None else F.pad(share, (rows[0], y.shape[-1] - rows[1])))
+    return y
 
 
 def _parts(places: Sequence[tuple[LoraSlot, Rows]]) -> list[Part]:
@@ -191,7 +222,10 @@ def _merged_linear(x: Tensor, merged: Merged, bias: Tensor | None, parts: Sequen
 
 def _factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """``x Wᵀ + b`` plus every adapter's share, step by step."""
-    y = F.linear(x, weight, bias)
+    return _plus(x, F.linear(x, weight, bias), parts)
+
+
+def _plus(x: Tensor, y: Tensor, parts: Sequence[Part]) -> Tensor:
     for part in parts:
         if part.rows is None:
             y = y + part.adapter(x)

@@ -78,13 +78,11 @@ class LoraHost(nn.Module):
         Raises:
             ValueError: no such weight, rows outside of it, or rows or a name that another slot has.
         """
-        weight = getattr(self, parameter, None)
-        if not isinstance(weight, Tensor):
+        out = self._rows_of(parameter)
+        if out is None:
             raise ValueError(f"add_slot: parameter must be a weight of {type(self).__name__}, got {parameter!r}")
-        if rows is not None and not 0 <= rows[0] < rows[1] <= weight.shape[0]:
-            raise ValueError(
-                f"add_slot: rows must lie in [0, {weight.shape[0]}] with start < stop, got {rows} [{slot}]"
-            )
+        if rows is not None and not 0 <= rows[0] < rows[1] <= out:
+            raise ValueError(f"add_slot: rows must lie in [0, {out}] with start < stop, got {rows} [{slot}]")
         if slot in self.slots:
             raise ValueError(f"add_slot: slot must be new, got {slot!r} a second time")
         others = self.by_parameter.get(parameter, ())
@@ -96,6 +94,11 @@ class LoraHost(nn.Module):
         self.slots[slot] = made
         self.by_parameter[parameter] = (*others, made)
         return made
+
+    def _rows_of(self, parameter: str) -> int | None:
+        """Of one of the layer's weights; None where it has none of that name."""
+        weight = getattr(self, parameter, None)
+        return weight.shape[0] if isinstance(weight, Tensor) else None
 
     def _new_slot(self, target: Target, slot: str, parameter: str, rows: Rows) -> LoraSlot:
         return LoraSlot(target, self, slot, parameter, rows)

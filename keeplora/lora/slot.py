@@ -15,6 +15,7 @@ from keeplora.ops.merge_weights import merge_weights
 
 from .adapter import LoraAdapter
 from .exact import Exact, exact_dtype
+from .kept import Kept
 from .shares import LocalRows, rows_of
 from .targets import Target
 from .update import Update, to_host
@@ -60,10 +61,28 @@ class LoraSlot(nn.Module):
         return self.target.name
 
     @property
-    def whole(self) -> Tensor:
-        """The layer's weight that the slot is rows of."""
+    def stored(self) -> Tensor:
+        """The layer's parameter that the slot is rows of."""
         weight: Tensor = getattr(self.host, self.parameter)
         return weight
+
+    @property
+    def whole(self) -> Tensor:
+        """The layer's weight that the slot is rows of; of a quantised one shape and device alone."""
+        return self.stored
+
+    def readable(self, *, comparable: bool = False) -> Tensor:
+        """That weight in numbers to be read; ``comparable``: to be hashed."""
+        return self.whole.detach()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is learned is kept beside the weight, and not merged into it."""
+        return isinstance(self.exact, Kept)
+
+    def keep_beside(self) -> None:
+        """From now on leave the weight as it is. Before anything was merged."""
+        self.exact = Kept(self)
 
     @property
     def weight(self) -> Tensor:
@@ -151,12 +170,14 @@ TokenMask = Callable[[LoraSlot, Tensor], Tensor | None]
 def merge_adapters(slots: Sequence[LoraSlot]) -> None:
     """``W ← W + c (B − B₀) A`` of every slot with an adapter, exact to float32 rounding, rounded once to its dtype.
 
+    Where updates are kept beside the weight (``keeplora.lora.kept``) this one joins them, and the weight stays.
+
     An adapter of another kind is merged as its ``plain()`` writes it. Roundings do not pile up over tasks
     (``keeplora.lora.exact``). One call of the op for as many weights as their merged copies may take memory at a
     time (``keeplora.math.batch.portions``).
     """
     turned = []
-    held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None]
+    held = [(slot, slot.adapter) for slot in slots if slot.adapter is not None and not slot.keeps]
     for group in portions([slot.weight for slot, _ in held]):
         members = [(held[i][0], held[i][1].plain()) for i in group]
         for slot, _ in members:
@@ -169,8 +190,12 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
             scale=[adapter.scaling for _, adapter in members],
         )
         for local, (slot, adapter), exact in zip(places, members, merged, strict=True):
-            update = Update(to_host(adapter.A), to_host(adapter.update()), adapter.scaling)
-            if slot.exact.merged(local.rows, exact, update):
+            if slot.exact.merged(local.rows, exact, _update_of(adapter)):
+                turned.append(slot.name)
+            slot.detach()
+    for slot in slots:
+        if slot.adapter is not None and isinstance(slot.exact, Kept):
+            if slot.exact.keep(_update_of(slot.adapter.plain())):
                 turned.append(slot.name)
             slot.detach()
     if turned:
@@ -178,3 +203,7 @@ def merge_adapters(slots: Sequence[LoraSlot]) -> None:
             "%d layers keep the sum of their updates from now on, which is smaller than all of them: %s",
             len(turned), listed(turned),
         )  # fmt: skip
+
+
+def _update_of(adapter: LoraAdapter) -> Update:
+    return Update(to_host(adapter.A), to_host(adapter.update()), adapter.scaling)

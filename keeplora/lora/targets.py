@@ -118,6 +118,8 @@ def target_shape(model: nn.Module, target: Target) -> tuple[int, int] | None:
         out, width = layout.slice(weight, 0).shape
         return out, width
     out, width = weight.shape[:2]
+    if isinstance(module, nn.Linear):  # whose weight may be packed
+        out, width = module.out_features, module.in_features
     return (out if target.rows is None else target.rows[1] - target.rows[0]), width
 
 

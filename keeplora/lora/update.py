@@ -40,12 +40,18 @@ class Update:
         return Update(torch.eye(width, dtype=change.dtype), change)
 
     @staticmethod
+    def stacked(updates: Sequence[Update], out: int, width: int) -> tuple[Tensor, Tensor]:
+        """All A's ``[Σr, in]`` and, their scalings in them, all B's ``[out, Σr]``."""
+        a = torch.cat([u.a for u in updates]) if updates else torch.zeros(0, width)
+        b = torch.cat([u.b * u.scaling for u in updates], dim=1) if updates else torch.zeros(out, 0)
+        return a, b
+
+    @staticmethod
     def total(updates: Sequence[Update], out: int, width: int) -> Update:
         """The sum of updates of one weight, of rank Σr, or ``min(out, in)`` where that is less; exact either way."""
         if len(updates) == 1:
             return updates[0]
-        a = torch.cat([u.a for u in updates]) if updates else torch.zeros(0, width)
-        b = torch.cat([u.b * u.scaling for u in updates], dim=1) if updates else torch.zeros(out, 0)
+        a, b = Update.stacked(updates, out, width)
         if a.shape[0] <= min(out, width):
             return Update(a, b)
         return Update.dense((b.double() @ a.double()).to(a.dtype))

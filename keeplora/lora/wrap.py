@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,14 +15,19 @@ from .four_bit import keep_differentiable
 from .host import LoraHost
 from .linear import LoraLinear
 from .mixture import expert_layout
+from .quantised import LoraQuantised, is_quantised
 from .shares import is_shared_out, is_wrapped
 from .slot import LoraSlot
 from .targets import Target
 
 __all__ = ["register_host", "unwrap", "wrap"]
 
+_Kind = type[LoraHost]
 
-def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -> list[LoraSlot]:
+
+def wrap(
+    model: nn.Module, targets: Sequence[Target], *, shares: bool = False, quantised: bool = False
+) -> list[LoraSlot]:
     """Replace the layers that own ``targets`` by layers that can hold adapters; one slot per target, in order.
 
     Nothing is computed differently until an adapter is attached. Parameters stay the same objects under the
@@ -33,6 +38,8 @@ def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -
     Args:
         shares: Whether FSDP2 may have left each process some rows of frozen weights. Then layers stay the same objects
             and change their class, and compute factored: a merged weight would be whole on every process.
+        quantised: Whether ``nn.Linear`` layers of bitsandbytes and torchao may be among them. They stay the same
+            objects, too, and what is learned is kept beside their weights (``keeplora.lora.quantised``).
 
     Raises:
         ValueError: a target names no layer of the model, names come twice, a layer is named by two of its places, or
@@ -51,7 +58,7 @@ def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -
         >>> unwrap(model)[0]
         Linear(in_features=4, out_features=8, bias=True)
     """
-    replacements = _plan(model, targets, shares)
+    replacements = _plan(model, targets, shares, quantised)
     in_place = is_shared_out(model)
     keep_differentiable("wrap", model)  # frozen 4-bit layers, behind which gradients are wanted
     places = _places(model)
@@ -59,7 +66,7 @@ def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -
     hosts: dict[str, LoraHost] = {}
     for path, kind in replacements.items():
         layer = model.get_submodule(path)
-        hosts[path] = LoraLinear.in_place(layer) if in_place and isinstance(layer, nn.Linear) else kind(layer)
+        hosts[path] = _made(kind, layer, in_place)
         hosts |= {
             f"{path}.{name}": child for name, child in hosts[path].named_children() if isinstance(child, LoraHost)
         }
@@ -71,15 +78,24 @@ def wrap(model: nn.Module, targets: Sequence[Target], *, shares: bool = False) -
         slots.append(host.add_slot(slot, target.parameter, target.rows, target))
     if in_place:
         return slots
+    hosts = {path: host for path, host in hosts.items() if host.taken_over is None}
     for path, host in hosts.items():
         hand_over(model.get_submodule(path), host)
-    for path in sorted(replacements, key=len):  # an attention before what stands in it
+    for path in sorted(hosts.keys() & replacements.keys(), key=len):  # an attention before what stands in it
         for place in everywhere[path]:
             _replace(model, place, hosts[path])
     return slots
 
 
-_Kind = type[LoraHost]
+def _made(kind: _Kind, layer: nn.Module, in_place: bool) -> LoraHost:
+    if issubclass(kind, LoraQuantised):
+        assert isinstance(layer, nn.Linear)
+        return kind.of(layer)
+    if in_place and isinstance(layer, nn.Linear):
+        return LoraLinear.in_place(layer)
+    make: Callable[[nn.Module], LoraHost] = kind
+    return make(layer)
+
 
 _KINDS: dict[type[nn.Module], _Kind] = {nn.MultiheadAttention: LoraAttention, nn.Linear: LoraLinear}
 _READ_BY: dict[str, type[nn.Module]] = {"out_proj": nn.MultiheadAttention}
@@ -97,9 +113,10 @@ def register_host(plain: type[nn.Module], host: type[LoraHost], *, reads: str | 
         _READ_BY[reads] = plain
 
 
-def _plan(model: nn.Module, targets: Sequence[Target], shares: bool) -> dict[str, _Kind]:
+def _plan(model: nn.Module, targets: Sequence[Target], shares: bool, quantised: bool) -> dict[str, _Kind]:
     """Which module is to be replaced by what; raises before anything changes."""
-    require_whole("wrap", model, {target.module for target in targets}, structure=True, shares=shares)
+    adapted = {target.module for target in targets}
+    require_whole("wrap", model, adapted, structure=True, shares=shares, quantised=quantised)
     shared_out = is_shared_out(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
@@ -163,10 +180,13 @@ def _kind(module: nn.Module, path: str, target: Target) -> _Kind:
             f"wrap: layers must run the forward of their class, got one set on the layer itself at {path!r}. Take it "
             "off first: del layer.forward."
         )
-    kinds = [k for plain, k in _KINDS.items() if isinstance(module, plain) and type(module).forward is plain.forward]
+    own_kinds = _KINDS.items()
+    kinds = [k for plain, k in own_kinds if isinstance(module, plain) and type(module).forward is plain.forward]
     if expert_layout(module) is not None and target.expert is not None:
         LoraExperts.check(module)
         kinds = [LoraExperts]
+    if isinstance(module, nn.Linear) and is_quantised(module._parameters.get("weight")):
+        kinds = [LoraQuantised]
     own = module if target.module == path else module.get_submodule(target.module.rpartition(".")[2])
     if not kinds or target.parameter not in own._parameters:
         raise TypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from keeplora.math.digest import digest, digest_of_sums
 from .shared_sums import converted, sums_everywhere
 
 __all__ = [
-    "Hashes", "base_fault", "hash_weights", "inner_of_updates", "inner_product", "is_hashes", "slot_weights",
+    "Hashes", "SlotWeights", "base_fault", "hash_weights", "inner_of_updates", "inner_product", "is_hashes",
 ]  # fmt: skip
 
 Hashes = dict[str, dict[str, str]]
@@ -44,12 +44,13 @@ def hash_weights(weights: Mapping[str, Tensor]) -> Hashes:
         >>> hash_weights(w)["w"]["bfloat16"] == hash_weights({"w": w["w"].bfloat16()})["w"]["bfloat16"]
         True
     """
-    if any(map(is_dtensor, weights.values())):
-        return _hash_shares(weights)
-    return {
-        name: {_named(dtype): _hash(weight, dtype) for dtype in _NARROWER.get(weight.dtype, (weight.dtype,))}
-        for name, weight in weights.items()
-    }
+    hashes: Hashes = {}
+    for name, weight in weights.items():
+        if is_dtensor(weight):
+            return _hash_shares(weights)
+        dtypes = _NARROWER.get(weight.dtype, (weight.dtype,))
+        hashes[name] = {_named(dtype): _hash(weight, dtype) for dtype in dtypes}
+    return hashes
 
 
 def _hash_shares(weights: Mapping[str, Tensor]) -> Hashes:
@@ -62,9 +63,20 @@ def _hash_shares(weights: Mapping[str, Tensor]) -> Hashes:
     return hashes
 
 
-def slot_weights(slots: Sequence[LoraSlot]) -> dict[str, Tensor]:
-    """The whole weights that slots are rows of, by their parameters' names."""
-    return {f"{slot.target.module}.{slot.target.parameter}".lstrip("."): slot.whole.detach() for slot in slots}
+class SlotWeights(Mapping[str, Tensor]):
+    """The whole weights that slots are rows of, by their parameters' names; quantised ones are read when asked for."""
+
+    def __init__(self, slots: Sequence[LoraSlot]):
+        self._slots = {f"{slot.target.module}.{slot.target.parameter}".lstrip("."): slot for slot in slots}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._slots[name].readable(comparable=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
 
 def is_hashes(value: Any) -> bool:
@@ -75,7 +87,7 @@ def is_hashes(value: Any) -> bool:
     return all(isinstance(text, str) and re.fullmatch("[0-9a-f]{16}", text) for text in texts)
 
 
-def inner_product(weights: Sequence[Tensor], updates: Sequence[Update]) -> float:
+def inner_product(weights: Iterable[Tensor], updates: Sequence[Update]) -> float:
     r"""``Σ ⟨W, ΔW⟩`` of low-rank updates of weights, in float64.
 
     By this an update is found in weights that hold it already, however it was merged and rounded:
@@ -98,7 +110,7 @@ def base_fault(
     note: Mapping[str, Any],
     whole: Mapping[str, Tensor],
     original: Hashes | None,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     updates: Sequence[Update],
 ) -> str | None:
     """What is wrong with putting an adapter on these weights; None where it was made for them, or nothing is known.

@@ -40,6 +40,7 @@ class Story:
         certificates: Of each closed task the worst figures, or None.
         capacity: What is protected, where the method protects a subspace.
         in_base: Tasks that the weights below the adapter hold already; 0 for the original weights.
+        quantised: How many of the adapted weights were quantised while it was trained.
         training: What else is to be known of how it was trained: data, learning rate, steps.
     """
 
@@ -50,6 +51,7 @@ class Story:
     certificates: Sequence[Mapping[str, float] | None] = ()
     capacity: Capacity | None = None
     in_base: int = 0
+    quantised: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -146,7 +148,17 @@ def _base(story: Story) -> str:
         "the updates already they count twice. `keeplora.json` holds hashes of the right weights, and keeplora's "
         "`import_peft` checks them; weights cast to bfloat16 or float16 are known again.\n\n"
         "Keep the adapter unmerged, or merge it in float32. `merge_and_unload` into bfloat16 weights rounds, and "
-        "rounding reaches directions that are protected."
+        "rounding reaches directions that are protected." + _quantised(story)
+    )
+
+
+def _quantised(story: Story) -> str:
+    if not story.quantised:
+        return ""
+    return (
+        f"\n\n{story.quantised} of the adapted weights were quantised while it was trained. It belongs on the same "
+        "quantised weights: load the base model with the quantisation it was trained with. On the weights from before "
+        "they were quantised, outputs differ."
     )
 
 

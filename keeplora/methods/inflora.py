@@ -179,6 +179,7 @@ class InfLora(LoraMethod):
     """
 
     name: ClassVar[str] = "inflora"
+    keeps_beside: ClassVar[bool] = True
     config_type: ClassVar[type] = InfLoraConfig
     on_shares: ClassVar[frozenset[str]] = ON_SHARES
     config: InfLoraConfig

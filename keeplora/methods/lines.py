@@ -180,10 +180,11 @@ class Lines(Method):
     config: LinesConfig
 
     def __init__(self, base: Method, config: LinesConfig | None = None):
-        if not base.trains or not base.merges or isinstance(base, Lines):
+        beside = any(slot.keeps for slot in getattr(base, "slots", ()))
+        if not base.trains or not base.merges or beside or isinstance(base, Lines):
             raise ValueError(
                 "Lines: base must be another method, one that puts what it learns into the model's weights, got "
-                f"{base.name!r}"
+                f"{base.name!r}{', which keeps it beside them' if beside else ''}"
             )
         super().__init__(base.model, config, progress=base.progress)
         self.base, self.joint = base, base.joint

@@ -156,6 +156,7 @@ class LoDa(LoraMethod):
     """
 
     name: ClassVar[str] = "loda"
+    keeps_beside: ClassVar[bool] = True
     config_type: ClassVar[type] = LoDaConfig
     config: LoDaConfig
 

@@ -40,6 +40,7 @@ class SequentialLora(LoraMethod):
 
     name: ClassVar[str] = "lora"
     config_type: ClassVar[type] = LoraConfig
+    keeps_beside: ClassVar[bool] = True
     on_shares: ClassVar[frozenset[str]] = ON_SHARES
     config: LoraConfig
     train_a = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from keeplora.lora import (
     unwrap,
     wrap,
 )
+from keeplora.lora.kept import Kept
+from keeplora.lora.quantised import QuantisedSlot, quantised_layers, to_ordinary
 from keeplora.lora.shares import shared_over
 from keeplora.statistics import FeatureStatistic, feature_statistics
 
@@ -35,6 +38,7 @@ from .method import LossFn
 from .progress import for_all_layers, progress
 from .published import Published
 from .ranks import warn_of_ranks, warn_of_unreached
+from .settings import ConfigError
 from .shares import UNKNOWN, Shares
 from .size import update_size, warn_of_size
 
@@ -45,6 +49,7 @@ T = TypeVar("T")
 ON_SHARES = frozenset({"made", "before_task", "after_task", "merge", "save", "load", "load_state", "export_peft"})
 """The calls that work on rows of weights in every method whose adapters are merged: its ``on_shares``, or part of it.
 """
+log = logging.getLogger("keeplora")
 
 
 class LoraMethod(Published):
@@ -67,6 +72,10 @@ class LoraMethod(Published):
             layers.
     """
 
+    keeps_beside: ClassVar[bool] = False
+    """Whether updates may be kept beside weights: nothing reads a weight but as ``slot.exact_weight``, and nothing is
+    written but by [`merge_adapters`][]."""
+
     train_a: bool = False
     """Whether A is trained along with B, of adapters that [`adapter_of`][] makes."""
 
@@ -88,11 +97,44 @@ class LoraMethod(Published):
         self.certificates = []
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
-        self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self.shared_out)
+        self._check_kept()
+        self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self.shared_out, quantised=self.keeps_beside)
+        for slot in () if getattr(self.config, "merge", True) else self.slots:
+            if not slot.keeps:
+                slot.keep_beside()
         for slot in self.slots:
             slot.exact.on_device = getattr(self.config, "exact_weights", "host") == "device"
             slot.exact.first = slot.local.first if self.shared_out else None
         self._hooks = [] if self.shared_out else merge_ahead(model)
+
+    def _check_kept(self) -> None:
+        """Refuse weights that cannot be merged into, of methods that do, and settings that ask for what is not there.
+
+        Raises:
+            TypeError: an adapted weight is quantised. ConfigError: ``merge`` or ``forward`` does not go with it.
+        """
+        name, adapted = type(self).__name__, {target.module for target in self.targets}
+        require_whole(name, self.model, adapted, structure=True, shares=self.shared_out, quantised=self.keeps_beside)
+        beside = not getattr(self.config, "merge", True)
+        packed = sum(path in adapted for path, _ in quantised_layers(self.model))
+        fault = ""
+        if beside and not self.keeps_beside:
+            fault = f"for {self.name!r}, which writes more into weights than updates"
+        elif beside and self.shared_out:
+            fault = "where FSDP2 shares weights out"
+        elif beside and any(target.expert is not None for target in self.targets):
+            fault = "for experts, whose layers add nothing beside their weights"
+        if fault:
+            raise ConfigError(f"{name}: merge must be True {fault}, got False. Leave it out.")
+        if packed and getattr(self.config, "forward", "auto") == "merged":
+            raise ConfigError(
+                f'{name}: forward must be "auto" or "factored" where weights are quantised, got "merged". Leave it out.'
+            )
+        if packed:
+            log.info(
+                "%d of %d adapted layers are quantised: what they learn is kept beside their weights",
+                packed, len(adapted),
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ what a method is
 
@@ -170,8 +212,32 @@ class LoraMethod(Published):
         for slot in self.slots:
             slot.exact.fresh.clear()
         everywhere = processes(self.group).sum_of if self.shared_out else float
-        warn_of_size("after_task", update_size(merged, [slot.local.rows for slot in self.slots], everywhere))
+        warn_of_size("after_task", update_size(merged, (_rows(slot) for slot in self.slots), everywhere))
         return report
+
+    def merge(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """As [`Method.merge`][]; what was kept beside weights is merged into them now.
+
+        Args:
+            dtype: Of a model with quantised layers: all of them, adapted or not, become ``nn.Linear`` in this dtype,
+                or None for that of the model's other weights. Their weights are the dequantised ones and the updates,
+                rounded once.
+
+        Raises:
+            ValueError: ``dtype`` is no floating-point one, or no layer is quantised.
+        """
+        self._require("merge", task=False)
+        packed = self.merges and bool(quantised_layers(self.model))
+        if dtype is not None and not (packed and dtype.is_floating_point):
+            what = dtype if packed else f"{dtype} for a model without quantised layers"
+            raise ValueError(f"merge: dtype must be a floating-point one, of a quantised model alone, got {what}")
+        if self.merges:
+            for slot in self.slots:
+                if isinstance(slot.exact, Kept) and not isinstance(slot, QuantisedSlot):
+                    slot.exact.fold()
+        if packed and any(slot.keeps for slot in self.slots):
+            to_ordinary(self.model, self.slots, dtype)
+        return super().merge()
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The open adapters' parameters that take gradients, by target."""
@@ -189,7 +255,7 @@ class LoraMethod(Published):
     def shared_tensors(self) -> Mapping[str, Tensor]:
         held: dict[str, Tensor] = {}
         if not self.shared_out:  # of which every process has other rows
-            held = {slot.name: slot.weight.detach() for slot in self.slots}
+            held = {slot.name: slot.part(slot.stored).detach() for slot in self.slots}
         for slot in self.slots:
             if slot.adapter is not None:
                 held |= {f"{slot.name}.{name}": p.detach() for name, p in slot.adapter.named_parameters()}
@@ -323,4 +389,9 @@ def _meant(model: nn.Module, names: Sequence[str] | str) -> list[str]:
 
 def _is_trained(slot: LoraSlot) -> bool:
     adapter = [] if slot.adapter is None else list(slot.adapter.parameters())
-    return any(parameter.requires_grad for parameter in (slot.whole, *adapter))
+    return any(parameter.requires_grad for parameter in (slot.stored, *adapter))
+
+
+def _rows(slot: LoraSlot) -> Tensor:
+    """The weight, as far as it is in this process, in numbers that can be read."""
+    return slot.part(slot.readable()) if slot.keeps else slot.local.rows

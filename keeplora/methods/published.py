@@ -20,9 +20,10 @@ from keeplora.distributed import processes
 from keeplora.lora import LoraSlot, Target, TokenMask, peft_checkpoint
 from keeplora.lora.base_model import BaseModel
 from keeplora.lora.peft_experts import expert_weights
+from keeplora.lora.quantised import QuantisedSlot
 from keeplora.lora.update import Update
 
-from .base_weights import Hashes, hash_weights, inner_of_updates, inner_product, slot_weights
+from .base_weights import Hashes, SlotWeights, hash_weights, inner_of_updates, inner_product
 from .card import Story, model_card, write_card
 from .settings import plain
 from .slot_states import SlotStates
@@ -78,7 +79,8 @@ class Published(SlotStates):
         Where FSDP2 has shared the model out all of its processes call this, and the first one writes.
 
         Raises:
-            ValueError: nothing was learned and no task is open; ``task_type`` is none of PEFT's.
+            ValueError: nothing was learned and no task is open; ``task_type`` is none of PEFT's; ``open_task_only``
+                without weights that hold the other tasks.
             TypeError: an adapted layer has no counterpart in PEFT (open_clip's own attention block, separate
                 ``q_proj_weight``).
             RuntimeError: what was learned is no sum of adapters, or not all of them are known.
@@ -93,6 +95,11 @@ class Published(SlotStates):
             raise RuntimeError(
                 f"export_peft: what {self.name!r} learned must be updates of weights, and is more than that. "
                 "Save it with method.save(path)."
+            )
+        if open_task_only and any(slot.keeps and slot.exact.merged_into for slot in self.slots):
+            raise ValueError(
+                f"export_peft: open_task_only must be False where updates are kept beside weights, got True after "
+                f"{self.tasks_learned} tasks: no weights hold what those learned. Export all of it."
             )
         updates, merged = {}, []
         for slot in self.slots:
@@ -109,22 +116,22 @@ class Published(SlotStates):
                 "a PEFT that has the fix."
             )
         base = BaseModel.of(self.model, name=base_model, revision=revision, task_type=task_type)
-        known = hash_weights(slot_weights(self.slots)) if open_task_only else self.known_base()
+        known = hash_weights(SlotWeights(self.slots)) if open_task_only else self.known_base()
         changed = [slot for slot in self.slots if updates[slot.name].rank]
         held = self.tasks_learned if open_task_only else 0
         peers = processes(self.group)
         here = [replace(updates[slot.name], b=slot.local.of(updates[slot.name].b)) for slot in self.slots]
-        inner = inner_product([slot.exact_weight for slot in self.slots], here)
+        inner = inner_product((slot.exact_weight for slot in self.slots), here)
         inner = (peers.sum_of(inner) if self.shared_out else inner) - sum(
             inner_of_updates(part, updates[slot.name]) for part, slot in zip(merged, self.slots, strict=True)
         )
         note = base_note(
-            base, None if known is None else {name: known[name] for name in slot_weights(changed)}, held, inner
+            base, None if known is None else {name: known[name] for name in SlotWeights(changed)}, held, inner
         )
         story = Story(
             self.name, plain(self.config), self.tasks_learned + self.training_task - held, base,
             certificates=() if held else tuple(self.certificates), capacity=self.capacity(), in_base=held,
-            training=training or {},
+            quantised=sum(isinstance(slot, QuantisedSlot) for slot in self.slots), training=training or {},
         )  # fmt: skip
         with peers.together() if self.shared_out else nullcontext():
             if self.shared_out and peers.rank:
@@ -137,7 +144,7 @@ class Published(SlotStates):
 
         Of methods that train whole weights they mean nothing, and nothing reads them: those have no export.
         """
-        return self.base_hashes if self.tasks_learned else hash_weights(slot_weights(self.slots))
+        return self.base_hashes if self.tasks_learned else hash_weights(SlotWeights(self.slots))
 
     # ------------------------------------------------------------------ in the ecosystem's sense
 

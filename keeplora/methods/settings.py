@@ -114,6 +114,9 @@ class AdapterConfig(Settings):
             over tasks: ``"host"``, as its pretrained value and the tasks' updates in main memory; ``"device"``, in
             float32 beside the weight, which takes 4 more bytes per adapted parameter there and saves a task switch the
             sum. The numbers are the same.
+        merge: Whether a closed task's update is merged into the weights. False leaves them as they are: updates are
+            kept beside them, as factors, and every forward adds what all of them make of its inputs. Quantised weights
+            are always left as they are. ``method.merge()`` merges then.
 
     Raises:
         ValueError: a setting is out of range; the message names it. Of the wrong type: a ``TypeError`` besides.
@@ -125,10 +128,12 @@ class AdapterConfig(Settings):
     target_modules: tuple[str, ...] | str = ("attn",)
     frozen_buffers: bool = True
     exact_weights: Literal["host", "device"] = "host"
+    merge: bool = True
 
     def __post_init__(self) -> None:
         check_adapter(self)
         check_choice(self, "exact_weights", ("host", "device"))
+        check_flag(self, "merge")
 
     @property
     def scaling(self) -> float:

@@ -19,7 +19,7 @@ LEAST, MOST = 5e-4, 0.5
 @torch.no_grad()
 def update_size(
     updates: Sequence[Iterable[tuple[Tensor, Tensor]]],
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     everywhere: Callable[[float], float] = float,
 ) -> float:
     r"""The length of all updates together, relative to that of the weights they are added to.
@@ -60,12 +60,12 @@ def warn_of_size(function: str, size: float) -> None:
     if 0 < size < LEAST:
         warn(
             f"{function}: the task's update must be {LEAST:.0e} of the weights or more to teach them anything, got "
-            f"{size:.1e} (‖ΔW‖ / ‖W‖ of the adapted layers). It is merged all the same. Raise the learning rate or "
+            f"{size:.1e} (‖ΔW‖ / ‖W‖ of the adapted layers). It is learned all the same. Raise the learning rate or "
             "alpha (docs/which-settings.md says where to start), or train for more steps."
         )
     elif size > MOST:
         warn(
             f"{function}: the task's update must be at most {MOST} of the weights to leave what they know, got "
-            f"{size:.2g} (‖ΔW‖ / ‖W‖ of the adapted layers). It is merged all the same. Go back to the state before "
+            f"{size:.2g} (‖ΔW‖ / ‖W‖ of the adapted layers). It is learned all the same. Go back to the state before "
             "the task, and lower the learning rate or alpha."
         )

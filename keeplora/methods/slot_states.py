@@ -16,7 +16,7 @@ from keeplora.lora.exact import hash_of
 from keeplora.lora.shares import LocalRows
 from keeplora.lora.update import Update
 
-from .base_weights import Hashes, is_hashes, slot_weights
+from .base_weights import Hashes, SlotWeights, is_hashes
 from .buffers import Buffers, model_buffers, set_buffers
 from .fingerprint import fingerprint
 from .flags import freeze
@@ -81,7 +81,7 @@ class SlotStates(Method):
                 sums.append(name)
                 tensors[f"{name}.total"] = exact.total
                 lasting.add(f"{name}.total")
-            if not exact.follows or (whole and exact.start is None):
+            if not exact.follows or (whole and not exact.at_hand):
                 weights.append(name)
                 tensors[f"{name}.weight"] = slot.exact_weight
             if not exact.known:
@@ -186,7 +186,7 @@ class SlotStates(Method):
 
     def _recall_history(self, state: State) -> tuple[Hashes | None, list[dict[str, float] | None]]:
         hashes, certificates = state.meta.get("base_weights"), state.meta.get("certificates")
-        own = slot_weights(self.slots)
+        own = SlotWeights(self.slots)
         closed = state.meta["tasks_learned"] > 0
         whole = is_hashes(hashes) and set(hashes or ()) == set(own)
         if not (whole if closed else hashes is None):
@@ -242,6 +242,11 @@ class SlotStates(Method):
             raise StateError(
                 f"load_state: pretrained must be empty of a weight that does not follow from it, got "
                 f"{marks.pretrained!r} [{slot.name}]"
+            )
+        if weight is not None and slot.keeps:
+            raise StateError(
+                f"load_state: weights must not be in the state of a model whose updates are kept beside them, got one "
+                f"[{slot.name}]"
             )
         if weight is None:
             self._check_start(slot, learned or [], total, marks.pretrained)

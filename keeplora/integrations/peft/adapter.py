@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from keeplora.families import find_targets
 from keeplora.lora import BorrowedLinear, LoraHost, LoraSlot, Target, require_whole
-from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, keep_differentiable
+from keeplora.lora.four_bit import keep_differentiable
 from keeplora.lora.peft_config import check_plain_lora
+from keeplora.lora.quantised import dequantised, is_quantised
 from keeplora.lora.update import Update
 from keeplora.methods.buffers import Buffers
 
@@ -79,29 +80,14 @@ class PeftLayer:
         self.module.lora_alpha[self.adapter] = alpha
         self.module.scaling[self.adapter] = alpha / (self.rank**0.5 if rslora else self.rank)
 
-    def dequantizer(self) -> Callable[[], Tensor] | None:
-        """What gives the weight in floating point; None for a weight that is."""
-        base = self.base
-        if not _quantised(base.weight):
-            return None
-        if is_four_bit(base.weight):  # PEFT misreads one that bitsandbytes has repacked for the CPU
-            return lambda: dequantize_four_bit(base.weight)
-        from peft.utils.integrations import dequantize_module_weight
-
-        def weight() -> Tensor:
-            held = base.weight
-            dense: Tensor = dequantize_module_weight(base)
-            base.weight = held  # on a CPU, PEFT 0.21 puts a copy there, and one of bitsandbytes' int8 has no scales
-            return dense
-
-        return weight
+    @property
+    def quantised(self) -> bool:
+        """Whether its weight is, by a library that tells it in floating point."""
+        return is_quantised(self.base.weight)
 
     def comparable_weight(self) -> Tensor:
         """The weight in floating point, the same whether bitsandbytes has repacked it for the CPU or not."""
-        if is_four_bit(self.base.weight):
-            return dequantize_four_bit(self.base.weight, rounded_scales=True)
-        dense = self.dequantizer()
-        return self.base.weight if dense is None else dense()
+        return dequantised(self.base, comparable=True) if self.quantised else self.base.weight
 
 
 @dataclass(frozen=True)
@@ -257,7 +243,7 @@ def borrow(adapter: PeftAdapter, masters: dict[str, Tensor] | None = None) -> It
     Args:
         masters: By target, weights before they were rounded: known to the slots, and brought up to date at the end.
     """
-    hosts = [BorrowedLinear(layer.base, layer.dequantizer(), target=layer.target) for layer in adapter.layers]
+    hosts = [BorrowedLinear(layer.base, target=layer.target) for layer in adapter.layers]
     slots = [host.places()["weight"] for host in hosts]
     for slot in slots:
         slot.exact.keep_apart(slot.weight, (masters or {}).get(slot.name))
@@ -316,7 +302,7 @@ def _check_layer(function: str, path: str, module: Any, name: str) -> None:
             f"{function}: adapted layers must be nn.Linear, got {type(base).__name__} at {path}. "
             "Leave it out of target_modules."
         )
-    if not _quantised(base.weight):
+    if not is_quantised(base.weight):
         weight = base.weight
         if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in FLOATS or weight.is_meta:
             raise TypeError(
@@ -366,8 +352,3 @@ def _places(base: nn.Module, modules: Mapping[str, Any]) -> dict[str, Target]:
         for path, module in modules.items():
             parent, leaf = parents[path]
             setattr(parent, leaf, module)
-
-
-def _quantised(weight: Any) -> bool:
-    """Whether PEFT can give this weight in floating point: bitsandbytes' and torchao's."""
-    return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")

@@ -65,7 +65,7 @@ def with_stock_settings(config: KeepLoraConfig, adapter: PeftAdapter) -> KeepLor
                 f"initialize: config.{name} must be left alone, got {getattr(config, name)!r}: "
                 f"the adapter's LoraConfig says {value!r}."
             )
-    for name in ("target_modules", "init_b", "forward", "train_a", "feature_source", "exact_weights"):
+    for name in ("target_modules", "init_b", "forward", "train_a", "feature_source", "exact_weights", "merge"):
         if getattr(config, name) != getattr(default, name):
             raise ValueError(
                 f"initialize: config.{name} must be {getattr(default, name)!r} with PEFT's layers, got "

@@ -17,6 +17,7 @@ from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint, require_module
 from keeplora.lora.base_model import BaseModel
 from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
+from keeplora.lora.quantised import dequantised, is_quantised
 from keeplora.lora.update import Update
 from keeplora.math.digest import digest
 from keeplora.methods.base_weights import Hashes, hash_weights, inner_of_updates, inner_product, is_hashes
@@ -305,7 +306,7 @@ class SubspaceState:
             module = base.get_submodule(target.name)
             layer = getattr(module, "base_layer", module)
             parts = [task[target.name] for task in self.learned if target.name in task]
-            weights.append(dequantize_four_bit(layer.weight) if is_four_bit(layer.weight) else layer.weight)
+            weights.append(dequantised(layer, comparable=True) if is_quantised(layer.weight) else layer.weight)
             merged.append(Update.total(parts, *weights[-1].shape))
             parts += [found[target.name].update(weights[-1].dtype) for found in kept if target.name in found]
             layers[target.name] = Update.total(parts, *weights[-1].shape)

@@ -240,7 +240,7 @@ def update_subspace(
     state.require_base("update_subspace", adapter.layers)
     refuse_neighbours("update_subspace", adapter, state.kept, state.also_train)
     layers = adapter.layers
-    quantised = [layer.name for layer in layers if layer.dequantizer() is not None]
+    quantised = [layer.name for layer in layers if layer.quantised]
     if merge and quantised:
         raise TypeError(
             f"update_subspace: base weights must not be quantised to be merged into, got {len(quantised)} that are "

@@ -106,6 +106,7 @@ class Dac(LoraMethod):
     """
 
     name: ClassVar[str] = "dac"
+    keeps_beside: ClassVar[bool] = True
     config_type: ClassVar[type] = DacConfig
     config: DacConfig
 

@@ -141,15 +141,24 @@ def certified(
     local_sums: dict[int, Tensor] = {}
 
     def compute(group: list[int]) -> list[LayerCertificate]:
+        beside = [i for i in group if slots[i].keeps]
+        if 0 < len(beside) < len(group):
+            rest = [i for i in group if not slots[i].keeps]
+            found = dict(zip([*beside, *rest], [*compute(beside), *compute(rest)], strict=True))
+            return [found[i] for i in group]
         members = [slots[i] for i in group]
         factors = [_factors(slot) for slot in members]
-        changes = _merged(members) if merge else None
+        changes = None
+        if beside and merge:
+            merge_adapters(members)
+        elif merge:
+            changes = _merged(members)
         if changes is not None and any(slot.exact.first is not None for slot in members):
             local_sums.update({i: _squares(change, bases[i]) for i, change in zip(group, changes, strict=True)})
             changes = None
         a, b = [a for a, _ in factors], [b for _, b in factors]
         proofs = certificates(a, b, [bases[i] for i in group], basis=[extended[i] for i in group], delta=changes)
-        return [_layer(slots[i], proof, new[i], merge) for i, proof in zip(group, proofs, strict=True)]
+        return [_layer(slots[i], proof, new[i], merge and not beside) for i, proof in zip(group, proofs, strict=True)]
 
     with within(budget):
         together = portions([slot.weight for slot in slots])

@@ -85,6 +85,7 @@ class KeepLoraConfig(AdapterConfig):
         exact_weights: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
             layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
             learning rates: see [`preset`][].
+        merge: As [`AdapterConfig`][] has it. On quantised models the same without it.
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
         depth_scale: γ in ``λ_l = γ + (1 − γ) l/(L − 1)``: 1 is KeepLoRA, 0.2 the paper's KeepLoRA++. By tower:

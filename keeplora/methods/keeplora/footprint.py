@@ -61,7 +61,8 @@ class Footprint:
     $$
 
     after t tasks; past ``t r (o + d) > o d`` the updates' sum takes ``4 o d`` instead, and on the disk of a model in
-    float32 the weight as much again. Activations are the model's own.
+    float32 the weight as much again. Activations are the model's own. Updates that are kept beside weights
+    (``kept``) take the place of copies of these: on the device ``Σ kept t r (o + d)``, or ``Σ kept o d``.
 
     Examples:
         >>> one = Footprint([LayerShape(4096, 4096, rank=16, protected=900)])
@@ -70,6 +71,12 @@ class Footprint:
     """
 
     layers: Sequence[LayerShape]
+    kept: int = 0
+    """Bytes of a number, on the device, of updates that are kept beside weights; 0 where they are merged."""
+
+    def beside(self, tasks: int) -> int:
+        """All updates that are kept beside weights, or their sums, on the device: there from the first forward on."""
+        return sum(self.kept * layer.history(tasks) // 4 for layer in self.layers)
 
     def open_task(self) -> int:
         """A and B of every layer, on the device."""
@@ -81,14 +88,15 @@ class Footprint:
 
     def host(self, tasks: int) -> int:
         """Bases, pretrained weights in half precision, and updates, in main memory."""
-        starts = sum(x.dtype_bytes * x.numbers for x in self.layers if x.dtype_bytes < 4) if tasks else 0
+        merged = [x for x in self.layers if x.dtype_bytes < 4 and not self.kept]
+        starts = sum(x.dtype_bytes * x.numbers for x in merged) if tasks else 0
         return starts + sum(layer.bases(tasks) + layer.history(tasks) for layer in self.layers)
 
     def disk(self, tasks: int, *, open_task: bool = False) -> int:
         """A saved state."""
         kept = sum(layer.bases(tasks) + layer.history(tasks) for layer in self.layers)
         turned = [x for x in self.layers if x.dtype_bytes >= 4 and x.history(tasks) < tasks * x.update]
-        return kept + sum(4 * x.numbers for x in turned) + (self.open_task() if open_task else 0)
+        return kept + (0 if self.kept else sum(4 * x.numbers for x in turned)) + (self.open_task() if open_task else 0)
 
     def switch(self, memory_budget: int) -> int:
         """Most that a task switch takes on the device, besides activations: the budget, or what one layer takes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keeplora.lora import LoraSlot, peft_checkpoint
 from keeplora.lora.update import Update
-from keeplora.methods.base_weights import Hashes, base_fault, slot_weights
+from keeplora.methods.base_weights import Hashes, SlotWeights, base_fault
 from keeplora.methods.saved import UNREADABLE
 from keeplora.methods.state import StateError
 from keeplora.ops.project_rows import project_rows
@@ -84,7 +84,7 @@ def _check_base(
     """Refuse an adapter that was made for other weights, as far as its folder tells."""
     changed = [slot for slot in slots if slot.name in updates]
     fault = None if note is None else base_fault(
-        note, slot_weights(slots), original, [slot.exact_weight for slot in changed],
+        note, SlotWeights(slots), original, (slot.exact_weight for slot in changed),
         [updates[slot.name] for slot in changed],
     )  # fmt: skip
     if note is None or fault is None:

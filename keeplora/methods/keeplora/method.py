@@ -66,7 +66,8 @@ class KeepLora(LoraMethod):
 
     Args:
         model: Any model with linear layers; towers, blocks and padding of open_clip's and transformers' are known. Its
-            layers are replaced in place by ones that can hold adapters; it stays the same object.
+            layers are replaced in place by ones that can hold adapters; it stays the same object. Weights of
+            bitsandbytes and torchao stay as they are: what tasks learn is kept beside them, as with ``merge=False``.
         config: Settings; ``KeepLoraConfig()`` is KeepLoRA++ as published, ``depth_scale=1.0`` KeepLoRA.
         targets: The weights to choose from, instead of what [`find_targets`][] finds.
         token_mask: Which inputs count as features, instead of what ``keeplora.families.token_mask`` tells:
@@ -101,6 +102,7 @@ class KeepLora(LoraMethod):
 
     name: ClassVar[str] = "keeplora"
     config_type: ClassVar[type] = KeepLoraConfig
+    keeps_beside: ClassVar[bool] = True
     on_shares: ClassVar[frozenset[str]] = ON_SHARES | {"optimizer", "confine"}
     config: KeepLoraConfig
 

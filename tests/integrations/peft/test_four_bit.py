@@ -29,6 +29,7 @@ from keeplora.integrations.peft.adapter import PeftLayer
 from keeplora.integrations.peft.state import fingerprint
 from keeplora.lora import Target, wrap
 from keeplora.lora.four_bit import dequantize_four_bit, keep_differentiable
+from keeplora.lora.quantised import dequantised
 
 KINDS = pytest.mark.parametrize(
     "kind",
@@ -95,13 +96,13 @@ def peft_layer(layer):
 def test_a_repacked_weight_is_read_as_what_it_is(kind, shape, dtype, storage):
     layer = layer_of(*shape, kind, dtype, storage)
     exact, rounded = decoded(layer.weight, torch.float32), decoded(layer.weight, torch.bfloat16)
-    assert_rounded_to(torch.float32, peft_layer(layer).dequantizer()(), exact)
+    assert_rounded_to(torch.float32, dequantised(layer), exact)
     read = dequantize_four_bit(layer.weight, rounded_scales=True)
     assert_rounded_to(torch.float32, read, rounded)
     before = fingerprint([peft_layer(layer)])
     repack(layer)
     data, scales = layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()
-    assert torch.equal(peft_layer(layer).dequantizer()(), read)
+    assert torch.equal(dequantised(layer), read)
     assert torch.equal(dequantize_four_bit(layer.weight, rounded_scales=True), read)
     assert fingerprint([peft_layer(layer)]) == before
     assert fingerprint([peft_layer(copy.deepcopy(layer))]) == before
@@ -110,7 +111,7 @@ def test_a_repacked_weight_is_read_as_what_it_is(kind, shape, dtype, storage):
     assert torch.equal(layer.weight.quant_state.absmax, scales)
     assert layer.weight.quant_state.packing_format_for_cpu
     keep_differentiable("test", layer)
-    assert torch.equal(peft_layer(layer).dequantizer()(), read)
+    assert torch.equal(dequantised(layer), read)
     assert_rounded_to(dtype, dequantize_module_weight(layer), rounded)  # PEFT reads it too, as quantised
     assert fingerprint([peft_layer(layer)]) == before
     assert layer.weight.shape == (data.numel() // storage.itemsize, 1)

@@ -50,6 +50,30 @@ def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
     close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), Footprint(shapes).disk(TASKS))
 
 
+def test_updates_beside_four_bits_are_what_their_formula_says(tmp_path):
+    """Four tasks of rank 24: after three Σ r is past what the square weights' sums take."""
+    net = memory.model(HIDDEN, INNER, four_bit=True)
+    before = memory.live()
+    settings = {**memory.SETTINGS, "r": 24, "weight_energy": 0.1, "feature_energy": 0.1}
+    keeper = KeepLora(net, KeepLoraConfig(**settings), progress=False)
+    count = memory.adapted(keeper)
+    for number in range(4):
+        keeper.before_task(memory.task(number), memory.loss_fn)
+        pairs = list(zip(keeper.slots, keeper.capacity(), strict=True))
+        formula = Footprint([LayerShape(*s.weight.shape, rank=24, protected=x.protected) for s, x in pairs], kept=2)
+        optimizer = memory.train(keeper, number)
+        held = memory.moment(keeper, before)
+        close(held["device"] * count, formula.training() + formula.beside(number))
+        close(held["host"] * count, formula.host(number))
+        del optimizer
+        keeper.after_task(memory.task(number), memory.loss_fn)
+    assert all(slot.exact.total is not None for slot in keeper.slots)
+    keeper.save(tmp_path)
+    pairs = list(zip(keeper.slots, keeper.capacity(), strict=True))
+    formula = Footprint([LayerShape(*s.weight.shape, rank=24, protected=x.protected) for s, x in pairs], kept=2)
+    close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), formula.disk(4))
+
+
 @pytest.mark.filterwarnings("ignore:after_task. what one layer takes")
 @pytest.mark.parametrize("budget", [2**20, 2**22, 2**24])
 def test_a_switch_stays_within_its_budget_or_what_one_layer_takes(budget):
