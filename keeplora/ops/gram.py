@@ -90,7 +90,7 @@ _BLOCKS, _TOKENS, _WIDTH = 8, 192, 512
 
 
 def _add_moment(out: Tensor, rows: Tensor) -> None:
-    """``C += xᵀx``; on a CPU only the blocks on and above the diagonal are multiplied, and added on both sides of it."""
+    """``C += xᵀx``; on a CPU blocks on and above the diagonal are multiplied, and added on both sides."""
     tokens, d = rows.shape
     if rows.device.type != "cpu" or tokens < _TOKENS or d < _WIDTH:
         out.addmm_(rows.T, rows)

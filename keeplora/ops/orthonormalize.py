@@ -154,7 +154,8 @@ def _polish(z: Tensor, q: Tensor) -> Tensor:
     z = _without(z, q)
     factor = torch.linalg.cholesky(z.T @ z)
     inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=z.dtype, device=z.device), upper=False)
-    return z @ inverse.T
+    polished: Tensor = z @ inverse.T
+    return polished
 
 
 def _column_by_column(y: Tensor, q: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:

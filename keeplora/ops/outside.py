@@ -27,7 +27,8 @@ def outside(x: Tensor, q: Tensor, within: Tensor | None = None) -> Tensor:
     """``x − x Q Qᵀ [n, d]`` for rows ``x [n, d]``; ``within`` is ``inside(x, q)``, where it is known."""
     within = inside(x, q) if within is None else within
     if _by_ops(x, q):
-        return x - OPS["thin_matmul"].call(q, within, 1.0).T
+        product: Tensor = OPS["thin_matmul"].call(q, within, 1.0)
+        return x - product.T
     return torch.addmm(x, within, q.T, alpha=-1)
 
 
