@@ -12,9 +12,11 @@ from torch import Tensor
 from bench.harness import Case
 from keeplora.ops import thin_matmul
 
-RANK = 16
-# label, tokens, in; CPU only: on a GPU the op is torch's product
-SIZES = [("a layer of ViT-B/16", 2048, 768), ("d 4096", 2048, 4096)]
+# label, tokens, in, rows of A; CPU only: on a GPU the op is torch's product
+SIZES = [
+    ("a layer of ViT-B/16", 2048, 768, 16), ("its q, k, v", 2048, 768, 48),
+    ("d 4096", 2048, 4096, 16), ("its q, k, v", 2048, 4096, 48),
+]  # fmt: skip
 
 
 def inputs(tokens: int, width: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -35,13 +37,13 @@ def cases() -> Iterator[Case]:
     }
     if torch._C._has_mkldnn:
         providers["oneDNN"] = onednn
-    for label, tokens, width in SIZES:
+    for label, tokens, width, rank in SIZES:
         yield Case(
             id="B6",
-            name=f"thin_matmul x Aᵀ / {label}, {tokens} tokens, {width}, r {RANK} / float32",
-            setup=partial(inputs, tokens, width, RANK),
+            name=f"thin_matmul x Aᵀ / {label}, {tokens} tokens, {width}, r {rank} / float32",
+            setup=partial(inputs, tokens, width, rank),
             providers={**providers, "read x (ceiling)": lambda x, a: x.sum()},
-            bytes=4 * (tokens * (width + RANK) + RANK * width),
-            flops=2 * tokens * width * RANK,
+            bytes=4 * (tokens * (width + rank) + rank * width),
+            flops=2 * tokens * width * rank,
             small=partial(inputs, 32, 24, 4),
         )

@@ -5,19 +5,20 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <limits>
 
 namespace keeplora {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Kernels count rows, columns and tiles in ints, which they round up to whole tiles.
+constexpr int64_t kMostRows = (int64_t{1} << 31) - (1 << 16);
+
 // `t` is a matrix on the device of `like`, and no dimension overflows an int.
 inline void check_matrix_of_any_dtype(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must be a matrix, got ", t.dim(), " dimensions");
-  STD_TORCH_CHECK(t.size(0) <= limit && t.size(1) <= limit, op, ": ", name,
-                  " must have dimensions below 2^31, got [", t.size(0), ", ", t.size(1), "]");
+  STD_TORCH_CHECK(t.size(0) <= kMostRows && t.size(1) <= kMostRows, op, ": ", name,
+                  " must have dimensions of at most ", kMostRows, ", got [", t.size(0), ", ", t.size(1), "]");
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
                   " must be on GPU ", like.get_device_index(), ", got device index ", t.get_device_index());
 }

@@ -1,5 +1,6 @@
 """gram: second moment of a layer's inputs, accumulated over batches."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,8 +81,24 @@ def _reference(out: Tensor, energy: Tensor, x: Tensor) -> None:
             torch.addmm(out, rows.T, rows, out_dtype=torch.float32, out=out)
         else:
             rows = rows.to(out.dtype)
-            out.addmm_(rows.T, rows)
+            _add_moment(out, rows)
         energy += quick_energy(rows)
+
+
+_BLOCKS, _TOKENS, _WIDTH = 8, 192, 512
+"""On a CPU: of columns, and from which sizes on they pay."""
+
+
+def _add_moment(out: Tensor, rows: Tensor) -> None:
+    """``C += xᵀx``; on a CPU blocks on and above the diagonal are multiplied, and added on both sides."""
+    tokens, d = rows.shape
+    if rows.device.type != "cpu" or tokens < _TOKENS or d < _WIDTH:
+        out.addmm_(rows.T, rows)
+        return
+    for first, last in pairwise(d * i // _BLOCKS for i in range(_BLOCKS + 1)):
+        block = rows[:, first:last].T @ rows[:, first:]
+        out[first:last, first:] += block
+        out[last:, first:last] += block[:, last - first :].T
 
 
 # The mean square, from here to its inverse: float32 loses no square that counts.

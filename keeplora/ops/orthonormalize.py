@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keeplora.ops.check import MASTER, matrices, orthonormal, same_length
 from keeplora.ops.declare import declare
+from keeplora.ops.outside import inside, outside
 from keeplora.ops.samples import random_basis
 
 __all__ = ["orthonormalize"]
@@ -86,11 +87,17 @@ def orthonormalize(
 
 def _visibly(z: list[Tensor], rank: Tensor, y: Sequence[Tensor], q: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """NaN, and every column, for problems that have a number which is none: comparing with it drops columns."""
+    if z[0].device.type == "cpu" and not torch.compiler.is_compiling() and _full(z, rank):
+        return z, rank
     sizes = [_largest(y), _largest(q)]
     finite = torch.stack([torch.stack(each).isfinite() for each in sizes]).all(0)
     torch._foreach_add_(z, list(torch.where(finite, 0.0, torch.nan).to(z[0].dtype).unbind()))
     widths = torch.stack([rank.new_full((), m.shape[1]) for m in z])
     return z, torch.where(finite, rank, widths)
+
+
+def _full(z: Sequence[Tensor], rank: Tensor) -> bool:
+    return rank.tolist() == [m.shape[1] for m in z]
 
 
 def _largest(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -108,10 +115,10 @@ def _reference(y: list[Tensor], q: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     width, smallest = y.shape[1], KEPT_EPS * torch.finfo(y.dtype).eps
-    length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
+    length = torch.linalg.vector_norm(y, dim=0)
     if y.numel() and not bool(((length > 1 / ORDINARY) & (length < ORDINARY)).all()):
         y = _near_one(y)
-        length = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64)
+        length = torch.linalg.vector_norm(y, dim=0)
     left = y
     for least in (ENOUGH_LEFT, smallest):
         left = _without(left, q)
@@ -119,7 +126,7 @@ def _one(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if 0 < width <= y.shape[0] - q.shape[1]:
             z, r = torch.linalg.qr(left)
             if bool((r.diagonal().abs() > least * length).all()):
-                return _polish(z, q), torch.tensor(width, device=y.device)
+                return _leave(z, q), torch.tensor(width, device=y.device)
     return _column_by_column(left, q, smallest * length)
 
 
@@ -130,7 +137,15 @@ def _near_one(y: Tensor) -> Tensor:
 
 
 def _without(y: Tensor, q: Tensor) -> Tensor:
-    return torch.addmm(y, q, q.T @ y, alpha=-1)
+    return outside(y.T, q).T
+
+
+def _leave(z: Tensor, q: Tensor) -> Tensor:
+    """Orthonormal columns without what a small remainder, normalised, leaks into q."""
+    leak = inside(z.T, q)
+    if bool(leak.square().sum() <= torch.finfo(z.dtype).eps):  # without it they are still orthonormal
+        return outside(z.T, q, leak).T.contiguous()
+    return _polish(z, q)
 
 
 def _polish(z: Tensor, q: Tensor) -> Tensor:
@@ -138,7 +153,8 @@ def _polish(z: Tensor, q: Tensor) -> Tensor:
     # both out once more. z is orthonormal to a few percent here, so one Cholesky factor is exact enough.
     z = _without(z, q)
     factor = torch.linalg.cholesky(z.T @ z)
-    polished: Tensor = torch.linalg.solve_triangular(factor, z.T, upper=False).T.contiguous()
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=z.dtype, device=z.device), upper=False)
+    polished: Tensor = z @ inverse.T
     return polished
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keeplora.ops.check import MASTER, float_list, matrices, orthonormal, same_length
 from keeplora.ops.declare import declare
+from keeplora.ops.outside import inside, outside
 from keeplora.ops.samples import random_basis
 
 __all__ = ["project_rows"]
@@ -81,19 +82,19 @@ def project_rows(
 
 
 def _reference(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:
-    rows, whole, inside = [], [], []
+    rows, whole, within = [], [], []
     for matrix, basis, factor in zip(g, q, scale, strict=True):
         left = matrix
         for _ in range(passes):
-            left = torch.addmm(left, left @ basis, basis.T, alpha=-1)
+            left = outside(left, basis)
         whole.append(torch.linalg.vector_norm(left, dtype=torch.float64))
-        inside.append(torch.linalg.vector_norm(left @ basis, dtype=torch.float64))
+        within.append(torch.linalg.vector_norm(inside(left, basis), dtype=torch.float64))
         rows.append(left.mul_(factor))
     if not g:
         return rows, torch.zeros(0)
     length = torch.stack(whole)
     moves = (length != 0) & torch.tensor([factor != 0 for factor in scale], device=length.device)
-    return rows, torch.where(moves, torch.stack(inside) / length, 0).to(g[0].dtype)
+    return rows, torch.where(moves, torch.stack(within) / length, 0).to(g[0].dtype)
 
 
 def _fake(g: list[Tensor], q: list[Tensor], scale: list[float], passes: int) -> tuple[list[Tensor], Tensor]:

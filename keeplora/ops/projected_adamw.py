@@ -9,6 +9,7 @@ from torch import Tensor
 
 from keeplora.ops.check import MASTER, float_list, matrices, orthonormal, same_length
 from keeplora.ops.declare import declare
+from keeplora.ops.outside import inside, outside
 from keeplora.ops.samples import random_basis
 
 __all__ = ["projected_adamw"]
@@ -171,21 +172,17 @@ def _reference(
 ) -> Tensor:
     leaks = []
     for p, g, m, v, basis, count, rate in zip(a, grad, exp_avg, exp_avg_sq, q, step, lr, strict=True):
-        g = _without(g.to(p.dtype), basis)
+        g = outside(g.to(p.dtype), basis)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         correction1, correction2 = (1 - beta ** count.double() for beta in (beta1, beta2))
         direction = m / (v.sqrt() / correction2.sqrt()).add_(eps)
         moved = p * (1 - rate * weight_decay) - rate / correction1 * direction
-        p.copy_(_without(_without(moved, basis), basis))
+        p.copy_(outside(outside(moved, basis), basis))
         length = torch.linalg.matrix_norm(p, dtype=torch.float64)
-        inside = torch.linalg.matrix_norm(p @ basis, dtype=torch.float64)
-        leaks.append(torch.where(length != 0, inside / length, 0).to(p.dtype))
+        within = torch.linalg.matrix_norm(inside(p, basis), dtype=torch.float64)
+        leaks.append(torch.where(length != 0, within / length, 0).to(p.dtype))
     return torch.stack(leaks) if leaks else torch.zeros(0)
-
-
-def _without(rows: Tensor, basis: Tensor) -> Tensor:
-    return torch.addmm(rows, rows @ basis, basis.T, alpha=-1)
 
 
 def _fake(a: list[Tensor], *_: Any) -> Tensor:

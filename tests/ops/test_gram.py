@@ -16,7 +16,7 @@ def exact(*batches):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (37, 31), (500, 24), (5000, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (37, 31), (500, 24), (5000, 7), (200, 517)], ids=str)
 def test_matches_float64(device, dtype, shape):
     x = torch.randn(shape, device=device).to(dtype)
     c, energy = gram(x)
@@ -37,6 +37,13 @@ def test_accumulates_over_batches(device):
     exact_c, exact_energy = exact(*batches)
     assert_rounded(c, exact_c, terms=17, what="c")
     assert_rounded(energy.float(), exact_energy, terms=6, what="energy")
+
+
+def test_adds_to_any_matrix(device):
+    """Also to one that is not symmetric, where products form one half of the moment only."""
+    before, x = torch.randn(530, 530, device=device), torch.randn(300, 530, device=device)
+    c, _ = gram(x, out=before.clone())
+    assert_rounded(c, exact(x)[0] + before.cpu().double(), terms=301, what="c")
 
 
 class Allocations(TorchDispatchMode):

@@ -112,6 +112,17 @@ def test_what_is_left_decides(columns, random_basis, dtype, part, kept):
     check(z, rank[0], y, q, ORTHOGONAL if dtype == torch.float32 else 1e-14)
 
 
+@pytest.mark.parametrize("part", [1e-2, 2e-3, 1e-4], ids=str)
+def test_columns_that_lie_nearly_in_q(columns, random_basis, part):
+    """What rounding left of q in them is 1 / part times larger in unit columns."""
+    basis = random_basis(420, 92)
+    q, others = basis[:, :80].contiguous(), basis[:, 80:]
+    y = q @ torch.randn(80, 12) / 80**0.5 + part * others
+    (z,), rank = columns([y], [q])
+    assert rank.tolist() == [12]
+    check(z, rank[0], y, q)
+
+
 @pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4], ids=str)
 def test_later_columns_along_a_badly_determined_direction(columns, random_basis, gap):
     """The second column's direction is known to eps / gap only, and the third is mostly that direction."""

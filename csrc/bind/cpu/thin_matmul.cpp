@@ -2,7 +2,8 @@
 //
 // A gemm packs both factors before it multiplies, which for so few columns costs as much as the product.
 // Here x is read once, from where it lies, and `a` is packed so that the numbers of a step are neighbours. A
-// tile is some rows of x by one or two vectors of results: 12 or 24 sums, which leaves registers for a step.
+// tile is some rows of x by one to three vectors of results. More rows than 8 lose: rows that lie 2^n bytes
+// apart, with those fetched ahead, push each other out of the first cache; nor do more sums fit in registers.
 //
 // Every result is summed by one thread in one order. What a prefetch asks for may lie beyond x: that is no
 // access.
@@ -43,14 +44,14 @@ void pack_panels(const Matrix<T>& a, int64_t width, T* panels) {
         *panels++ = p * width + j < a.rows ? a.at(p * width + j, k) : T(0);
 }
 
-// kColumns: vectors of results in a tile. One where the ranks do not fill two.
+// kColumns: vectors of results in a tile.
 template <typename T, int kColumns>
 struct ByRows {
   // Rows [begin, end) of the result [n][r].
   template <int kBytes>
   KEEPLORA_INLINE static void run(const Matrix<T>& x, const T* panels, int64_t r, T scale, T* result,
                                   int64_t begin, int64_t end) {
-    constexpr int kRows = kBytes == 64 ? 12 : 6;
+    constexpr int kRows = kBytes == 64 || kColumns == 1 ? 8 : 4;
     constexpr int64_t width = kColumns * kBytes / static_cast<int64_t>(sizeof(T));
     alignas(64) T out[kBlockRows * width];
     for (int64_t first = begin; first < end; first += kBlockRows) {
@@ -104,19 +105,27 @@ struct ByRows {
   }
 };
 
+// In a tile: as many as leave the fewest columns empty, of equals those that read x the least. Only the 32
+// registers of AVX-512 hold the sums of three.
+int64_t vectors_of_results(int bytes, int64_t r, int64_t lanes) {
+  if (r <= lanes) return 1;
+  return bytes == 64 && padded(r, 3 * lanes) <= padded(r, 2 * lanes) ? 3 : 2;
+}
+
 template <typename T>
 void multiply(const Matrix<T>& x, const Matrix<T>& a, T scale, T* result) {
   const int bytes = cpu::vector_bytes();
   const int64_t lanes = bytes / static_cast<int64_t>(sizeof(T));
-  const bool one = bytes == 64 && a.rows <= lanes;
-  const int64_t width = one ? lanes : 2 * lanes;
+  const int64_t columns = vectors_of_results(bytes, a.rows, lanes), width = columns * lanes;
   const Buffer<T> panels(padded(a.rows, width) * a.columns);
   pack_panels(a, width, panels.get());
   const int64_t grain = std::max<int64_t>(1, cpu::kGrain / std::max<int64_t>(1, a.rows * x.columns));
-  torch::stable::parallel_for(0, x.rows, padded(grain, 12), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.rows, padded(grain, 8), [&](int64_t begin, int64_t end) {
     const T* from = panels.get();
-    if (one)
+    if (columns == 1)
       cpu::on_this_cpu<ByRows<T, 1>>(bytes, x, from, a.rows, scale, result, begin, end);
+    else if (columns == 3)
+      cpu::on_this_cpu<ByRows<T, 3>>(bytes, x, from, a.rows, scale, result, begin, end);
     else
       cpu::on_this_cpu<ByRows<T, 2>>(bytes, x, from, a.rows, scale, result, begin, end);
   });
