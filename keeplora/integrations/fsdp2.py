@@ -9,7 +9,8 @@ from torch import nn
 
 from keeplora.lora import LoraHost, require_module
 from keeplora.lora.shares import is_wrapped
-from keeplora.methods.method import Method, freeze
+from keeplora.methods.flags import freeze
+from keeplora.methods.method import Method
 
 __all__ = ["settle_engine", "shard"]
 
