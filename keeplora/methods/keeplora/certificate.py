@@ -175,7 +175,7 @@ def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
     """Merge, and return the changes that the stored weights made."""
     before = [slot.local.rows.detach().clone() for slot in slots]
     merge_adapters(slots)
-    return [slot.local.rows.detach().double() - then.double() for slot, then in zip(slots, before, strict=True)]
+    return [slot.local.rows.detach().double().sub_(then) for slot, then in zip(slots, before, strict=True)]
 
 
 def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:
