@@ -81,8 +81,12 @@ def second_moments(name: str, c: Sequence[Tensor]) -> None:
     if not c:
         return
     zero = c[0].new_zeros(())
+
+    def largest(m: Tensor) -> Tensor:
+        return torch.stack(torch.aminmax(m)).abs().amax()  # no copy of the matrix
+
     extremes = [
-        torch.stack([(m - m.T).abs().amax(), m.abs().amax(), m.diagonal().amax(), m.diagonal().amin()])
+        torch.stack([(m - m.T).abs_().amax(), largest(m), m.diagonal().amax(), m.diagonal().amin()])
         if m.numel()
         else torch.stack([zero] * 4)
         for m in c

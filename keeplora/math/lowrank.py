@@ -23,6 +23,7 @@ from keeplora.math.sketch import (
     triples,
 )
 from keeplora.math.subspace import shifts, spectrum_outside
+from keeplora.math.wide import wide_gram, wide_image
 from keeplora.ops.check import FLOATS, MASTER, matrices, same_length
 from keeplora.ops.precision import full_precision
 
@@ -257,8 +258,8 @@ def _weight(w: Tensor, group: list[int], shares: list[float]) -> Iterator[tuple[
         if pairs:
             yield group[0], _to_input(w, [pairs[0]], tall)[0]
             return
-    wide = factor.double()
-    values, vectors = symmetric_eigh(wide.mT @ wide)
+        del gram
+    values, vectors = symmetric_eigh(wide_gram(factor))
     values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
     total = values.sum(1)
     # Rounding of the entries of W moves its singular values by eps ‖W‖_F, so energies by eps² of the total; the
@@ -277,7 +278,7 @@ def _alone(i: int, matrix: Tensor, side: int) -> int | None:
 def _to_input(w: Tensor, vectors: list[Tensor], tall: bool) -> list[Tensor]:
     """Input-side bases from orthonormal eigenvectors of the smaller side."""
     if not tall:
-        images = [(m.to(v.dtype).T @ v).to(w.dtype) for m, v in zip(w, vectors, strict=True)]
+        images = [wide_image(m, v) for m, v in zip(w, vectors, strict=True)]
         return [basis.contiguous() for basis in reorthogonalize(images)]
     return [v.to(w.dtype).contiguous() for v in vectors]
 

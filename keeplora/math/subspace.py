@@ -90,7 +90,9 @@ def spectrum_outside(c: Tensor, q: Tensor, norm: Tensor) -> tuple[Tensor, Tensor
         values, vectors = factorise.symmetric_eigh(half - (half @ q + norm[:, None, None] * q) @ q.mT)
     else:
         free = complement(q)  # in float64 it is orthogonal to Q however Q is rounded: nothing to repair after
-        values, turn = factorise.symmetric_eigh(free.mT @ (c @ free) if k else c)
+        inner = free.mT @ (c @ free) if k else c
+        del c  # as large as what is decomposed
+        values, turn = factorise.symmetric_eigh(inner)
         vectors = free @ turn
     return values.flip(1).clamp_min(0), vectors.flip(2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -18,13 +18,14 @@ from keeplora.distributed import processes
 from keeplora.lora.optimizer import unwrapped
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.ops.declare import OPS
+from keeplora.statistics import FeatureStatistic
 
 from .capacity import Capacity
 from .flags import freeze
 from .lora_method import LoraMethod
 from .method import LossFn
 from .reading import is_counts, stored, stored_basis
-from .settings import Settings, check_flag, check_names, check_range
+from .settings import Settings, check_flag, check_names, check_range, check_whole
 from .shares import UNKNOWN, Shares, recalled_shares
 from .shortfall import warn_of_shortfall
 from .state import State, StateError
@@ -43,6 +44,8 @@ class GpmConfig(Settings):
         energy_step: What every later task adds to that share, up to 1.
         target_modules: Names of the layers whose weights are trained, as for the LoRA methods.
         frozen_buffers: Whether running statistics and all other buffers stay as they are while a task is learned.
+        memory_budget: Bytes on the device for the features of a pass; 20 % of what is free if None. Where they need
+            more, they are gathered in several passes over the data, each for as many layers as fit.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -52,12 +55,14 @@ class GpmConfig(Settings):
     energy_step: float = 0.003
     target_modules: tuple[str, ...] | str = ("attn",)
     frozen_buffers: bool = True
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "feature_energy", "[0, 1]")
         check_range(self, "energy_step", "[0, 1]")
         check_names(self, "target_modules")
         check_flag(self, "frozen_buffers")
+        check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
 
 
 class Gpm(LoraMethod):
@@ -188,14 +193,14 @@ class Gpm(LoraMethod):
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         energy = min(self.config.feature_energy + self.config.energy_step * self.tasks_learned, 1.0)
-        statistics, shared = self.features(loader, loss_fn), [b if b.shape[1] else None for b in self.bases]
+        shared = [basis if basis.shape[1] else None for basis in self.bases]
 
-        def extended(group: list[int]) -> list[Extension]:
+        def extended(group: list[int], statistics: Mapping[int, FeatureStatistic]) -> list[Extension]:
             moments = [cast(Tensor, statistics[i].moment) for i in group]
             bases = [self.bases[i].to(moment) for i, moment in zip(group, moments, strict=True)]
             return extend_basis(bases, moments, energy)
 
-        new = self.each_layer(extended, "bases", statistics, shared)
+        new, _ = self.from_features(loader, loss_fn, extended, "bases", shared)
         warn_of_shortfall(self.config, [slot.name for slot in self.slots], new, [energy] * len(new))
         self.shares = [_together(shares).closed() for shares in zip(*processes().gather(self.shares), strict=True)]
         self.bases = [extension.q for extension in new]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -39,6 +39,8 @@ class InfLoraConfig(AdapterConfig):
         statistic: What energy is measured in: ``"squared"`` in squared eigenvalues of the second moment C, as in the
             public code, whose shares belong to it; ``"moment"`` in its eigenvalues, as in the paper.
         bases: Where what is protected is kept while nothing needs it: ``"host"``, main memory, or ``"device"``.
+        memory_budget: Bytes on the device for the features of a pass; 20 % of what is free if None. Where they need
+            more, they are gathered in several passes over the data, each for as many layers as fit.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -50,6 +52,7 @@ class InfLoraConfig(AdapterConfig):
     tasks: int = 10
     statistic: Literal["squared", "moment"] = "squared"
     bases: Literal["host", "device"] = "host"
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +61,7 @@ class InfLoraConfig(AdapterConfig):
         check_whole(self, "tasks", "[1, inf)")
         check_choice(self, "statistic", ("squared", "moment"))
         check_choice(self, "bases", ("host", "device"))
+        check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
 
     def energy_after(self, task: int) -> float:
         """The share that is protected after task 0, 1, …
@@ -182,6 +186,7 @@ class InfLora(LoraMethod):
     keeps_beside: ClassVar[bool] = True
     config_type: ClassVar[type] = InfLoraConfig
     on_shares: ClassVar[frozenset[str]] = ON_SHARES
+    whole_spectra: ClassVar[bool] = True
     config: InfLoraConfig
 
     def __init__(self, model: nn.Module, config: InfLoraConfig | None = None, **options: Any):
@@ -191,26 +196,21 @@ class InfLora(LoraMethod):
         self.shares = [UNKNOWN] * len(self.slots)  # of inputs: no gradient is looked at
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        statistics = self.features(loader, loss_fn)
-
-        def design(i: int) -> Tensor:
-            energy = self._energy(statistics[i])
+        def design(i: int, statistic: FeatureStatistic) -> tuple[Tensor, float | None]:
+            energy = self._energy(statistic)
             space = self._basis(i).free_space()
             values, vectors = torch.linalg.eigh(space.T @ energy.double() @ space)
             count = min(self.config.r, int((values > rounding_level(energy)).sum()))
             a: Tensor = (space @ vectors.flip(1)[:, :count]).T / math.sqrt(3)
-            return a.to(energy.dtype)
-
-        def share(i: int) -> float | None:
-            return self._basis(i).free_share(_exact(statistics[i]))
+            return a.to(energy.dtype), self._basis(i).free_share(_exact(statistic))
 
         with torch.no_grad():
-            designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.bases)
-            free = self.each_layer(lambda group: map(share, group), "room", statistics, self.bases)
-        unreached = [slot.name for slot, seen in zip(self.slots, statistics, strict=True) if not seen.tokens]
-        self.warn_of_ranks([len(a) for a in designs], none="useful free direction left", unreached=unreached)
-        self.attach([self.adapter_along(i, a) for i, a in enumerate(designs)])
-        self.shares = [shares.opened(share) for shares, share in zip(self.shares, free, strict=True)]
+            designs, unreached = self.from_features(
+                loader, loss_fn, lambda group, found: [design(i, found[i]) for i in group], "adapters", self.bases
+            )
+        self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left", unreached=unreached)
+        self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
+        self.shares = [shares.opened(share) for shares, (_, share) in zip(self.shares, designs, strict=True)]
 
     def drop_task(self) -> None:
         super().drop_task()
@@ -218,12 +218,11 @@ class InfLora(LoraMethod):
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         share = self.config.energy_after(self.tasks_learned)
-        statistics = self.features(loader, loss_fn)
 
-        def grown(group: list[int]) -> list[tuple[DualBasis, Extension]]:
+        def grown(group: list[int], statistics: Mapping[int, FeatureStatistic]) -> list[tuple[DualBasis, Extension]]:
             return _grown([self._basis(i) for i in group], [self._energy(statistics[i]) for i in group], share)
 
-        both = self.each_layer(grown, "bases", statistics, self.bases)
+        both, _ = self.from_features(loader, loss_fn, grown, "bases", self.bases)
         new, extensions = [basis for basis, _ in both], [extension for _, extension in both]
         warn_of_shortfall(self.config, [slot.name for slot in self.slots], extensions, [share] * len(new))
         self.merge_adapters()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from keeplora.statistics import FeatureStatistic
 from .lora_method import LoraMethod
 from .method import LossFn
 from .reading import is_counts, stored
-from .settings import AdapterConfig, check_flag, check_range
+from .settings import AdapterConfig, check_flag, check_range, check_whole
 from .state import State, StateError
 
 __all__ = ["LoDa", "LoDaConfig", "general_directions", "isolated_directions", "recalibrated"]
@@ -30,6 +30,8 @@ class LoDaConfig(AdapterConfig):
         general_share: Share of the rank r that is general; the rest is isolated. In the first task all is general.
         ridge: ε of ``S_old + ε I``, as a share of the mean eigenvalue of ``S_old``.
         recalibrate: Whether general updates are recalibrated when they are merged.
+        memory_budget: Bytes on the device for the features of a pass; 20 % of what is free if None. Where they need
+            more, they are gathered in several passes over the data, each for as many layers as fit.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -38,12 +40,14 @@ class LoDaConfig(AdapterConfig):
     general_share: float = 0.5
     ridge: float = 1e-2
     recalibrate: bool = True
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "general_share", "[0, 1]")
         check_range(self, "ridge", "[1e-8, inf)")
         check_flag(self, "recalibrate")
+        check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
 
 
 def general_directions(old: Tensor, new: Tensor, rank: int) -> Tensor:
@@ -158,6 +162,7 @@ class LoDa(LoraMethod):
     name: ClassVar[str] = "loda"
     keeps_beside: ClassVar[bool] = True
     config_type: ClassVar[type] = LoDaConfig
+    whole_spectra: ClassVar[bool] = True
     config: LoDaConfig
 
     def __init__(self, model: nn.Module, config: LoDaConfig | None = None, **options: Any):
@@ -166,10 +171,8 @@ class LoDa(LoraMethod):
         self.general: list[int] = [0] * len(self.slots)  # leading rows of the open adapters' A
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        statistics = self.features(loader, loss_fn)
-
-        def design(i: int) -> tuple[Tensor, int]:
-            new, r = _mean(statistics[i]), self.config.r
+        def design(i: int, statistic: FeatureStatistic) -> tuple[Tensor, int]:
+            new, r = _mean(statistic), self.config.r
             old = self.moments[i]
             if old is None:
                 a = general_directions(torch.zeros_like(new), new, r)
@@ -179,26 +182,27 @@ class LoDa(LoraMethod):
             return torch.cat([general, isolated]).to(new.dtype), len(general)
 
         with torch.no_grad():
-            designs = self.each_layer(lambda group: map(design, group), "adapters", statistics, self.moments)
-        unreached = [slot.name for slot, seen in zip(self.slots, statistics, strict=True) if not seen.tokens]
+            designs, unreached = self.from_features(
+                loader, loss_fn, lambda group, found: [design(i, found[i]) for i in group], "adapters", self.moments
+            )
         self.warn_of_ranks([len(a) for a, _ in designs], none="useful free direction left", unreached=unreached)
         self.attach([self.adapter_along(i, a) for i, (a, _) in enumerate(designs)])
         self.general = [count for _, count in designs]
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        statistics = self.features(loader, loss_fn)
-        moments = self.each_layer(
-            lambda group: [_sum(self.moments[i], _mean(statistics[i])) for i in group],
-            "memory",
-            statistics,
-            self.moments,
-        )
-        updates = [self._recalibrated(i, s) for i, s in enumerate(statistics)]
+        def learned(group: list[int], statistics: Mapping[int, FeatureStatistic]) -> Iterator[_Learned]:
+            for i in group:
+                new, old = statistics[i], self.moments[i]
+                alike = [j for j, other in statistics.items() if other is new and self.moments[j] is old]
+                yield _Learned(_sum(old, _mean(new)), {j: self._recalibrated(j, new) for j in alike})
+
+        found, _ = self.from_features(loader, loss_fn, learned, "memory", self.moments)
+        updates = [each.updates[i] for i, each in enumerate(found)]
         for slot, b in zip(self.slots, updates, strict=True):
             if b is not None and slot.adapter is not None:
                 slot.adapter.B.copy_(b)
         self.merge_adapters()
-        self.moments = list(moments)
+        self.moments = [each.moment for each in found]
 
     def _recalibrated(self, i: int, new: FeatureStatistic) -> Tensor | None:
         """B of the slot as it is to be merged; None where it stays."""
@@ -232,6 +236,13 @@ class LoDa(LoraMethod):
 
     def remember(self, memory: tuple[list[Tensor | None], list[int]]) -> None:
         self.moments, self.general = memory
+
+
+class _Learned(NamedTuple):
+    """Of slots that read one tensor: the moment of all tasks, and by slot the B that is merged, None where it stays."""
+
+    moment: Tensor
+    updates: dict[int, Tensor | None]
 
 
 def _mean(statistic: FeatureStatistic) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from keeplora._calls import public
 from keeplora.distributed import processes
-from keeplora.families import find_targets, token_mask
+from keeplora.families import find_targets
 from keeplora.families.coverage import Targets, coverage, warn_of_left_out
 from keeplora.lora import (
     LoraAdapter,
@@ -29,13 +29,16 @@ from keeplora.lora import (
 from keeplora.lora.kept import Kept
 from keeplora.lora.quantised import QuantisedSlot, quantised_layers, to_ordinary
 from keeplora.lora.shares import shared_over
-from keeplora.statistics import FeatureStatistic, feature_statistics
+from keeplora.math.batch import within
+from keeplora.statistics import FeatureStatistic
+from keeplora.statistics.budget import budget_of
 
 from .arguments import require_function, require_targets
 from .capacity import Capacity, layer_capacity
+from .feature_passes import feature_passes
 from .flags import freeze
 from .method import LossFn
-from .progress import for_all_layers, progress
+from .progress import for_all_layers
 from .published import Published
 from .ranks import warn_of_ranks, warn_of_unreached
 from .settings import ConfigError
@@ -268,37 +271,70 @@ class LoraMethod(Published):
 
     # ------------------------------------------------------------------ parts a method is made of
 
-    def features(self, loader: Iterable[Any], forward: LossFn) -> list[FeatureStatistic]:
-        """The second moment of every slot's inputs, over one pass; padding does not count where it is known.
+    whole_spectra: ClassVar[bool] = False
+    """Whether [`from_features`][] is asked for eigendecompositions of whole moments, however wide."""
 
+    def from_features(
+        self,
+        loader: Iterable[Any],
+        forward: LossFn,
+        compute: Callable[[list[int], Mapping[int, FeatureStatistic]], Iterable[T]],
+        phase: str,
+        *inputs: Sequence[Any],
+    ) -> tuple[list[T], list[str]]:
+        """Of every slot what ``compute`` makes of the second moment of its inputs; padding does not count where it is
+        known.
+
+        Moments that do not fit the config's ``memory_budget`` together are gathered in several passes over ``loader``.
         Layers that no token came to are named in a warning; their statistic is zero.
-        """
-        with (
-            token_mask(self.model, self.token_mask) as mask,
-            progress(loader, "features", "batch", shown=self.progress) as batches,
-        ):
-            statistics = feature_statistics(
-                self.model, self.slots, batches, forward, token_mask=mask, peers=processes()
-            )
-        self.warn_of_unreached([statistic.tokens > 0 for statistic in statistics])
-        return statistics
 
-    def each_layer(self, compute: Callable[[list[int]], Iterable[T]], phase: str, *inputs: Sequence[Any]) -> list[T]:
-        """``compute`` for every slot: given the positions of several, their results.
+        Args:
+            compute: Given the positions of several slots, and statistics by position, the results of these slots.
+            phase: What its progress bar says.
+            inputs: What else a result follows from, of every slot. Of slots with one statistic whose entries are the
+                same objects, as q, k and v, the first stands for all.
 
-        Of slots whose entries of all ``inputs`` are the same objects the first stands for all: slots that read one
-        tensor, as q, k and v do, share its statistic.
+        Returns:
+            The results, and the names of layers that no token came to.
         """
+        function = "after_task" if self.training_task else "before_task"
+        budget: int | None = self.config.memory_budget
+        results: dict[int, T] = {}
+        reached = [False] * len(self.slots)
+        passes = feature_passes(
+            function, self.model, self.slots, loader, forward, memory_budget=budget, own_mask=self.token_mask,
+            shown=self.progress, whole_spectra=self.whole_spectra,
+        )  # fmt: skip
+        for group, statistics in passes:
+            mine = dict(zip(group, statistics, strict=True))
+            del statistics
+            for i, statistic in mine.items():
+                reached[i] = statistic.tokens > 0
+            with within(budget_of(budget, self.slots)):
+                results |= self._of_each(group, mine, compute, phase, inputs)
+            del mine
+        return [results[i] for i in range(len(self.slots))], self.warn_of_unreached(reached)
+
+    def _of_each(
+        self,
+        group: Sequence[int],
+        statistics: Mapping[int, FeatureStatistic],
+        compute: Callable[[list[int], Mapping[int, FeatureStatistic]], Iterable[T]],
+        phase: str,
+        inputs: Sequence[Sequence[Any]],
+    ) -> dict[int, T]:
+        """The results of some slots, by position; of those that follow from one thing computed once."""
         known: dict[tuple[int, ...], T] = {}
 
-        def results(group: list[int]) -> list[T]:
-            keys = {i: tuple(id(column[i]) for column in inputs) or (i,) for i in group}
-            first = {keys[i]: i for i in reversed(group) if keys[i] not in known}
+        def results(members: list[int]) -> list[T]:
+            keys = {group[j]: (id(statistics[group[j]]), *(id(column[group[j]]) for column in inputs)) for j in members}
+            first = {key: i for i, key in reversed(keys.items()) if key not in known}
             if first:
-                known.update(zip(first, compute([*first.values()]), strict=True))
-            return [known[keys[i]] for i in group]
+                known.update(zip(first, compute([*first.values()], statistics), strict=True))
+            return [known[key] for key in keys.values()]
 
-        return for_all_layers(self.slots, results, phase, shown=self.progress)
+        found = for_all_layers([self.slots[i] for i in group], results, phase, shown=self.progress)
+        return dict(zip(group, found, strict=True))
 
     def generator(self) -> torch.Generator:
         """Of the numbers a task draws: they follow from the config's seed and the number of tasks learned."""

@@ -8,7 +8,7 @@ adapters            ``4 Σ r (in + out)``, float32
 optimizer           ``12 Σ r·out``: B's gradient and AdamW's two moments
 gradients           ``4 Σ out·in`` in a pass before a task, or ``4 Σ min(out, 8 r)·in`` sketched
 feature moments     ``4 Σ in²`` over distinct inputs, in the passes after a task, at most ``memory_budget`` together
-workspace           what the factorisation of the largest weight takes alone
+workspace           what the factorisation of the largest weight takes alone (``Footprint.opening``, ``closing``)
 in main memory
 bases               ``4 Σ in·k``, float32
 pretrained weights  ``b Σ out·in`` from the first merge into 16-bit weights on
@@ -16,7 +16,8 @@ updates             ``4 Σ r (in + out)`` for every task; ``4 out·in`` of a wei
 on disk             bases and updates; adapters of an open task
 =================== ==================================================================================================
 
-What a method keeps between tasks follows ``keeplora.methods.keeplora.footprint.Footprint``.
+What a method keeps, and what the work on one layer takes, is ``keeplora.methods.keeplora.footprint.Footprint``. The
+model, statistics and activations are added here.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Setting:
         budget: ``memory_budget`` of the settings, in bytes; None: gradients are kept exactly.
             (``keeplora.plan.plan`` takes 20 % of what the model leaves free, as the method does.)
         weight_share: k / in that weights protect. feature_share: that every task adds. ranks: k by name, where known.
+        whole_spectra: Whether subspace iteration gives up on the moments of wide layers, as on flat spectra.
     """
 
     rank: int = 16
@@ -66,6 +68,7 @@ class Setting:
     weight_share: float = WEIGHT_SHARE[1]
     feature_share: float = FEATURE_SHARE
     ranks: Mapping[str, int] = field(default_factory=dict)
+    whole_spectra: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -93,28 +96,24 @@ class Moment:
         return sum(self.device.values())
 
 
-def rank_of(matrix: Matrix, setting: Setting, tasks: int) -> int:
-    """k of a matrix's basis after so many tasks."""
-    share = setting.weight_share + tasks * setting.feature_share
-    return setting.ranks.get(matrix.name, min(matrix.width, round(share * matrix.width)))
-
-
 def footprint(shapes: Shapes, setting: Setting) -> Footprint:
-    """What the method keeps of the adapted weights, after ``setting.tasks`` tasks."""
-    protects = setting.method != "lora"
-    return Footprint(
-        [
-            LayerShape(
-                m.rows, m.width, min(setting.rank, m.width), protects * rank_of(m, setting, setting.tasks),
-                dtype_bytes=setting.weight_bytes,
-            )
-            for m in shapes.adapted
-        ]
-    )  # fmt: skip
+    """What the method keeps of the adapted weights."""
+    return Footprint([_layer(matrix, setting) for matrix in shapes.adapted])
+
+
+def _layer(m: Matrix, setting: Setting) -> LayerShape:
+    rank, known = min(setting.rank, m.width), setting.ranks.get(m.name)
+    if setting.method == "lora":
+        protected, added = 0, 0
+    elif known is not None:
+        protected, added = known, 0
+    else:
+        protected, added = (round(share * m.width) for share in (setting.weight_share, setting.feature_share))
+    return LayerShape(m.rows, m.width, rank, protected, added, dtype_bytes=setting.weight_bytes)
 
 
 def parts(shapes: Shapes, setting: Setting) -> dict[str, int]:
-    """Bytes of every kind of tensor, of the whole model; ``bases`` and ``updates`` after ``tasks`` tasks."""
+    """Bytes of every kind of tensor that a pass or a step works with, of the whole model."""
     weights, r, kept = shapes.adapted, setting.rank, footprint(shapes, setting)
     protects = setting.method != "lora"
     exact = 4 * sum(m.numel for m in weights)
@@ -124,14 +123,9 @@ def parts(shapes: Shapes, setting: Setting) -> dict[str, int]:
     return {
         "model": setting.weight_bytes * shapes.parameters,
         "adapters": adapters,
-        "optimizer": kept.training() - adapters + sum(4 * layer.rank * layer.out for layer in kept.layers),
-        "bases": sum(layer.bases(0) for layer in kept.layers),
-        "pretrained weights": sum(setting.weight_bytes * m.numel for m in weights) if setting.weight_bytes < 4 else 0,
-        "updates": sum(layer.history(setting.tasks) for layer in kept.layers),
-        "one more update": sum(layer.history(setting.tasks + 1) for layer in kept.layers),
+        "optimizer": kept.training() - adapters + kept.gradients(),
         "gradients": protects * (exact if setting.budget is None or exact <= setting.budget else sketched),
-        "moments": protects * (moments if setting.budget is None else min(moments, setting.budget)),
-        "workspace": protects * max((kept.workspace(layer) for layer in kept.layers), default=0),
+        "moments": protects * moments,
     }
 
 
@@ -144,24 +138,38 @@ def memory(shapes: Shapes, setting: Setting, activations: int = 0) -> list[Momen
     Args:
         activations: What a training step keeps for backward, in bytes (``activations``).
     """
-    of, n = parts(shapes, setting), setting.gpus
+    of, kept, n, tasks = parts(shapes, setting), footprint(shapes, setting), setting.gpus, setting.tasks
     gathered = 0 if n == 1 else 2 * of["model"] // max(1, shapes.blocks)
     held = {"model": of["model"] // n + gathered}
-    pretrained = {"pretrained weights": of["pretrained weights"] // n}
-    bases = {"bases": of["bases"]} if of["bases"] else {}
-    before = {**bases, **pretrained, "updates": of["updates"]} if setting.tasks else {}
-    opened = {**before, **bases}
-    after = {**bases, **pretrained, "updates": of["one more update"]}
+
+    def host(learned: int, opened: bool) -> dict[str, int]:
+        bases = {"bases": kept.bases(learned)} if opened and kept.bases(learned) else {}
+        starts = {"pretrained weights": kept.starts(learned) // n, "updates": kept.updates(learned)} if learned else {}
+        return {**bases, **starts}
+
+    before, opened, after = host(tasks, tasks > 0), host(tasks, True), host(tasks + 1, True)
     moments = [Moment("wrapped", held, before)]
     protects = setting.method != "lora"
     if protects:
-        passes = {"gradients": of["gradients"], "activations": activations}
-        work = {"gradients": of["gradients"], "workspace": of["workspace"]}
-        moments.append(Moment("before_task", {**held, **(passes if activations > of["workspace"] else work)}, opened))
+        work = 0 if tasks else kept.opening()
+        largest = max((setting.weight_bytes * m.numel for m in shapes.adapted), default=0)  # its gradient in a batch
+        running = activations + largest
+        name, size = ("activations", running) if running > work else ("workspace", work)
+        moments.append(Moment("before_task", {**held, "gradients": of["gradients"], name: size}, opened))
     training = {"adapters": of["adapters"], "optimizer": of["optimizer"]}
     moments.append(Moment("training", {**held, **training, "activations": activations}, opened))
-    closing = {"moments": of["moments"], "workspace": of["workspace"]} if protects else {}
+    closing = {}
+    if protects:
+        most = kept.closing(of["moments"], setting.budget, whole=setting.whole_spectra)
+        there = min(of["moments"], most)
+        closing = {"moments": there, "workspace": most - there}
     moments.append(Moment("after_task", {**held, **training, **closing}, after))
     moments.append(Moment("between tasks", held, after))
-    moments.append(Moment("save", held, after, disk={**bases, "updates": of["one more update"]}))
+    moments.append(Moment("save", held, after, disk=_disk(kept, tasks + 1)))
     return moments
+
+
+def _disk(kept: Footprint, tasks: int) -> dict[str, int]:
+    bases = kept.bases(tasks)
+    rest = {"updates": kept.disk(tasks) - bases}
+    return {"bases": bases, **rest} if bases else rest

@@ -211,7 +211,8 @@ def _moments(
     """The least and the most of every moment, by the number of tasks before."""
     found = {}
     for tasks in _TASKS:
-        low, high = (memory(shapes, replace(setting, tasks=tasks, weight_share=x), activations) for x in shares)
+        settings = [replace(setting, tasks=tasks, weight_share=x, whole_spectra=x == max(shares)) for x in shares]
+        low, high = (memory(shapes, each, activations) for each in settings)
         found[tasks] = (low, high)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .memory import Setting, parts
+from .memory import Setting, footprint
 from .shapes import Shapes
 
 __all__ = ["GPUS", "Rates", "seconds"]
@@ -37,7 +37,7 @@ DISK = 2e9
 
 def seconds(shapes: Shapes, setting: Setting, rates: Rates, batches: int) -> dict[str, float]:
     """By phase, on one GPU, for a pass of so many batches."""
-    of, tokens = parts(shapes, setting), setting.batch * setting.length
+    tokens = setting.batch * setting.length
     dense = (rates.half if setting.weight_bytes == 2 else rates.single) * EFFICIENCY
     exact = rates.single * EFFICIENCY
     forward = 2 * shapes.active * tokens / dense
@@ -59,6 +59,8 @@ def seconds(shapes: Shapes, setting: Setting, rates: Rates, batches: int) -> dic
         found["after_task: pass"] = batches * (forward + moments)
         found["after_task: factorise"] = sum(9 * d**3 for d in widths) / (rates.single * EIGEN)
     found["after_task: merge"] = (12 + 2 * setting.weight_bytes) * adapted / rates.memory
-    saved = of["adapters"] + (0 if setting.tasks else of["bases"])  # what is new since the last save
+    kept, before = footprint(shapes, setting), setting.tasks
+    new = kept.bases(before + 1) - (kept.bases(before) if before else 0)
+    saved = kept.open_task() + new  # since the last save
     found["save"] = saved / rates.link + saved / DISK
     return found

@@ -56,9 +56,12 @@ def feature_groups(
     loader: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any],
     *,
+    function: str = "after_task",
     kind: FeatureKind = "second_moment",
     sketch_share: float = 0.25,
     memory_budget: int | None = None,
+    whole_spectra: bool = False,
+    remedy: str = "Raise the budget.",
     peers: Peers = ALONE,
 ) -> list[list[int]]:
     """Positions of slots whose feature statistics fit ``memory_budget`` together: one pass over the data for each.
@@ -67,6 +70,11 @@ def feature_groups(
     layer takes: as many bytes for a batch that is being added, and ten times as many where a basis is found by
     eigendecomposition. Where not all fit, one batch is run to see which slots read one tensor: they have one statistic
     and stay together. Statistics of ``slot_mean``, which grow with the batch, are gathered in one pass.
+
+    Args:
+        function: What the user called.
+        whole_spectra: Whether eigendecompositions of whole statistics are made, however wide they are.
+        remedy: What to do where a single layer does not fit.
 
     Returns:
         One group where all fit. What was chosen is logged by ``keeplora`` at level INFO.
@@ -79,12 +87,14 @@ def feature_groups(
         return everything
     budget = min(peers.gather(budget_of(memory_budget, slots)))
     sizes = [_bytes(slot.weight, sketch_share if kind == "sketch" else 1.0) for slot in slots]
-    work = [_work(slot.weight, size) for slot, size in zip(slots, sizes, strict=True)]
+    work = [
+        size * COPIES if whole_spectra else _work(slot.weight, size) for slot, size in zip(slots, sizes, strict=True)
+    ]
     if sum(sizes) + max(work) <= budget:
         return everything
     if any(peers.gather(isinstance(loader, Iterator))):
         warn(
-            f"after_task: statistics of {mib(sum(sizes))} must fit memory_budget, {mib(budget)}, or be gathered "
+            f"{function}: statistics of {mib(sum(sizes))} must fit memory_budget, {mib(budget)}, or be gathered "
             "in several passes, got a loader that can be iterated once. They are gathered in one pass. Give a "
             "DataLoader or a list."
         )
@@ -93,9 +103,8 @@ def feature_groups(
     alone = [size + more for size, more in zip(sizes, work, strict=True)]
     if max(alone) > budget:
         warn(
-            f"after_task: what one layer takes must fit memory_budget, {mib(budget)}, got {mib(max(alone))} "
-            f"[{slots[alone.index(max(alone))].name}]. It is looked at all the same, alone. Raise the budget, or set "
-            'feature_statistic="sketch".'
+            f"{function}: what one layer takes must fit memory_budget, {mib(budget)}, got {mib(max(alone))} "
+            f"[{slots[alone.index(max(alone))].name}]. It is looked at all the same, alone. {remedy}"
         )
     log.info(
         "features of %d layers in %d passes over the data: %s of statistics together, memory_budget %s",

@@ -28,6 +28,7 @@ __all__ = ["mean_gradients", "sketch_widths"]
 
 log = logging.getLogger("keeplora")
 
+AT_ONCE = 1024  # rows that are added together: a CPU makes a float32 copy of 16-bit numbers first
 ROWS_PER_DIRECTION = 8  # of a sketch: 0.98 of the optimal energy on real gradients
 _LEAST = 2.0**-116  # of a gradient's largest entry: below, products that it is a sum of are denormal, or vanish
 
@@ -221,7 +222,9 @@ class _Gradients:
             elif x.dtype == delta.dtype == total.dtype:
                 total.addmm_(delta.T, x)
             else:  # what autograd would form, in the dtype the layer computes in
-                total += delta.T @ x.to(delta.dtype)
+                product = delta.T @ x.to(delta.dtype)
+                for rows, more in zip(torch.split(total, AT_ONCE), torch.split(product, AT_ONCE), strict=True):
+                    rows += more
 
     def check_called(self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
         """Refuse weights that the model reads without calling their layer."""

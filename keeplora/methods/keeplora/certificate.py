@@ -20,6 +20,9 @@ from keeplora.methods.progress import for_all_layers
 
 __all__ = ["LayerCertificate", "RetentionCertificate", "certified"]
 
+ROWS = 256
+"""Of a weight that are in float64 twice."""
+
 MOST_ROUNDED = 0.01
 """Of a stored change that may lie in protected directions before float32 is recommended."""
 
@@ -184,7 +187,15 @@ def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
     """Merge, and return the changes that the stored weights made."""
     before = [slot.local.rows.detach().clone() for slot in slots]
     merge_adapters(slots)
-    return [slot.local.rows.detach().double() - then.double() for slot, then in zip(slots, before, strict=True)]
+    return [_change(slot.local.rows.detach(), then) for slot, then in zip(slots, before, strict=True)]
+
+
+def _change(now: Tensor, then: Tensor) -> Tensor:
+    """``now − then`` in float64, from some rows at a time: both in float64 would be twice the memory."""
+    change = now.double()
+    for mine, old in zip(torch.split(change, ROWS), torch.split(then, ROWS), strict=True):
+        mine.sub_(old)
+    return change
 
 
 def _factors(slot: LoraSlot) -> tuple[Tensor, Tensor]:

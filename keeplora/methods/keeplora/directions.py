@@ -26,6 +26,9 @@ from .config import KeepLoraConfig
 
 __all__ = ["RandomDirections", "TaskGradients", "balanced", "direction_finder"]
 
+AT_ONCE = 1024
+"""Rows whose length is taken together: a CPU makes a copy of them in float64."""
+
 
 def direction_finder(
     model: nn.Module,
@@ -215,5 +218,7 @@ def _free_shares(gradients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[f
 
 
 def _length(matrix: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    portions = torch.split(matrix, AT_ONCE)
+    lengths = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in portions]
+    length: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
     return length

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keeplora.math.factorise import plan_for
+
 __all__ = ["Footprint", "LayerShape"]
 
 
@@ -35,14 +37,38 @@ class LayerShape:
         """Bytes of A and B."""
         return 4 * self.rank * (self.out + self.width)
 
+    @property
+    def start(self) -> int:
+        """Bytes of the pretrained weight, where it is kept beside the layer's."""
+        return self.dtype_bytes * self.numbers if self.dtype_bytes < 4 else 0
+
     def history(self, tasks: int) -> int:
         """Bytes of all updates, or of their sum where that is smaller."""
         turns = tasks * self.rank * (self.out + self.width) > self.numbers
         return 4 * self.numbers if turns else tasks * self.update
 
-    def bases(self, tasks: int) -> int:
+    def basis(self, tasks: int) -> int:
         """Bytes of Q after that many tasks."""
         return 4 * self.width * min(self.protected + tasks * self.added, self.width)
+
+    def weight_work(self) -> int:
+        """What finding the basis of the weight takes, at most: its exact value, and its Gram matrix and the
+        eigenvectors of that in float64."""
+        return 32 * min(self.out, self.width) ** 2 + (4 * self.numbers if self.dtype_bytes < 4 else 0)
+
+    def moment_work(self, *, whole: bool = True) -> int:
+        """What extending the basis takes, the moment itself included.
+
+        Args:
+            whole: Whether subspace iteration gives up, which is tried from 1536 inputs on: then eigenvectors of the
+                whole moment in float64; else what two more copies of it take.
+        """
+        iterates = self.width >= plan_for("cuda").iterative_from
+        return (44 if whole or not iterates else 12) * self.width**2
+
+    def merge_work(self) -> int:
+        """What merging an update and measuring its change takes: the weight as it was, and the change in float64."""
+        return (8 + self.dtype_bytes) * self.numbers
 
 
 @dataclass(frozen=True)
@@ -82,31 +108,57 @@ class Footprint:
         """A and B of every layer, on the device."""
         return sum(layer.update for layer in self.layers)
 
+    def gradients(self) -> int:
+        """Of B, on the device in a step."""
+        return sum(4 * layer.rank * layer.out for layer in self.layers)
+
     def training(self) -> int:
         """Between two steps, gradients set to None: adapters and AdamW's two moments of B, on the device."""
-        return self.open_task() + sum(8 * layer.rank * layer.out for layer in self.layers)
+        return self.open_task() + 2 * self.gradients()
+
+    def bases(self, tasks: int) -> int:
+        """Q of every layer, in main memory and on disk."""
+        return sum(layer.basis(tasks) for layer in self.layers)
+
+    def starts(self, tasks: int) -> int:
+        """Pretrained weights in half precision, in main memory from the first merge on."""
+        return sum(layer.start for layer in self.layers) if tasks and not self.kept else 0
+
+    def updates(self, tasks: int) -> int:
+        """All updates, or their sums, in main memory and on disk."""
+        return sum(layer.history(tasks) for layer in self.layers)
 
     def host(self, tasks: int) -> int:
-        """Bases, pretrained weights in half precision, and updates, in main memory."""
-        merged = [x for x in self.layers if x.dtype_bytes < 4 and not self.kept]
-        starts = sum(x.dtype_bytes * x.numbers for x in merged) if tasks else 0
-        return starts + sum(layer.bases(tasks) + layer.history(tasks) for layer in self.layers)
+        """Everything in main memory."""
+        return self.bases(tasks) + self.starts(tasks) + self.updates(tasks)
 
     def disk(self, tasks: int, *, open_task: bool = False) -> int:
         """A saved state."""
-        kept = sum(layer.bases(tasks) + layer.history(tasks) for layer in self.layers)
         turned = [x for x in self.layers if x.dtype_bytes >= 4 and x.history(tasks) < tasks * x.update]
-        return kept + (0 if self.kept else sum(4 * x.numbers for x in turned)) + (self.open_task() if open_task else 0)
+        weights = 0 if self.kept else sum(4 * x.numbers for x in turned)
+        return self.bases(tasks) + self.updates(tasks) + weights + (self.open_task() if open_task else 0)
+
+    def opening(self) -> int:
+        """What the largest layer takes on the device while bases of weights are found, before the first task."""
+        return max((layer.weight_work() for layer in self.layers), default=0)
+
+    def closing(self, moments: int, budget: int | None = None, *, whole: bool = True) -> int:
+        """Most that the end of a task takes on the device, besides activations.
+
+        Args:
+            moments: Bytes of the moments of all layers.
+            budget: ``memory_budget``: where moments and work need more, there are several passes. None: no bound.
+            whole: As of [`LayerShape.moment_work`][]; the budget reckons with work that is less.
+        """
+        alone = max((x.moment_work(whole=False) for x in self.layers), default=0)
+        most = moments + max((x.moment_work(whole=False) - 4 * x.width**2 for x in self.layers), default=0)
+        if budget is not None and most > budget:
+            most = max(budget, alone)
+        if whole:
+            most += max((x.moment_work() for x in self.layers), default=0) - alone
+        return max(most, max((layer.merge_work() for layer in self.layers), default=0))
 
     def switch(self, memory_budget: int) -> int:
         """Most that a task switch takes on the device, besides activations: the budget, or what one layer takes."""
-        return max(memory_budget, max(self.workspace(layer) for layer in self.layers))
-
-    @staticmethod
-    def workspace(layer: LayerShape) -> int:
-        """Of one layer alone, at most: its moment and the eigenvectors of that, or of its weight's Gram matrix, in
-        float64; or the weight, its exact value and its change in float64, while an update is merged."""
-        side = min(layer.out, layer.width)
-        moment = 44 * layer.width**2
-        weight = 32 * side**2 + 8 * layer.numbers
-        return max(moment, weight, 32 * layer.numbers)
+        least = max(max(x.moment_work(), x.merge_work(), x.weight_work()) for x in self.layers)
+        return max(memory_budget, least)

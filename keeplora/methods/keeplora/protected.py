@@ -10,21 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from keeplora.distributed import processes
-from keeplora.families import token_mask
 from keeplora.lora import LoraSlot, TokenMask
 from keeplora.math.batch import within
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.math.scale import powers, scaled
 from keeplora.methods.bases import Bases, keeper_of
+from keeplora.methods.feature_passes import feature_passes
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
 from keeplora.methods.shares import UNKNOWN, Shares
 from keeplora.methods.shortfall import warn_of_shortfall
 from keeplora.ops import gram
-from keeplora.statistics import FeatureStatistic, feature_statistics
-from keeplora.statistics.budget import budget_of, feature_groups
-from keeplora.statistics.features import require_seen
+from keeplora.statistics import FeatureStatistic
+from keeplora.statistics.budget import budget_of
 
 from .config import KeepLoraConfig
 from .directions import TaskGradients
@@ -163,22 +162,12 @@ def _of_inputs(
     model: nn.Module, slots: Sequence[LoraSlot], loader: Iterable[Any], forward: LossFn, config: KeepLoraConfig,
     own_mask: TokenMask | None, shown: bool | None,
 ) -> _Found:  # fmt: skip
-    kind, share = config.feature_statistic, config.sketch_share
-    groups = feature_groups(
-        model, slots, loader, forward,
-        kind=kind, sketch_share=share, memory_budget=config.memory_budget, peers=processes(),
+    passes = feature_passes(
+        "after_task", model, slots, loader, forward, memory_budget=config.memory_budget, own_mask=own_mask, shown=shown,
+        kind=config.feature_statistic, sketch_share=config.sketch_share, seed=config.seed,
+        remedy='Raise the budget, or set feature_statistic="sketch".',
     )  # fmt: skip
-    tokens = 0
-    for number, group in enumerate(groups, 1):
-        phase = "features" if len(groups) == 1 else f"features, {number} of {len(groups)}"
-        with token_mask(model, own_mask) as mask, progress(loader, phase, "batch", shown=shown) as batches:
-            statistics = feature_statistics(
-                model, [slots[i] for i in group], batches, forward, kind=kind, token_mask=mask, sketch_share=share,
-                seed=config.seed, peers=processes(), some_unseen=True,
-            )  # fmt: skip
-        tokens += sum(statistic.tokens for statistic in statistics)
-        if number == len(groups) and not tokens:
-            require_seen(slots, statistics)
+    for group, statistics in passes:
         yield group, partial(_moment, statistics), [statistic.tokens > 0 for statistic in statistics]
         del statistics
 

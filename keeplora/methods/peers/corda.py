@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from keeplora.statistics import FeatureStatistic
 from ..lora import LoraConfig
 from ..method import LossFn
 from ..reading import stored
+from ..settings import check_whole
 from ..state import State
 from .peer import Factors, SubtractedStart
 from .stand_in import LAYER
@@ -23,7 +24,21 @@ __all__ = ["Corda", "CordaConfig"]
 
 @dataclass(frozen=True)
 class CordaConfig(LoraConfig):
-    """Settings of [`Corda`][], those of plain LoRA."""
+    """Settings of [`Corda`][]: those of plain LoRA, and one more.
+
+    Args:
+        memory_budget: Bytes on the device for the features of a pass, beside those that are kept; 20 % of what is free
+            if None. Where they need more, they are gathered in several passes over the data.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(self, "memory_budget", "[0, inf)", optional=True, remedy="It counts bytes.")
 
 
 class Corda(SubtractedStart):
@@ -41,7 +56,7 @@ class Corda(SubtractedStart):
 
     Raises:
         ImportError: PEFT is not installed, or too old.
-        ValueError: r is larger than the smaller side of a weight; what [`LoraMethod.features`][] raises.
+        ValueError: r is larger than the smaller side of a weight; what [`LoraMethod.from_features`][] raises.
 
     Source: Yang et al., "CorDA", NeurIPS 2024, arXiv:2406.05223, as PEFT has it (``preprocess_corda``,
     ``corda_method="kpm"``; C is damped by 0.01 of its mean diagonal). There C is of data whose knowledge is to be kept,
@@ -60,6 +75,7 @@ class Corda(SubtractedStart):
 
     name: ClassVar[str] = "corda"
     config_type: ClassVar[type] = CordaConfig
+    whole_spectra: ClassVar[bool] = True
     config: CordaConfig
 
     def __init__(self, model: nn.Module, config: CordaConfig | None = None, **options: Any):
@@ -70,12 +86,10 @@ class Corda(SubtractedStart):
         from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
         from peft.tuners.lora.corda import preprocess_corda
 
-        statistics = self.features(loader, loss_fn)
-
-        def start(i: int) -> Factors | None:
-            if not statistics[i].tokens:
+        def start(i: int, statistic: FeatureStatistic) -> Factors | None:
+            if not statistic.tokens:
                 return None
-            root = _root(_sum(self.moments[i], statistics[i]))
+            root = _root(_sum(self.moments[i], statistic))
 
             def prepare(model: Any, config: Any) -> None:
                 preprocess_corda(model, config, run_model=lambda: model[LAYER](root))
@@ -83,13 +97,18 @@ class Corda(SubtractedStart):
             settings = {"init_lora_weights": "corda", "corda_config": PeftCordaConfig(corda_method="kpm")}
             return self.subtracted(_balanced(self.peft_factors(i, prepare, **settings)))
 
-        self.attach_started(start)
+        def starts(group: list[int], statistics: Mapping[int, FeatureStatistic]) -> list[Factors | None]:
+            with self.seeded():
+                return [start(i, statistics[i]) for i in group]
+
+        made, _ = self.from_features(loader, loss_fn, starts, "starts", self.slots)
+        self.attach_all(made)
 
     def close_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
-        statistics = self.features(loader, loss_fn)
-        moments = self.each_layer(
-            lambda group: [_sum(self.moments[i], statistics[i]) for i in group], "memory", statistics, self.moments
-        )
+        moments, _ = self.from_features(
+            loader, loss_fn, lambda group, found: [_sum(self.moments[i], found[i]) for i in group], "memory",
+            self.moments,
+        )  # fmt: skip
         self.merge_adapters()
         self.moments = list(moments)
 

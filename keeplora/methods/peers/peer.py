@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,17 @@ class Peer(SequentialLora):
 
     def attach_started(self, start: Callable[[int], Factors | None]) -> None:
         """Attach what ``start(i)`` gives for every slot; it may draw from the global generators, which are put back."""
+        with self.seeded():
+            made = for_all_layers(self.slots, lambda group: map(start, group), "starts", shown=self.progress)
+        self.attach_all(made)
+
+    def attach_all(self, made: Sequence[Factors | None]) -> None:
+        """An adapter of its factors in every slot that has some."""
+        self.attach([None if factors is None else self.adapter_of(i, factors) for i, factors in enumerate(made)])
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """The global generators begin at the task's seed, and are put back; products are in full precision."""
         devices = {slot.weight.device for slot in self.slots}
         cuda = [device for device in devices if device.type == "cuda"]
         seed = self.generator().initial_seed()
@@ -65,8 +77,7 @@ class Peer(SequentialLora):
             for device in cuda:  # and of no other GPU
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
-            made = for_all_layers(self.slots, lambda group: map(start, group), "starts", shown=self.progress)
-        self.attach([None if factors is None else self.adapter_of(i, factors) for i, factors in enumerate(made)])
+            yield
 
     def peft_factors(self, i: int, prepare: Prepare | None = None, **settings: Any) -> Factors:
         """A and B of slot i as PEFT starts them with these settings, in the dtype of exact weights."""
