@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +21,6 @@ from keeplora.lora import (
     merge_ahead,
     require_whole,
     select_targets,
-    target_shape,
     unwrap,
     wrap,
 )
@@ -41,7 +39,7 @@ from .method import LossFn
 from .progress import for_all_layers
 from .published import Published
 from .ranks import warn_of_ranks, warn_of_unreached
-from .settings import ConfigError
+from .refusals import check_kept, check_ranks, refuse_peft
 from .shares import UNKNOWN, Shares
 from .size import update_size, warn_of_size
 
@@ -52,7 +50,6 @@ T = TypeVar("T")
 ON_SHARES = frozenset({"made", "before_task", "after_task", "merge", "save", "load", "load_state", "export_peft"})
 """The calls that work on rows of weights in every method whose adapters are merged: its ``on_shares``, or part of it.
 """
-log = logging.getLogger("keeplora")
 
 
 class LoraMethod(Published):
@@ -93,14 +90,14 @@ class LoraMethod(Published):
         progress: bool | None = None,
     ):
         super().__init__(model, config, progress=progress)
-        _refuse_peft(type(self).__name__, model)
+        refuse_peft(type(self).__name__, model)
         require_targets(type(self).__name__, targets)
         require_function(type(self).__name__, "token_mask", token_mask)
         self.token_mask = token_mask
         self.certificates = []
         self.targets = self.choose_targets(targets)
         check_ranks(model, self.targets, getattr(self.config, "r", 0), type(self).__name__)
-        self._check_kept()
+        check_kept(self)
         self.slots: list[LoraSlot] = wrap(model, self.targets, shares=self.shared_out, quantised=self.keeps_beside)
         for slot in () if getattr(self.config, "merge", True) else self.slots:
             if not slot.keeps:
@@ -109,35 +106,6 @@ class LoraMethod(Published):
             slot.exact.on_device = getattr(self.config, "exact_weights", "host") == "device"
             slot.exact.first = slot.local.first if self.shared_out else None
         self._hooks = [] if self.shared_out else merge_ahead(model)
-
-    def _check_kept(self) -> None:
-        """Refuse weights that cannot be merged into, of methods that do, and settings that ask for what is not there.
-
-        Raises:
-            TypeError: an adapted weight is quantised. ConfigError: ``merge`` or ``forward`` does not go with it.
-        """
-        name, adapted = type(self).__name__, {target.module for target in self.targets}
-        require_whole(name, self.model, adapted, structure=True, shares=self.shared_out, quantised=self.keeps_beside)
-        beside = not getattr(self.config, "merge", True)
-        packed = sum(path in adapted for path, _ in quantised_layers(self.model))
-        fault = ""
-        if beside and not self.keeps_beside:
-            fault = f"for {self.name!r}, which writes more into weights than updates"
-        elif beside and self.shared_out:
-            fault = "where FSDP2 shares weights out"
-        elif beside and any(target.expert is not None for target in self.targets):
-            fault = "for experts, whose layers add nothing beside their weights"
-        if fault:
-            raise ConfigError(f"{name}: merge must be True {fault}, got False. Leave it out.")
-        if packed and getattr(self.config, "forward", "auto") == "merged":
-            raise ConfigError(
-                f'{name}: forward must be "auto" or "factored" where weights are quantised, got "merged". Leave it out.'
-            )
-        if packed:
-            log.info(
-                "%d of %d adapted layers are quantised: what they learn is kept beside their weights",
-                packed, len(adapted),
-            )  # fmt: skip
 
     # ------------------------------------------------------------------ what a method is
 
@@ -393,27 +361,6 @@ class LoraMethod(Published):
             for slot, count, by_task, of_slot in zip(self.slots, protected, added, shares, strict=True)
         )
         return Capacity(tuple(layers), self.tasks_learned)
-
-
-def _refuse_peft(method: str, model: nn.Module) -> None:
-    """Layers of a ``PeftModel`` hold an adapter: its A and B would be adapted like weights of the model."""
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
-            raise TypeError(
-                f"{method}: model must not hold adapters of PEFT, got {type(module).__name__} at {path}. Pass "
-                "merge_and_unload() of it, or use keeplora.initialize on the PeftModel."
-            )
-
-
-def check_ranks(model: nn.Module, targets: Sequence[Target], r: int, method: str) -> None:
-    """Refuse a rank that is larger than a layer's width."""
-    for target in targets:
-        shape = target_shape(model, target)
-        width = r if shape is None else shape[1]  # wrap says what is wrong with a missing one
-        if r > width:
-            raise ValueError(
-                f"{method}: r must be at most the layer's width, got {r} for {width} [{target.name}]. Lower r."
-            )
 
 
 def _meant(model: nn.Module, names: Sequence[str] | str) -> list[str]:
