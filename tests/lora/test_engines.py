@@ -256,10 +256,10 @@ def test_layers_of_libraries_that_are_not_known(names):
         KeepLora(model, config)
     model = nn.ModuleDict({"layer": nn.Linear(8, 8)})
     model["layer"].weight = Coded(torch.zeros(8, 8))
-    with pytest.raises(TypeError, match=r"wrap: .*weight \(tests.lora.test_engines.Coded\) of Linear at layer"):
+    with pytest.raises(TypeError, match=r"KeepLora: .*weight \(tests.lora.test_engines.Coded\) of Linear at layer"):
         KeepLora(model, config)
     model["layer"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"wrap: .*at layer \(quantised by a library that is not known here\)"):
+    with pytest.raises(TypeError, match=r"KeepLora: .*at layer \(quantised by a library that is not known here\)"):
         KeepLora(model, config)
 
 
