@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -86,8 +87,12 @@ def _terminable() -> Iterator[None]:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"keeplora: {error}", file=sys.stderr)
+    """Say what is wrong. Functions, which messages of the library begin with, are nothing that was typed here."""
+    print(f"keeplora: {re.sub(_FUNCTION, '', str(error))}", file=sys.stderr)
     return code
+
+
+_FUNCTION = r"^(?:[a-z]+(?:_[a-z]+)+|comparison|create|init|load|look|plan|report|save|write): "
 
 
 def _demo(parsed: argparse.Namespace) -> int:

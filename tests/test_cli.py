@@ -222,3 +222,25 @@ def test_a_misspelled_learning_rate_is_told_by_its_name(tmp_path, capsys):
     )
     assert cli.main(["run", str(tmp_path / "x.toml"), "--out", str(tmp_path / "out")]) == 2
     assert "got 'learning_rat'. Did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run", "nowhere.toml"], "keeplora: path must be a TOML file"),
+        (["plan", "llava-1.5-7b", "--gpu", "H10"], "keeplora: gpu must be one whose rates are known, got 'H10'"),
+        (["init", "nowhere"], "keeplora: folder must be a folder that exists, got 'nowhere'"),
+        (["compare", "--benchmark", "embeded"], "keeplora: benchmark must be one of"),
+    ],
+)
+def test_messages_name_no_function_that_was_not_typed(command, said, capsys):
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+def test_messages_keep_what_is_no_function(capsys):
+    assert cli._complain(ValueError("KeepLoraConfig: r must be an int"), 2) == 2
+    assert cli._complain(ValueError("tasks.toml: methods must be names"), 2) == 2
+    assert capsys.readouterr().err == (
+        "keeplora: KeepLoraConfig: r must be an int\nkeeplora: tasks.toml: methods must be names\n"
+    )

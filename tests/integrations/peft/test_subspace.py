@@ -287,7 +287,7 @@ def test_calls_out_of_order():
 
 
 def test_a_loader_and_a_loss_that_are_swapped_are_named():
-    with pytest.raises(TypeError, match=r"initialize: loss_fn must be a function of \(model, batch\), got list\. Call"):
+    with pytest.raises(TypeError, match=r"initialize: loss_fn must be a function of \(model, batch\), got list"):
         keeplora.initialize(stock(), loss_fn, task(0))
 
 
