@@ -42,14 +42,16 @@ LEFT_OUT = [
 NEED = {
     "open_clip": [
         "report", "tasks", "train", "compare", "tools", "test_examples.py", "methods/dac", "methods/duallora",
-        "methods/keeplora_cls", "methods/test_lines.py", "methods/keeplora/test_peft_exchange.py",
-        "statistics/test_in_place.py", "test_launches.py",
+        "methods/keeplora_cls", "methods/test_lines.py", "methods/test_wrong_arguments.py",
+        "methods/keeplora/test_peft_exchange.py", "statistics/test_in_place.py", "test_launches.py",
     ],
     "peft": [
         "methods/keeplora/test_peft_exchange.py", "methods/keeplora/test_hostile_adapters.py",
-        "methods/test_every_method.py", "methods/test_unreached.py", "methods/peers", "statistics/test_in_place.py",
-        "test_launches.py",
+        "methods/test_every_method.py", "methods/test_unreached.py", "methods/test_quantised.py", "methods/peers",
+        "lora/test_engines.py", "statistics/test_in_place.py", "test_launches.py",
     ],
+    "bitsandbytes": ["methods/test_quantised.py", "statistics/test_in_place.py"],
+    "torchao": ["methods/test_quantised.py"],
 }  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

@@ -18,6 +18,8 @@ from tests.processes import error_of, joined
 from tests.shared_out import SETTINGS, llama, loss_fn, whole
 
 COUNT, BATCH, STEPS, RATE = 2, 2, 4, 0.05
+EVERYWHERE = {**SETTINGS, "balance": False}
+"""What does not depend on the number of processes: balancing samples the inputs of each."""
 BLOCK = "LlamaDecoderLayer"
 
 
@@ -55,7 +57,7 @@ def two_tasks(out, accumulate, cut, **options):
     for task in range(2):
         trainer = trainer_for(model, out, task, accumulate, logging_steps=1, **options)
         if keeper is None:
-            keeper = KeepLora(shard(trainer.accelerator, model) if cut else model, KeepLoraConfig(**SETTINGS))
+            keeper = KeepLora(shard(trainer.accelerator, model) if cut else model, KeepLoraConfig(**EVERYWHERE))
         trainer.add_callback(KeepLoraCallback(keeper))
         keeper.before_task(trainer.get_train_dataloader(), loss_fn)
         trainer.train()

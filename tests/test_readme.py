@@ -22,6 +22,7 @@ REASONS = (
     "read_images(",
     "read_instructions(",
     "fully_shard(",
+    "integrations.shard(",
 )
 
 

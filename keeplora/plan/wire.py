@@ -8,7 +8,7 @@ from .shapes import Shapes
 __all__ = ["ring_bytes", "wire_bytes"]
 
 
-def wire_bytes(shapes: Shapes, setting: Setting, *, balance: bool = False) -> dict[str, int]:
+def wire_bytes(shapes: Shapes, setting: Setting, *, balance: bool = True) -> dict[str, int]:
     r"""Bytes of the tensors that are summed over all processes, by phase; small Python objects come on top.
 
     $$
@@ -18,7 +18,7 @@ def wire_bytes(shapes: Shapes, setting: Setting, *, balance: bool = False) -> di
     $$
 
     Args:
-        balance: Whether ``balance`` is on in the settings: ``8 (r + 1)`` bytes of energies for every weight.
+        balance: Whether ``balance`` is on, as it is by default: ``8 (r + 1)`` bytes of energies for every weight.
     """
     weights, width = shapes.adapted, 8 * setting.rank
     exact = setting.budget is None or 4 * sum(m.numel for m in weights) <= setting.budget

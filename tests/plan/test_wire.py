@@ -16,7 +16,11 @@ from keeplora.plan.shapes import shapes_of_model
 from keeplora.plan.wire import ring_bytes
 from tests.processes import SETTINGS, batch, found_by, loss_fn, start
 
-CHOICES = {"exact": {}, "sketch": {"r": 1, "gradient_statistic": "sketch"}, "balance": {"balance": True}}
+CHOICES = {
+    "exact": {"balance": False},
+    "sketch": {"r": 1, "gradient_statistic": "sketch", "balance": False},
+    "balance": {},
+}
 ROWS = "rows"  # of a model that FSDP2 has cut up
 
 

@@ -192,7 +192,7 @@ def _merged(slots: Sequence[LoraSlot]) -> list[Tensor]:
 
 def _change(now: Tensor, then: Tensor) -> Tensor:
     """``now − then`` in float64, from some rows at a time: both in float64 would be twice the memory."""
-    change = now.double()
+    change = now.to(torch.float64, copy=True)  # of a float64 weight, too: it is written to
     for mine, old in zip(torch.split(change, ROWS), torch.split(then, ROWS), strict=True):
         mine.sub_(old)
     return change
