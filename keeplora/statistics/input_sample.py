@@ -89,7 +89,12 @@ class InputSample:
                 total[:-1] += along / torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).clamp_min(1e-300) ** 2
                 total[-1] += torch.linalg.vector_norm(wide, dtype=torch.float64) ** 2 / wide.shape[1]
             sums.append(total)
-        for i in sorted(range(len(sums)), key=lambda i: self.slots[i].name):
-            peers.add(sums[i])
+        if sums:
+            order = sorted(range(len(sums)), key=lambda i: self.slots[i].name)
+            flat = torch.cat([sums[i].to(sums[0].device) for i in order])
+            peers.gather(None)  # who has failed says so here: an addition would wait for it
+            peers.add(flat)
+            for i, total in zip(order, flat.split([len(sums[i]) for i in order]), strict=True):
+                sums[i] = total.to(sums[i].device)
         self.last = None
         return [torch.where(s[-1] > 0, s[:-1] / s[-1].clamp_min(1e-300), torch.ones_like(s[:-1])) for s in sums]

@@ -77,6 +77,13 @@ def against_one(folder: Path, numbers: random.Random) -> Tries:
         yield (None if codes == [SAVED] * RANKS else f"exit codes {codes}") or _different(place, alone) or left(place)
 
 
+def _again(process: int) -> None:
+    """Ctrl-C once more, if the first one did nothing: Python drops an interrupt that comes in a destructor, as tqdm's."""
+    time.sleep(SOON / 4)
+    if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        os.kill(process, signal.SIGINT)
+
+
 def one_ends(folder: Path, numbers: random.Random) -> Tries:
     """One rank is stopped in the middle of its work: the others end soon, with an error."""
     folder.mkdir(exist_ok=True)
@@ -101,6 +108,8 @@ def one_ends(folder: Path, numbers: random.Random) -> Tries:
         kind = numbers.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         os.kill(processes[victim], kind)
         stopped = time.monotonic()
+        if kind == signal.SIGINT:
+            _again(processes[victim])
         codes = [end(process, SOON * 5) for process in processes]
         seconds = time.monotonic() - stopped
         if HUNG in codes:

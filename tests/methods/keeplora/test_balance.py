@@ -115,15 +115,28 @@ def test_padding_is_not_sampled_and_long_passes_are_bounded():
 def test_processes_add_up_their_samples():
     x, a = torch.randn(2, 20, WIDTH) * torch.linspace(0.1, 4, WIDTH), torch.randn(5, WIDTH)
 
-    class Another:
-        """A process that has seen the second half."""
+    class Process:
+        """It is asked whether it has failed before anything is added, which would be waited for."""
+
+        def __init__(self, add):
+            self.calls, self.adding = [], add
+
+        def gather(self, value):
+            self.calls.append("gather")
+            return [value]
 
         def add(self, tensor):
-            theirs = []
-            sample_of(x[1:]).energies([a], type("Tells", (), {"add": lambda self, sums: theirs.append(sums.clone())})())
-            tensor += theirs[0]
+            self.calls.append("add")
+            self.adding(tensor)
 
-    torch.testing.assert_close(sample_of(x[:1]).energies([a], Another()), sample_of(x).energies([a]))
+    def add_the_second_half(tensor):
+        theirs = []
+        sample_of(x[1:]).energies([a], Process(lambda sums: theirs.append(sums.clone())))
+        tensor += theirs[0]
+
+    first = Process(add_the_second_half)
+    torch.testing.assert_close(sample_of(x[:1]).energies([a], first), sample_of(x).energies([a]))
+    assert first.calls == ["gather", "add"]
 
 
 def test_layers_without_inputs_stay_as_they_are():
