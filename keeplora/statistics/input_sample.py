@@ -94,7 +94,7 @@ class InputSample:
             flat = torch.cat([sums[i].to(sums[0].device) for i in order])
             peers.gather(None)  # who has failed says so here: an addition would wait for it
             peers.add(flat)
-            for i, total in zip(order, flat.split([len(sums[i]) for i in order]), strict=True):
+            for i, total in zip(order, torch.split(flat, [len(sums[i]) for i in order]), strict=True):
                 sums[i] = total.to(sums[i].device)
         self.last = None
         return [torch.where(s[-1] > 0, s[:-1] / s[-1].clamp_min(1e-300), torch.ones_like(s[:-1])) for s in sums]

@@ -78,7 +78,7 @@ def against_one(folder: Path, numbers: random.Random) -> Tries:
 
 
 def _again(process: int) -> None:
-    """Ctrl-C once more, if the first one did nothing: Python drops an interrupt that comes in a destructor, as tqdm's."""
+    """Ctrl-C once more, if the first one did nothing: Python drops one that comes in a destructor, as tqdm has."""
     time.sleep(SOON / 4)
     if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         os.kill(process, signal.SIGINT)
