@@ -18,6 +18,13 @@ from .trials import Tries
 WRITERS, SAVES = 4, 5
 
 
+def _spare(folder: Path) -> str | None:
+    """Whether there are more tensor files than those of the state, which can be loaded."""
+    named = set(json.loads((folder / STATE_FILE).read_text())["files"])
+    more = [file for file in folder.glob("tensors-*") if file.name not in named]
+    return f"{len(more)} tensor files are left" if more else None
+
+
 def together(folder: Path, numbers: random.Random) -> Tries:
     """All that is read at any time, and what is there at the end, is one of the states that were saved."""
     methods = [learned(name, tasks) for name in ("keeplora", "inflora") for tasks in (1, 2)]
@@ -43,9 +50,7 @@ def together(folder: Path, numbers: random.Random) -> Tries:
         done, status = os.waitpid(reader, os.WNOHANG)
         if not done:
             kill(reader)
-        there = {file.name for file in folder.glob("tensors-*")}
-        more = there - set(json.loads((folder / STATE_FILE).read_text())["files"])
-        loss = lost(folder, methods) or left(folder) or (f"{len(more)} tensor files are left" if more else None)
+        loss = lost(folder, methods) or left(folder) or _spare(folder)
         if done:
             loss = loss or f"a reader met what nobody saved (exit code {os.waitstatus_to_exitcode(status)})"
         for code in codes:
