@@ -35,7 +35,11 @@ LIVES = {  # dtype, batches of every process, settings
 
 def llama(dtype="float32"):
     torch.manual_seed(4)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES))
+    return drawn(tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)), dtype)
+
+
+def drawn(model, dtype):
+    """With matrices large enough that layers differ."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0.0, 0.2)

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers as tf
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import keeplora
 from tests.processes import joined
-from tests.shared_out import whole
+from tests.shared_out import drawn, whole
 
 COUNT = 4
 SIZES = {"intermediate_size": 42, "num_hidden_layers": 2, "num_attention_heads": 2}  # 42 rows, 6 of k and v
@@ -39,11 +38,7 @@ def llava(dtype="float32"):
         vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**LANGUAGE), image_token_id=IMAGE,
         vision_feature_layer=-1,
     )  # fmt: skip
-    model = tf.LlavaForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, 0.0, 0.2)
-    return model.to(getattr(torch, dtype)).requires_grad_(False)
+    return drawn(tf.LlavaForConditionalGeneration(config).eval(), dtype)
 
 
 def sharded(dtype="float32", mesh=None):

@@ -202,5 +202,7 @@ def _unhooked(layer: nn.Module) -> Iterator[None]:
 
     remove_hook_from_module(layer)
     vars(layer).pop("forward", None)
-    yield
-    add_hook_to_module(layer, hook)
+    try:
+        yield
+    finally:
+        add_hook_to_module(layer, hook)

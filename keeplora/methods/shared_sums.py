@@ -20,8 +20,9 @@ def sums_everywhere(weights: Sequence[tuple[LocalRows, Sequence[int]]]) -> list[
     if not weights:
         return []
     mine = [sums_of_rows(rows, first, shape) for (rows, first), shape in weights]
-    everything = torch.cat(mine)
-    processes().add(everything)
+    everything, peers = torch.cat(mine), processes()
+    peers.gather(None)  # who has failed says so here: an addition would wait for it
+    peers.add(everything)
     return [part.cpu().numpy().tobytes() for part in torch.split(everything, [len(part) for part in mine])]
 
 

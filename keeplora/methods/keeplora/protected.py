@@ -92,6 +92,7 @@ def _of_rows(
     with progress(rounds, "weights", "round", shown=shown) as counted:
         for members in counted:
             mine: Tensor | None = None
+            peers.gather(None)  # who has failed says so here: rows would be waited for
             for owner, i in enumerate(members):
                 rows = peers.rows_to(owner, slots[i].local.rows, slots[i].weight.shape[0])
                 if rows is not None:
