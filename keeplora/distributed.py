@@ -94,7 +94,7 @@ class Processes:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Inside of [`together`][], a block in the middle of which others wait: FSDP2's exchanges in a forward.
+        """Inside of [`together`][], a block in which others wait: several additions, or FSDP2's exchanges.
 
         Who fails in it cannot say so in an exchange: the others would take it for another one. It is written where they
         look while they wait, who end then, if it takes the end of their process. The group cannot be used any more.

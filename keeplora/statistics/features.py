@@ -21,6 +21,7 @@ from keeplora.ops.precision import full_precision
 
 from .passes import ALONE, Peers, counting, evaluating, naming_batch, observing, rows_that_count
 from .steps import in_step, steps
+from .sums import Sum, add_up, added
 
 __all__ = ["FeatureKind", "FeatureStatistic", "feature_statistics", "require_seen"]
 
@@ -144,36 +145,6 @@ class _Input:
         return x is self.x and _version(x) == self.version and slot not in self.slots
 
 
-@dataclass
-class _Sum:
-    """What the inputs of one set of slots have added up to; ``counts [rows, 1]`` are of ``slot_mean``, whose energy is
-    that of the ``means`` in the end."""
-
-    part: Tensor
-    counts: Tensor | None
-    tokens: int = 0
-    energy: float = 0.0
-    means: int = 0
-
-    def rows(self) -> int:
-        """How many of them ``energy`` is of."""
-        return self.means or self.tokens
-
-
-@dataclass(frozen=True)
-class _Described:
-    """A sum without its numbers: what processes tell each other before they add theirs up."""
-
-    kind: tuple[int, torch.dtype, tuple[int, ...] | None]  # columns, dtype, tokens of a sample: the same everywhere
-    rows: int
-    tokens: int
-    energy: float
-
-
-def _described(total: _Sum, shape: tuple[int, ...] | None) -> _Described:
-    return _Described((total.part.shape[1], total.part.dtype, shape), len(total.part), total.tokens, total.energy)
-
-
 class _Collector:
     """Accumulates one statistic per distinct input: a set of slots, of any layers, that were given one tensor.
 
@@ -189,13 +160,13 @@ class _Collector:
         self.by_host: dict[LoraHost, dict[str, LoraSlot]] = {}
         for slot in slots:
             self.by_host.setdefault(slot.host, {})[slot.slot] = slot
-        self.sums: dict[frozenset[LoraSlot], _Sum] = {}
+        self.sums: dict[frozenset[LoraSlot], Sum] = {}
         self.last: _Input | None = None
         self.ordinary: set[LoraSlot] = set()  # those whose inputs float32 is known to hold the squares of
         self.small: dict[str, float] = {}  # root mean squares of inputs that it does not, by their first layers
         self.shapes: dict[LoraSlot, tuple[int, ...]] = {}  # of a sample's tokens, for slot_mean
         # Energies and numbers of tokens that are still on their way.
-        self.batch: list[tuple[_Sum, frozenset[LoraSlot], Tensor, int | Tensor]] = []
+        self.batch: list[tuple[Sum, frozenset[LoraSlot], Tensor, int | Tensor]] = []
 
     @torch.inference_mode(False)  # sums made in inference mode could not be added to outside it
     @torch.no_grad()
@@ -256,11 +227,11 @@ class _Collector:
         slots, part = frozenset(self.last.slots), self.last.part
         total = self.sums.get(slots)
         if total is None:
-            total = self.sums[slots] = _Sum(part, self.last.counts)
+            total = self.sums[slots] = Sum(part, self.last.counts)
         else:
-            total.part = _added(total.part, part)
+            total.part = added(total.part, part)
             if total.counts is not None and self.last.counts is not None:
-                total.counts = _added(total.counts, self.last.counts)
+                total.counts = added(total.counts, self.last.counts)
         self.batch.append((total, slots, self.last.energy, self.last.tokens))
         self.last = None
 
@@ -290,35 +261,10 @@ class _Collector:
         shared an input that was separate here."""
         own = {tuple(sorted(slot.name for slot in slots)): total for slots, total in self.sums.items()}
         shapes = {slot.name: shape for slot, shape in self.shapes.items()}
-        seen = {names: next((shapes[name] for name in names if name in shapes), None) for names in own}
-        everyone = peers.gather({names: _described(total, seen[names]) for names, total in own.items()})
-        if len(everyone) == 1:
-            return
+        self.sums.clear()
         by_name = {slot.name: slot for slot in self.slots}
-        self.sums = {}
-        for names in sorted(set().union(*everyone)):
-            theirs = [described[names] for described in everyone if names in described]
-            if any(names[0] not in by_name or sent.kind != theirs[0].kind for sent in theirs):
-                raise ValueError(
-                    f"feature_statistics: every process must gather the same statistics, got "
-                    f"{' and '.join(sorted({str(sent.kind) for sent in theirs}))} [{names[0]}]. Give all processes "
-                    "the same model and settings."
-                )
-            rows = max(sent.rows for sent in theirs)  # of slot_mean: as many as the longest batch of any process
-            width, dtype, _ = theirs[0].kind
-            part = by_name[names[0]].zeros(rows, width, dtype=dtype)
-            counts = part.new_zeros(rows, 1) if self.kind == "slot_mean" else None
-            if names in own:
-                mine = own.pop(names)
-                part[: len(mine.part)] = mine.part
-                if counts is not None and mine.counts is not None:
-                    counts[: len(mine.counts)] = mine.counts
-                del mine
-            peers.add(part)
-            if counts is not None:
-                peers.add(counts)
-            tokens, energy = sum(sent.tokens for sent in theirs), sum(sent.energy for sent in theirs)
-            self.sums[frozenset(by_name[name] for name in names)] = _Sum(part, counts, tokens, energy)
+        everyone = add_up(own, shapes, by_name, self.kind == "slot_mean", peers)
+        self.sums = {frozenset(by_name[name] for name in names): total for names, total in everyone.items()}
 
     def result(self) -> list[FeatureStatistic]:
         for total in self.sums.values():
@@ -355,7 +301,7 @@ class _Collector:
             return FeatureStatistic(SketchedMoment(slot.zeros(width, 0, dtype=torch.float64), 0.0), 0, 0.0)
         return FeatureStatistic(slot.zeros(width, width, dtype=dtype), 0, 0.0)
 
-    def pool(self, sums: Sequence[_Sum], slot: LoraSlot) -> FeatureStatistic:
+    def pool(self, sums: Sequence[Sum], slot: LoraSlot) -> FeatureStatistic:
         """One statistic of several sums: inputs may be shared at one time and separate at another. Squares that became
         infinite are refused, those that vanished noted."""
         part = sums[0].part
@@ -383,13 +329,6 @@ _MOST = 2.0**118
 def _looked_at(rows: Tensor) -> bool:
     """Whether ``quick_energy`` has seen for itself that float32 holds the squares."""
     return rows.device.type == "cpu"
-
-
-def _added(total: Tensor, part: Tensor) -> Tensor:
-    """Their sum; the shorter one has zeros where it ends. The longer one is written into."""
-    longer, shorter = (part, total) if len(part) > len(total) else (total, part)
-    longer[: len(shorter)] += shorter
-    return longer
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

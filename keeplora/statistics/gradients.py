@@ -257,8 +257,9 @@ class _Gradients:
         check_alike("mean_gradients", [theirs for theirs, _, _ in everyone])
         self.touched = any(touched for _, touched, _ in everyone)
         self.reached = set().union(*(reached for _, _, reached in everyone))
-        for name in sorted(sums):
-            peers.add(sums[name] if weight == 1 else sums[name].mul_(weight))
+        with peers.in_step():
+            for name in sorted(sums):
+                peers.add(sums[name] if weight == 1 else sums[name].mul_(weight))
 
     def mean(self, weight: float) -> list[Tensor]:
         if not self.touched:

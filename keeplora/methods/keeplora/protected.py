@@ -93,10 +93,11 @@ def _of_rows(
         for members in counted:
             mine: Tensor | None = None
             peers.gather(None)  # who has failed says so here: rows would be waited for
-            for owner, i in enumerate(members):
-                rows = peers.rows_to(owner, slots[i].local.rows, slots[i].weight.shape[0])
-                if rows is not None:
-                    mine = rows
+            with peers.in_step():
+                for owner, i in enumerate(members):
+                    rows = peers.rows_to(owner, slots[i].local.rows, slots[i].weight.shape[0])
+                    if rows is not None:
+                        mine = rows
             own = members[peers.rank] if peers.rank < len(members) else None
             basis = None
             if mine is not None and own is not None:
