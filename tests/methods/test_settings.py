@@ -1,11 +1,15 @@
 """Every setting of every method is checked when the settings are made, by the checks of keeplora.methods.settings."""
 
+import ast
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 
 import pytest
+from pages import ROOT
 
+from keeplora import KeepLoraConfig
 from keeplora.methods import METHODS, configure
 from keeplora.methods.settings import (
     SEEDS,
@@ -208,3 +212,14 @@ def test_checks_read_the_setting_of_a_config():
     assert issubclass(ConfigTypeError, ConfigError)
     assert issubclass(ConfigError, ValueError)
     assert issubclass(ConfigTypeError, TypeError)
+
+
+def test_what_the_page_calls_defaults_are_the_defaults():
+    """Tables of docs/which-settings.md whose second column says `value`, the default."""
+    page = (ROOT / "docs" / "which-settings.md").read_text()
+    said = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)`, the default", page, re.MULTILINE))
+    assert len(said) > 5
+    defaults = {field.name: getattr(KeepLoraConfig(), field.name) for field in dataclasses.fields(KeepLoraConfig)}
+    for name, value in said.items():
+        value = ast.literal_eval(value)
+        assert (tuple(value) if isinstance(value, list) else value) == defaults[name], name

@@ -67,24 +67,13 @@ class KeepLoraConfig(AdapterConfig):
     r"""How KeepLoRA adapts a model (arXiv:2601.19659) and KeepLoRA++ scales it by depth (arXiv:2606.16256).
 
     Args:
-        r: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers, buffers
-            frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning rates:
-            see [`preset`][].
-        alpha: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
-            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
-            rates: see [`preset`][].
-        rslora: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's layers,
-            buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual learning
-            rates: see [`preset`][].
-        target_modules: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
-            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
-            learning rates: see [`preset`][].
-        frozen_buffers: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
-            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
-            learning rates: see [`preset`][].
-        exact_weights: As [`AdapterConfig`][] has them: rank 16, scale 1 (``alpha=None`` means r), the attention's
-            layers, buffers frozen. The paper's CLIP has alpha 1, a scale of 1/16, at which little is learned at usual
-            learning rates: see [`preset`][].
+        r: Rank of every adapter; less where less free space is left.
+        alpha: LoRA's alpha, ``r`` if None: scale 1. The paper's CLIP has alpha 1, a scale of 1/16, at which little is
+            learned at usual learning rates: see [`preset`][].
+        rslora: Scale ``alpha / sqrt(r)`` instead of ``alpha / r`` (Kalajdzievski 2023, arXiv:2312.03732).
+        target_modules: Names of the adapted layers, as [`AdapterConfig`][] matches them.
+        frozen_buffers: Whether running statistics and other buffers stay as they are, as in [`AdapterConfig`][].
+        exact_weights: Where the exact value of a weight in half precision is kept, as in [`AdapterConfig`][].
         merge: As [`AdapterConfig`][] has it. On quantised models the same without it.
         towers: The towers that are adapted: by default both of a two-tower model, the language model alone of a
             vision-language model. ``("language", "vision")`` adapts its vision tower too; a projector is never adapted.
