@@ -200,7 +200,7 @@ def found_by(folder, function, count, *more):
         function, args=(str(folder), *more), nprocs=count, join=False, start_method="forkserver"
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 280
+        deadline = time.monotonic() + 560
         while not context.join(timeout=5):
             assert time.monotonic() < deadline, "a process is waiting for another that will not come"
     finally:

@@ -1,6 +1,7 @@
 """What processes do whose model FSDP2 has cut into rows, in tests/test_shared_out.py; each writes what it found."""
 
 import datetime
+import itertools
 import warnings
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import keeplora
@@ -33,9 +35,12 @@ LIVES = {  # dtype, batches of every process, settings
 }
 
 
-def llama(dtype="float32"):
+COMPILED = {"lora": {"r": 2}, "gpm": {}}
+
+
+def llama(dtype="float32", **sizes):
     torch.manual_seed(4)
-    return drawn(tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)), dtype)
+    return drawn(tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES | sizes)), dtype)
 
 
 def drawn(model, dtype):
@@ -71,6 +76,26 @@ def plain_lora(model, members):
         train(method, members, task)
         method.after_task([])
     return [whole(slot.weight) for slot in method.slots]
+
+
+def compiled(rank, names):
+    """What methods learn when blocks are compiled, and when they are not."""
+    found = {}
+    for name, compiling in itertools.product(names, (False, True)):
+        model = llama()
+        for block in model.model.layers if compiling else ():
+            block.compile(backend="aot_eager")
+        for module in (*model.model.layers, model):
+            fully_shard(module)
+        method = keeplora.create(name, model, {"target_modules": "all-linear"} | names[name])
+        method.before_task(batches(rank, 1, 0), loss_fn)
+        optimizer = torch.optim.SGD(method.trainable_parameters(), lr=0.05)
+        for batch in batches(rank, 2, 0):
+            loss_fn(model, batch).backward()
+            optimizer.step()
+        method.after_task(batches(rank, 1, 0))
+        found[name, compiling] = [whole(slot.weight) for slot in method.slots]
+    return found | {"graphs": counters["stats"]["unique_graphs"]}
 
 
 def saved(folder, rank):
@@ -168,10 +193,17 @@ def refusals():
             ],
         )  # fmt: skip
 
+    def both_ways(_):
+        model, mesh = llama(), init_device_mesh("cpu", (3, 1), mesh_dim_names=("copies", "rows"))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+        KeepLora(model, KeepLoraConfig(**SETTINGS))
+
     return {
+        "two dimensions": fails(both_ways),
         "merged": fails(lambda model: KeepLora(model, KeepLoraConfig(**SETTINGS | {"forward": "merged"}))),
         "sd-lora": fails(lambda model: keeplora.create("sd-lora", model)),
-        "gpm": fails(lambda model: keeplora.create("gpm", model)),
+        "osf": fails(lambda model: keeplora.create("osf", model)),
         "requires_grad": fails(trained),
         "a layer itself": fails(around),
         "fused": fails(fused),
@@ -221,6 +253,6 @@ def work(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=60))
     found = {name: life(sharded(dtype), counts, [rank], more) for name, (dtype, counts, more) in LIVES.items()}
     found |= {"refusals": refusals(), "failures": failures(rank), "lora": plain_lora(sharded(), [rank])}
-    found["saved"] = saved(folder, rank)
+    found |= {"saved": saved(folder, rank), "compiled": compiled(rank, COMPILED)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -28,14 +28,20 @@ LIVES = {  # method, dtype, settings
     "inflora": ("inflora", "float32", {"feature_energy": 0.6, "final_energy": 0.7, "tasks": 3}),
     "o-lora": ("o-lora", "float32", {"dropout": 0.0, "decay": 0.1, "alpha": 4.0}),
     "lora": ("lora", "bfloat16", {"alpha": 2.0}),
+    "gpm": ("gpm", "float32", {"feature_energy": 0.5}),
+    "gpm, bf16": ("gpm", "bfloat16", {"feature_energy": 0.5}),
 }
-COMMON = {"r": 2, "target_modules": "all-linear"}
+TWO = ("keeplora", "gpm")
+"""Those that two processes learn as well, with the data of two each."""
+WHOLE = ("gpm", "gpm, bf16")
+"""Those that train whole weights."""
 
 
-def llava(dtype="float32"):
+def llava(dtype="float32", head_dim=6):
     torch.manual_seed(4)
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**LANGUAGE), image_token_id=IMAGE,
+        vision_config=tf.CLIPVisionConfig(**VISION), image_token_id=IMAGE,
+        text_config=tf.LlamaConfig(**LANGUAGE | {"head_dim": head_dim}),
         vision_feature_layer=-1,
     )  # fmt: skip
     return drawn(tf.LlavaForConditionalGeneration(config).eval(), dtype)
@@ -73,34 +79,47 @@ def train(method, members, task, dtype):
     optimizer = torch.optim.SGD(method.trainable_parameters(), lr=0.05)
     for step in range(2):
         optimizer.zero_grad()
+        losses = []
         for rank in members:
             batch = batches(rank, task, dtype)[step % 2]
             penalty = method.penalty()
-            loss = loss_fn(method.model, batch) + (0.0 if penalty is None else penalty)
-            loss.backward()
+            losses.append(loss_fn(method.model, batch) + (0.0 if penalty is None else penalty))
+        sum(losses).backward()
         for parameter in method.trainable_parameters():
             assert parameter.grad is not None
             parameter.grad /= len(members)
         optimizer.step()
 
 
-def life(name, model, members, folder=None):
+def life(name, model, members, folder=None, group=None):
     """Three tasks; what every process must find alike."""
     kind, dtype, settings = LIVES[name]
-    method, found = keeplora.create(kind, model, COMMON | settings), {}
+    rank = {} if kind == "gpm" else {"r": 2}
+    method, found = keeplora.create(kind, model, {"target_modules": "all-linear"} | rank | settings), {}
     for task in range(3):
         data = [batch for rank in members for batch in batches(rank, task, dtype)]
-        method.before_task(data, loss_fn)
+        method.before_task(data, loss_fn, group=group)
         train(method, members, task, dtype)
         found[f"B A, {task}"] = [(s.adapter.B @ s.adapter.A).detach() for s in method.slots if s.adapter is not None]
         if task == 2 and folder is not None:
             method.save(Path(folder) / name)
-            method.export_peft(Path(folder) / f"{name}-peft", base_model="llava")
+            if name not in WHOLE:
+                method.export_peft(Path(folder) / f"{name}-peft", base_model="llava")
             found["held"] = held(method)
         method.after_task(data)
+        found[f"W, {task}"] = [whole(slot.weight) for slot in method.slots]
+    if name in WHOLE:
+        model(**batches(0, 3, dtype)[0])  # outermost weights are whole now
+        weights, first = [whole(slot.weight) for slot in method.slots], {}
+        method.before_task([], loss_fn)
+        train(method, members, 3, dtype)
+        first["moved"] = any(not torch.equal(whole(s.weight), w) for s, w in zip(method.slots, weights, strict=True))
+        model(**batches(0, 3, dtype)[0])
+        method.abandon_task()
+        first["back"] = all(torch.equal(whole(s.weight), w) for s, w in zip(method.slots, weights, strict=True))
+        found |= first | {"shares": [shares.last for shares in method.shares]}
     capacity = method.capacity()
     found["capacity"] = None if capacity is None else [(c.protected, c.free, c.added) for c in capacity]
-    found["W"] = [whole(slot.weight) for slot in method.slots]
     return found
 
 
@@ -122,4 +141,5 @@ def work(rank, folder):
                 name: held(keeplora.load(Path(folder) / name, sharded(dtype, mesh), group=pair))
                 for name, (_, dtype, _) in LIVES.items()
             }
+            found["two lives"] = {name: life(name, sharded(mesh=mesh), [rank, rank + 2], group=pair) for name in TWO}
         torch.save(found, Path(folder) / f"{rank}.pt")

@@ -5,7 +5,7 @@ import pytest
 from keeplora import KeepLora
 from keeplora.methods.state import read_state
 from tests.processes import found_by
-from tests.shared_out import LIVES, held, life, llama, plain_lora, work
+from tests.shared_out import COMPILED, LIVES, held, life, llama, plain_lora, work
 from tests.test_distributed import close, same_bits
 
 
@@ -48,6 +48,14 @@ def test_plain_lora_is_that_of_one_process(three):
     for found in three:
         close(found["lora"], alone, 5e-6)
     assert max(float((w - llama().state_dict()[name]).abs().max()) for name, w in _named(alone)) > 1e-3
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_blocks_may_be_compiled(three, name):
+    for found in three:
+        compiled = found["compiled"]
+        assert compiled["graphs"] > 0
+        close(compiled[name, True], compiled[name, False], 5e-6)
 
 
 def _named(weights):
@@ -96,9 +104,14 @@ def test_gradients_of_adapters_are_averaged(three):
         ("merged", "ValueError", 'forward must be "auto" or "factored"'),
         ("sd-lora", "TypeError", "SdLora: weights must be whole"),
         (
-            "gpm",
+            "two dimensions",
             "TypeError",
-            "Methods that work with rows (KeepLoRA, KeepLoRA++, LoRA, InfLoRA, O-LoRA) are made after",
+            "2 dimensions, as (Replicate(), Shard(dim=0)). Call model.requires_grad_(False)",
+        ),
+        (
+            "osf",
+            "TypeError",
+            "Methods that work with rows (KeepLoRA, KeepLoRA++, LoRA, InfLoRA, O-LoRA, GPM) are made after",
         ),
         ("requires_grad", "TypeError", "model.layers.0.mlp.up_proj.weight with requires_grad. Call model.requires_"),
         ("a layer itself", "TypeError", "got a layer that fully_shard was called with at '0'"),

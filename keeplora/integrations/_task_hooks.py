@@ -145,7 +145,7 @@ class TaskHooks:
             wanted = self.method.trainable_parameters()
         except RuntimeError as error:
             raise RuntimeError(f"{self.caller}: a task must be open when training begins ({error})") from error
-        if any(map(is_dtensor, wanted)):
+        if not self.method.trains_weights and any(map(is_dtensor, wanted)):
             raise TypeError(
                 f"{self.caller}: adapters must be outside of FSDP2, got some that it cut into rows with the model. "
                 "Shard the model before the method is made: keeplora.integrations.shard(accelerator, model)."

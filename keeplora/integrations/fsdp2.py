@@ -8,9 +8,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
 from keeplora.lora import LoraHost, require_module
-from keeplora.lora.shares import is_wrapped
+from keeplora.lora.shares import is_wrapped, without_rows
 from keeplora.methods.flags import freeze
 from keeplora.methods.method import Method
+from keeplora.methods.slot_states import SlotStates
 
 __all__ = ["settle_engine", "shard"]
 
@@ -67,7 +68,7 @@ def settle_engine(caller: str, state: AcceleratorState, method: Method, model: n
 
     Raises:
         TypeError: it would shard a model whose method was made of whole weights, or one around the method's; or put
-            DistributedDataParallel around one that is sharded.
+            DistributedDataParallel around one that is sharded; or mistake weights that are trained for others.
     """
     shard_first = "Call keeplora.integrations.shard(accelerator, model) first (trainer.accelerator in a Trainer), then "
     if state.is_fsdp2 and not method.shared_out:
@@ -86,5 +87,13 @@ def settle_engine(caller: str, state: AcceleratorState, method: Method, model: n
             f"{state.distributed_type}, which would put DistributedDataParallel around it. Give the Accelerator "
             "FullyShardedDataParallelPlugin(fsdp_version=2), or Trainer fsdp=True."
         )
+    for slot in method.slots if method.trains_weights and isinstance(method, SlotStates) else ():
+        rank = without_rows(slot.weight)
+        if rank is not None:  # prepare knows parameters by where their rows are
+            raise TypeError(
+                f"{caller}: every process must have rows of every weight under accelerate where {method.name!r} trains "
+                f"them, got none of {len(slot.weight)} on rank {rank} [{slot.name}]. Start fewer processes, leave the "
+                "layer out of target_modules, or write the loop without accelerate."
+            )
     if method.shared_out and state.is_fsdp2:
         state.fsdp_plugin.auto_wrap_policy = None  # it looks for classes whose names fully_shard has changed

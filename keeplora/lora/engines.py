@@ -201,9 +201,8 @@ FSDP2 = Engine(
     "FSDP2",
     _instance_of(*MODULES),
     "fully_shard leaves a share of every weight's rows in each process",
-    "Methods that work with rows (KeepLoRA, KeepLoRA++, LoRA, InfLoRA, O-LoRA) are made after fully_shard. For others: "
-    + _WHOLE_COPY[0].lower()
-    + _WHOLE_COPY[1:],
+    "Methods that work with rows (KeepLoRA, KeepLoRA++, LoRA, InfLoRA, O-LoRA, GPM) are made after fully_shard. "
+    "For others: " + _WHOLE_COPY[0].lower() + _WHOLE_COPY[1:],
 )
 """Welcome to methods that work with rows, in the calls that do: ``require_whole(shares=True)``."""
 
@@ -262,7 +261,9 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine(
         "DistributedDataParallel",
-        _instance_of("torch.nn.parallel.distributed.DistributedDataParallel"),
+        _instance_of(
+            "torch.nn.parallel.distributed.DistributedDataParallel", "torch.distributed._composable.replicate.DDP"
+        ),
         "it averages the gradients of the parameters it was made with, and adapters come later",
         "Make the method around model.module, then DistributedDataParallel around the model, after each before_task.",
         "inside",

@@ -41,6 +41,8 @@ class LoraHost(nn.Module):
     merged_ahead: dict[str, Ahead]
     taken_over: type[nn.Linear] | None
     """The layer's own class, where it is the same object as before."""
+    trains_weights: bool
+    """Whether a method trains the layer's own weights now, and not adapters."""
 
     def _init_host(self) -> None:
         self.slots = nn.ModuleDict().train(self.training)
@@ -51,6 +53,7 @@ class LoraHost(nn.Module):
         self.to_merge = {}
         self.merged_ahead = {}
         self.taken_over = None
+        self.trains_weights = False
 
     @abstractmethod
     def plain(self) -> nn.Module:

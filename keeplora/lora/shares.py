@@ -22,6 +22,7 @@ __all__ = [
     "rows_of",
     "shared_over",
     "unfit",
+    "without_rows",
 ]
 
 MODULES = tuple(
@@ -81,6 +82,15 @@ def shared_over(model: nn.Module) -> int:
     return next(sizes, 1)
 
 
+def without_rows(weight: Tensor) -> int | None:
+    """The first process that has no row of it."""
+    if not is_dtensor(weight):
+        return None
+    size, rows = cast(Any, weight).device_mesh.size(), weight.shape[0]
+    parts = -(-rows // -(-rows // size))
+    return parts if parts < size else None
+
+
 def unfit(model: nn.Module) -> str:
     """What of a model that ``fully_shard`` cut up is in the way of adapters: "" where nothing is."""
     for path, module in model.named_modules():
@@ -90,7 +100,7 @@ def unfit(model: nn.Module) -> str:
             where, shared = f"{path}.{name}".lstrip("."), cast(Any, parameter)
             if shared.device_mesh.ndim != 1 or not all(p.is_shard(0) for p in shared.placements):
                 return f"{where} on a mesh of {shared.device_mesh.ndim} dimensions, as {shared.placements}"
-            if parameter.requires_grad:
+            if parameter.requires_grad and not getattr(module, "trains_weights", False):  # a LoraHost
                 return f"{where} with requires_grad"
             if shared.to_local().device.type != shared.device_mesh.device_type:
                 return f"{where} offloaded to {shared.to_local().device}"

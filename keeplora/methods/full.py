@@ -29,6 +29,7 @@ class FullFineTuning(Method):
     name: ClassVar[str] = "full"
     config_type: ClassVar[type] = NoConfig
     freezes = False
+    trains_weights = True
 
     def __init__(
         self,

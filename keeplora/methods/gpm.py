@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from keeplora.distributed import processes
 from keeplora.lora.optimizer import unwrapped
+from keeplora.lora.shares import rows_of
 from keeplora.math.lowrank import Extension, extend_basis
 from keeplora.ops.declare import OPS
 from keeplora.statistics import FeatureStatistic
 
 from .capacity import Capacity
 from .flags import freeze
-from .lora_method import LoraMethod
+from .lora_method import ON_SHARES, LoraMethod
 from .method import LossFn
 from .reading import is_counts, stored, stored_basis
 from .settings import Settings, check_flag, check_names, check_range, check_whole
@@ -105,17 +106,21 @@ class Gpm(LoraMethod):
 
     name: ClassVar[str] = "gpm"
     config_type: ClassVar[type] = GpmConfig
+    trains_weights: ClassVar[bool] = True
+    on_shares: ClassVar[frozenset[str]] = ON_SHARES - {"export_peft"} | {"abandon_task"}
     config: GpmConfig
 
     def __init__(self, model: nn.Module, config: GpmConfig | None = None, **options: Any):
         super().__init__(model, config, **options)
-        self.bases: list[Tensor] = [_nothing(slot.weight) for slot in self.slots]
+        self.bases: list[Tensor] = [slot.zeros(slot.weight.shape[1], 0, dtype=slot.exact_dtype) for slot in self.slots]
         self.added: list[tuple[int, ...]] = [()] * len(self.slots)
         self.shares = [UNKNOWN] * len(self.slots)  # of the first gradient of a task
         for slot in self.slots:
             slot.forget()  # no adapter will say what was learned
-        self._before: list[Tensor] = []  # every weight as the open task found it, on the CPU
+        self._seen = [(0.0, 0.0)] * len(self.slots)  # ‖G P‖² and ‖G‖² of its rows in this process
+        self._before: list[Tensor] = []  # every weight, or its rows here, as the open task found it, on the CPU
         self._handles: list[RemovableHandle] = []
+        self._members: dict[nn.Parameter, list[int]] = {}  # of the open task; after a forward FSDP2 has others there
 
     def open_task(self, loader: Iterable[Any], loss_fn: LossFn) -> None:
         self._before = [slot.exact_weight.detach().to("cpu", copy=True) for slot in self.slots]
@@ -124,14 +129,25 @@ class Gpm(LoraMethod):
     def _train(self) -> None:
         """Let the chosen weights be trained, with projected gradients."""
         freeze(self.model)
-        for parameter in self._weights():
+        self._members = self._weights()
+        for parameter in self._members:
             parameter.requires_grad_(True)
+        self._mark(trained=True)
+        self._seen = [(0.0, 0.0)] * len(self.slots)
         self._project()
 
+    def _mark(self, *, trained: bool) -> None:
+        for slot in self.slots:
+            slot.host.trains_weights = trained
+
     def _project(self) -> None:
-        for parameter, slots in self._weights().items():
-            hook = partial(self._projected, slots)
-            self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+        for parameter, slots in self._members.items():
+            if self.shared_out:  # FSDP2 runs these alone: once a gradient is averaged, and its rows are here
+                rows = partial(self._project_rows, slots[0])
+                self._handles.append(parameter.register_post_accumulate_grad_hook(rows))  # type: ignore[no-untyped-call]
+            else:
+                hook = partial(self._projected, slots)
+                self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gpm:
         """torch copies no hooks of parameters: without them the copy's gradients would stay as they are."""
@@ -157,9 +173,10 @@ class Gpm(LoraMethod):
         """No weight is trained any more."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._before = [], []
-        for parameter in self._weights():
+        for parameter in self._members:
             parameter.grad = None  # or it would be added to the next task's
+        self._handles, self._before, self._members = [], [], {}
+        self._mark(trained=False)
         freeze(self.model)
 
     def drop_task(self) -> None:
@@ -170,7 +187,7 @@ class Gpm(LoraMethod):
 
     def named_trained(self) -> list[tuple[str, nn.Parameter]]:
         """The weights of the chosen layers. Of a fused weight, rows that were not chosen get no gradient."""
-        return [(self.slots[members[0]].name, parameter) for parameter, members in self._weights().items()]
+        return [(self.slots[members[0]].name, parameter) for parameter, members in self._members.items()]
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         """An SGD over ``trainable_parameters``; weight decay is left out, because it would not stay outside M."""
@@ -202,7 +219,7 @@ class Gpm(LoraMethod):
 
         new, _ = self.from_features(loader, loss_fn, extended, "bases", shared)
         warn_of_shortfall(self.config, [slot.name for slot in self.slots], new, [energy] * len(new))
-        self.shares = [_together(shares).closed() for shares in zip(*processes().gather(self.shares), strict=True)]
+        self.shares = [shares.closed() for shares in self._seen_by_all()]
         self.bases = [extension.q for extension in new]
         self.added = [(*counts, e.added) for counts, e in zip(self.added, new, strict=True)]
         self._rest()
@@ -218,8 +235,10 @@ class Gpm(LoraMethod):
 
     def memory_state(self) -> State:
         tensors = {f"{slot.name}.basis": basis for slot, basis in zip(self.slots, self.bases, strict=True)}
-        tensors |= {f"{slot.name}.before": w for slot, w in zip(self.slots, self._before, strict=False)}
-        meta = {"added": [list(counts) for counts in self.added], "free_shares": [list(pair) for pair in self.shares]}
+        opened = self.slots if self._before else []
+        tensors |= {f"{slot.name}.before": w for slot, w in self.whole(opened, self._before).items()}
+        shares = self._seen_by_all() if self.shared_out else self.shares
+        meta = {"added": [list(counts) for counts in self.added], "free_shares": [list(pair) for pair in shares]}
         return State(tensors, meta)
 
     def recall(self, state: State) -> _Memory:
@@ -233,11 +252,12 @@ class Gpm(LoraMethod):
         return _Memory(bases, added, recalled_shares(state, len(self.slots)), before)
 
     def remember(self, memory: _Memory) -> None:
-        self.added, self.shares, self._before = memory.added, memory.shares, memory.before
+        self.added, self.shares = memory.added, memory.shares
+        self._before = [slot.local.of(w) for slot, w in zip(self.slots, memory.before, strict=False)]
         self.bases = [basis.to(slot.weight.device) for slot, basis in zip(self.slots, memory.bases, strict=True)]
 
     def _weights(self) -> dict[nn.Parameter, list[int]]:
-        """The parameters that are trained, each with the slots that are rows of it."""
+        """The parameters that a task trains, each with the slots that are rows of it."""
         members: dict[nn.Parameter, list[int]] = {}
         for i, slot in enumerate(self.slots):
             weight = slot.whole
@@ -256,21 +276,45 @@ class Gpm(LoraMethod):
             if self.shares[i].opening is None:  # later gradients are of what has been learned
                 whole, outside = (float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in (part, left))
                 if 0 < whole < math.inf:  # a scaler's first steps may overflow
-                    self.shares[i] = self.shares[i].opened(min((outside / whole) ** 2, 1.0))
+                    self.shares[i] = self.shares[i].opened(_share(outside**2, whole**2))
         for i, part in zip(slots, free, strict=True):
             self.slots[i].part(result).copy_(part)
         return result
+
+    @torch.no_grad()
+    def _project_rows(self, i: int, parameter: nn.Parameter) -> None:
+        """``G − G M Mᵀ`` of the rows of a gradient that are in this process: of each row by itself."""
+        assert parameter.grad is not None
+        gradient, basis = rows_of(parameter.grad).rows, self.bases[i]
+        part = gradient.to(basis.dtype)
+        (free,), _ = _project_rows([part], [basis], [1.0], 1)
+        if not self._seen[i][1]:
+            outside, whole = (float(g.double().square().sum()) for g in (free, part))
+            if whole < math.inf:
+                self._seen[i] = (outside, whole)
+        gradient.copy_(free)
+
+    def _seen_by_all(self) -> list[Shares]:
+        """What all processes have seen of the task's first gradient: each of its own batches, or of its own rows."""
+        peers = processes()
+        if not self.shared_out:
+            return [_together(shares) for shares in zip(*peers.gather(self.shares), strict=True)]
+        found = []
+        for mine, parts in zip(self.shares, zip(*peers.gather(self._seen), strict=True), strict=True):
+            outside, whole = (sum(column) for column in zip(*parts, strict=True))
+            known = mine.opening is not None or not whole  # from a state
+            found.append(mine if known else mine.opened(_share(outside, whole)))
+        return found
+
+
+def _share(outside: float, whole: float) -> float:
+    return min(outside / whole, 1.0)
 
 
 def _together(shares: Sequence[Shares]) -> Shares:
     """The mean of what the processes have seen, each in batches of its own."""
     known = [each.opening for each in shares if each.opening is not None]
     return shares[0].opened(sum(known) / len(known) if known else None)
-
-
-def _nothing(weight: Tensor) -> Tensor:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return weight.new_zeros(weight.shape[1], 0, dtype=dtype)
 
 
 class _Memory(NamedTuple):

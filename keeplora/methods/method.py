@@ -20,7 +20,7 @@ from keeplora._messages import listed, warn
 from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole, unwrap
 from keeplora.lora.engines import require_rows
-from keeplora.lora.shares import is_shared_out, reshard
+from keeplora.lora.shares import is_shared_out, reshard, rows_of
 from keeplora.math.finite import first_not_finite
 from keeplora.statistics import BatchSize
 
@@ -249,6 +249,8 @@ class Method(Saved):
         Raises:
             RuntimeError: no task is open.
         """
+        if self.trains_weights:  # which are written to
+            self._require("abandon_task", task=True)
         for parameter in self._trained("abandon_task"):
             parameter.grad = None
         self.drop_task()
@@ -256,8 +258,7 @@ class Method(Saved):
             parameter.requires_grad_(flag)
         if self._buffers is not None:
             self._buffers.restore()
-        self._buffers = None
-        self.training_task, self._loss_fn = False, None
+        self.training_task, self._loss_fn, self._buffers = False, None, None
 
     def capacity(self) -> Capacity | None:
         """The room that is left for more tasks, of methods that protect a subspace."""
@@ -370,7 +371,7 @@ class Method(Saved):
     def _require_finite(self, function: str) -> None:
         """Refuse what training has driven to NaN or Inf, before it reaches what is kept."""
         trained = self.named_trained()
-        wrong = first_not_finite([parameter for _, parameter in trained])
+        wrong = first_not_finite([rows_of(parameter).rows for _, parameter in trained])
         if wrong is not None:
             raise ValueError(
                 f"{function}: trained parameters must be finite, got NaN or Inf [{trained[wrong][0]}]. "

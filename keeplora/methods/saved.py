@@ -44,6 +44,8 @@ class Saved(ABC):
     config_type: ClassVar[type]
     trains: ClassVar[bool] = True
     """False for methods that never take an optimizer step (zero-shot)."""
+    trains_weights: ClassVar[bool] = False
+    """Whether an optimizer holds the model's own weights, and not adapters."""
 
     model: nn.Module
     config: Any

@@ -1,18 +1,19 @@
-"""The sums that hashes are made of, of weights whose rows lie in several processes."""
+"""What is told of weights whose rows lie in several processes: the sums that hashes are made of, and all rows."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from keeplora.distributed import processes
 from keeplora.lora.shares import LocalRows
+from keeplora.lora.update import to_host
 from keeplora.math.digest import sums_of_rows
 
-__all__ = ["hashes_everywhere", "sums_everywhere"]
+__all__ = ["all_rows", "hashes_everywhere", "sums_everywhere"]
 
 
 def sums_everywhere(weights: Sequence[tuple[LocalRows, Sequence[int]]]) -> list[bytes]:
@@ -29,6 +30,19 @@ def sums_everywhere(weights: Sequence[tuple[LocalRows, Sequence[int]]]) -> list[
 def hashes_everywhere(weights: Sequence[tuple[LocalRows, Sequence[int]]]) -> list[str]:
     """``keeplora.lora.exact.hash_of`` whole weights."""
     return [hashlib.sha256(blocks).hexdigest()[:32] for blocks in sums_everywhere(weights)]
+
+
+def all_rows(weights: Iterable[tuple[LocalRows, int]]) -> list[Tensor]:
+    """Whole weights in the first process, in main memory, from the rows that are here and the number of all of them.
+
+    The others get their own rows back. One weight at a time is on the device, where ``weights`` is a generator.
+    """
+    peers = processes()
+    peers.gather(None)  # who has failed says so here: rows would be waited for
+    with peers.in_step():
+        return [
+            to_host(rows if (found := peers.rows_to(0, rows, count)) is None else found) for (rows, _), count in weights
+        ]
 
 
 def converted(local: LocalRows, dtype: torch.dtype) -> LocalRows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .flags import freeze
 from .method import Method
 from .reading import is_figures, is_names, stored, stored_like
-from .shared_sums import hashes_everywhere
+from .shared_sums import all_rows, hashes_everywhere
 from .state import State, StateError
 
 __all__ = ["SlotStates"]
@@ -82,8 +82,7 @@ class SlotStates(Method):
                 tensors[f"{name}.total"] = exact.total
                 lasting.add(f"{name}.total")
             if not exact.follows or (whole and not exact.at_hand):
-                weights.append(name)
-                tensors[f"{name}.weight"] = slot.exact_weight
+                weights.append(slot)
             if not exact.known:
                 altered.append(name)
             if not self.shared_out:
@@ -91,6 +90,8 @@ class SlotStates(Method):
         if self.shared_out:
             self._require_known()
             pretrained = self.pretrained_hashes()
+        every = self.whole(weights, (slot.exact_weight for slot in weights))
+        tensors |= {f"{slot.name}.weight": weight for slot, weight in every.items()}
         meta = {
             "targets": [slot.name for slot in self.slots],
             "frozen": fingerprint(self.model, self.slots, buffers=self.frozen_buffers, remembered=True),
@@ -98,7 +99,7 @@ class SlotStates(Method):
             "adapters": held,
             "learned": learned,
             "totals": sums,
-            "weights": weights,
+            "weights": [slot.name for slot in weights],
             "altered": altered,
             "base_weights": self.base_hashes,
             "certificates": list(self.certificates),
@@ -107,7 +108,8 @@ class SlotStates(Method):
 
     def pretrained_hashes(self) -> dict[str, str]:
         """Of W₀ of every slot, whose rows lie in several processes, by name; remembered with the weights."""
-        unknown = [slot for slot in self.slots if slot.exact.origin is None or not slot.exact.merged_into]
+        follow = [slot for slot in self.slots if slot.exact.learned is not None]  # the same ones everywhere
+        unknown = [slot for slot in follow if slot.exact.origin is None or not slot.exact.merged_into]
         found = hashes_everywhere([(slot.local, slot.weight.shape) for slot in unknown])
         for slot, text in zip(unknown, found, strict=True):
             slot.exact.origin = text
@@ -115,13 +117,23 @@ class SlotStates(Method):
 
     def _require_known(self) -> None:
         """Rows that somebody has written to in any process are nowhere whole, and cannot be saved."""
-        mine = [slot.name for slot in self.slots if not slot.exact.known]
+        mine = [slot.name for slot in self.slots if not slot.exact.known and slot.exact.learned is not None]
         written = next((names[0] for names in processes().gather(mine) if names), None)
         if written is not None:
             raise StateError(
                 f"save: weights that FSDP2 shares out must be pretrained ones and what was merged, got one that "
                 f"something else has been written to [{written}]. Save on one process that holds the whole model."
             )
+
+    def whole(self, slots: Sequence[LoraSlot], rows: Iterable[Tensor]) -> dict[LoraSlot, Tensor]:
+        """Matrices of slots, of which each process may have some rows alone: all rows in the one that writes them."""
+        if not self.shared_out or not slots:
+            return dict(zip(slots, rows, strict=True))
+        parts = (
+            (LocalRows(mine.to(slot.weight.device), slot.local.first), len(slot.weight))
+            for slot, mine in zip(slots, rows, strict=True)
+        )
+        return dict(zip(slots, all_rows(parts), strict=True))
 
     def whole_weights_state(self) -> State:
         """[`weights_state`][], with every weight that could not be had again from this object."""
@@ -279,8 +291,10 @@ class SlotStates(Method):
         for slot, (weight, adapter, learned, total, marks) in zip(self.slots, weights.slots, strict=True):
             slot.detach()
             with torch.no_grad():
+                rows = slot.local
+                exact = None if weight is None else rows.of(weight)
                 slot.exact.restore(
-                    slot.local.rows, weight, learned, total, known=not marks.altered, pretrained=marks.pretrained
+                    rows.rows, exact, learned, total, known=not marks.altered, pretrained=marks.pretrained
                 )
             if adapter is not None:
                 slot.attach(adapter)

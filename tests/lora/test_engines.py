@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -128,6 +129,7 @@ ENGINE = {  # what it does to a model, and what the message must tell
         inside(nn.parallel.DistributedDataParallel),
         "DistributedDataParallel at 2 (DistributedDataParallel)",
     ),
+    "DistributedDataParallel, in place": (replicate, "DDPSequential at the model itself (DistributedDataParallel)"),
     "DataParallel": (inside(nn.DataParallel), "torch.nn.parallel.data_parallel.DataParallel at 2 (DataParallel)"),
     "no values": (lambda model: model[2].to("meta"), "(no values)"),
 }
@@ -173,13 +175,14 @@ def test_a_model_that_is_sharded_between(engine, tmp_path):
     """After the method was made, and in its open task."""
     shard, told = engine
     keeper, data = KeepLora(net(), CONFIG), Untouched()
-    first = keeper.state()
+    first, whole = keeper.state(), keeplora.create("gpm", net(), {"target_modules": "all-linear"})
+    whole.before_task(DATA, loss_fn)
     opened = KeepLora(net(), CONFIG)
     opened.before_task(DATA, loss_fn)
     optimizer = opened.optimizer(lr=1e-3)
     callback, state = KeepLoraCallback(opened), opened.state()
     opened.export_peft(tmp_path / "adapter")
-    for method in (keeper, opened):
+    for method in (keeper, opened, whole):
         shard(method.model)
     refused("before_task", told, lambda: keeper.before_task(data, loss_fn))
     refused("import_peft", told, lambda: keeper.import_peft(tmp_path / "adapter"))
@@ -187,6 +190,7 @@ def test_a_model_that_is_sharded_between(engine, tmp_path):
     refused("load_state", told, lambda: keeper.load_state(first))
     refused("load_state", told, lambda: opened.load_state(state))
     refused("after_task", told, lambda: opened.after_task(data))
+    refused("abandon_task", told, whole.abandon_task)
     refused("state", told, opened.state)
     refused("save", told, lambda: opened.save(tmp_path / "state"))
     refused("export_peft", told, lambda: opened.export_peft(tmp_path / "other"))
@@ -204,6 +208,34 @@ def test_a_model_that_is_sharded_between(engine, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name in ("state", "other")]
     assert opened.training_task
     assert not keeper.training_task
+
+
+AROUND = {
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "FullyShardedDataParallel": lambda model: FullyShardedDataParallel(
+        model.requires_grad_(True), device_id=torch.device("cpu")
+    ),
+    "DeepSpeedEngine": DeepSpeedEngine,
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_method_around_an_engine(name):
+    """As of a model that a loop has wrapped already."""
+    kind = AROUND[name]
+    model, state, data = kind(net()), KeepLora(net(), CONFIG).state(), Untouched()
+    told = f"{name} at the model itself"
+    refused("KeepLora", told, lambda: KeepLora(model, CONFIG))
+    refused("Gpm", told, lambda: keeplora.create("gpm", model))
+    refused("load", told, lambda: keeplora.load("nowhere", model))
+    peft = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2.0"]))
+    refused("initialize", told, lambda: keeplora.initialize(kind(peft), data, loss_fn, config=CONFIG_OF_PEFT))
+    keeper = KeepLora(net(), CONFIG)
+    keeper.model = kind(keeper.model)
+    refused("before_task", told, lambda: keeper.before_task(data, loss_fn))
+    refused("load_state", told, lambda: keeper.load_state(state))
+    refused("KeepLoraCallback", told, lambda: KeepLoraCallback(keeper))
 
 
 def test_a_trainer_on_several_gpus_in_one_process(tmp_path):
