@@ -18,6 +18,7 @@ PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms.spli
 LEAVES = {
     "_version": set(PLACE),
     "_calls": {*PLACE, "_messages", "distributed"},
+    "_names": {*PLACE, "_calls", "_messages"},
     "_messages": {*PLACE, "_files"},
     "_files": {*PLACE, "_made_of"},
     "_made_of": set(PLACE),

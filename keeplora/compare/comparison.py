@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from keeplora._calls import named
 from keeplora._messages import suggest
 from keeplora._untrusted import parse_toml
 from keeplora.compare.runs import check_settings, check_splits, is_finished, refusal
@@ -55,6 +56,7 @@ def shipped_comparisons() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+@named
 def comparison(
     benchmark: str | os.PathLike[str] = "embedded",
     *,

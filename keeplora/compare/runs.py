@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
+from keeplora._calls import named
 from keeplora._files import one_writer
 from keeplora._messages import listed, suggest
 from keeplora.methods import METHODS, configure, create
@@ -28,6 +29,7 @@ __all__ = ["all_methods", "check_methods", "check_settings", "check_splits", "is
            "run_benchmark", "unfinished", "with_all_methods"]  # fmt: skip
 
 
+@named
 def run_benchmark(
     config: RunConfig,
     *,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora.families import find_targets
 from keeplora.lora import Target, wrap
 
@@ -30,6 +31,7 @@ class FullFineTuning(Method):
     config_type: ClassVar[type] = NoConfig
     freezes = False
 
+    @public
     def __init__(
         self,
         model: nn.Module,

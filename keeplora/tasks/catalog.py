@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from keeplora._calls import named
 from keeplora._made_of import made_of
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
@@ -50,6 +51,7 @@ def benchmarks() -> tuple[str, ...]:
     return tuple(each for name in sorted(names) for each in (name, f"{name}{_SMALL}"))
 
 
+@named
 def load_workload(name: str, device: str = "cpu") -> Workload:
     """The benchmark called ``name``: one of [`benchmarks`][], or ``"package.module:function"``.
 

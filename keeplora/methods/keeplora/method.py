@@ -106,6 +106,7 @@ class KeepLora(LoraMethod):
     on_shares: ClassVar[frozenset[str]] = ON_SHARES | {"optimizer", "confine"}
     config: KeepLoraConfig
 
+    @public
     def __init__(
         self,
         model: nn.Module,
