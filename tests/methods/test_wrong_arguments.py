@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import sys
 
 import pytest
 import tiny_workload
@@ -103,6 +104,14 @@ def test_a_wrong_argument_is_named(call, error, said):
     with pytest.raises(error, match=f"^{said}"):
         call(known)
     assert known.digest() == before
+
+
+@pytest.mark.parametrize("call", ["export_peft", "import_peft"])
+def test_what_needs_peft_says_so(call, monkeypatch, tmp_path):
+    known = keeper()
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=rf"^{call}: peft must be installed, got none\. Run pip install"):
+        getattr(known, call)(tmp_path)
 
 
 def test_after_task_is_named_too():
