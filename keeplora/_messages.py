@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import FrameType
 
-from keeplora._calls import in_words_of_the_call
+from keeplora._calls import PACKAGE, in_words_of_the_call
+from keeplora._names import nearest, suggest
 
 __all__ = ["add_note", "listed", "nearest", "suggest", "warn"]
 
-_PACKAGE = os.fspath(Path(__file__).parent) + os.sep
 _IMPORTING = "<frozen importlib."
 
 
@@ -37,7 +35,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def _between() -> tuple[str, ...]:
     torch = sys.modules.get("torch")  # if it is there: not everything that speaks to users needs it
     folder = () if torch is None or torch.__file__ is None else (os.path.dirname(torch.__file__) + os.sep,)
-    return (_PACKAGE, _IMPORTING, contextlib.__file__, *folder)
+    return (PACKAGE, _IMPORTING, contextlib.__file__, *folder)
 
 
 def _is_generated(frame: FrameType) -> bool:
@@ -61,29 +59,3 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     ('a, b, c …', 'a')
     """
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
-
-
-def nearest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.4) -> list[str]:
-    """The known names that look most like ``name``; of names that look like none, the first few.
-
-    >>> nearest("keplora", ["lora", "keeplora", "gpm"], cutoff=0.6)
-    ['keeplora', 'lora']
-    """
-    choices = list(known)
-    return difflib.get_close_matches(name, choices, n=most, cutoff=cutoff) or choices[:most]
-
-
-def suggest(name: str, known: Iterable[str], *, listing: bool = False) -> str:
-    """What to end a message with that refuses ``name``: the known names that look like it, then all of them if asked.
-
-    >>> suggest("minlm", ["embedded", "minilm"])
-    ". Did you mean 'minilm'?"
-    >>> suggest("xyz", ["embedded", "minilm"], listing=True)
-    '. Known: embedded, minilm'
-    """
-    choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=2, cutoff=0.5)
-    meant = f". Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
-    if not listing:
-        return meant
-    return f"{meant or '.'} Known: {', '.join(choices)}"

@@ -123,7 +123,7 @@ def _init(parsed: argparse.Namespace) -> int:
 
 def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[int, ...] | None) -> int:
     from keeplora.compare.dry_run import announce_dry_run, dry_run
-    from keeplora.compare.runs import run_benchmark, with_all_methods
+    from keeplora.compare.runs import all_methods, is_finished, run_benchmark, with_all_methods
     from keeplora.report import report_run  # importing torch takes seconds: --help need not wait for it
     from keeplora.report.info import check_machine
     from keeplora.train.config import load_config, override, with_data
@@ -145,6 +145,9 @@ def _run_config(config_name: str, parsed: argparse.Namespace, *, seeds: tuple[in
         device=parsed.device,
     )
     check_machine(config)
+    if not parsed.dry_run and not parsed.export and is_finished(whole := all_methods(config) if every else config):
+        print(report_run(whole, run_benchmark(whole, accept_versions=parsed.accept_versions)))
+        return 0
     workload = configured_workload(config, "cpu" if config.workers else config.device)
     print(*notes(workload), sep="\n", end="", file=sys.stderr)
     if every:

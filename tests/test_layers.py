@@ -18,8 +18,10 @@ PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms.spli
 LEAVES = {
     "_version": set(PLACE),
     "_calls": {*PLACE, "_messages", "distributed"},
+    "_names": {*PLACE, "_calls", "_messages"},
     "_messages": {*PLACE, "_files"},
-    "_files": set(PLACE),
+    "_files": {*PLACE, "_made_of"},
+    "_made_of": set(PLACE),
     "_untrusted": set(PLACE),
     "_hub": set(PLACE),
     "_lazy": set(PLACE),

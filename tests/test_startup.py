@@ -4,6 +4,13 @@ import json
 import subprocess
 import sys
 
+from made_folders import LABELS, config_of, keep, record_of
+
+from keeplora._files import write_json
+from keeplora.report import report_run
+from keeplora.train.record import versions
+from keeplora.train.workload import source_of
+
 COMMANDS = ["", "demo", "run", "init", "compare", "report", "info"]
 WANTED = {"filelock", "keeplora", "numpy", "safetensors", "torch", "tqdm", "typing_extensions"}
 """Packages that the library may load beside what torch does."""
@@ -43,3 +50,25 @@ def test_the_method_loads_nothing_that_is_optional():
     strangers = {name for name in packages if name not in sys.stdlib_module_names and not name.startswith("_")} - WANTED
     assert not strangers
     assert not {module for module in modules if module.startswith(("torch._dynamo", "torch._inductor"))}
+
+
+def test_printing_a_finished_run_again_loads_neither_model_nor_charts(tmp_path):
+    config = config_of(tmp_path / "run")
+    records = [record_of(label, seed) for label, seed in config.pairs()]
+    keep(config, records)
+    values = {**config.as_dict(), "data": "0123", "source": source_of(config), "versions": [versions()]}
+    write_json(tmp_path / "run" / "config.json", values)
+    table = report_run(config, records)
+    settings = {"benchmark": "embedded", "methods": LABELS[1:], "seeds": [0, 1], "epochs": 1, "out": config.out}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    (tmp_path / "run.toml").write_text("\n".join([*lines, "[method.keeplora]", "learning_rate = 2e-3", "r = 8"]))
+
+    out = tmp_path / "printed.txt"
+    modules = loaded(
+        "from contextlib import redirect_stdout\nfrom keeplora import cli\n"
+        f"with open({str(out)!r}, 'w') as file, redirect_stdout(file):\n"
+        f"    assert cli.main(['run', {str(tmp_path / 'run.toml')!r}]) == 0"
+    )
+    assert out.read_text().strip() == table
+    assert "keeplora.report.drawn" in modules
+    assert not {"open_clip", "torchvision", "timm", "transformers", "matplotlib"} & modules

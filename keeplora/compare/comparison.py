@@ -10,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from keeplora._calls import named
 from keeplora._messages import suggest
 from keeplora._untrusted import parse_toml
-from keeplora.compare.runs import check_settings, check_splits, refusal
+from keeplora.compare.runs import check_settings, check_splits, is_finished, refusal
 from keeplora.methods import METHODS
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import Workload
@@ -29,13 +30,14 @@ ALL = "all"
 class Comparison:
     """A configuration of all runs, the workload they share, and what has to be said about it.
 
+    ``workload`` is None where every run is finished, with the same data and model: nothing is loaded then.
     ``left_out`` tells of methods that "all" means but that cannot handle this model, by name: why.
     ``untuned`` are methods without settings of their own for this benchmark. ``fronts`` are the labels of every
     method's learning rates, lowest first, where each runs at several.
     """
 
     config: RunConfig
-    workload: Workload
+    workload: Workload | None
     left_out: Mapping[str, str] = field(default_factory=dict)
     untuned: tuple[str, ...] = ()
     fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -54,6 +56,7 @@ def shipped_comparisons() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+@named
 def comparison(
     benchmark: str | os.PathLike[str] = "embedded",
     *,
@@ -108,15 +111,20 @@ def comparison(
         seeds=None if seeds is None else tuple(range(seeds)),
     )
     check_settings(config)  # a misspelled name is a mistake in a group, too; only the model's refusals are left out
-    workload = configured_workload(config, "cpu" if config.workers else config.device)
-    left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
-    kept = tuple(label for label in config.methods if label not in left_out)
-    untuned = tuple(label for label in kept if label not in sections and METHODS[label].config is not _NO_CONFIG)
-    chosen = override(config, methods=kept)
-    labels: dict[str, tuple[str, ...]] = {}
-    if fronts is not None:
-        chosen, labels = at_rates(chosen, fronts)
-    check_splits(chosen, workload)
+    chosen, labels = (config, {}) if fronts is None else at_rates(config, fronts)
+    workload, left_out = None, {}
+    if not is_finished(chosen):
+        workload = configured_workload(config, "cpu" if config.workers else config.device)
+        left_out = {label: why for label in grouped if label not in named and (why := refusal(config, workload, label))}
+        chosen = override(config, methods=tuple(label for label in config.methods if label not in left_out))
+        if fronts is not None:
+            chosen, labels = at_rates(chosen, fronts)
+        check_splits(chosen, workload)
+    untuned = tuple(
+        label
+        for label in config.methods
+        if label not in (*sections, *left_out) and METHODS[label].config is not _NO_CONFIG
+    )
     if reference and reference not in labels:
         known = ", ".join(labels) or "none without fronts"
         raise ConfigError(

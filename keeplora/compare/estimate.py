@@ -38,14 +38,14 @@ class Estimate:
         )
 
 
-def announcement(config: RunConfig, workload: Workload) -> str:
-    """What is about to run and how long it will take, in a sentence."""
+def announcement(config: RunConfig, workload: Workload | None) -> str:
+    """What is about to run and how long it will take, in a sentence; nothing runs without ``workload``."""
     waiting = unfinished(config)
     runs, done = len(config.pairs()), len(config.pairs()) - len(waiting)
     names = dict.fromkeys(label.partition("@")[0] for label in config.labels())
     rates = f", {len(config.labels())} settings" if len(names) < len(config.labels()) else ""
     title = f"{len(names)} methods{rates} x {len(config.seeds)} seeds on {config.benchmark}"
-    if not waiting:
+    if workload is None or not waiting:
         return f"{title}: all {runs} runs are finished in {config.out}"
     left = f"{len(waiting)} of {runs} runs are left" if done else f"{runs} runs"
     return (

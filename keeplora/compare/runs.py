@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
+from keeplora._calls import named
 from keeplora._files import one_writer
 from keeplora._messages import listed, suggest
 from keeplora.methods import METHODS, configure, create
@@ -18,16 +19,17 @@ from keeplora.train.evaluated import evaluations_folder
 from keeplora.train.events import Event, Listener
 from keeplora.train.loop import run_one
 from keeplora.train.plugins import load_plugins
-from keeplora.train.record import RunRecord, claim_folder, load_result, run_folder
-from keeplora.train.workload import configured_workload
+from keeplora.train.record import RunRecord, claim_folder, load_result, recorded_data, run_folder
+from keeplora.train.workload import configured_workload, source_of
 
 from .console import Console
 from .pool import Pool
 
-__all__ = ["check_methods", "check_settings", "check_splits", "read_records", "refusal", "run_benchmark", "unfinished",
-           "with_all_methods"]  # fmt: skip
+__all__ = ["all_methods", "check_methods", "check_settings", "check_splits", "is_finished", "read_records", "refusal",
+           "run_benchmark", "unfinished", "with_all_methods"]  # fmt: skip
 
 
+@named
 def run_benchmark(
     config: RunConfig,
     *,
@@ -38,9 +40,9 @@ def run_benchmark(
     """Run every (method, seed) of ``config`` and return their records in the order of ``config.pairs()``.
 
     Results land in ``config.out`` (see ``keeplora.train.record``). Finished pairs are read back, pairs
-    that were interrupted continue. With ``config.workers = 0`` everything runs in this process. A ``workload`` that is
-    loaded already need not be loaded again. A folder that was begun with another keeplora or torch is gone on with if
-    ``accept_versions``.
+    that were interrupted continue. With ``config.workers = 0`` everything runs in this process. The ``workload`` of
+    ``config`` need not be loaded again where it is loaded already, nor at all where [`is_finished`][]. A folder that
+    was begun with another keeplora or torch is gone on with if ``accept_versions``.
 
     Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``OSError`` for a folder
     that another process runs in, or that cannot be written to; ``WorkerError`` when a run fails; ``KeyboardInterrupt``
@@ -51,25 +53,51 @@ def run_benchmark(
             f"run_benchmark: config must be a RunConfig, got {type(config).__name__}. Read one: "
             "keeplora.load_config(path)."
         )
-    if workload is None:
-        workload = configured_workload(config, "cpu" if config.workers else config.device)
-    check_methods(config, workload, [label for label, _ in unfinished(config)])  # what has run suits the model
+    source = source_of(config)
+    data = _finished_data(config, source) if workload is None else None
+    if data is None:
+        if workload is None:
+            workload = configured_workload(config, "cpu" if config.workers else config.device)
+        check_methods(config, workload, [label for label, _ in unfinished(config)])  # what has run suits the model
+        data = workload.fingerprint()
     with one_writer(config.out, patience=0):
-        claim_folder(config, workload.fingerprint(), accept_versions=accept_versions)
+        claim_folder(config, data, source=source, accept_versions=accept_versions)
         _run_all(config, workload, console)
     return read_records(config)
 
 
-def _run_all(config: RunConfig, workload: Workload, console: Listener | None) -> None:
-    shown = Console(len(workload.tasks) * len(config.pairs())) if console is None else None
+def is_finished(config: RunConfig) -> bool:
+    """Whether every run of ``config`` is in its folder, and what data and model are made of is as it was.
+
+    Then there is nothing to load. False, too, where only loading them would tell: for tasks of the user's own.
+    """
+    return _finished_data(config, source_of(config)) is not None
+
+
+def _finished_data(config: RunConfig, source: str | None) -> str | None:
+    """The recorded fingerprint of the data, if [`is_finished`][]."""
+    data = recorded_data(config, source)
+    if data is None:
+        return None
+    check_settings(config)
+    return None if unfinished(config) else data
+
+
+def _run_all(config: RunConfig, workload: Workload | None, console: Listener | None) -> None:
+    """``workload`` may be None where nothing is left to run."""
+    results = _results(config)
+    waiting = [pair for pair, record in results.items() if record is None]
+    if workload is None and waiting:  # another process has moved results away
+        workload = configured_workload(config, "cpu" if config.workers else config.device)
+    done = [record for record in results.values() if record is not None]
+    tasks = len(done[0].tasks if workload is None else workload.tasks)
+    shown = Console(tasks * len(config.pairs())) if console is None else None
     listener: Listener = console if console is not None else shown  # type: ignore[assignment]
     try:
-        waiting = unfinished(config)
-        tasks = len(workload.tasks)
         for label, seed in config.pairs():
             if (label, seed) not in waiting:
                 listener(Event("done", label, seed, tasks, tasks, text="already finished"))
-        if config.workers == 0:
+        if config.workers == 0 and workload is not None:
             for label, seed in waiting:
                 place, known = run_folder(config.out, label, seed), evaluations_folder(config)
                 run_one(config, workload, label, seed, folder=place, evaluations=known, listener=listener)
@@ -220,12 +248,17 @@ def refusal(config: RunConfig, workload: Workload, label: str) -> str:
     return ""
 
 
+def all_methods(config: RunConfig) -> RunConfig:
+    """``config`` with every method it has a table for and every registered one."""
+    return override(config, methods=tuple(dict.fromkeys((*config.methods, *config.method, *METHODS))))
+
+
 def with_all_methods(config: RunConfig, workload: Workload) -> tuple[RunConfig, dict[str, str]]:
-    """``config`` with every method it has a table for and every registered one; and which the model refuses: why.
+    """[`all_methods`][] but those that the model refuses; and these: why.
 
     A method that the configuration itself names stays, and is refused later.
     """
-    every = tuple(dict.fromkeys((*config.methods, *config.method, *METHODS)))
+    every = all_methods(config).methods
     left_out = {
         label: why for label in every if label not in config.methods and (why := refusal(config, workload, label))
     }

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from keeplora._calls import named
 from keeplora.lora import LoraSlot, Target, TokenMask, linear_targets, require_module
 
 from .coverage import Targets, WeightKind
@@ -35,6 +36,7 @@ FAMILIES: list[Family] = _files()
 """The families that are known, asked in this order: those of the package by name; more may be appended."""
 
 
+@named
 def find_targets(model: nn.Module, towers: Sequence[str] | None = None) -> list[Target]:
     """All weights of ``model`` that can be adapted, with tower and depth where its family is known.
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from keeplora._calls import named
 from keeplora.distributed import processes
 from keeplora.methods.method import Method
 from keeplora.methods.state import read_state
@@ -72,6 +73,7 @@ class OneTask:
     model: nn.Module
     optimizer: AcceleratedOptimizer
 
+    @named
     def __init__(self, accelerator: Accelerator, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer):
         refuse_untrainable("OneTask", method, shares=True)
         settle_engine("OneTask", accelerator.state, method, model)
@@ -94,6 +96,7 @@ class OneTask:
             self.method.save(Path(folder) / FOLDER)
 
 
+@named
 def resume(method: Method, checkpoint: str | os.PathLike[str]) -> None:
     """Bring a method and its model to where they were when ``accelerator.save_state`` wrote ``checkpoint``.
 

@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
+from keeplora._calls import named
 from keeplora.lora import LoraHost, require_module
 from keeplora.lora.shares import is_wrapped, without_rows
 from keeplora.methods.flags import freeze
@@ -16,6 +17,7 @@ from keeplora.methods.slot_states import SlotStates
 __all__ = ["settle_engine", "shard"]
 
 
+@named
 def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Freeze ``model`` and cut it into rows with accelerate's FSDP2 plugin, before a method is made of it.
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from keeplora._calls import named
 from keeplora._messages import warn
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.distributed import processes
@@ -98,6 +99,7 @@ class KeepLoraCallback(TrainerCallback):
         (6, True)
     """
 
+    @named
     def __init__(self, method: Method):
         refuse_untrainable("KeepLoraCallback", method, shares=True)
         self.method = method

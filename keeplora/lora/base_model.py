@@ -43,10 +43,11 @@ class BaseModel:
         Warns:
             UserWarning: a model of transformers that was loaded from nowhere, with no ``name`` given.
         """
-        from peft import TaskType
+        if task_type is not None:
+            from peft import TaskType
 
-        if task_type is not None and task_type not in (known := [kind.value for kind in TaskType]):
-            raise ValueError(f"export_peft: task_type must be None or one of {', '.join(known)}, got {task_type!r}")
+            if task_type not in (known := [kind.value for kind in TaskType]):
+                raise ValueError(f"export_peft: task_type must be None or one of {', '.join(known)}, got {task_type!r}")
         config: Any = getattr(model, "config", None)
         own = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
         if name is None and own is None and hasattr(model, "name_or_path"):

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .peft_config import check_plain_lora, check_settings
 from .slot import LoraSlot
 from .update import Update
 
-__all__ = ["ExpertWeight", "layers_of", "read", "read_note", "split", "write"]
+__all__ = ["ExpertWeight", "layers_of", "read", "read_note", "require_peft", "split", "write"]
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,6 +91,14 @@ def layers_of(model: nn.Module, slots: Sequence[LoraSlot], updates: Mapping[str,
                 nothing = Update(torch.zeros(0, width), torch.zeros(rows, 0))
                 layers[name] = (update or nothing).of_rank(rank)
     return layers
+
+
+def require_peft(function: str) -> None:
+    """Refuse to go on without PEFT, which the files belong to."""
+    if find_spec("peft") is None:
+        raise ImportError(
+            f"{function}: peft must be installed, got none. Run pip install 'keeplora[peft]'.", name="peft"
+        )
 
 
 def checkpoint(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from keeplora._calls import public
 from keeplora.families import find_targets
 from keeplora.lora import Target, wrap
 
@@ -31,6 +32,7 @@ class FullFineTuning(Method):
     freezes = False
     trains_weights = True
 
+    @public
     def __init__(
         self,
         model: nn.Module,

@@ -84,12 +84,14 @@ class Published(SlotStates):
             TypeError: an adapted layer has no counterpart in PEFT (open_clip's own attention block, separate
                 ``q_proj_weight``).
             RuntimeError: what was learned is no sum of adapters, or not all of them are known.
+            ImportError: PEFT is not installed.
 
         Warns:
             UserWarning: there are updates of ``nn.MultiheadAttention``, where stock PEFT up to 0.21 is wrong; a model
                 of transformers has no name; a ``README.md`` that is not keeplora's was left as it is.
         """
         folder = folder_named("export_peft", path)
+        peft_checkpoint.require_peft("export_peft")
         self._require("export_peft", task=None)
         if not self.merges:
             raise RuntimeError(

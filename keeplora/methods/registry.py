@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from keeplora._calls import public
+from keeplora._calls import named, public
 from keeplora._messages import nearest
+from keeplora._names import unknown_name
 from keeplora.distributed import Group, processes
 from keeplora.lora import Target, TokenMask, require_module, require_whole
 from keeplora.lora.shares import is_shared_out
@@ -38,7 +39,7 @@ from .peers.mica import Mica, MicaConfig
 from .peers.osf import Osf, OsfConfig
 from .saved import made, resumed
 from .sdlora import SdLora, SdLoraConfig
-from .settings import check_kind, unknown_setting
+from .settings import check_kind
 from .state import StateError, read_state
 from .zero_shot import NoConfig, ZeroShot
 
@@ -55,6 +56,7 @@ class Registered:
     summary: str = ""
 
 
+@named
 def _lines(
     model: nn.Module,
     config: LinesConfig | None = None,
@@ -111,6 +113,7 @@ METHODS: dict[str, Registered] = {
 """Every method that [`create`][] knows, by name; more may be added."""
 
 
+@named
 def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     """The configuration of the method ``name``: what can be said about settings before there is a model.
 
@@ -140,7 +143,7 @@ def configure(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     for setting in given:
         if setting not in known:
             raise ValueError(
-                f"create: settings of method {name!r} do not include {setting!r}. {unknown_setting(setting, known)}"
+                f"create: settings of method {name!r} do not include {setting!r}. {unknown_name(setting, known)}"
             )
     return made(**{**entry.defaults, **given})
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from typing_extensions import Self
 
-from keeplora._messages import nearest, suggest
+from keeplora._names import suggest, unknown_name
 
 __all__ = [
     "SEEDS",
@@ -31,7 +31,6 @@ __all__ = [
     "check_range",
     "check_whole",
     "plain",
-    "unknown_setting",
 ]
 
 SEEDS = f"[0, {2**32})"
@@ -46,42 +45,8 @@ class ConfigTypeError(ConfigError, TypeError):
     """A setting of the wrong type."""
 
 
-_HERE = {
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "rank": "r", "lora_r": "r",
-    "lora_rank": "r", "target_parameters": "target_modules",
-}  # fmt: skip
-_TARGETS = "Choose weights by targets=, for example some of keeplora.find_targets(model)."
-_LOOP = "It belongs to the loop: to the optimizer, or to a settings file beside the method's settings."
-_ELSEWHERE = {
-    **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"), _TARGETS),
-    **dict.fromkeys(("learning_rate", "lr", "weight_decay", "epochs", "batch_size"), _LOOP),
-    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), "export_peft takes it."),
-    "modules_to_save": "Adapters alone are trained here; keeplora.initialize has also_train=.",
-    **dict.fromkeys(
-        ("bias", "use_dora", "init_lora_weights", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "inference_mode"),
-        "There is nothing like it here: leave it out.",
-    ),
-}
-"""What PEFT and training loops call settings, and where keeplora has them."""
-
-
-def unknown_setting(name: object, known: Sequence[str]) -> str:
-    """What to do about a setting that is none of ``known``: one sentence.
-
-    Examples:
-        >>> unknown_setting("lora_alpha", ["r", "alpha"])
-        "It is called 'alpha' here."
-    """
-    here = _HERE.get(str(name))
-    if here in known:
-        return f"It is called {here!r} here."
-    if str(name) in _ELSEWHERE:
-        return _ELSEWHERE[str(name)]
-    return f"Nearest names: {', '.join(nearest(str(name), known))}." if known else "It has no settings."
-
-
 class Settings:
-    """Settings of a method, given by name; one that it does not have is refused, with the name that was meant."""
+    """Settings, given by name; one that there is not is refused, with the name that was meant."""
 
     if not TYPE_CHECKING:  # the dataclasses say which there are
 
@@ -91,7 +56,7 @@ class Settings:
                 if name not in known:
                     raise ConfigTypeError(
                         f"{cls.__name__}: settings do not include {name!r}, got {name}={value!r}. "
-                        f"{unknown_setting(name, known)}"
+                        f"{unknown_name(name, known)}"
                     )
             return super().__new__(cls)
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from keeplora.methods.keeplora.footprint import Footprint, LayerShape
-from keeplora.methods.settings import ConfigError
+from keeplora.methods.settings import ConfigError, Settings
 
 from .shapes import Matrix, Shapes
 
@@ -45,7 +45,7 @@ WORDS = 10
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Settings):
     """What decides about memory besides the model.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from keeplora._calls import named
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.statistics.budget import FREE_SHARE
@@ -142,6 +143,7 @@ def _parameters(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2g} M"
 
 
+@named
 def plan(
     name: str | os.PathLike[str],
     setting: Setting | None = None,

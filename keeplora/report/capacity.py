@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keeplora._calls import named
 from keeplora.methods import Capacity, LayerCapacity
 from keeplora.train.record import RunRecord
 
@@ -35,6 +36,7 @@ def tightest_run(records: Sequence[RunRecord]) -> tuple[RunRecord, Capacity] | N
     return min(limited, key=room, default=None)
 
 
+@named
 def plot_capacity(
     path: str | os.PathLike[str], capacities: Mapping[str, Capacity], tasks: Sequence[str] | None = None
 ) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keeplora.report.capacity import tightest_run
+from keeplora.report.drawn import draw_once, shown
 from keeplora.report.summary import group, write_csv, write_summary, write_text
 from keeplora.train.config import RunConfig
 from keeplora.train.record import RunRecord
@@ -44,16 +45,8 @@ def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Se
 
     table.md and comparison.csv (a line for every method), summary.json, metrics.csv (a line for every run), an
     accuracy.csv per run, and the charts: last-transfer.png, forgetting.png, matrices.png and an accuracy-<method>.png
-    each, capacity.png for the methods that protect a subspace.
+    each, capacity.png for the methods that protect a subspace. Charts that show the same already stay as they are.
     """
-    from keeplora.report.comparison_plots import (  # needs matplotlib
-        plot_forgetting,
-        plot_last_against_transfer,
-        plot_matrices,
-        plot_protected,
-    )
-    from keeplora.report.plots import plot_matrix
-
     out = Path(config.out)
     summary = write_summary(config, records)
     rows = table_rows(summary)
@@ -62,19 +55,32 @@ def report_comparison(config: RunConfig, records: Sequence[RunRecord], notes: Se
     write_text(out / "table.md", markdown)
 
     runs = group(config, records)
-    charts, said = [out / "matrices.png"], list(notes)
-    plot_matrices(charts[0], runs)
-    for label, label_records in runs.items():
-        plot_matrix(out / f"accuracy-{label}.png", label, label_records)
-    if summary["methods"] and len(summary["tasks"]) > 1:
-        charts += [out / "last-transfer.png", out / "forgetting.png"]
-        plot_last_against_transfer(charts[1], summary)
-        plot_forgetting(charts[2], summary, runs)
-    elif summary["methods"]:
-        said.append(ONE_TASK)
     tightest = {label: run[1] for label, records in runs.items() if (run := tightest_run(records)) is not None}
-    if plot_protected(out / "capacity.png", tightest):
-        charts.append(out / "capacity.png")
+    several, said = len(summary["tasks"]) > 1, list(notes)
+    if summary["methods"] and not several:
+        said.append(ONE_TASK)
+    names = ["matrices.png", *(["last-transfer.png", "forgetting.png"] if summary["methods"] and several else [])]
+    charts = [out / name for name in (*names, *(["capacity.png"] if tightest else []))]
+    matrices = {label: out / f"accuracy-{label}.png" for label in runs}
+
+    def draw() -> None:
+        from keeplora.report.comparison_plots import (  # needs matplotlib, and takes time
+            plot_forgetting,
+            plot_last_against_transfer,
+            plot_matrices,
+            plot_protected,
+        )
+        from keeplora.report.plots import plot_matrix
+
+        plot_matrices(charts[0], runs)
+        for label, file in matrices.items():
+            plot_matrix(file, label, runs[label])
+        if summary["methods"] and several:
+            plot_last_against_transfer(charts[1], summary)
+            plot_forgetting(charts[2], summary, runs)
+        plot_protected(charts[-1], tightest)
+
+    draw_once(out, [*charts, *matrices.values()], shown(summary, records), draw)
     lines = [caption(summary), text_table(rows), "", *said]
     return "\n".join([*lines, "charts: " + ", ".join(map(str, charts)), f"numbers: {out / 'table.md'}, summary.json, "
                       "comparison.csv, metrics.csv"])  # fmt: skip

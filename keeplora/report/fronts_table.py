@@ -9,6 +9,7 @@ from typing import Any
 from keeplora._files import write_json
 from keeplora.methods.settings import ConfigError
 from keeplora.report.comparison import ONE_TASK, markdown_table, text_table
+from keeplora.report.drawn import draw_once, shown
 from keeplora.report.fronts import ALLOWANCES, LEVEL, Fronts, Point, as_dict, gather
 from keeplora.report.summary import write_csv, write_summary, write_text
 from keeplora.train.config import RunConfig, override
@@ -32,8 +33,6 @@ def report_fronts(
     tested against; ``keeplora``, else the first, if empty. A setting whose loss was not finite with some seed is left
     out, and the report says so.
     """
-    from keeplora.report.fronts_plot import plot_fronts  # needs matplotlib
-
     out = Path(config.out)
     failed = {record.label: record.failed for record in records if record.failed}
     config = override(config, methods=tuple(label for label in config.methods if label not in failed))
@@ -42,7 +41,7 @@ def report_fronts(
     labels = {method: rates for method, rates in labels.items() if rates}
     if not labels:
         raise ConfigError(f"report_fronts: records must hold a method that did not diverge, got {', '.join(failed)}")
-    write_summary(config, records)
+    summary = write_summary(config, records)
     fronts = gather(config, labels, records, usual_reference(labels, reference))
     values = as_dict(config, fronts)
     write_json(out / "fronts.json", values)
@@ -55,8 +54,14 @@ def report_fronts(
         markdown += ["", f"**{title}**", "", markdown_table(rows)]
     write_text(out / "fronts.md", "\n".join([*markdown, *(f"\n{line}" for line in said), ""]))
     drawn = "transfer" in fronts.zero_shot.figures
-    if drawn:
+
+    def draw() -> None:
+        from keeplora.report.fronts_plot import plot_fronts  # needs matplotlib, and takes time
+
         plot_fronts(out / "fronts.png", config, fronts)
+
+    if drawn:
+        draw_once(out, [out / "fronts.png"], [values, *shown(summary, records)], draw)
     text = [caption(config, fronts)]
     for title, rows in tables.items():
         text += ["", title, text_table(rows)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Mapping
-from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 
+from keeplora._made_of import version
 from keeplora._version import __version__
 from keeplora.compare.comparison import shipped_comparisons
 from keeplora.methods import METHODS
@@ -59,7 +59,7 @@ def describe() -> str:
     lines = [
         f"keeplora {__version__} on Python {platform.python_version()}, {platform.platform()}",
         "",
-        "packages    " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+        "packages    " + ", ".join(f"{name} {version(name) or 'not installed'}" for name in _PACKAGES),
         f"CPU         {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         f"CUDA        {_cuda()}",
         *_compiled(built),
@@ -77,13 +77,6 @@ def describe() -> str:
 
 def _kernels(kernels: Mapping[str, Collection[str]], op: str) -> str:
     return " and ".join(f"{device} kernel" for device in kernels if op in kernels[device]) or "reference"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cuda() -> str:

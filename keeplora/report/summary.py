@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from keeplora._files import write_atomic, write_json
+from keeplora._made_of import version
 from keeplora.report.capacity import tightest_run
 from keeplora.report.instruction_metrics import instruction_metrics
 from keeplora.report.metrics import continual_metrics, mean_std
@@ -120,7 +120,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
     """Versions, machine, and where the numbers come from."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": config.threads,
@@ -178,13 +178,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a source tree on the path, not installed
-        return None
 
 
 def _processor() -> str:

@@ -4,7 +4,8 @@ A folder is a benchmark, called as the folder with - for _, when its file ``work
 
 * ``workload(device, *, small=False)``, which returns a ``Workload``; with ``small`` a
   part of it, for a look within minutes;
-* ``NEEDS``, where it needs more than the package does: modules it imports, and the command that installs each.
+* ``NEEDS``, where it needs more than the package does: modules it imports, and the command that installs each;
+* ``weights()``, where its weights are not in the folder: the files they are read from.
 
 ``workload.py`` and the folder's ``__init__.py`` import such a module inside the functions that use it, so that both can
 be read without.
@@ -14,19 +15,26 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from keeplora._calls import named
+from keeplora._made_of import made_of
 from keeplora._messages import suggest
 from keeplora.methods.settings import ConfigError
 from keeplora.tasks.workload import Workload
 
-__all__ = ["benchmarks", "load_workload", "missing_packages"]
+__all__ = ["benchmarks", "load_workload", "missing_packages", "source"]
 
 _SMALL = "-small"
+_DECIDING = ("torch", "numpy", "safetensors", "open_clip_torch", "transformers", "tokenizers")
+"""Whose versions may change the data or the pretrained model of a benchmark."""
 
 
 def benchmarks() -> tuple[str, ...]:
@@ -43,6 +51,7 @@ def benchmarks() -> tuple[str, ...]:
     return tuple(each for name in sorted(names) for each in (name, f"{name}{_SMALL}"))
 
 
+@named
 def load_workload(name: str, device: str = "cpu") -> Workload:
     """The benchmark called ``name``: one of [`benchmarks`][], or ``"package.module:function"``.
 
@@ -79,6 +88,20 @@ def missing_packages(name: str) -> dict[str, str]:
         return {}
     needs: Mapping[str, str] = getattr(_module(name.removesuffix(_SMALL)), "NEEDS", {})
     return {module: command for module, command in needs.items() if find_spec(module) is None}
+
+
+def source(name: str) -> str | None:
+    """A hash of what a benchmark of the package is made of. Where it is as it was, so are the data and the model.
+
+    Of the package's files, those that hold the weights, versions, and the kind of CPU, which may round pictures
+    differently. Nothing is loaded. None for a benchmark of one's own, and where something it needs is missing: only
+    loading it tells.
+    """
+    if name not in benchmarks() or missing_packages(name):
+        return None
+    weights: Callable[[], list[Path]] | None = getattr(_module(name.removesuffix(_SMALL)), "weights", None)
+    files = [] if weights is None else weights()
+    return made_of(_DECIDING, files, platform.machine(), torch.backends.cpu.get_cpu_capability())
 
 
 def _module(folder: str) -> Any:

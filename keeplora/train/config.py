@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
+from keeplora._calls import named
 from keeplora._messages import suggest
 from keeplora._untrusted import MOST_JSON, fault, parse_toml, parse_yaml, read_bytes
-from keeplora.methods.settings import (
-    ConfigError,
-)
+from keeplora.methods.settings import ConfigError, Settings
 from keeplora.tasks.field.catalog import BENCHMARKS
 from keeplora.tasks.own.config import OwnTasks, parse_own, restored_own
 from keeplora.train.config_checks import BOTH, validate
@@ -28,7 +27,7 @@ ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Settings):
     """One column of the result table: a method, its learning rate and its own settings.
 
     ``method`` is the registered name (``keeplora.methods.METHODS``). It defaults to the label, the key
@@ -43,7 +42,7 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Everything that decides the numbers of a run, and where they go.
 
     Exactly one of ``epochs`` and ``steps`` is given, as a number, or as a list with one for each task.
@@ -196,6 +195,7 @@ def fingerprint(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@named
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a TOML or YAML file, or a shipped configuration by its name (``"demo"``, ``"quick"``).
 

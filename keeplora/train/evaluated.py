@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from keeplora._files import write_json
+from keeplora._made_of import version
 from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from keeplora.methods.method import Method
 from keeplora.tasks.workload import ItemWorkload, Workload
@@ -66,7 +66,7 @@ class Evaluations:
                 "threads": self.config.threads,
                 "device": _device(self.config.device),
                 "batch_size": self.config.evaluation_batch_size,
-                "versions": {name: _version(name) for name in _PACKAGES},
+                "versions": {name: version(name) for name in _PACKAGES},
             }
 
     def accuracy(self, task: int | None, split: str) -> float:
@@ -135,10 +135,3 @@ def _items(value: Any) -> dict[str, Any]:
 
 def _device(name: str) -> str:
     return torch.cuda.get_device_name() if name == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

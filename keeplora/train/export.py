@@ -12,6 +12,7 @@ from torch import nn
 
 from keeplora._files import write_atomic
 from keeplora.lora.base_model import BaseModel
+from keeplora.lora.peft_checkpoint import require_peft
 from keeplora.methods import create
 from keeplora.methods.card import Story, model_card, write_card
 from keeplora.methods.settings import ConfigError, plain
@@ -62,12 +63,19 @@ def export_runs(config: RunConfig, workload: Workload) -> list[str]:
 
 
 def check_exportable(config: RunConfig, workload: Workload) -> None:
-    """Refuse, before anything is trained, a model that no library would know how to load; `ConfigError`."""
+    """Refuse, before anything is trained, a model that no library would know how to load, and adapters without PEFT.
+
+    `ConfigError`.
+    """
     if not isinstance(workload, ExportableWorkload):
         raise ConfigError(
             "export_runs: export must be of your own tasks, with a model of open_clip or transformers, got the "
             f"benchmark {config.benchmark!r}. Leave --export out"
         )
+    try:
+        require_peft("export_runs")
+    except ImportError as error:
+        raise ConfigError(f"{str(error).removesuffix('.')}, or leave --export out") from error
 
 
 def _export(config: RunConfig, workload: Any, label: str, seed: int) -> list[str]:

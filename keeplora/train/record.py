@@ -217,11 +217,24 @@ def load_result(folder: Path, identity: Mapping[str, Any]) -> RunRecord | None:
     return record
 
 
-def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False) -> None:
+def recorded_data(config: RunConfig, source: str | None) -> str | None:
+    """The fingerprint of the data that the run folder records, if they are still made of ``source``; else None."""
+    file = Path(config.out) / CONFIG_FILE
+    if source is None or not os.path.lexists(file):
+        return None
+    previous = _parsed("claim_folder", file, "Use another folder.")
+    if not isinstance(previous, Mapping) or previous.get("source") != source:
+        return None
+    data = previous.get("data")
+    return data if isinstance(data, str) else None
+
+
+def claim_folder(config: RunConfig, data: str, *, source: str | None = None, accept_versions: bool = False) -> None:
     """Write ``config.json`` into the run folder; refuse a folder that holds runs with other settings.
 
     ``data`` is the workload's fingerprint: results on other data must not stand in one table either. Nor must those of
     another keeplora or torch, unless ``accept_versions``; the file names all that have run here, every result its own.
+    ``source`` is a hash of what the data are made of: while it stays, [`recorded_data`][] are those of ``data``.
 
     More seeds or methods are welcome: their runs stand beside the finished ones.
     """
@@ -249,7 +262,7 @@ def claim_folder(config: RunConfig, data: str, *, accept_versions: bool = False)
             )
     if versions() not in known:
         known.append(versions())
-    write_json(file, {**config.as_dict(), "data": data, "versions": known})
+    write_json(file, {**config.as_dict(), "data": data, "source": source, "versions": known})
 
 
 def _parsed(function: str, file: Path, remedy: str) -> Any:

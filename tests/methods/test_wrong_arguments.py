@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import inspect
+import sys
 
 import pytest
 import tiny_workload
@@ -12,7 +14,13 @@ from torch import nn
 import keeplora
 from keeplora._calls import INNER, public
 from keeplora._messages import warn
-from keeplora.methods import METHODS
+from keeplora.integrations import shard
+from keeplora.integrations.accelerate import resume
+from keeplora.lora import select_targets
+from keeplora.methods import METHODS, AdapterConfig
+from keeplora.plan import Setting, plan
+from keeplora.tasks import load_workload
+from keeplora.tasks.own import DataSettings, ModelSource, OwnTasks, TaskSource
 
 DATA = [torch.ones(4, 8), torch.zeros(4, 8)]
 
@@ -53,7 +61,7 @@ def test_something_else_than_a_model(entry, model):
 @pytest.mark.parametrize(("name", "here"), [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("rank", "r")])
 def test_names_that_peft_has_for_settings(entry, name, here):
     known = [field.name for field in dataclasses.fields(entry.config)]
-    remedy = f"It is called '{here}' here" if here in known else "(Nearest names: .|It has no settings)"
+    remedy = f"It is called '{here}' here" if here in known else "(Nearest names: .|It has no settings|.* go into set)"
     with pytest.raises(TypeError, match=rf"^{entry.config.__name__}: settings .*got {name}=4\. {remedy}"):
         entry.config(**{name: 4})
     with pytest.raises(ValueError, match=rf"^create: settings .*'{name}'\. {remedy}"):
@@ -98,6 +106,14 @@ def test_a_wrong_argument_is_named(call, error, said):
     assert known.digest() == before
 
 
+@pytest.mark.parametrize("call", ["export_peft", "import_peft"])
+def test_what_needs_peft_says_so(call, monkeypatch, tmp_path):
+    known = keeper()
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=rf"^{call}: peft must be installed, got none\. Run pip install"):
+        getattr(known, call)(tmp_path)
+
+
 def test_after_task_is_named_too():
     known = keeper()
     known.before_task(DATA, loss_fn)
@@ -115,13 +131,13 @@ def test_the_outermost_call_is_named():
     @public
     def inner():
         warn("mean_gradients: a warning")
-        raise ValueError("mean_gradients: loader must")
+        select_targets([], "all-linear")  # its messages begin with its name
 
     @public
     def outer():
         inner()
 
-    with pytest.warns(UserWarning, match=r"^outer: a warning"), pytest.raises(ValueError, match=r"^outer: loader must"):
+    with pytest.warns(UserWarning, match=r"^outer: a warning"), pytest.raises(ValueError, match=r"^outer: "):
         outer()
     with pytest.warns(UserWarning, match=r"^inner: "), pytest.raises(ValueError, match=r"^inner: "):
         inner()
@@ -132,10 +148,77 @@ def test_what_others_say_is_left_alone():
     def call(message):
         raise ValueError(message)
 
-    for message in ("addmm: shapes", "KeepLoraConfig: r must", "no colon", 3):
+    for message in ("addmm: shapes", "KeepLoraConfig: r must", "no colon", "wrap: of a user's own function", 3):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what is looked at)
             call(message)
         assert caught.value.args == (message,)
+
+
+def test_an_error_of_the_users_own_function_is_left_alone():
+    def failing(model, batch):
+        raise ValueError("wrap: my own words")
+
+    with pytest.raises(ValueError, match=r"^wrap: my own words"):
+        keeper().before_task(DATA, failing)
+
+
+MADE_HERE = {"Capacity", "Comparison", "LayerCapacity", "LayerCertificate", "RetentionCertificate", "RunRecord",
+             "State", "StateError", "SubspaceState"}  # fmt: skip
+"""Classes that users are given, and do not make."""
+CALLS = {
+    name: getattr(keeplora, name)
+    for name in keeplora.__all__
+    if name not in {*MADE_HERE, "METHODS", "Method", "__version__"}
+}
+CALLS |= {kind.__name__: kind for kind in (ModelSource, DataSettings, TaskSource, OwnTasks, Setting, AdapterConfig)}
+CALLS |= {call.__name__: call for call in (shard, resume, load_workload, plan)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_that_is_not_known_is_refused_with_the_name_that_was_meant(name):
+    call = CALLS[name]
+    known = list(inspect.signature(call).parameters)
+    meant = max(known, key=len)
+    said = f"(settings|arguments) do not include '{meant}s', got {meant}s=0.1. Nearest names: {meant}"
+    with pytest.raises(TypeError, match=rf"^{call.__name__}: {said}\b"):
+        call(**{f"{meant}s": 0.1})
+
+
+def test_an_argument_that_no_method_knows(entry):
+    with pytest.raises(TypeError, match=r"^\w+: arguments do not include 'progres', got .*\. Nearest names: pro"):
+        entry.build(tiny_workload.model(), progres=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: keeplora.MethodConfig("lora", lr=1e-3), "MethodConfig: .* got lr=0.001. It is called 'learning_rate'"),
+        (lambda: keeplora.MethodConfig("lora", lora_alpha=8), "MethodConfig: .*go into settings={'alpha': …}"),
+        (lambda: keeplora.MethodConfig("lora", feature_energy=1), "MethodConfig: .*go into settings={'feature_energy'"),
+        (lambda: keeplora.RunConfig("embedded", (), lr=1e-3), r"RunConfig: .*MethodConfig\('lora', learning_rate=…\)"),
+        (lambda: keeplora.RunConfig("embedded", (), r=8), r"RunConfig: .*MethodConfig\('lora', settings={'r': …}\)"),
+        (lambda: keeplora.RunConfig("embedded", (), num_train_epochs=3), "RunConfig: .*It is called 'epochs' here"),
+        (lambda: keeplora.KeepLora(net(), lora_alpha=8), r"KeepLora: .*goes into config=KeepLoraConfig\(alpha=…\)"),
+        (lambda: keeplora.KeepLora(net(), r=8), r"KeepLora: .*goes into config=KeepLoraConfig\(r=…\)"),
+        (lambda: keeplora.create("lora", net(), rank=8), "create: .*go into settings={'r': …}"),
+        (
+            lambda: keeper().before_task(dataloader=DATA),
+            "before_task: .*got dataloader=a list. It is called 'loader'",
+        ),
+        (lambda: keeper().save(folder="x"), "save: .* got folder='x'. Nearest names: path"),
+    ],
+)
+def test_names_of_other_libraries_and_of_other_places(call, said):
+    with pytest.raises(TypeError, match=f"^{said}"):
+        call()
+
+
+def test_a_type_error_inside_of_a_call_stays_what_it_is():
+    def loss(model, batch):
+        return model(batch, wrong=1)
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
+        keeper().before_task(DATA, loss)
 
 
 def test_no_message_begins_with_a_function_that_nobody_calls():

@@ -284,3 +284,37 @@ def test_models_that_answer_have_the_instruction_benchmarks_columns():
     header = result_table({**summary, "answers": True}).splitlines()[1].split()
     assert header[:5] == ["Transfer", "MFT", "MFN", "MAA", "BWT"]
     assert result_table(summary).splitlines()[1].split()[:5] == ["Transfer", "Avg", "Last", "Forgetting", "Learned"]
+
+
+def charts(config):
+    return {path.name: path.stat().st_mtime_ns for path in Path(config.out).glob("*.png")}
+
+
+def test_charts_are_drawn_once(finished):
+    config, records = finished
+    text = report_run(config, records)
+    before = charts(config)
+    assert set(before) == {"demo.png", "capacity.png", *(f"accuracy-{label}.png" for label in LABELS)}
+    assert report_run(config, records) == text
+    assert charts(config) == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"half")])
+@pytest.mark.parametrize("name", ["demo.png", "charts.json"])
+def test_a_chart_that_is_gone_or_damaged_is_drawn_again(finished, name, damage):
+    config, records = finished
+    report_run(config, records)
+    before = charts(config)
+    damage(Path(config.out) / name)
+    report_run(config, records)
+    assert set(charts(config)) == set(before)
+    assert not set(charts(config).items()) & set(before.items())
+
+
+def test_charts_of_other_figures_are_drawn(finished):
+    config, records = finished
+    report_run(config, records)
+    before = charts(config)
+    records[1].accuracy[0][0] = 0.95
+    report_run(config, records)
+    assert not set(charts(config).items()) & set(before.items())

@@ -25,6 +25,7 @@ from keeplora.lora import (
     depth_factor,
     depth_positions,
 )
+from keeplora.lora.peft_checkpoint import require_peft
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.capacity import Capacity
 from keeplora.methods.lora_method import ON_SHARES, LoraMethod
@@ -106,6 +107,7 @@ class KeepLora(LoraMethod):
     on_shares: ClassVar[frozenset[str]] = ON_SHARES | {"optimizer", "confine"}
     config: KeepLoraConfig
 
+    @public
     def __init__(
         self,
         model: nn.Module,
@@ -345,8 +347,10 @@ class KeepLora(LoraMethod):
                 targets, or reaches into what is protected; the model holds its updates already, or it was made for
                 other weights.
             RuntimeError: a task is open.
+            ImportError: PEFT is not installed.
         """
         folder = folder_named("import_peft", path)
+        require_peft("import_peft")
         self._require("import_peft", task=False)
         protected = self._protected_or_weights()
         parts = imported_adapters(

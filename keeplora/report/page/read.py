@@ -69,7 +69,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     place = Path(folder)
     values = _config_values(place)
     versions = values.pop("versions", [])
-    values.pop("data", None)
+    for name in ("data", "source"):
+        values.pop(name, None)
     config = _config(place, values)
     records: list[RunRecord] = []
     failed: list[RunRecord] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from keeplora.tasks import minilm
 from keeplora.tasks.classification import ClassificationWorkload
+from keeplora.tasks.minilm.workload import weights as text_weights
 
-from . import load_model, load_tasks
+from . import load_model, load_tasks, weights_file
 from .model import PACKAGE
 
 NEEDS = {
@@ -23,3 +26,8 @@ def workload(device: str, *, small: bool = False) -> ClassificationWorkload:
     if small:
         tasks, witness = [task.thinned(_SMALL_IMAGES) for task in tasks[:_SMALL_TASKS]], witness.thinned(_SMALL_IMAGES)
     return ClassificationWorkload(tasks, witness, load_model, device=device)
+
+
+def weights() -> list[Path]:
+    """The files of both towers."""
+    return [weights_file(), *text_weights()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from keeplora.tasks.minilm import (
     accuracy,
     classification_loss,
     correct,
+    encoder_folder,
     load_encoder,
     load_tasks,
     shuffled,
@@ -68,6 +70,11 @@ class TextWorkload(TaskSequence[TextTask]):
     def correct(self, model: nn.Module, task: int | None, split: str, batch_size: int) -> Tensor:
         """Which definitions are nearest to their own class name."""
         return correct(model, self.task(task), split, batch_size=batch_size)
+
+
+def weights() -> list[Path]:
+    """The encoder's files."""
+    return sorted(file for file in encoder_folder().rglob("*") if file.is_file())
 
 
 _SMALL_TASKS, _EVERY = 4, 2

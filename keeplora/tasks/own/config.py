@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from keeplora._messages import suggest
-from keeplora.methods.settings import ConfigError, ConfigTypeError, check_choice, check_name, check_range, check_whole
+from keeplora.methods.settings import (
+    ConfigError,
+    ConfigTypeError,
+    Settings,
+    check_choice,
+    check_name,
+    check_range,
+    check_whole,
+)
 from keeplora.tasks.field.catalog import instruction_benchmark, is_of_images
 from keeplora.tasks.own.broken import broken_name
 from keeplora.tasks.own.config_checks import check_template, check_texts, made
@@ -37,7 +45,7 @@ KINDS = ("folder", "dataset", "json")
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(Settings):
     """The pretrained model: one of open_clip's, or one of transformers'.
 
     Args:
@@ -74,7 +82,7 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """What all tasks share.
 
     Args:
@@ -148,7 +156,7 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class TaskSource:
+class TaskSource(Settings):
     """One task: a name, and exactly one of ``folder``, ``dataset`` and ``json``.
 
     Args:
@@ -201,7 +209,7 @@ class TaskSource:
 
 
 @dataclass(frozen=True)
-class OwnTasks:
+class OwnTasks(Settings):
     """A user's own tasks, in learning order, or those of a benchmark of the field; and the model that learns them.
 
     ``base`` is the folder that relative paths begin in: the settings file's. ``witness`` is evaluated, never trained.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import open_clip
 import pytest
@@ -182,6 +183,13 @@ def test_an_export_of_runs_that_kept_no_state_is_refused(place, capsys):
     told = capsys.readouterr().err
     assert "must hold the state of the run" in told
     assert "seed-0" in told
+
+
+def test_without_peft_an_export_is_refused_before_training(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    assert main(["run", str(place / "tasks.toml"), "--out", str(place / "none"), "--export"]) == 2
+    assert "peft must be installed, got none. Run pip install 'keeplora[peft]', or leave" in capsys.readouterr().err
+    assert not (place / "none").exists()
 
 
 def test_a_benchmark_is_not_exported(tmp_path, capsys):
