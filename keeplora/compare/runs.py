@@ -41,8 +41,9 @@ def run_benchmark(
 
     Results land in ``config.out`` (see ``keeplora.train.record``). Finished pairs are read back, pairs
     that were interrupted continue. With ``config.workers = 0`` everything runs in this process. The ``workload`` of
-    ``config`` need not be loaded again where it is loaded already, nor at all where [`is_finished`][]. A folder that
-    was begun with another keeplora or torch is gone on with if ``accept_versions``.
+    ``config`` need not be loaded again where it is loaded already, nor at all where every run is finished and the files
+    and versions that data and model are made of are as they were. A folder that was begun with another keeplora or
+    torch is gone on with if ``accept_versions``.
 
     Raises ``ConfigError`` for unknown methods or settings, or a folder with other settings; ``OSError`` for a folder
     that another process runs in, or that cannot be written to; ``WorkerError`` when a run fails; ``KeyboardInterrupt``

@@ -196,7 +196,7 @@ def begun(tmp_path):
 def test_a_signal_to_the_command_alone_ends_all(tmp_path, kind, code):
     process, out, state = begun(tmp_path)
     os.kill(process.pid, kind)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert group_is_empty(process.pid)
     assert "Traceback" not in errors
