@@ -10,7 +10,7 @@ gradients           ``4 Σ out·in`` in a pass before a task, or ``4 Σ min(out,
 feature moments     ``4 Σ in²`` over distinct inputs, in the passes after a task, at most ``memory_budget`` together
 workspace           what the factorisation of the largest weight takes alone (``Footprint.opening``, ``closing``)
 in main memory
-bases               ``4 Σ in·k``, float32
+bases               ``2 Σ in·k`` of 16-bit weights, float16, and ``4 Σ in·k`` of tasks, float32; all in float32 else
 pretrained weights  ``b Σ out·in`` from the first merge into 16-bit weights on
 updates             ``4 Σ r (in + out)`` for every task; ``4 out·in`` of a weight where that is less
 on disk             bases and updates; adapters of an open task
@@ -53,7 +53,8 @@ class Setting:
             GPU. gpus: With more than one, weights are sharded among them (FSDP2). tasks: That were learned before.
         budget: ``memory_budget`` of the settings, in bytes; None: gradients are kept exactly.
             (``keeplora.plan.plan`` takes 20 % of what the model leaves free, as the method does.)
-        weight_share: k / in that weights protect. feature_share: that every task adds. ranks: k by name, where known.
+        weight_share: k / in that weights protect. feature_share: that every task adds. ranks: k by name, where known:
+            of the weight, and of all tasks until now.
         whole_spectra: Whether subspace iteration gives up on the moments of wide layers, as on flat spectra.
     """
 
@@ -67,7 +68,7 @@ class Setting:
     budget: int | None = None
     weight_share: float = WEIGHT_SHARE[1]
     feature_share: float = FEATURE_SHARE
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     whole_spectra: bool = True
 
     def __post_init__(self) -> None:
@@ -104,12 +105,13 @@ def footprint(shapes: Shapes, setting: Setting) -> Footprint:
 def _layer(m: Matrix, setting: Setting) -> LayerShape:
     rank, known = min(setting.rank, m.width), setting.ranks.get(m.name)
     if setting.method == "lora":
-        protected, added = 0, 0
+        protected, added, already = 0, 0, 0
     elif known is not None:
-        protected, added = known, 0
+        (protected, already), added = known, 0
     else:
         protected, added = (round(share * m.width) for share in (setting.weight_share, setting.feature_share))
-    return LayerShape(m.rows, m.width, rank, protected, added, dtype_bytes=setting.weight_bytes)
+        already = 0
+    return LayerShape(m.rows, m.width, rank, protected, added, already, setting.weight_bytes)
 
 
 def parts(shapes: Shapes, setting: Setting) -> dict[str, int]:

@@ -17,7 +17,7 @@ class LayerShape:
     Attributes:
         rank: Of an adapter.
         protected: k₀, directions that the pretrained weight asks for.
-        added: a, directions that each task adds.
+        added: a, directions that each task adds. already: That tasks have added, where they are counted one by one.
         dtype_bytes: w, of the layer's dtype: 2 in half precision.
     """
 
@@ -26,6 +26,7 @@ class LayerShape:
     rank: int
     protected: int
     added: int = 0
+    already: int = 0
     dtype_bytes: int = 2
 
     @property
@@ -48,8 +49,9 @@ class LayerShape:
         return 4 * self.numbers if turns else tasks * self.update
 
     def basis(self, tasks: int) -> int:
-        """Bytes of Q after that many tasks."""
-        return 4 * self.width * min(self.protected + tasks * self.added, self.width)
+        """Bytes of Q after that many tasks: in float16 what a weight of fewer than 32 bits asks for."""
+        of_tasks = min(self.already + tasks * self.added, self.width - self.protected)
+        return self.width * ((2 if self.dtype_bytes < 4 else 4) * self.protected + 4 * of_tasks)
 
     def weight_work(self) -> int:
         """What finding the basis of the weight takes, at most: its exact value, and its Gram matrix and the
@@ -73,7 +75,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Footprint:
-    r"""Bytes beyond the model's own, of layers with inputs ``d``, outputs ``o``, rank ``r``, ``k`` directions in Q:
+    r"""Bytes beyond the model's own, of layers with inputs ``d``, outputs ``o`` and rank ``r``.
+
+    Q has ``k₀`` directions of the weight, in u bytes a number (2 of weights in half precision, else 4), and ``k`` of
+    the tasks:
 
     $$
     \begin{aligned}
@@ -81,8 +86,8 @@ class Footprint:
     \text{AdamW, device} &= \sum 8 r o \\
     \text{gradient in a step, device} &= \sum 4 r o \\
     \text{between tasks, device} &= 0 \\
-    \text{host} &= \sum \bigl(4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
-    \text{disk} &= \sum \bigl(4 d k + t \cdot 4 r (o + d)\bigr)
+    \text{host} &= \sum \bigl(u d k_0 + 4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
+    \text{disk} &= \sum \bigl(u d k_0 + 4 d k + t \cdot 4 r (o + d)\bigr)
     \end{aligned}
     $$
 
@@ -93,7 +98,7 @@ class Footprint:
     Examples:
         >>> one = Footprint([LayerShape(4096, 4096, rank=16, protected=900)])
         >>> round(one.training() / 4096**2, 3), round(one.host(8) / 4096**2, 2), round(one.disk(8) / 4096**2, 2)
-        (0.062, 3.13, 1.13)
+        (0.062, 2.69, 0.69)
     """
 
     layers: Sequence[LayerShape]
