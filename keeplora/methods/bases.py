@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from keeplora.lora.update import to_host
-from keeplora.math.orthonormal import nearest_orthonormal
-from keeplora.ops.precision import full_precision
+from keeplora.math.orthonormal import orthonormal_again
 
 __all__ = ["Bases", "NamedBases", "joined", "keeper_of", "narrowed"]
 
@@ -45,10 +44,7 @@ def joined(parts: Sequence[Tensor], device: torch.device | None = None) -> Tenso
 
 
 def _exact(part: Tensor) -> Tensor:
-    if part.dtype != NARROW:
-        return part
-    with full_precision(part):
-        return nearest_orthonormal(part.double()).float()
+    return orthonormal_again(part) if part.dtype == NARROW else part
 
 
 class Bases(Sequence[Tensor]):

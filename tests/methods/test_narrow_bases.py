@@ -18,9 +18,7 @@ def net(dtype, seed=0):
 
 def task(seed, dtype):
     draw = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(16, 40, generator=draw).to(dtype), torch.randint(5, (16,), generator=draw)) for _ in range(3)
-    ]
+    return [(torch.randn(16, 40, generator=draw).to(dtype), torch.randint(5, (16,), generator=draw)) for _ in range(3)]
 
 
 def loss_fn(model, batch):
