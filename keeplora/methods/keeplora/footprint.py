@@ -50,13 +50,22 @@ class LayerShape:
 
     def basis(self, tasks: int) -> int:
         """Bytes of Q after that many tasks: in float16 what a weight of fewer than 32 bits asks for."""
-        of_tasks = min(self.already + tasks * self.added, self.width - self.protected)
-        return self.width * ((2 if self.dtype_bytes < 4 else 4) * self.protected + 4 * of_tasks)
+        return self.width * ((2 if self.dtype_bytes < 4 else 4) * self.protected + 4 * self.of_tasks(tasks))
+
+    def of_tasks(self, tasks: int) -> int:
+        """Directions in Q that are not the weight's."""
+        return min(self.already + tasks * self.added, self.width - self.protected)
 
     def weight_work(self) -> int:
         """What finding the basis of the weight takes, at most: its exact value, and its Gram matrix and the
         eigenvectors of that in float64."""
         return 32 * min(self.out, self.width) ** 2 + (4 * self.numbers if self.dtype_bytes < 4 else 0)
+
+    def seek_work(self, rows: int, tasks: int) -> int:
+        """What finding the directions of a gradient of that many rows takes: a copy that is scaled where it is small,
+        Q, and blocks of subspace iteration with their images."""
+        q = 4 * self.width * (self.protected + self.of_tasks(tasks))
+        return 4 * rows * self.width + q + 144 * self.rank * (self.out + self.width)
 
     def moment_work(self, *, whole: bool = True) -> int:
         """What extending the basis takes, the moment itself included.
@@ -68,9 +77,13 @@ class LayerShape:
         iterates = self.width >= plan_for("cuda").iterative_from
         return (44 if whole or not iterates else 12) * self.width**2
 
-    def merge_work(self) -> int:
-        """What merging an update and measuring its change takes: the weight as it was, and the change in float64."""
-        return (8 + self.dtype_bytes) * self.numbers
+    def merge_work(self, *, kept: bool = False) -> int:
+        """What merging an update and measuring its change takes: the weight as it was, and the change in float64.
+
+        Args:
+            kept: Whether it is kept beside the weight: then that is read in float32, to tell the update's size.
+        """
+        return 4 * self.numbers if kept else (8 + self.dtype_bytes) * self.numbers
 
 
 @dataclass(frozen=True)
@@ -161,9 +174,10 @@ class Footprint:
             most = max(budget, alone)
         if whole:
             most += max((x.moment_work() for x in self.layers), default=0) - alone
-        return max(most, max((layer.merge_work() for layer in self.layers), default=0))
+        return max(most, max((layer.merge_work(kept=self.kept > 0) for layer in self.layers), default=0))
 
     def switch(self, memory_budget: int) -> int:
         """Most that a task switch takes on the device, besides activations: the budget, or what one layer takes."""
-        least = max(max(x.moment_work(), x.merge_work(), x.weight_work()) for x in self.layers)
+        merging = max(x.merge_work(kept=self.kept > 0) for x in self.layers)
+        least = max(merging, *(max(x.moment_work(), x.weight_work()) for x in self.layers))
         return max(memory_budget, least)
