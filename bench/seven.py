@@ -149,12 +149,13 @@ def warm_up() -> None:
         small.save(folder)
 
 
-def sizes(keeper: KeepLora) -> dict[str, int]:
-    """k of every basis."""
-    return {room.name: room.protected for room in keeper.capacity()}
+def sizes(keeper: KeepLora) -> dict[str, tuple[int, int]]:
+    """k of every basis: of the weight, and of tasks."""
+    counts = ((room.name, room.protected, sum(room.added_by_task)) for room in keeper.capacity())
+    return {name: (protected - added, added) for name, protected, added in counts}
 
 
-def formula(shapes: Shapes, setting: Setting, activations: int, after: dict[str, int]) -> dict[str, float]:
+def formula(shapes: Shapes, setting: Setting, activations: int, after: dict[str, tuple[int, int]]) -> dict[str, float]:
     """MiB of main memory at the peak of every phase: it stands for the device's, too.
 
     Bases grow before pretrained weights are copied, so that ``after_task`` has two moments.

@@ -55,13 +55,22 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights (default: bfloat16)",
     )
     parser.add_argument(
+        "--bits", type=int, choices=[4, 8], help="plan for adapted weights quantised to 4 or 8 bits, on one GPU"
+    )
+    parser.add_argument(
+        "--no-merge", action="store_true", help="plan for updates kept beside weights (merge=False), on one GPU"
+    )
+    parser.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="sequences per step and GPU (default: 1)"
     )
     parser.add_argument(
         "--length", type=positive, default=1024, metavar="N", help="tokens per sequence (default: 1024)"
     )
     parser.add_argument(
-        "--gpus", type=positive, default=8, metavar="N", help="plan for one card and for N (default: 8)"
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="plan for one card and for N (default: 8; 1 with --bits, --no-merge)",
     )
     parser.add_argument(
         "--card",

@@ -219,9 +219,11 @@ def _plan(parsed: argparse.Namespace) -> int:
         rank=parsed.rank,
         method=parsed.method,
         weight_bytes={"bfloat16": 2, "float16": 2, "float32": 4}[parsed.dtype],
+        bits=parsed.bits,
+        merge=not parsed.no_merge,
         batch=parsed.batch,
         length=parsed.length,
-        gpus=parsed.gpus,
+        gpus=parsed.gpus or (1 if parsed.bits or parsed.no_merge else 8),
         budget=None if parsed.budget is None else parsed.budget * 10**9,
     )
     found = plan(

@@ -3,13 +3,15 @@
 Both give ``y = x (W + Σ c_i E_i (B_i − B_{0,i}) A_i)ᵀ + b``, where ``E_i`` places adapter i in its rows of the weight.
 Merged: the weight in the brackets is formed anew in every forward (``merge_ahead`` does it for all layers
 at once), so it cannot be out of date, and is multiplied with like any frozen weight. Training needs ``t = x Aᵀ
-[tokens, r]`` besides, and keeps that instead of x; the A's are stacked and cast where the weight is formed. Factored:
+[tokens, r]`` besides, and keeps that instead of x; the A's are stacked and cast where the weight is formed. A large
+merged weight is not kept for the backward pass but formed again there, from the same numbers (``FORMED_AGAIN``): kept,
+those of all layers would be a second copy of the model. Factored:
 ``x Aᵀ`` and its product with B, added to the frozen layer's output; no second copy of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -39,6 +41,10 @@ __all__ = [
 
 # The ops without their checks of arguments: between a layer's products Python runs from cold caches, and shows.
 _merge, _grads, _thin_matmul = OPS["merge_weights"].call, OPS["lora_grad_b"].call, OPS["thin_matmul"].call
+
+FORMED_AGAIN = 2**22
+"""Numbers of a weight from which on its merged copy is formed again in the backward pass, and never ahead: launches are
+nothing there, and forming takes .004 to .04 of a layer's step (2048 wide, 4096 to 1024 tokens, one CPU thread)."""
 
 ForwardMode = Literal["auto", "merged", "factored"]
 
@@ -76,7 +82,7 @@ def adapted_linear(
     if not parts:
         y = F.linear(x, weight, bias)
     elif _merges(host, x, weight, bias, parts):
-        y = _merged_linear(x, _merged_weight(host, weight, parts, parameter), bias, parts)
+        y = _merged_linear(x, weight, _merged_weight(host, weight, parts, parameter), bias, parts)
     else:
         y = _factored_linear(x, weight, bias, parts)
     return _looked_at(host, x, _with_kept(x, y, places), places)
@@ -136,6 +142,11 @@ def _merge_is_cheaper(tokens: int, weight: Tensor) -> bool:
     return tokens * (out + width) >= out * width
 
 
+def forms_again(weight: Tensor) -> bool:
+    """Whether a merged weight of this one is formed again in the backward pass; a compiler chooses by itself."""
+    return weight.numel() >= FORMED_AGAIN and not torch.compiler.is_compiling()
+
+
 class Merged(NamedTuple):
     """A layer's weight with its adapters, and where gradients are wanted their A's ``[Σr, in]``, in one dtype."""
 
@@ -149,7 +160,7 @@ def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parame
     if ahead is not None and ahead.is_current(weight, parts):
         return ahead.merged
     dtype = compute_dtype(weight)
-    if parameter and torch.is_grad_enabled():
+    if parameter and torch.is_grad_enabled() and not forms_again(weight):
         host.to_merge[parameter] = dtype
     return _merged_weights([(weight, parts)], dtype, stack=torch.is_grad_enabled())[0]
 
@@ -168,7 +179,7 @@ def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.
     for k, (weight, parts) in enumerate(jobs):
         for adapter, rows, down, up, origin in parts:
             if origin is not None and up.dtype != weight.dtype == torch.float64:
-                up, origin = adapter.update(), None  # rounded, as everywhere else that this update is formed
+                up, origin = up - origin, None  # rounded, as everywhere else that this update is formed
             a.append(down)
             b.append(up)
             scale.append(adapter.scaling)
@@ -206,7 +217,7 @@ def _stamp(weight: Tensor, parts: Sequence[Part]) -> tuple[Any, ...]:
     return tuple(stamp)
 
 
-def _merged_linear(x: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def _merged_linear(x: Tensor, weight: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B.
 
     Everything is in M's dtype, which is autocast's where that is on: it finds nothing to cast.
@@ -216,7 +227,8 @@ def _merged_linear(x: Tensor, merged: Merged, bias: Tensor | None, parts: Sequen
         x = x.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    y: Tensor = _Merged.apply(x, *merged, bias, parts, *[part.b for part in parts])
+    source = weight if forms_again(weight) else None
+    y: Tensor = _Merged.apply(x, *merged, bias, source, parts, *[part.b for part in parts])
     return y
 
 
@@ -237,10 +249,15 @@ def _plus(x: Tensor, y: Tensor, parts: Sequence[Part]) -> Tensor:
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, bias: Tensor | None, parts: Sequence[Part], *b: Tensor
-    ) -> Tensor:
-        ctx.parts = parts
-        ctx.save_for_backward(merged, narrow(x, a) if a is not None and any(ctx.needs_input_grad[5:]) else None)
+        ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, bias: Tensor | None, source: Tensor | None,
+        parts: Sequence[Part], *b: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.parts, ctx.dtype = parts, merged.dtype
+        t = narrow(x, a) if a is not None and any(ctx.needs_input_grad[6:]) else None
+        if source is None:
+            ctx.save_for_backward(merged, t)
+        else:  # with all that it is formed of, so that autograd notices a change of any
+            ctx.save_for_backward(source, t, *(tensor for part in parts for tensor in part[2:]))
         return F.linear(x, merged, bias)
 
     @staticmethod
@@ -251,8 +268,11 @@ class _Merged(torch.autograd.Function):
                 '"merged" or "auto": the merged product is no function of B to autograd. Set forward="factored" '
                 'in KeepLoraConfig, or forward_mode="factored" on the layers.'
             )
-        merged, t = ctx.saved_tensors
+        merged, t, *sources = ctx.saved_tensors
         needs, flat = ctx.needs_input_grad, _flat(dy)
+        if sources and needs[0]:
+            formed_of = [part._replace(a=a, b=b, origin=o) for part, a, b, o in _by_part(ctx.parts, sources)]
+            [(merged, _)] = _merged_weights([(merged, formed_of)], ctx.dtype, stack=False)
         dx = (flat @ merged).view(*dy.shape[:-1], merged.shape[1]) if needs[0] else None
         grads: list[Tensor | None] = [None] * len(ctx.parts)
         if t is not None:
@@ -260,14 +280,19 @@ class _Merged(torch.autograd.Function):
             wanted, scale, begin = [], [], 0
             for i, (adapter, rows, _, b, _) in enumerate(ctx.parts):
                 end = begin + b.shape[1]
-                if needs[5 + i]:
+                if needs[6 + i]:
                     wanted.append((i, b.dtype))
                     place += (begin, end, 0, flat.shape[1]) if rows is None else (begin, end, *rows)
                     scale.append(adapter.scaling)
                 begin = end
             for (i, dtype), grad in zip(wanted, _grads(flat, t, place, scale), strict=True):
                 grads[i] = grad if grad.dtype == dtype else grad.to(dtype)
-        return dx, None, None, None, None, *grads
+        return dx, None, None, None, None, None, *grads
+
+
+def _by_part(parts: Sequence[Part], tensors: Sequence[Any]) -> Iterator[tuple[Part, Tensor, Tensor, Tensor | None]]:
+    """Every part with its A, B and B₀ among the saved tensors."""
+    return zip(parts, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
 
 
 def _flat(x: Tensor) -> Tensor:

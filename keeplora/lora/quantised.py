@@ -101,6 +101,10 @@ class QuantisedSlot(LoraSlot):
     def readable(self, *, comparable: bool = False) -> Tensor:
         return dequantised(self.layer, comparable=comparable)
 
+    @property
+    def coarse(self) -> bool:
+        return True
+
     layer: nn.Linear
 
 

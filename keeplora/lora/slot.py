@@ -14,7 +14,7 @@ from keeplora.math.batch import portions
 from keeplora.ops.merge_weights import merge_weights
 
 from .adapter import LoraAdapter
-from .exact import Exact, exact_dtype
+from .exact import WIDE, Exact, exact_dtype
 from .kept import Kept
 from .shares import LocalRows, rows_of
 from .targets import Target
@@ -106,6 +106,11 @@ class LoraSlot(nn.Module):
     def exact_dtype(self) -> torch.dtype:
         """What the weight before rounding, and what is learned of it, are held in: float64 or float32."""
         return exact_dtype(self.weight)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the weight is stored in fewer than 32 bits a number."""
+        return self.weight.dtype not in WIDE
 
     @property
     def exact_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .bases import NARROW, joined
 from .state import State, StateError
 
 __all__ = [
@@ -62,25 +63,35 @@ def stored_basis(state: State, name: str, width: int, *, dtype: torch.dtype | No
     return basis
 
 
-def stored_parts(state: State, name: str, width: int, counts: Sequence[int]) -> list[Tensor]:
-    """The state's orthonormal columns that are saved as ``name.0 [width, counts[0]]``, ``name.1`` and so on.
+def stored_parts(
+    state: State, name: str, width: int | None, counts: Sequence[int | None], *, narrow: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The state's columns that are saved as ``name.0 [width, counts[0]]``, ``name.1`` and so on, and all together.
+
+    Args:
+        width: None for any. counts: None for any.
+        narrow: Whether the first part is in float16 (``keeplora.methods.bases``).
 
     Raises:
         StateError: as ``stored_basis``.
     """
-    parts: list[Tensor] = []
-    for i, count in enumerate(counts):
-        parts.append(stored(state, f"{name}.{i}", (width, count), dtype=parts[0].dtype if parts else None))
-    _require_orthonormal(name, torch.cat(parts, dim=1))
-    return parts
+    dtype = torch.float32 if narrow else None
+    parts = [stored(state, f"{name}.0", (width, counts[0]), dtype=NARROW if narrow else None)]
+    if narrow:
+        _require_orthonormal(f"{name}.0", parts[0], most=1e-2)  # else nothing orthonormal can be made of it
+    for i, count in enumerate(counts[1:], 1):
+        parts.append(stored(state, f"{name}.{i}", (len(parts[0]), count), dtype=dtype or parts[0].dtype))
+    basis = joined(parts)
+    _require_orthonormal(name, basis)
+    return parts, basis
 
 
-def _require_orthonormal(name: str, basis: Tensor) -> None:
+def _require_orthonormal(name: str, basis: Tensor, most: float = 1e-3) -> None:
     width = basis.shape[0]
     drawn = torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide, mix = basis.double(), drawn.to(basis.device)
     off = float(((wide.T @ (wide @ mix)) - mix).abs().max()) if basis.shape[1] else 0.0
-    if basis.shape[1] > width or off > 1e-3:
+    if basis.shape[1] > width or off > most:
         raise StateError(f"load_state: {name} must have orthonormal columns, got some that are off by {off:.1e}")
 
 

@@ -28,7 +28,7 @@ from keeplora._untrusted import MOST_JSON, fault, parse_json, read_bytes
 from .tensor_files import DamagedError, read_tensors, write_tensors
 
 FORMAT = "keeplora-state"
-SCHEMA = 4
+SCHEMA = 5
 """The version this code writes, and the only one it reads."""
 
 STATE_FILE = "state.json"

@@ -14,7 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from keeplora.families import find_targets
 from keeplora.lora import LoraAdapter, wrap
 
-__all__ = ["kept_by_block"]
+__all__ = ["Kind", "kept_by_block"]
+
+Kind = Literal["keeplora", "factored", "peft"]
 
 
 class _Flash(torch.autograd.Function):
@@ -40,18 +42,20 @@ def kept_by_block(
     config: Any,
     dtype: torch.dtype,
     rank: int,
-    kind: Literal["keeplora", "peft"],
+    kind: Kind,
     tokens: int,
     *,
     device: str = "meta",
 ) -> int:
     """Bytes of one block of the language model with adapters on all linear layers, without checkpointing.
 
-    With KeepLoRA's layers that is ``t = x Aᵀ`` instead of x, and the merged weights where merging is cheaper.
+    With KeepLoRA's layers that is ``t = x Aᵀ`` instead of x, and small merged weights where merging is cheaper
+    (``keeplora.lora.forward``).
 
     Args:
         config: transformers' config; its ``text_config`` where it has one.
-        kind: KeepLoRA's layers, or stock PEFT's with float32 adapters, as ``get_peft_model`` makes them.
+        kind: KeepLoRA's layers, such that never merge, as quantised ones, or stock PEFT's with float32 adapters, as
+            ``get_peft_model`` makes them.
         tokens: Of the whole batch.
         device: Where to count; the meta device needs no memory.
     """
@@ -111,4 +115,6 @@ def _with_adapters(model: nn.Module, rank: int, kind: str) -> Any:
     for slot in wrap(model, targets):
         out, width = slot.weight.shape
         slot.attach(LoraAdapter(torch.empty(min(rank, width), width), torch.empty(out, min(rank, width)), 1.0))
+        if kind == "factored":
+            slot.host.forward_mode = "factored"
     return model

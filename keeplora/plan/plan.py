@@ -11,10 +11,11 @@ import torch
 
 from keeplora._calls import named
 from keeplora._messages import suggest
+from keeplora.lora.forward import FORMED_AGAIN
 from keeplora.methods.settings import ConfigError
 from keeplora.statistics.budget import FREE_SHARE
 
-from .activations import kept_by_block
+from .activations import Kind, kept_by_block
 from .memory import WEIGHT_SHARE, WORDS, Moment, Setting, memory, parts
 from .seconds import GPUS, seconds
 from .shapes import Shapes, shapes_of
@@ -73,6 +74,7 @@ class Plan:
             "model": self.shapes.name, "parameters": self.shapes.parameters,
             "adapted": sum(m.numel for m in self.shapes.adapted), "predicted": True,
             "method": self.setting.method, "rank": self.setting.rank, "weight_bytes": self.setting.weight_bytes,
+            "bits": self.setting.bits, "merge": self.setting.merge,
             "batch": self.setting.batch, "length": self.setting.length, "checkpointing": self.checkpointing,
             "weight_share": list(self.weight_share), "feature_share": self.setting.feature_share,
             "moments": rows, "peft_training_bytes": dict(self.peft),
@@ -91,7 +93,7 @@ class Plan:
         lines = [
             f"{shapes.name}: {_parameters(shapes.parameters)} parameters, {_parameters(adapted)} in "
             f"{len(shapes.adapted)} adapted weights ({100 * adapted / shapes.parameters:.0f} %)",
-            f"{s.method}, r {s.rank}, {s.weight_bytes} bytes per weight, steps of {s.batch} x {s.length} tokens per GPU"
+            f"{s.method}, r {s.rank}, {_stored(s)}, steps of {s.batch} x {s.length} tokens per GPU"
             + (", checkpointing" if self.checkpointing else ""),
             "Predicted, not measured. GB are 10^9 bytes.",
             f"Bases are assumed to have {low:g} to {high:g} of a weight's width (--weight-share), and "
@@ -105,7 +107,9 @@ class Plan:
                 if name == "save":
                     continue
                 lines.append(_row(f"  {name}", [_span(lo[i].total, hi[i].total) for lo, hi in by_tasks.values()]))
-            lines.append(_row("  training, PEFT LoRA", [_number(self.peft[gpus] / GB, 1)] * 3))
+            lines.append(
+                _row(f"  training, PEFT {'QLoRA' if s.bits else 'LoRA'}", [_number(self.peft[gpus] / GB, 1)] * 3)
+            )
             for card, moment in self.fits[gpus].items():
                 own, peft = self.batches[gpus][card]
                 told = "fits" if moment is None else f"does not fit ({moment})"
@@ -119,6 +123,14 @@ class Plan:
         lines.append("GB that data-parallel processes sum up in a task switch")
         lines += [f"  {phase:<28}{_number(value / GB, 2):>12}" for phase, value in self.wire.items()]
         return "\n".join(lines)
+
+
+def _stored(setting: Setting) -> str:
+    """How weights are, and what becomes of updates."""
+    if setting.bits is None:
+        return f"{setting.weight_bytes} bytes per weight" + ("" if setting.merge else ", updates kept beside weights")
+    how = "NF4 with float32 scales" if setting.bits == 4 else "8 bits"
+    return f"adapted weights in {how}, others in 16 bits, updates kept beside weights"
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
@@ -171,6 +183,8 @@ def plan(
     if gpu not in GPUS:
         raise ConfigError(f"plan: gpu must be one whose rates are known, got {gpu!r}{suggest(gpu, GPUS, listing=True)}")
     setting = setting or Setting(gpus=8)
+    if setting.gpus > 1 and not setting.merge:
+        raise ConfigError(f"plan: merge must be true where weights are sharded, got false for {setting.gpus} GPUs")
     shares = tuple(weight_share or WEIGHT_SHARE)
     low, high = min(shares), max(shares)
     shapes = shapes_of(name, targets)
@@ -179,6 +193,12 @@ def plan(
         raise ConfigError(
             f"plan: rank must be at most the width of the narrowest adapted layer, got {setting.rank} for "
             f"{narrowest.width} [{narrowest.name}]. Lower it, or leave that layer out of targets"
+        )
+    experts = [m.name for m in shapes.adapted if ".experts." in m.name] if setting.bits else []
+    if experts:
+        raise ConfigError(
+            f"plan: bits must be none for experts, which keeplora adapts in 16 or 32 bits, got {setting.bits} "
+            f"[{experts[0]}]. Leave them out of targets"
         )
     kept = _Kept(shapes, setting, checkpointing)
     own, peft = kept.of("keeplora", setting.batch), kept.of("peft", setting.batch)
@@ -236,7 +256,7 @@ def _peft(shapes: Shapes, setting: Setting, activations: int) -> int:
     """The model, A and B in float32 with gradients and AdamW's moments, and what its layers keep."""
     of = parts(shapes, setting)
     gathered = 0 if setting.gpus == 1 else 2 * of["model"] // max(1, shapes.blocks)
-    return of["model"] // setting.gpus + gathered + 4 * of["adapters"] + activations
+    return of["model"] // setting.gpus + gathered + of["dequantised"] + 4 * of["adapters"] + activations
 
 
 class _Kept:
@@ -254,11 +274,14 @@ class _Kept:
     def _count(self, kind: Literal["keeplora", "peft"], batch: int) -> int:
         s, config = self.setting, self.shapes.config
         text, tokens = getattr(config, "text_config", config), batch * s.length
-        block = kept_by_block(config, _DTYPES[s.weight_bytes], s.rank, kind, tokens)
+        merges = kind == "keeplora" and s.bits is None
+        own: Kind = "factored" if kind == "keeplora" and s.bits else kind
+        block = kept_by_block(config, _DTYPES[s.weight_bytes], s.rank, own, tokens)
+        merged = [m.numel for m in self.shapes.adapted if tokens * (m.rows + m.width) >= m.numel] if merges else []
+        at_hand = s.weight_bytes * max(merged, default=0)  # the one that is being multiplied with
         logits = WORDS * text.vocab_size * tokens
         if not self.checkpointing:
-            return int(self.shapes.blocks * block + logits)
+            return int(self.shapes.blocks * block + at_hand + logits)
         inputs = self.shapes.blocks * s.weight_bytes * text.hidden_size * tokens
-        merged = [m.numel for m in self.shapes.adapted if tokens * (m.rows + m.width) >= m.numel]
-        ahead = s.weight_bytes * sum(merged) if kind == "keeplora" else 0  # formed when the forward begins
-        return int(inputs + block + ahead + logits)
+        ahead = s.weight_bytes * sum(n for n in merged if n < FORMED_AGAIN)  # when the forward begins
+        return int(inputs + block + ahead + at_hand + logits)

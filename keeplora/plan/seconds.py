@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .memory import Setting, footprint
+from .memory import Setting, footprint, stored
 from .shapes import Shapes
 
 __all__ = ["GPUS", "Rates", "seconds"]
@@ -40,9 +40,12 @@ def seconds(shapes: Shapes, setting: Setting, rates: Rates, batches: int) -> dic
     tokens = setting.batch * setting.length
     dense = (rates.half if setting.weight_bytes == 2 else rates.single) * EFFICIENCY
     exact = rates.single * EFFICIENCY
-    forward = 2 * shapes.active * tokens / dense
     adapted = sum(m.numel for m in shapes.adapted)
-    merge = 3 * setting.weight_bytes * adapted / rates.memory + 2 * setting.rank * adapted / dense
+    reading = sum(stored(m, setting) + 2 * m.numel for m in shapes.adapted) / rates.memory if setting.bits else 0.0
+    beside = setting.bits is not None or not setting.merge
+    older = setting.rank * setting.tasks if beside else 0
+    forward = (2 * shapes.active + 2 * older * sum(m.rows + m.width for m in shapes.adapted)) * tokens / dense + reading
+    merge = 0.0 if beside else 3 * setting.weight_bytes * adapted / rates.memory + 2 * setting.rank * adapted / dense
     found = {}
     if setting.method != "lora":
         first = 0.0
@@ -58,7 +61,7 @@ def seconds(shapes: Shapes, setting: Setting, rates: Rates, batches: int) -> dic
         moments = 2 * tokens * sum(d * d for d in widths) / exact
         found["after_task: pass"] = batches * (forward + moments)
         found["after_task: factorise"] = sum(9 * d**3 for d in widths) / (rates.single * EIGEN)
-    found["after_task: merge"] = (12 + 2 * setting.weight_bytes) * adapted / rates.memory
+    found["after_task: merge"] = (8 if beside else 12 + 2 * setting.weight_bytes) * adapted / rates.memory
     kept, before = footprint(shapes, setting), setting.tasks
     new = kept.bases(before + 1) - (kept.bases(before) if before else 0)
     saved = kept.open_task() + new  # since the last save

@@ -28,7 +28,7 @@ __all__ = ["mean_gradients", "sketch_widths"]
 
 log = logging.getLogger("keeplora")
 
-AT_ONCE = 1024  # rows that are added together: a CPU makes a float32 copy of 16-bit numbers first
+AT_ONCE = 256  # rows that are added together: a CPU makes a float32 copy of 16-bit numbers first
 ROWS_PER_DIRECTION = 8  # of a sketch: 0.98 of the optimal energy on real gradients
 _LEAST = 2.0**-116  # of a gradient's largest entry: below, products that it is a sum of are denormal, or vanish
 

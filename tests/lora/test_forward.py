@@ -8,9 +8,9 @@ from close import assert_rounded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from keeplora.lora import LoraAdapter, LoraAttention, LoraLinear
+from keeplora.lora import LoraAdapter, LoraAttention, LoraLinear, forward
 
-MODES = ["merged", "factored"]
+MODES = ["merged", "formed again", "factored"]  # the second is the first with large weights
 OUT, IN, TOKENS = 21, 13, 37
 SPANS = [
     {"all": None},
@@ -29,8 +29,15 @@ def make(spans, mode, dtype=torch.float32, *, origin=False, device="cpu"):
         b = torch.randn(out, 2 + i)
         adapter = LoraAdapter(torch.randn(2 + i, IN), b, 0.5 + i, origin=b.flip(0) if origin else None)
         layer.slots[slot].attach(adapter)
-    layer.forward_mode = mode
+    layer.forward_mode = "factored" if mode == "factored" else "merged"
     return layer
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_formed_again(request, monkeypatch):
+    mode = request.node.callspec.params.get("mode") if hasattr(request.node, "callspec") else None
+    if mode == "formed again":
+        monkeypatch.setattr(forward, "FORMED_AGAIN", 1)
 
 
 def exact(layer, x, dy):
@@ -233,6 +240,35 @@ def test_what_is_kept_for_the_backward_pass():
     assert sorted(kept) == sorted([500 * (2 + 3 + 4), OUT * IN])
 
 
+def test_no_large_merged_weight_is_kept(monkeypatch):
+    """t and the layer's own tensors; what is formed again is formed of the same numbers, or autograd says so."""
+    monkeypatch.setattr(forward, "FORMED_AGAIN", 1)
+    layer = make({"q": (0, 7), "k": (7, 14), "v": (14, 21)}, "merged")
+    x = torch.randn(500, IN, requires_grad=True)
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.numel() for t in kept if t.data_ptr() not in own] == [500 * (2 + 3 + 4)]
+    assert not layer.to_merge  # nor formed ahead
+    y = layer(x)
+    with torch.no_grad():
+        layer.adapters["q"].B.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("numbers", [2**22, 2**22 - 2**11])
+def test_from_which_size_on_a_merged_weight_is_formed_again(numbers):
+    layer = LoraLinear(nn.Linear(2**11, numbers // 2**11, bias=False, device="meta")).requires_grad_(False)
+    layer.add_slot("all", "weight", None)
+    layer.slots["all"].attach(
+        LoraAdapter(torch.empty(1, 2**11, device="meta"), torch.empty(len(layer.weight), 1, device="meta"), 1.0)
+    )
+    layer(torch.empty(2**11, 2**11, device="meta"))
+    assert bool(layer.to_merge) is (numbers < 2**22)
+
+
 def test_trained_weights_biases_and_factors_take_the_factored_way():
     for name in ("weight", "bias", "slots.all.adapter.A"):
         layer = make({"all": None}, "merged")
@@ -295,7 +331,7 @@ def test_attention_is_the_same_both_ways(subset):
     base = nn.MultiheadAttention(16, 4, batch_first=True).double()
     x = torch.randn(3, 40, 16, dtype=torch.float64)
     outputs, factors = [], {name: (torch.randn(2, 16).double(), torch.randn(16, 2).double()) for name in "qkv"}
-    for mode in MODES:
+    for mode in ("merged", "factored"):
         layer = LoraAttention(copy.deepcopy(base)).requires_grad_(False)
         layer.forward_mode = layer.out_proj.forward_mode = mode
         for i, name in enumerate("qkv"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from keeplora.math import batch, factorise, lowrank
 from keeplora.math.factorise import CPU, CUDA, CUDA_LOOPS, plan_for, symmetric_eigh
 from keeplora.math.lowrank import directions_within, extend_basis, top_directions, weight_basis
-from keeplora.math.orthonormal import complement, nearest_orthonormal
+from keeplora.math.orthonormal import complement, nearest_orthonormal, orthonormal_again
 from keeplora.math.sketch import leading_eigenvectors, triples
 from keeplora.math.subspace import certificates, spectrum_outside
 from tests.math.spectra import away_from_ties, f64, off_identity, orthonormal, smallest_rank, tensor
@@ -298,6 +298,17 @@ def test_what_is_nearly_orthonormal_becomes_it_and_zeros_stay():
     assert off_identity(done[:, :8]) <= 1e-12
     assert not done[:, 8:].any()
     assert (done[:, :8] - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1500, 40), (30, 30), (5, 1), (7, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_columns_that_were_rounded_become_the_nearest_orthonormal_ones(shape, dtype):
+    y = torch.tensor(orthonormal(*shape, np.random.default_rng(0))).to(dtype)
+    u, _, vt = np.linalg.svd(f64(y.double()), full_matrices=False)
+    done = orthonormal_again(y)
+    assert done.dtype == torch.float32
+    assert np.allclose(f64(done), u @ vt, rtol=0, atol=1.2e-7)
+    assert not shape[1] or off_identity(done) < 1e-7
 
 
 def test_on_a_gpu_only_the_counts_are_waited_for(monkeypatch):

@@ -53,6 +53,7 @@ CASES = {
     "nystrom": lambda: (torch.randn(96, 48), torch.randn(96, 48), 1e4),
     "complement": lambda: (basis(96, 40),),
     "nearest_orthonormal": lambda: (basis(96, 40).double(),),
+    "orthonormal_again": lambda: (basis(96, 40).half(),),
     "reorthogonalize": lambda: ([torch.randn(96, 40)], [basis(96, 40)]),
     "fewest_directions": lambda: (torch.linspace(1, 0, 500), 250.0, 0.5),
     "fewest_directions_each": lambda: (torch.linspace(1, 0, 500)[None], torch.tensor([250.0]).double(), [0.5]),

@@ -216,8 +216,10 @@ def test_saved_loaded_merged_and_generated_from(make, dtype, tmp_path):
     keeper.save(tmp_path)
     other = keeplora.KeepLora.load(tmp_path, built(make, dtype=dtype))
     assert torch.equal(logits(other.model, data[0]), logits(model, data[0]))
+    opened = model.generate(prompt, max_new_tokens=6, do_sample=False)
     assert other.after_task(data, loss_fn) == keeper.after_task(data)
     said = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert dtype != torch.float32 or torch.equal(said, opened)  # in 16 bits the merge rounds
     assert torch.equal(other.model.generate(prompt, max_new_tokens=6, do_sample=False), said)
     assert not torch.equal(logits(built(make, dtype=dtype), data[0]), logits(model, data[0]))
     keeper.merge()

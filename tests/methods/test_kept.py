@@ -9,7 +9,7 @@ from torch import nn
 
 from keeplora import KeepLora, KeepLoraConfig, load
 from keeplora.methods import create
-from keeplora.methods.state import StateError, read_state, write_state
+from keeplora.methods.state import SCHEMA, StateError, read_state, write_state
 
 WIDTH, TASKS = 64, 8
 
@@ -178,7 +178,7 @@ def test_states_of_an_older_schema_are_refused(tmp_path):
     keeper = keeper_of()
     keeper.save(tmp_path)
     shutil.copy(tmp_path / "state.json", tmp_path / "kept.json")
-    text = (tmp_path / "state.json").read_text().replace('"schema": 4', '"schema": 3')
+    text = (tmp_path / "state.json").read_text().replace(f'"schema": {SCHEMA}', '"schema": 3')
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(StateError, match=r"must have schema 4, got 3\. It was written by another keeplora"):
+    with pytest.raises(StateError, match=rf"must have schema {SCHEMA}, got 3\. It was written by another keeplora"):
         load(tmp_path, net())

@@ -2,16 +2,21 @@
 
 import json
 import threading
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+import bench.memory
 import keeplora.plan
 from keeplora import KeepLora, KeepLoraConfig, find_targets
 from keeplora.cli import main
+from keeplora.lora.quantised import is_quantised
 from keeplora.methods.settings import ConfigError
 from keeplora.plan import MODELS, Setting, memory, plan, shapes_of
 from keeplora.plan.activations import kept_by_block
@@ -87,8 +92,61 @@ def test_bytes_of_a_small_model_at_every_moment(dtype, tmp_path):
     close(written, sum(moments["save"].disk.values()))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_of_a_quantised_model(bits):
+    """bitsandbytes' own tensors; what the method keeps beside them is in tests/methods/keeplora/test_footprint.py."""
+    model = bench.memory.model(128, 192)
+    shapes = shapes_of_model("small", model, find_targets(model), model.config)
+    for block in model.model.layers:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                kinds = {4: partial(Linear4bit, compress_statistics=False, quant_type="nf4"), 8: Linear8bitLt}
+                options = {8: {"has_fp16_weights": False}, 4: {}}[bits]
+                quantised = kinds[bits](layer.in_features, layer.out_features, bias=False, **options)
+                quantised.load_state_dict(layer.state_dict())
+                block.set_submodule(name, quantised.to("cpu"))
+    held = [*model.parameters(), *model.buffers()]
+    scales = [getattr(p, "SCB", None) if bits == 8 else p.quant_state.absmax for p in held if is_quantised(p)]
+    assert len(scales) == len(shapes.adapted)
+    assert all(scale is not None for scale in scales)
+    close(size([*model.parameters(), *scales]), memory(shapes, Setting(rank=RANK, bits=bits))[0].device["model"])
+
+
+@pytest.mark.parametrize("setting", [Setting(bits=4), Setting(bits=8), Setting(merge=False)], ids=["4", "8", "kept"])
+def test_updates_kept_beside_weights_are_in_the_plan(setting):
+    shapes = shapes_of("llava-1.5-7b")
+    merged = {m.name: m for m in memory(shapes, Setting(tasks=7))}
+    kept = {m.name: m for m in memory(shapes, replace(setting, tasks=7))}
+    update = 2 * 16 * sum(m.rows + m.width for m in shapes.adapted)
+    for name, tasks in (("wrapped", 7), ("training", 7), ("after_task", 7), ("between tasks", 8)):
+        assert kept[name].device["updates beside weights"] == tasks * update
+        assert "updates beside weights" not in merged[name].device
+    assert "pretrained weights" not in kept["between tasks"].host
+    assert kept["between tasks"].host["updates"] == merged["between tasks"].host["updates"]
+    largest = 2 * 4096 * 11008 if setting.bits else None
+    assert kept["training"].device.get("dequantised weight") == largest
+    bytes_of = {4: 0.5625, 8: 1.0, None: 2.0}[setting.bits]
+    adapted = sum(m.numel for m in shapes.adapted)
+    close(kept["training"].device["model"], bytes_of * adapted + 2 * (shapes.parameters - adapted))
+
+
+def test_a_plan_of_four_bits_has_room_for_more():
+    found, whole = (plan("llava-1.5-7b", Setting(bits=bits), cards=[24]) for bits in (4, None))
+    assert found.fits[1][24] is None
+    assert found.batches[1][24][0] > max(found.batches[1][24][1], whole.batches[1][24][0])
+    assert "NF4 with float32 scales" in str(found)
+    assert "PEFT QLoRA" in str(found)
+    with pytest.raises(ConfigError, match="bits must be none for experts"):
+        plan("qwen3-vl-30b-a3b", Setting(bits=4))
+    with pytest.raises(ConfigError, match="bits must be for one GPU"):
+        Setting(bits=4, gpus=2)
+    with pytest.raises(ConfigError, match="bits must be 4 or 8"):
+        Setting(bits=5)
+
+
 def bases(keeper):
-    return {slot.name: p.count for slot, p in zip(keeper.slots, keeper._protected, strict=True)}
+    pairs = zip(keeper.slots, keeper._protected, strict=True)
+    return {slot.name: (p.count - sum(p.added), sum(p.added)) for slot, p in pairs}
 
 
 def setting(weight_bytes, keeper):
@@ -106,7 +164,7 @@ def test_a_frozen_a_keeps_less_than_stock_layers():
     for name in MODELS:
         config, tokens = shapes_of(name).config, 8192
         own, peft = (kept_by_block(config, torch.bfloat16, 16, kind, tokens) for kind in ("keeplora", "peft"))
-        assert own <= 0.85 * peft, name
+        assert own <= 0.75 * peft, name
 
 
 def test_the_plan_says_what_a_7b_model_takes():

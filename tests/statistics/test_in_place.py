@@ -185,7 +185,7 @@ def test_a_layer_may_be_given_a_single_vector():
 def merged_arguments():
     adapter = LoraAdapter(torch.randn(2, 4), torch.randn(4, 2), 1.0)
     part = Part(adapter, None, adapter.A, adapter.B, None)
-    return torch.randn(3, 4, requires_grad=True), torch.randn(4, 4), part.a, None, (part,), part.b
+    return torch.randn(3, 4, requires_grad=True), torch.randn(4, 4), part.a, None, None, (part,), part.b
 
 
 def merged_experts_arguments():

@@ -11,7 +11,8 @@ from keeplora.math.finite import first_not_finite
 from keeplora.methods.keeplora.config import KeepLoraConfig
 
 from .adapter import PeftAdapter, PeftLayer, find_adapter, trainable_neighbours
-from .state import SubspaceState, fingerprint, hashes
+from .fingerprints import fingerprint, hashes
+from .state import SubspaceState
 
 __all__ = ["begin", "check_finite", "refuse_neighbours", "require_fresh", "require_kinds", "with_stock_settings"]
 

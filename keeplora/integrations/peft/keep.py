@@ -13,16 +13,17 @@ from keeplora.distributed import together
 from keeplora.lora import Target, TokenMask
 from keeplora.math.orthonormal import reorthogonalize
 from keeplora.methods.arguments import require_function, require_loader, require_targets
-from keeplora.methods.bases import Bases
+from keeplora.methods.bases import Bases, keeper_of
 from keeplora.methods.keeplora.config import KeepLoraConfig
-from keeplora.methods.keeplora.protected import extended_bases, weight_bases
+from keeplora.methods.keeplora.protected import extended_bases
 from keeplora.methods.method import LossFn
 from keeplora.methods.shares import UNKNOWN
 
 from .adapter import PeftLayer, borrow
 from .checks import begin, require_kinds
-from .state import SubspaceState, frozen_fingerprint
-from .subspace import scaled_alphas
+from .fingerprints import frozen_fingerprint
+from .state import SubspaceState
+from .subspace import bases_so_far, scaled_alphas
 
 __all__ = ["keep_adapter"]
 
@@ -114,22 +115,16 @@ def keep_adapter(
             "Start it with keeplora.initialize."
         )
     with borrow(adapter, result.masters) as slots:
-        if result.bases:
-            bases = [result.bases[slot.name] for slot in slots]
-        else:
-            bases = weight_bases(slots, result.config, shown=progress)
-        spanned = _with_span(bases, layers)
-        extended = spanned
+        bases = bases_so_far(result, slots, result.config, progress)
+        added = _span(bases, layers, result.config)
         if loader is not None and loss_fn is not None:
-            protected = Bases([[q] for q in spanned], [slot.weight.device for slot in slots])
             new, _ = extended_bases(
-                model, slots, loader, loss_fn, result.config, protected, own_mask=token_mask, shown=progress
+                model, slots, loader, loss_fn, result.config, bases.joined(added), own_mask=token_mask, shown=progress
             )
-            extended = [torch.cat([q, more.q.to(q.device)], dim=1) for q, more in zip(spanned, new, strict=True)]
+            added = [torch.cat([rows, more.q.to(rows.device)], dim=1) for rows, more in zip(added, new, strict=True)]
     names = [layer.name for layer in layers]
-    result.bases = dict(zip(names, extended, strict=True))
-    for name, before, after in zip(names, bases, extended, strict=True):
-        result.added[name] = (*result.added.get(name, ()), after.shape[1] - before.shape[1])
+    for name, parts, more in zip(names, bases.parts, added, strict=True):
+        result.parts[name] = (*parts, more)
         result.free_shares[name] = result.free_shares.get(name, UNKNOWN).closed()
     if state is None:
         result.ranks = {layer.name: layer.rank for layer in layers}
@@ -145,7 +140,10 @@ def keep_adapter(
     return result
 
 
-def _with_span(bases: Sequence[Tensor], layers: Sequence[PeftLayer]) -> list[Tensor]:
-    """Every basis with the rows of A that B uses."""
-    rows = [layer.a.detach()[layer.b.detach().any(0)].T.to(q) for layer, q in zip(layers, bases, strict=True)]
-    return [torch.cat([q, z], dim=1) for q, z in zip(bases, reorthogonalize(rows, bases), strict=True)]
+def _span(bases: Bases, layers: Sequence[PeftLayer], config: KeepLoraConfig) -> list[Tensor]:
+    """The rows of A that B uses, outside of every basis, one layer at a time."""
+    kept, added = keeper_of(config.bases), []
+    for layer, q in zip(layers, bases, strict=True):
+        (z,) = reorthogonalize([layer.a.detach()[layer.b.detach().any(0)].T.to(q)], [q])
+        added.append(kept(z))
+    return added

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,29 +16,29 @@ from keeplora._files import folder_named
 from keeplora._version import __version__
 from keeplora.lora import LoraAdapter, Target, TokenMask, merge_adapters, peft_checkpoint, require_module
 from keeplora.lora.base_model import BaseModel
-from keeplora.lora.four_bit import dequantize_four_bit, is_four_bit, was_repacked
 from keeplora.lora.quantised import dequantised, is_quantised
 from keeplora.lora.update import Update
-from keeplora.math.digest import digest
 from keeplora.methods.base_weights import Hashes, hash_weights, inner_of_updates, inner_product, is_hashes
-from keeplora.methods.buffers import Buffers, model_buffers
+from keeplora.methods.bases import NARROW, NamedBases
+from keeplora.methods.buffers import Buffers
 from keeplora.methods.capacity import Capacity, layer_capacity
 from keeplora.methods.card import Story, model_card, write_card
 from keeplora.methods.keeplora.config import KeepLoraConfig
 from keeplora.methods.method import LossFn
 from keeplora.methods.published import base_note
-from keeplora.methods.reading import is_counts, is_figures, is_names, is_shares, stored, stored_basis
+from keeplora.methods.reading import is_counts, is_figures, is_names, is_shares, stored, stored_parts
 from keeplora.methods.saved import UNREADABLE, Reading, check_method
 from keeplora.methods.settings import plain
 from keeplora.methods.shares import Shares
 from keeplora.methods.state import State, StateError, read_state, write_state
 
 from .adapter import PeftAdapter, PeftLayer, borrow, find_adapter, find_layers, hold_buffers
+from .fingerprints import fingerprint, frozen_fingerprint, named_weights, of_repacking
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-__all__ = ["SubspaceState", "fingerprint", "frozen_fingerprint", "hashes"]
+__all__ = ["SubspaceState"]
 
 METHOD = "keeplora-peft"
 
@@ -59,8 +59,8 @@ class SubspaceState:
 
     Attributes:
         config: Settings, without those that ``LoraConfig`` makes (r, alpha, dropout).
-        bases: Layer name → protected orthonormal basis ``[in, k]``.
-        added: Layer name → directions that each task added.
+        parts: Layer name → what the base weight protects, and what each task added, in columns ``[in, k_t]`` that never
+            change. Read them through ``bases``: those of a base weight in half precision are kept in float16.
         tasks_learned: Tasks closed by [`keeplora.update_subspace`][].
         open_adapter: The adapter that is being trained, or None between tasks.
         kept: Adapters of earlier tasks that were not merged and must stay active.
@@ -68,8 +68,7 @@ class SubspaceState:
 
     config: KeepLoraConfig
     targets: tuple[Target, ...] = ()
-    bases: dict[str, Tensor] = field(default_factory=dict)
-    added: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
     free_shares: dict[str, Shares] = field(default_factory=dict)
     """Layer name → which share of the last task's gradient energy lay in free space, and of the open one's."""
     learned: list[dict[str, Update]] = field(default_factory=list)
@@ -94,21 +93,32 @@ class SubspaceState:
     token_mask: TokenMask | None = field(default=None, repr=False)
     """What the open task was initialised with; not saved, like its ``loss_fn``."""
 
+    @property
+    def bases(self) -> Mapping[str, Tensor]:
+        """Layer name → protected orthonormal basis ``[in, k]``, joined whenever one is asked for."""
+        return NamedBases(self.parts)
+
+    @property
+    def added(self) -> dict[str, tuple[int, ...]]:
+        """Layer name → how many directions each task added."""
+        return {name: tuple(part.shape[1] for part in parts[1:]) for name, parts in self.parts.items()}
+
     def capacity(self) -> Capacity:
         """Room that is left, as [`keeplora.KeepLora.capacity`][]."""
-        layers = (
-            layer_capacity(
-                target, self.bases[target.name].shape[0], self.bases[target.name].shape[1],
-                self.added[target.name], self.ranks[target.name], self.free_shares[target.name].last,
-            )
-            for target in self.targets
-        )  # fmt: skip
+        added, layers = self.added, []
+        for target in self.targets:
+            width, of_weight = self.parts[target.name][0].shape
+            new, share = added[target.name], self.free_shares[target.name].last
+            layers.append(layer_capacity(target, width, of_weight + sum(new), new, self.ranks[target.name], share))
         return Capacity(tuple(layers), self.tasks_learned)
 
     @public
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a folder: safetensors and JSON, atomically, without pickle."""
-        tensors = {f"{name}.basis": basis for name, basis in self.bases.items()}
+        """Write the state to a folder: safetensors and JSON, atomically, without pickle.
+
+        What an earlier save of this process, or the load, has on disk is not written again.
+        """
+        tensors = {f"{name}.basis.{i}": part for name, parts in self.parts.items() for i, part in enumerate(parts)}
         for task, updates in enumerate(self.learned):
             for name, update in updates.items():
                 tensors |= {f"{name}.learned.{task}.A": update.a, f"{name}.learned.{task}.B": update.b}
@@ -132,7 +142,7 @@ class SubspaceState:
             "certificates": self.certificates,
             "versions": {"keeplora": __version__, "torch": torch.__version__},
         }
-        write_state(path, State({name: t.detach().cpu() for name, t in tensors.items()}, meta))
+        write_state(path, State(tensors, meta, frozenset(tensors)))
 
     @classmethod
     @public
@@ -150,8 +160,12 @@ class SubspaceState:
             loaded = cls(
                 config=KeepLoraConfig(**meta["config"]),
                 targets=targets,
-                bases={target.name: tensors[f"{target.name}.basis"] for target in targets},
-                added={name: tuple(counts) for name, counts in meta["added"].items()},
+                parts={
+                    target.name: tuple(
+                        tensors[f"{target.name}.basis.{i}"] for i in range(1 + len(meta["added"][target.name]))
+                    )
+                    for target in targets
+                },
                 free_shares={name: Shares(*pair) for name, pair in meta["free_shares"].items()},
                 learned=[
                     {n: Update(tensors[f"{n}.learned.{task}.A"], tensors[f"{n}.learned.{task}.B"]) for n in names}
@@ -192,8 +206,9 @@ class SubspaceState:
         for target in self.targets:
             if not (type(target.name) is type(target.tower) is str and type(target.depth) is int):
                 raise StateError(f"load: targets must have a name, a depth and a tower, got {target}")
-        if not is_counts([list(self.added.get(name, ())) for name in names], len(names), tasks):
-            raise StateError(f"load: added must have {tasks} numbers for each of {len(names)} layers, got {self.added}")
+        added = state.meta["added"]
+        if set(added) != set(names) or not is_counts([added[name] for name in names], len(names), tasks):
+            raise StateError(f"load: added must have {tasks} numbers for each of {len(names)} layers, got {added}")
         for what, values, kinds in (("ranks", self.ranks, (int,)), ("alphas", self.alphas, (int, float))):
             if set(values) != set(names) or not all(type(v) in kinds and 0 <= v < math.inf for v in values.values()):
                 raise StateError(
@@ -210,18 +225,17 @@ class SubspaceState:
         if not is_figures(self.certificates, tasks):
             raise StateError(f"load: certificates must be figures of {tasks} tasks, got {self.certificates!r}")
         strangers = [name for updates in self.learned for name in updates if name not in names]
-        if set(self.added) != set(names) or strangers:
-            got = strangers or self.added
-            raise StateError(f"load: added and learned must be of the {len(names)} targets, got {got}")
+        if strangers:
+            raise StateError(f"load: learned must be of the {len(names)} targets, got {strangers}")
         if not is_shares([list(self.free_shares.get(name, ())) for name in names], len(names), 2):
             raise StateError(
                 f"load: free_shares must have two numbers in [0, 1], or null, for each of {len(names)} layers, got "
                 f"{self.free_shares}"
             )
         for name in names:
-            width, added = self.bases[name].shape[0], sum(self.added[name])
-            if added > stored_basis(state, f"{name}.basis", width).shape[1]:
-                raise StateError(f"load: added must add up to at most the basis, got {self.added[name]} [{name}]")
+            first = self.parts[name][0]
+            stored_parts(state, f"{name}.basis", None, [None, *added[name]], narrow=first.dtype == NARROW)
+            width = len(first)
             for task in (i for i, updates in enumerate(self.learned) if name in updates):
                 a = stored(state, f"{name}.learned.{task}.A", (None, width))
                 stored(state, f"{name}.learned.{task}.B", (None, len(a)))
@@ -244,7 +258,7 @@ class SubspaceState:
         if frozen_fingerprint(adapter, self.also_train) != self.frozen:
             raise StateError(
                 "restore: the base model's other weights and buffers must be those the state was made with, got "
-                f"different ones. Load the same base model.{_of_repacking(adapter.layers)}"
+                f"different ones. Load the same base model.{of_repacking(adapter.layers)}"
             )
         for layer in adapter.layers:
             sizes = (layer.base.out_features, layer.base.in_features)
@@ -262,7 +276,7 @@ class SubspaceState:
             raise StateError(
                 "restore: the model's base weights must be the pretrained ones the state began with, or those after "
                 f"task {self.tasks_learned} (fingerprint {self.current[:12]}), got {held[:12]}. Load the same base "
-                f"model.{_of_repacking(adapter.layers)}"
+                f"model.{of_repacking(adapter.layers)}"
             )
         if self.open_adapter is not None:
             adapter.freeze(self.kept)
@@ -310,7 +324,7 @@ class SubspaceState:
             merged.append(Update.total(parts, *weights[-1].shape))
             parts += [found[target.name].update(weights[-1].dtype) for found in kept if target.name in found]
             layers[target.name] = Update.total(parts, *weights[-1].shape)
-        untouched = self.base_hashes == hash_weights(_named(self.targets, weights))
+        untouched = self.base_hashes == hash_weights(named_weights(self.targets, weights))
         about = BaseModel.of(base, name=base_model, revision=revision, task_type=task_type)
         updates = list(layers.values())
         inner = inner_product(weights, updates)
@@ -348,7 +362,7 @@ class SubspaceState:
         raise RuntimeError(
             f"{function}: the base weights must be those after task {self.tasks_learned} (fingerprint "
             f"{self.current[:12]}), got {held[:12]}: what the state protects belongs to another model. Let "
-            f"update_subspace merge, and take adapters out with model.unload().{_of_repacking(layers)}"
+            f"update_subspace merge, and take adapters out with model.unload().{of_repacking(layers)}"
         )
 
     def _merge(self, adapter: PeftAdapter, updates: Mapping[str, Update]) -> None:
@@ -358,43 +372,3 @@ class SubspaceState:
                     update, device = updates[slot.name], slot.weight.device
                     slot.attach(LoraAdapter(update.a.to(device), update.b.to(device), 1.0))
             merge_adapters(slots)
-
-
-def _named(targets: Sequence[Target], weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"{target.name}.weight": weight.detach() for target, weight in zip(targets, weights, strict=True)}
-
-
-def hashes(layers: Sequence[PeftLayer]) -> Hashes:
-    """Hashes of the layers' base weights, by which keeplora knows them again in other dtypes, too."""
-    return hash_weights(_named([layer.target for layer in layers], [layer.comparable_weight() for layer in layers]))
-
-
-def _of_repacking(layers: Sequence[PeftLayer]) -> str:
-    if not any(was_repacked(layer.base.weight) for layer in layers):
-        return ""
-    return (
-        " bitsandbytes has repacked 4-bit weights in eval() for this CPU, and state_dict(), which PEFT calls to save "
-        "and load adapters, changes such weights. Load base and adapter anew, and call restore before evaluating them."
-    )
-
-
-def fingerprint(layers: Sequence[PeftLayer]) -> str:
-    """A hash of the layers' base weights, the same whether bitsandbytes has repacked them or not."""
-    shapes = (f"{layer.name} {layer.base.out_features} {layer.base.in_features}" for layer in layers)
-    return digest(zip(shapes, (layer.comparable_weight() for layer in layers), strict=True))
-
-
-def frozen_fingerprint(adapter: PeftAdapter, also_train: Collection[str]) -> str:
-    """A hash of all other weights and buffers of the base model, but those of modules trained beside the adapter."""
-    own = {id(layer.base.weight) for layer in adapter.layers}
-    parameters = {
-        name: dequantize_four_bit(parameter, rounded_scales=True) if is_four_bit(parameter) else parameter
-        for name, parameter in adapter.base.named_parameters()
-        if id(parameter) not in own and not any(part.startswith("lora_") for part in name.split("."))
-    }
-    held = parameters | model_buffers(adapter.base)
-    return digest(
-        (name.replace(".base_layer.", "."), tensor)
-        for name, tensor in sorted(held.items())
-        if not any(f".{part}." in f".{name}." for part in (*also_train, "modules_to_save"))
-    )

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from keeplora._calls import public
 from keeplora.distributed import Group, together
-from keeplora.lora import LoraAdapter, Target, TokenMask, depth_factor, depth_positions
+from keeplora.lora import LoraAdapter, LoraSlot, Target, TokenMask, depth_factor, depth_positions
 from keeplora.math.lowrank import TopDirections
 from keeplora.methods.arguments import require_data, require_function, require_targets
 from keeplora.methods.bases import Bases
@@ -37,9 +38,10 @@ from .adapter import (
     hold_buffers,
 )
 from .checks import begin, check_finite, refuse_neighbours, require_fresh, require_kinds, with_stock_settings
-from .state import SubspaceState, fingerprint, frozen_fingerprint
+from .fingerprints import fingerprint, frozen_fingerprint
+from .state import SubspaceState
 
-__all__ = ["freeze_a", "initialize", "scaled_alphas", "update_subspace"]
+__all__ = ["bases_so_far", "freeze_a", "initialize", "scaled_alphas", "update_subspace"]
 
 
 @together
@@ -143,18 +145,15 @@ def initialize(
             model, slots, loader, loss_fn, settings, shown=progress, ranks=ranks, batch_size=batch_size,
             own_mask=token_mask,
         )  # fmt: skip
-        if state.bases:
-            held = [state.bases[slot.name] for slot in slots]
-        else:
-            held = weight_bases(slots, settings, shown=progress)
-        directions = gradients.directions(Bases([[q] for q in held], [slot.weight.device for slot in slots]))
+        bases = bases_so_far(state, slots, settings, progress)
+        directions = gradients.directions(bases)
     names = [layer.name for layer in layers]
     unreached = [name for name, yes in zip(names, gradients.reached, strict=True) if not yes]
     warn_of_unreached("initialize", unreached, len(layers), closing=False)
     warn_of_ranks(
         "initialize", names, [len(top.a) for top in directions], [layer.rank for layer in layers],
         none="gradient in free space",
-        full=[name for name, q in zip(names, held, strict=True) if q.shape[0] == q.shape[1]],
+        full=[name for name, parts in zip(names, bases.parts, strict=True) if _is_full(parts)],
         silent=gradients.silent,
         unreached=unreached,
         remedy="Lower weight_energy or feature_energy for more room.",
@@ -163,8 +162,7 @@ def initialize(
         _start(layer, top)
     adapter.set_alphas(scaled_alphas(adapter, state))
     adapter.freeze(state.kept)
-    state.bases = dict(zip(names, held, strict=True))
-    state.added = state.added or {layer.name: () for layer in layers}
+    state.parts = {name: tuple(parts) for name, parts in zip(names, bases.parts, strict=True)}
     before = {name: state.free_shares.get(name, UNKNOWN) for name in names}
     state.free_shares = {n: before[n].opened(s) for n, s in zip(names, gradients.free_shares, strict=True)}
     state.alphas = {layer.name: layer.alpha for layer in layers}
@@ -247,7 +245,7 @@ def update_subspace(
             f"(first: {quantised[0]}): rounding would move what is protected. Pass merge=False and add an adapter per "
             "task."
         )
-    bases = Bases([[state.bases[layer.name]] for layer in layers], [layer.base.weight.device for layer in layers])
+    bases = Bases([state.parts[layer.name] for layer in layers], [layer.base.weight.device for layer in layers])
     check_finite(layers)
     buffers = held_buffers(adapter) or Buffers(adapter.base, state.also_train)
     buffers.settle("update_subspace")
@@ -261,7 +259,7 @@ def update_subspace(
         ),
         borrow(adapter, state.masters) as slots,
     ):
-        updates = [layer.update(state.bases[layer.name].dtype) for layer in layers]
+        updates = [layer.update(slot.exact_dtype) for layer, slot in zip(layers, slots, strict=True)]
         new, reached = extended_bases(
             model, slots, loader, forward, state.config, bases, own_mask=token_mask or state.token_mask,
             shown=progress,
@@ -278,10 +276,7 @@ def update_subspace(
         for layer in layers:
             layer.b.zero_()
     for layer, extension in zip(layers, new, strict=True):
-        if extension.added:
-            old = state.bases[layer.name]
-            state.bases[layer.name] = torch.cat([old, extension.q.to(old.device)], dim=1)
-        state.added[layer.name] = (*state.added[layer.name], extension.added)
+        state.parts[layer.name] = (*state.parts[layer.name], extension.q)
         state.free_shares[layer.name] = state.free_shares[layer.name].closed()
     if not merge:
         state.kept = (*state.kept, adapter.name)
@@ -312,6 +307,21 @@ def freeze_a(model: Any, adapter_name: str | None = None) -> None:
         TypeError, ValueError, RuntimeError: as [`initialize`][].
     """
     find_adapter("freeze_a", model, adapter_name).freeze()
+
+
+def bases_so_far(
+    state: SubspaceState, slots: Sequence[LoraSlot], config: KeepLoraConfig, progress: bool | None
+) -> Bases:
+    """What is protected; before the first task what the base weights know."""
+    if state.parts:
+        parts: list[Sequence[Tensor]] = [state.parts[slot.name] for slot in slots]
+    else:
+        parts = [(q,) for q in weight_bases(slots, config, shown=progress)]
+    return Bases(parts, [slot.weight.device for slot in slots])
+
+
+def _is_full(parts: Sequence[Tensor]) -> bool:
+    return sum(part.shape[1] for part in parts) == len(parts[0])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class LayerShape:
     Attributes:
         rank: Of an adapter.
         protected: k₀, directions that the pretrained weight asks for.
-        added: a, directions that each task adds.
+        added: a, directions that each task adds. already: That tasks have added, where they are counted one by one.
         dtype_bytes: w, of the layer's dtype: 2 in half precision.
     """
 
@@ -26,6 +26,7 @@ class LayerShape:
     rank: int
     protected: int
     added: int = 0
+    already: int = 0
     dtype_bytes: int = 2
 
     @property
@@ -48,13 +49,23 @@ class LayerShape:
         return 4 * self.numbers if turns else tasks * self.update
 
     def basis(self, tasks: int) -> int:
-        """Bytes of Q after that many tasks."""
-        return 4 * self.width * min(self.protected + tasks * self.added, self.width)
+        """Bytes of Q after that many tasks: in float16 what a weight of fewer than 32 bits asks for."""
+        return self.width * ((2 if self.dtype_bytes < 4 else 4) * self.protected + 4 * self.of_tasks(tasks))
+
+    def of_tasks(self, tasks: int) -> int:
+        """Directions in Q that are not the weight's."""
+        return min(self.already + tasks * self.added, self.width - self.protected)
 
     def weight_work(self) -> int:
         """What finding the basis of the weight takes, at most: its exact value, and its Gram matrix and the
         eigenvectors of that in float64."""
         return 32 * min(self.out, self.width) ** 2 + (4 * self.numbers if self.dtype_bytes < 4 else 0)
+
+    def seek_work(self, rows: int, tasks: int) -> int:
+        """What finding the directions of a gradient of that many rows takes: a copy that is scaled where it is small,
+        Q, and blocks of subspace iteration with their images."""
+        q = 4 * self.width * (self.protected + self.of_tasks(tasks))
+        return 4 * rows * self.width + q + 144 * self.rank * (self.out + self.width)
 
     def moment_work(self, *, whole: bool = True) -> int:
         """What extending the basis takes, the moment itself included.
@@ -66,14 +77,21 @@ class LayerShape:
         iterates = self.width >= plan_for("cuda").iterative_from
         return (44 if whole or not iterates else 12) * self.width**2
 
-    def merge_work(self) -> int:
-        """What merging an update and measuring its change takes: the weight as it was, and the change in float64."""
-        return (8 + self.dtype_bytes) * self.numbers
+    def merge_work(self, *, kept: bool = False) -> int:
+        """What merging an update and measuring its change takes: the weight as it was, and the change in float64.
+
+        Args:
+            kept: Whether it is kept beside the weight: then that is read in float32, to tell the update's size.
+        """
+        return 4 * self.numbers if kept else (8 + self.dtype_bytes) * self.numbers
 
 
 @dataclass(frozen=True)
 class Footprint:
-    r"""Bytes beyond the model's own, of layers with inputs ``d``, outputs ``o``, rank ``r``, ``k`` directions in Q:
+    r"""Bytes beyond the model's own, of layers with inputs ``d``, outputs ``o`` and rank ``r``.
+
+    Q has ``k₀`` directions of the weight, in u bytes a number (2 of weights in half precision, else 4), and ``k`` of
+    the tasks:
 
     $$
     \begin{aligned}
@@ -81,8 +99,8 @@ class Footprint:
     \text{AdamW, device} &= \sum 8 r o \\
     \text{gradient in a step, device} &= \sum 4 r o \\
     \text{between tasks, device} &= 0 \\
-    \text{host} &= \sum \bigl(4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
-    \text{disk} &= \sum \bigl(4 d k + t \cdot 4 r (o + d)\bigr)
+    \text{host} &= \sum \bigl(u d k_0 + 4 d k + w o d\,[w < 4, t > 0] + t \cdot 4 r (o + d)\bigr) \\
+    \text{disk} &= \sum \bigl(u d k_0 + 4 d k + t \cdot 4 r (o + d)\bigr)
     \end{aligned}
     $$
 
@@ -93,7 +111,7 @@ class Footprint:
     Examples:
         >>> one = Footprint([LayerShape(4096, 4096, rank=16, protected=900)])
         >>> round(one.training() / 4096**2, 3), round(one.host(8) / 4096**2, 2), round(one.disk(8) / 4096**2, 2)
-        (0.062, 3.13, 1.13)
+        (0.062, 2.69, 0.69)
     """
 
     layers: Sequence[LayerShape]
@@ -156,9 +174,10 @@ class Footprint:
             most = max(budget, alone)
         if whole:
             most += max((x.moment_work() for x in self.layers), default=0) - alone
-        return max(most, max((layer.merge_work() for layer in self.layers), default=0))
+        return max(most, max((layer.merge_work(kept=self.kept > 0) for layer in self.layers), default=0))
 
     def switch(self, memory_budget: int) -> int:
         """Most that a task switch takes on the device, besides activations: the budget, or what one layer takes."""
-        least = max(max(x.moment_work(), x.merge_work(), x.weight_work()) for x in self.layers)
+        merging = max(x.merge_work(kept=self.kept > 0) for x in self.layers)
+        least = max(merging, *(max(x.moment_work(), x.weight_work()) for x in self.layers))
         return max(memory_budget, least)

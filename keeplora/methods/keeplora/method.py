@@ -310,9 +310,11 @@ class KeepLora(LoraMethod):
         shares = recalled_shares(state, len(self.slots))
         protected = []
         for slot, row, first, pair in zip(self.slots, added, of_weights, shares, strict=True):
-            parts = stored_parts(state, f"{slot.name}.basis", slot.weight.shape[1], [first, *row])
+            parts, basis = stored_parts(
+                state, f"{slot.name}.basis", slot.weight.shape[1], [first, *row], narrow=slot.coarse
+            )
             a = state.tensors.get(f"{slot.name}.adapter.A")
-            leak = 0.0 if a is None or self.config.train_a else leak_of_rows(a, torch.cat(parts, dim=1))
+            leak = 0.0 if a is None or self.config.train_a else leak_of_rows(a, basis)
             if leak > MOST_LEAK:
                 raise StateError(
                     f"load_state: an adapter's A must keep out of the basis, got {leak:.1e} of a row inside it "

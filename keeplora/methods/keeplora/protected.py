@@ -15,7 +15,7 @@ from keeplora.math.batch import within
 from keeplora.math.lowrank import Extension, extend_basis, weight_basis
 from keeplora.math.moment import SketchedMoment
 from keeplora.math.scale import powers, scaled
-from keeplora.methods.bases import Bases, keeper_of
+from keeplora.methods.bases import Bases, keeper_of, narrowed
 from keeplora.methods.feature_passes import feature_passes
 from keeplora.methods.method import LossFn
 from keeplora.methods.progress import for_all_layers, progress
@@ -36,7 +36,8 @@ class Protected:
     """What is remembered of one slot between tasks: the basis Q ``[in, k]``, in parts.
 
     Attributes:
-        parts: The columns that the weights ask for, and those that each task added; none of them ever changes.
+        parts: The columns that the weights ask for (some in float16: ``keeplora.methods.bases``), and those that
+            each task added; none of them ever changes.
         shares: Those of gradient energy that lay outside of Q.
     """
 
@@ -60,12 +61,16 @@ def bases_of(slots: Sequence[LoraSlot], protected: Sequence[Protected]) -> Bases
 
 
 def weight_bases(slots: Sequence[LoraSlot], config: KeepLoraConfig, *, shown: bool | None) -> list[Tensor]:
-    """The leading singular vectors of every slot's weight, as many as ``weight_energy`` of its tower asks for."""
+    """The leading singular vectors of every slot's weight, as many as ``weight_energy`` of its tower asks for.
+
+    Of weights in fewer than 32 bits a number in float16: to be read by ``keeplora.methods.bases``.
+    """
     kept = keeper_of(config.bases)
 
     def bases_of_weights(weights: list[Tensor], group: Sequence[int]) -> list[Tensor]:
         energies = [config.weight_energy_of(slots[i].target.tower) for i in group]
-        return [kept(q) for q in weight_basis(weights, energies, side=config.weight_side)]
+        found = weight_basis(weights, energies, side=config.weight_side)
+        return [kept(narrowed(q) if slots[i].coarse else q) for i, q in zip(group, found, strict=True)]
 
     if any(slot.exact.first is not None for slot in slots):
         return _of_rows(slots, bases_of_weights, shown)

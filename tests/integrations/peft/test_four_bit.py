@@ -26,7 +26,7 @@ from torch import nn
 
 import keeplora
 from keeplora.integrations.peft.adapter import PeftLayer
-from keeplora.integrations.peft.state import fingerprint
+from keeplora.integrations.peft.fingerprints import fingerprint
 from keeplora.lora import Target, wrap
 from keeplora.lora.four_bit import dequantize_four_bit, keep_differentiable
 from keeplora.lora.quantised import dequantised

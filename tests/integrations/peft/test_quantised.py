@@ -72,7 +72,7 @@ def test_bases_are_those_of_the_weight_that_is_multiplied_with(quantised):
         k = int(((s**2).cumsum(0) / (s**2).sum() < 0.3).sum()) + 1
         q = state.bases[path.removeprefix("base_model.model.")].double()
         assert q.shape[1] == k
-        assert (q - vh[:k].T @ (vh[:k] @ q)).norm() <= 1e-5
+        assert (q - vh[:k].T @ (vh[:k] @ q)).norm() <= k**0.5 * 2**-11  # it is kept in float16
         a = layer.lora_A["default"].weight.detach().double()
         length = float(a[0].norm())  # of all rows: test_balance.py says how long
         assert torch.linalg.vector_norm(a, dim=1) == pytest.approx(length * torch.ones(4), rel=1e-6)

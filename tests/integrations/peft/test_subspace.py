@@ -299,3 +299,51 @@ def test_arguments_of_another_kind_are_named():
         keeplora.initialize(model, task(1), loss_fn, config={"r": 2})
     with pytest.raises(TypeError, match=r"update_subspace: state must be the SubspaceState .* got NoneType"):
         keeplora.update_subspace(model, task(1), None)
+
+
+def test_a_save_writes_only_what_is_new(tmp_path, monkeypatch):
+    written = []
+    write = keeplora.methods.tensor_files.write_tensors
+
+    def counted(path, tensors):
+        written.append(sorted(tensors))
+        return write(path, tensors)
+
+    monkeypatch.setattr(keeplora.methods.state, "write_tensors", counted)
+
+    def new(state, folder=tmp_path):
+        written.clear()
+        state.save(folder)
+        return [name for names in written for name in names]
+
+    model = stock()
+    state, _ = learn(model, 1)
+    first = sorted(f"{n}.{part}" for n in NAMES for part in ("basis.0", "basis.1", "learned.0.A", "learned.0.B"))
+    assert new(state) == first
+    assert new(state) == []
+    state, _ = learn(model, 2, state)
+    second = sorted(f"{n}.{part}" for n in NAMES for part in ("basis.2", "learned.1.A", "learned.1.B"))
+    assert new(state) == second
+    loaded = keeplora.SubspaceState.load(tmp_path)
+    assert new(loaded) == []
+    assert new(loaded, tmp_path / "elsewhere") == []  # links to the files that there are
+    again = keeplora.SubspaceState.load(tmp_path / "elsewhere")
+    assert all(torch.equal(again.bases[name], q) for name, q in state.bases.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_base_keeps_narrow_bases(tmp_path, dtype):
+    model, state = get_peft_model(net().to(dtype), lora()), None
+
+    def cast_loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0].to(dtype)).float(), batch[1])
+
+    for seed in (1, 2):
+        state = keeplora.initialize(model, task(seed), cast_loss, state, config=None if state else CONFIG)
+        train(model, [(x.to(dtype), y) for x, y in task(seed)])
+        assert keeplora.update_subspace(model, task(seed), state).leak <= 1e-6
+    kinds = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
+    assert {parts[0].dtype for parts in state.parts.values()} == {kinds[dtype]}
+    state.save(tmp_path)
+    loaded = keeplora.SubspaceState.load(tmp_path)
+    assert all(torch.equal(loaded.bases[name], q) for name, q in state.bases.items())

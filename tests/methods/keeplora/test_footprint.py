@@ -15,6 +15,16 @@ def close(counted, expected):
     assert abs(counted - expected) <= 0.1 * expected + 1e-3, (counted, expected)
 
 
+def shapes_now(keeper, rank, dtype_bytes=2):
+    """With the directions that there are: nothing more is added."""
+    pairs, shapes = zip(keeper.slots, keeper.capacity(), strict=True), []
+    for slot, room in pairs:
+        already = sum(room.added_by_task)
+        sizes = {"protected": room.protected - already, "already": already, "dtype_bytes": dtype_bytes}
+        shapes.append(LayerShape(*slot.weight.shape, rank=rank, **sizes))
+    return shapes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
     net = memory.model(HIDDEN, INNER).to(dtype)
@@ -24,12 +34,8 @@ def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
     assert memory.moment(keeper, before) == {"device": 0.0, "host": 0.0}
     for number in range(TASKS):
         keeper.before_task(memory.task(number), memory.loss_fn)
-        rooms = keeper.capacity()
-        weights = {slot.name: slot.weight for slot in keeper.slots}
-        shapes = [
-            LayerShape(*weights[x.name].shape, rank=8, protected=x.protected, dtype_bytes=dtype.itemsize) for x in rooms
-        ]
-        formula = Footprint(shapes)  # k as it is now: nothing more is added
+        shapes = shapes_now(keeper, 8, dtype.itemsize)
+        formula = Footprint(shapes)
         starts = sum(2 * shape.numbers for shape in shapes) if number and dtype == torch.bfloat16 else 0
         assert formula.starts(number) == starts
         opened = memory.moment(keeper, before)
@@ -40,10 +46,7 @@ def test_every_moment_is_what_its_formula_says(tmp_path, dtype):
         del optimizer
         keeper.after_task(memory.task(number), memory.loss_fn)
         assert memory.moment(keeper, before)["device"] < 0.01
-    shapes = [
-        LayerShape(*weights[x.name].shape, rank=8, protected=x.protected, dtype_bytes=dtype.itemsize)
-        for x in keeper.capacity()
-    ]
+    shapes = shapes_now(keeper, 8, dtype.itemsize)
     close(memory.moment(keeper, before)["host"] * count, Footprint(shapes).host(TASKS))
     keeper.save(tmp_path)
     close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), Footprint(shapes).disk(TASKS))
@@ -58,8 +61,7 @@ def test_updates_beside_four_bits_are_what_their_formula_says(tmp_path):
     count = memory.adapted(keeper)
     for number in range(4):
         keeper.before_task(memory.task(number), memory.loss_fn)
-        pairs = list(zip(keeper.slots, keeper.capacity(), strict=True))
-        formula = Footprint([LayerShape(*s.weight.shape, rank=24, protected=x.protected) for s, x in pairs], kept=2)
+        formula = Footprint(shapes_now(keeper, 24), kept=2)
         optimizer = memory.train(keeper, number)
         held = memory.moment(keeper, before)
         close(held["device"] * count, formula.training() + formula.beside(number))
@@ -68,8 +70,7 @@ def test_updates_beside_four_bits_are_what_their_formula_says(tmp_path):
         keeper.after_task(memory.task(number), memory.loss_fn)
     assert all(slot.exact.total is not None for slot in keeper.slots)
     keeper.save(tmp_path)
-    pairs = list(zip(keeper.slots, keeper.capacity(), strict=True))
-    formula = Footprint([LayerShape(*s.weight.shape, rank=24, protected=x.protected) for s, x in pairs], kept=2)
+    formula = Footprint(shapes_now(keeper, 24), kept=2)
     close(sum(file.stat().st_size for file in tmp_path.glob("tensors-*")), formula.disk(4))
 
 
