@@ -1,11 +1,12 @@
-"""A training step launches few kernels more than the frozen one and never waits for the device; counted on a CPU."""
+"""What a training step asks of the host, counted on a CPU: few launches and calls beyond the frozen one, no waits."""
 
 import pytest
 import torch
 from torch import nn
 
-from bench.launches import Launches, count_steps
-from keeplora.lora import LoraAdapter, LoraAttention, attention_targets, merge_ahead, wrap
+import keeplora.lora.optimizer as optimizer_module
+from bench.launches import Calls, Launches, autograd_nodes, count_blocks, count_steps
+from keeplora.lora import LoraAdapter, LoraAttention, ProjectedAdamW, attention_targets, merge_ahead, wrap
 
 WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
 BLOCKS = 24  # of open_clip's ViT-B/16: 12 of each tower
@@ -33,6 +34,53 @@ def test_what_they_are(counts):
 
 def test_a_step_waits_for_nothing(counts):
     assert counts["keeplora"].keys() & WAITS == counts["frozen model"].keys() & WAITS == set()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """Python's calls and autograd's nodes of an attention block's forward and backward, by provider."""
+    return count_blocks()
+
+
+def test_a_block_calls_few_functions_more_than_the_frozen_one(blocks):
+    ours, frozen = (blocks[name][0].ours for name in ("keeplora", "frozen model"))
+    assert ours.total() - frozen.total() <= 120, ours - frozen
+    assert blocks["keeplora"][0].all < blocks["PEFT"][0].all
+
+
+def test_a_block_has_no_more_autograd_nodes_than_the_frozen_one_but_for_what_is_trained(blocks):
+    ours, frozen = blocks["keeplora"][1], blocks["frozen model"][1]
+    assert ours["_MergedBackward"] == 2  # q, k and v share one
+    assert ours["torch::autograd::AccumulateGrad"] - frozen["torch::autograd::AccumulateGrad"] == 4
+    assert ours.total() <= frozen.total()
+
+
+def test_an_optimizer_step_calls_few_functions_for_each_parameter(monkeypatch):
+    """Names and messages are formatted, and tensors checked, where something is wrong or new; not in every step."""
+    monkeypatch.setattr(optimizer_module, "_projected_adamw", lambda *arguments: None)
+
+    def calls_of_a_later_step(count):
+        parameters = [nn.Parameter(torch.randn(2, 6)) for _ in range(count)]
+        bases = {p: torch.eye(6)[:, :2] for p in parameters}
+        optimizer = ProjectedAdamW(parameters, bases=bases)
+        for p in parameters:
+            p.grad = torch.randn(2, 6)
+        optimizer.step()
+        with Calls() as calls:
+            optimizer.step()
+        return calls.ours
+
+    few, many = calls_of_a_later_step(4), calls_of_a_later_step(24)
+    assert many.total() - few.total() <= 20 * 3, many - few
+
+
+def test_what_is_counted():
+    x = torch.ones(2, requires_grad=True)
+    assert autograd_nodes(x * 2 + x) == {"AddBackward0": 1, "MulBackward0": 1, "torch::autograd::AccumulateGrad": 1}
+    with Calls() as calls:
+        LoraAdapter(torch.eye(2), torch.eye(2), 1.0).update()
+    assert calls.ours["update"] == 1
+    assert calls.all > calls.ours.total() > 1
 
 
 class Block(nn.Module):

@@ -148,11 +148,11 @@ class LoraExperts(LoraHost):
         if expert is None or not 0 <= expert < self.experts:
             raise ValueError(f"add_slot: expert must lie in [0, {self.experts}), got {expert} [{slot}]")
         others = self.by_parameter.get(parameter, ())
-        if slot in self.slots or any(other.target.expert == expert for other in others):
+        if slot in self.slots or any(other.target.expert == expert for other, _ in others):
             raise ValueError(f"add_slot: slot must be new, got {slot!r} a second time")
         made = ExpertSlot(target, self, slot, parameter, None)
         self.slots[slot] = made
-        self.by_parameter[parameter] = (*others, made)
+        self.by_parameter[parameter] = (*others, (made, None))
         return made
 
     def source(self, slot: LoraSlot, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +189,7 @@ class LoraExperts(LoraHost):
 
     def _linear(self, x: Tensor, parameter: str, groups: Groups) -> Tensor:
         """Every expert's product with the rows that are its own, adapters included."""
-        slots = self.by_parameter.get(parameter, ())
+        slots = [slot for slot, _ in self.by_parameter.get(parameter, ())]
         if self.observer is not None:
             parts = groups.split(x)
             self.observer(self, {slot.slot: parts[e] for slot in slots if len(parts[e := _expert(slot)])})

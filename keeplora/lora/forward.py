@@ -12,6 +12,7 @@ those of all layers would be a second copy of the model. Factored:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -65,8 +66,12 @@ class Part(NamedTuple):
 
 def own_linear(host: LoraHost, x: Tensor, parameter: str, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + b`` for one of the layer's weights, with the adapters of all its slots."""
-    places = [(slot, slot.rows) for slot in host.by_parameter.get(parameter, ())]
-    return adapted_linear(host, x, getattr(host, parameter), bias, places, parameter)
+    return adapted_linear(host, x, _own(host, parameter), bias, host.by_parameter.get(parameter, ()), parameter)
+
+
+def _own(host: LoraHost, parameter: str) -> Tensor:
+    weight: Tensor | None = host._parameters.get(parameter)  # as getattr, which takes ten times as long
+    return getattr(host, parameter) if weight is None else weight
 
 
 def adapted_linear(
@@ -85,7 +90,7 @@ def adapted_linear(
         y = _merged_linear(x, weight, _merged_weight(host, weight, parts, parameter), bias, parts)
     else:
         y = _factored_linear(x, weight, bias, parts)
-    return _looked_at(host, x, _with_kept(x, y, places), places)
+    return _with_the_rest(host, x, y, places)
 
 
 def added(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
@@ -93,20 +98,16 @@ def added(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot,
     parts = _parts(places)
     if any(part.rows is not None for part in parts):
         y = y.clone()  # an output of somebody's own autograd function may not be written to
-    return _looked_at(host, x, _with_kept(x, _plus(x, y, parts), places), places)
+    return _with_the_rest(host, x, _plus(x, y, parts), places)
 
 
-def _looked_at(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
-    return y if host.tap is None else host.tap(host, x, y, {slot.slot: rows for slot, rows in places})
-
-
-def _with_kept(x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
-    """``y`` and what the updates add that are kept beside weights."""
+def _with_the_rest(host: LoraHost, x: Tensor, y: Tensor, places: Sequence[tuple[LoraSlot, Rows]]) -> Tensor:
+    """``y`` and what the updates add that are kept beside weights, as a tap hands it on."""
     for slot, rows in places:
         share = slot.exact.share(x)
         if share is not None:
             y = y + (share if rows is None else F.pad(share, (rows[0], y.shape[-1] - rows[1])))
-    return y
+    return y if host.tap is None else host.tap(host, x, y, {slot.slot: rows for slot, rows in places})
 
 
 def _parts(places: Sequence[tuple[LoraSlot, Rows]]) -> list[Part]:
@@ -167,10 +168,9 @@ def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parame
 
 def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
     """One of the layer's weights and the adapters that would be merged into it."""
-    return getattr(host, parameter), _parts([(slot, slot.rows) for slot in host.by_parameter[parameter]])
+    return _own(host, parameter), _parts(host.by_parameter[parameter])
 
 
-@torch.no_grad()
 def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype, *, stack: bool) -> list[Merged]:
     """The merged weight of every (weight, adapters), in one call of the op; ``stack``: and the A's."""
     a, b, scale = [], [], []
@@ -179,7 +179,7 @@ def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.
     for k, (weight, parts) in enumerate(jobs):
         for adapter, rows, down, up, origin in parts:
             if origin is not None and up.dtype != weight.dtype == torch.float64:
-                up, origin = up - origin, None  # rounded, as everywhere else that this update is formed
+                up, origin = (up - origin).detach(), None  # rounded, as wherever this update is formed
             a.append(down)
             b.append(up)
             scale.append(adapter.scaling)
@@ -187,34 +187,44 @@ def _merged_weights(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.
             place += (k, start, stop, -1 if origin is None else len(origins))
             if origin is not None:
                 origins.append(origin)
-    weights, stacks = _merge([weight for weight, _ in jobs], a, b, origins, place, scale, stack, dtype)
+    with torch.no_grad():
+        weights, stacks = _merge([weight for weight, _ in jobs], a, b, origins, place, scale, stack, dtype)
     return [Merged(weight, stacks[k] if stack else None) for k, weight in enumerate(weights)]
 
 
+_storages, _versions = Tensor.data_ptr, attrgetter("_version")
+
+
 class Ahead(NamedTuple):
-    """A merged weight in the dtype its layer multiplies in, and what it was made from."""
+    """A merged weight in the dtype its layer multiplies in, and what changes whenever it would: objects and numbers."""
 
     merged: Merged
-    stamp: tuple[Any, ...]
+    tensors: list[Tensor]
+    numbers: list[Any]
 
     @staticmethod
     def of(jobs: Sequence[tuple[Tensor, Sequence[Part]]], dtype: torch.dtype) -> list[Ahead]:
         """The merged weights of many layers that multiply in one dtype, in one call of the op."""
         merged = _merged_weights(jobs, dtype, stack=True)
-        return [Ahead(one, _stamp(*job)) for one, job in zip(merged, jobs, strict=True)]
+        return [Ahead(one, *_made_from(*job)) for one, job in zip(merged, jobs, strict=True)]
 
     def is_current(self, weight: Tensor, parts: Sequence[Part]) -> bool:
-        return self.merged.weight.dtype == compute_dtype(weight) and self.stamp == _stamp(weight, parts)
+        if self.merged.weight.dtype != compute_dtype(weight):
+            return False
+        tensors, numbers = _made_from(weight, parts)
+        return numbers == self.numbers and all(map(is_, tensors, self.tensors))
 
 
-def _stamp(weight: Tensor, parts: Sequence[Part]) -> tuple[Any, ...]:
-    """What changes whenever a merged weight would: objects, storages, version counters, numbers."""
-    stamp: list[Any] = [id(weight), weight.data_ptr(), weight._version]
+def _made_from(weight: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of a merged weight; their storages and version counters, and the adapters' rows and scales."""
+    tensors: list[Tensor] = [weight]
+    numbers: list[Any] = []
     for adapter, rows, a, b, origin in parts:
-        stamp += (rows, adapter.scaling, id(a), a.data_ptr(), a._version, id(b), b.data_ptr(), b._version)
-        if origin is not None:
-            stamp += (id(origin), origin.data_ptr(), origin._version)
-    return tuple(stamp)
+        tensors += (a, b) if origin is None else (a, b, origin)
+        numbers += (rows, adapter.scaling)
+    numbers += map(_storages, tensors)
+    numbers += map(_versions, tensors)
+    return tensors, numbers
 
 
 def _merged_linear(x: Tensor, weight: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
@@ -273,13 +283,16 @@ class _Merged(torch.autograd.Function):
         if sources and needs[0]:
             formed_of = [part._replace(a=a, b=b, origin=o) for part, a, b, o in _by_part(ctx.parts, sources)]
             [(merged, _)] = _merged_weights([(merged, formed_of)], ctx.dtype, stack=False)
-        dx = (flat @ merged).view(*dy.shape[:-1], merged.shape[1]) if needs[0] else None
+        dx = None
+        if needs[0]:
+            dx = torch.mm(flat, merged)
+            dx = dx if flat is dy else dx.view(*dy.shape[:-1], dx.shape[1])
         grads: list[Tensor | None] = [None] * len(ctx.parts)
         if t is not None:
             place: list[int] = []
             wanted, scale, begin = [], [], 0
             for i, (adapter, rows, _, b, _) in enumerate(ctx.parts):
-                end = begin + b.shape[1]
+                end = begin + b.size(1)
                 if needs[6 + i]:
                     wanted.append((i, b.dtype))
                     place += (begin, end, 0, flat.shape[1]) if rows is None else (begin, end, *rows)
@@ -305,7 +318,7 @@ def narrow(x: Tensor, a: Tensor) -> Tensor:
     x = _flat(x)
     if torch.compiler.is_compiling():  # a compiler does better by seeing the product
         return F.linear(x, a)
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.dtype == torch.float32 and x.is_cpu:
         t: Tensor = _thin_matmul(x, a, 1.0)
         return t
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):

@@ -31,8 +31,8 @@ class LoraHost(nn.Module):
     """
 
     slots: nn.ModuleDict
-    by_parameter: dict[str, tuple[LoraSlot, ...]]
-    """The slots by the name of the weight they are rows of."""
+    by_parameter: dict[str, tuple[tuple[LoraSlot, Rows], ...]]
+    """The slots by the name of the weight they are rows of, and which."""
     observer: Observer | None
     tap: Tap | None
     forward_mode: ForwardMode
@@ -89,13 +89,12 @@ class LoraHost(nn.Module):
         if slot in self.slots:
             raise ValueError(f"add_slot: slot must be new, got {slot!r} a second time")
         others = self.by_parameter.get(parameter, ())
-        for other in others:
-            taken = other.rows
+        for other, taken in others:
             if rows is None or taken is None or (rows[0] < taken[1] and taken[0] < rows[1]):
                 raise ValueError(f"add_slot: rows must not overlap another slot, got {rows} [{slot} and {other.slot}]")
         made = self._new_slot(target or Target(slot, "", parameter, rows, 0, "model"), slot, parameter, rows)
         self.slots[slot] = made
-        self.by_parameter[parameter] = (*others, made)
+        self.by_parameter[parameter] = (*others, (made, rows))
         return made
 
     def _rows_of(self, parameter: str) -> int | None:

@@ -46,9 +46,9 @@ class _MergeAhead:
         """Forget what was not used, and learn which layers had to merge on their own."""
         for host in self.hosts:
             for parameter in host.merged_ahead:
-                self.known.pop((host, parameter, compute_dtype(merge_job(host, parameter)[0])), None)
+                self.known.pop((host, parameter, compute_dtype(getattr(host, parameter))), None)
             for parameter, inside in host.to_merge.items():
-                self.known[host, parameter, compute_dtype(merge_job(host, parameter)[0])] = inside
+                self.known[host, parameter, compute_dtype(getattr(host, parameter))] = inside
             host.merged_ahead.clear()
             host.to_merge.clear()
 

@@ -134,7 +134,7 @@ class LoraQuantised(LoraHost):
             self.observer(self, dict.fromkeys(self.slots, x))
         assert self.taken_over is not None
         y: Tensor = self.taken_over.forward(self, x)  # type: ignore[arg-type]
-        return added(self, x, y, [(slot, slot.rows) for slot in self.by_parameter.get("weight", ())])
+        return added(self, x, y, self.by_parameter.get("weight", ()))
 
     def plain(self) -> nn.Module:
         """The layer itself, of its own class again."""

@@ -77,8 +77,8 @@ def merge_weights(
     matrices("merge_weights", "origin", [start for start in starts if start is not None], uniform=False)
     _check_places(w, places)
     for i, ((k, start, stop), down, up, b0) in enumerate(zip(places, a, b, starts, strict=True)):
-        rows = f"w[{k}]" if stop - start == len(w[k]) else f"w[{k}][{start}:{stop}]"
         if (stop - start, w[k].shape[1]) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
+            rows = f"w[{k}]" if stop - start == len(w[k]) else f"w[{k}][{start}:{stop}]"
             raise ValueError(
                 f"merge_weights: b[{i}] times a[{i}] must have the shape of {rows}, got "
                 f"{list(up.shape)} times {list(down.shape)} for {[stop - start, w[k].shape[1]]}."
