@@ -78,6 +78,26 @@ def plain_lora(model, members):
     return [whole(slot.weight) for slot in method.slots]
 
 
+def kept_as_large(model, data, forward):
+    """Shapes of weights, of what a training step keeps for its backward pass besides the model's own parameters."""
+    keeper = KeepLora(model, KeepLoraConfig(**SETTINGS | {"r": 3, "forward": forward}))
+    keeper.before_task(data, loss_fn)
+    shapes, found = {tuple(slot.weight.shape) for slot in keeper.slots}, []
+
+    def look(tensor):
+        whole_ones = (p for p in model.parameters() if not hasattr(p, "to_local"))
+        own = {p.untyped_storage().data_ptr() for p in whole_ones}
+        shape = tuple(tensor.shape)
+        if {shape, shape[::-1]} & shapes and tensor.untyped_storage().data_ptr() not in own:
+            found.append(shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        loss = loss_fn(model, data[0])
+    loss.backward()
+    return found
+
+
 def compiled(rank, names):
     """What methods learn when blocks are compiled, and when they are not."""
     found = {}
@@ -254,5 +274,6 @@ def work(rank, folder):
     found = {name: life(sharded(dtype), counts, [rank], more) for name, (dtype, counts, more) in LIVES.items()}
     found |= {"refusals": refusals(), "failures": failures(rank), "lora": plain_lora(sharded(), [rank])}
     found |= {"saved": saved(folder, rank), "compiled": compiled(rank, COMPILED)}
+    found["kept"] = kept_as_large(sharded(), batches(rank, 1, 0), "auto")
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

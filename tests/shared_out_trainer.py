@@ -204,6 +204,7 @@ def on_cpus(out):
 def work(rank, folder, count):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate gives every process more threads than it has cores
     warnings.filterwarnings("ignore")
     with joined(rank, folder, count):
         found = {"on CPUs": on_cpus(Path(folder) / "cpus")} if count == 2 else {}

@@ -5,7 +5,7 @@ import pytest
 from keeplora import KeepLora
 from keeplora.methods.state import read_state
 from tests.processes import found_by
-from tests.shared_out import COMPILED, LIVES, held, life, llama, plain_lora, work
+from tests.shared_out import COMPILED, LIVES, batches, held, kept_as_large, life, llama, plain_lora, work
 from tests.test_distributed import close, same_bits
 
 
@@ -48,6 +48,12 @@ def test_plain_lora_is_that_of_one_process(three):
     for found in three:
         close(found["lora"], alone, 5e-6)
     assert max(float((w - llama().state_dict()[name]).abs().max()) for name, w in _named(alone)) > 1e-3
+
+
+def test_a_step_keeps_no_merged_weights_for_its_backward(three):
+    """They would be whole in every process."""
+    assert all(found["kept"] == [] for found in three)
+    assert len(kept_as_large(llama(), batches(0, 1, 0), "merged")) == 14
 
 
 @pytest.mark.parametrize("name", COMPILED)
