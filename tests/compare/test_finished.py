@@ -85,6 +85,7 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "encoder" / "model.safetensors").write_text("weights")
     monkeypatch.setattr(_made_of, "_PACKAGE", tmp_path / "keeplora")
     monkeypatch.setattr(minilm, "encoder_folder", lambda: tmp_path / "encoder")
+    monkeypatch.setattr(minilm, "NEEDS", {"torch": "there"})
     return tmp_path
 
 
@@ -117,6 +118,12 @@ def test_weights_outside_of_the_package_are_noticed(package):
     (package / "encoder" / "model.safetensors").write_text("others")
     assert source("embedded") == embedded
     assert source("minilm") != text
+
+
+def test_where_a_package_is_missing_only_loading_tells(package, monkeypatch):
+    monkeypatch.setattr(minilm, "NEEDS", {"no_such_package": "pip install it"})
+    assert source("minilm") is None
+    assert source("embedded") is not None
 
 
 def test_of_a_function_of_ones_own_nothing_is_known():
