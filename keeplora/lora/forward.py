@@ -87,7 +87,7 @@ def adapted_linear(
     if not parts:
         y = F.linear(x, weight, bias)
     elif _merges(host, x, weight, bias, parts):
-        y = _merged_linear(x, weight, _merged_weight(host, weight, parts, parameter), bias, parts)
+        y = _merged_linear(x, _merged_weight(host, weight, parts, parameter), bias, parts)
     else:
         y = _factored_linear(x, weight, bias, parts)
     return _with_the_rest(host, x, y, places)
@@ -149,10 +149,14 @@ def forms_again(weight: Tensor) -> bool:
 
 
 class Merged(NamedTuple):
-    """A layer's weight with its adapters, and where gradients are wanted their A's ``[Σr, in]``, in one dtype."""
+    """A layer's weight with its adapters, and where gradients are wanted their A's ``[Σr, in]``, in one dtype.
+
+    ``source`` is the weight without its adapters, where the merged one is formed again in the backward pass.
+    """
 
     weight: Tensor
     a: Tensor | None
+    source: Tensor | None = None
 
 
 def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parameter: str) -> Merged:
@@ -161,9 +165,12 @@ def _merged_weight(host: LoraHost, weight: Tensor, parts: Sequence[Part], parame
     if ahead is not None and ahead.is_current(weight, parts):
         return ahead.merged
     dtype = compute_dtype(weight)
-    if parameter and torch.is_grad_enabled() and not forms_again(weight):
+    [merged] = _merged_weights([(weight, parts)], dtype, stack=torch.is_grad_enabled())
+    if forms_again(weight):
+        return merged._replace(source=weight)
+    if parameter and torch.is_grad_enabled():
         host.to_merge[parameter] = dtype
-    return _merged_weights([(weight, parts)], dtype, stack=torch.is_grad_enabled())[0]
+    return merged
 
 
 def merge_job(host: LoraHost, parameter: str) -> tuple[Tensor, list[Part]]:
@@ -227,7 +234,7 @@ def _made_from(weight: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], lis
     return tensors, numbers
 
 
-def _merged_linear(x: Tensor, weight: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def _merged_linear(x: Tensor, merged: Merged, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """``x Mᵀ + b`` for the merged weight M, with the gradients of the adapters' B.
 
     Everything is in M's dtype, which is autocast's where that is on: it finds nothing to cast.
@@ -237,8 +244,7 @@ def _merged_linear(x: Tensor, weight: Tensor, merged: Merged, bias: Tensor | Non
         x = x.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    source = weight if forms_again(weight) else None
-    y: Tensor = _Merged.apply(x, *merged, bias, source, parts, *[part.b for part in parts])
+    y: Tensor = _Merged.apply(x, *merged, bias, parts, *[part.b for part in parts])
     return y
 
 
@@ -259,7 +265,7 @@ def _plus(x: Tensor, y: Tensor, parts: Sequence[Part]) -> Tensor:
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, bias: Tensor | None, source: Tensor | None,
+        ctx: Any, x: Tensor, merged: Tensor, a: Tensor | None, source: Tensor | None, bias: Tensor | None,
         parts: Sequence[Part], *b: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.parts, ctx.dtype = parts, merged.dtype
@@ -282,7 +288,7 @@ class _Merged(torch.autograd.Function):
         needs, flat = ctx.needs_input_grad, _flat(dy)
         if sources and needs[0]:
             formed_of = [part._replace(a=a, b=b, origin=o) for part, a, b, o in _by_part(ctx.parts, sources)]
-            [(merged, _)] = _merged_weights([(merged, formed_of)], ctx.dtype, stack=False)
+            [(merged, *_)] = _merged_weights([(merged, formed_of)], ctx.dtype, stack=False)
         dx = None
         if needs[0]:
             dx = torch.mm(flat, merged)
