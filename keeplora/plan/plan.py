@@ -184,7 +184,9 @@ def plan(
         raise ConfigError(f"plan: gpu must be one whose rates are known, got {gpu!r}{suggest(gpu, GPUS, listing=True)}")
     setting = setting or Setting(gpus=8)
     if setting.gpus > 1 and not setting.merge:
-        raise ConfigError(f"plan: merge must be true where weights are sharded, got false for {setting.gpus} GPUs")
+        raise ConfigError(
+            f"plan: merge must be true where weights are sharded, got false for {setting.gpus} GPUs. Plan for one GPU"
+        )
     shares = tuple(weight_share or WEIGHT_SHARE)
     low, high = min(shares), max(shares)
     shapes = shapes_of(name, targets)
